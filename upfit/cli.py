@@ -1,0 +1,217 @@
+"""The command line: parse, call one function, print. Everything heavy is imported inside the commands."""
+
+import dataclasses
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from upfit import __version__
+from upfit.convert.recipe import Recipe, find_recipes
+from upfit.errors import UpfitError
+from upfit.options import choices, flag
+from upfit.output import Output, human_bytes, human_count
+
+app = typer.Typer(
+    name="upfit",
+    help="Give a pretrained language model a new attention, and make it good again.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+convert_app = typer.Typer(help="Convert a checkpoint to another attention.", no_args_is_help=True)
+app.add_typer(convert_app, name="convert")
+
+Json = Annotated[bool, typer.Option("--json", help="Answer as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that Upfit wrote.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model (also MODEL@REVISION).")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"upfit {__version__}")
+        raise typer.Exit
+
+
+def _flags_of(settings: type) -> list[inspect.Parameter]:
+    """One keyword parameter for every field of an options dataclass: the field is the flag."""
+    hints = typing.get_type_hints(settings)
+    parameters = []
+    for field in dataclasses.fields(settings):
+        annotation = hints[field.name]
+        allowed = choices(annotation)
+        text = field.metadata["help"] + (f" ({", ".join(map(str, allowed))})" if allowed else "")
+        default = ... if field.default is dataclasses.MISSING else field.default
+        declared = typer.Option(flag(field.name), help=text) if annotation is not bool else typer.Option(help=text)
+        kind = Annotated[str if allowed else annotation, declared]
+        empty = inspect.Parameter.empty if default is ... else default
+        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=empty, annotation=kind))
+    return parameters
+
+
+def _with_flags(command: Callable[..., None], settings: type, name: str) -> Callable[..., None]:
+    """`command(..., settings_dict)` as a function with the flags of `settings` in its signature."""
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in inspect.signature(command).parameters.values()]
+    own = [p for p in own if p.name != "flags"]
+    fields = {field.name for field in dataclasses.fields(settings)}
+    positional = [p for p in own if p.default is inspect.Parameter.empty]
+    rest = [p for p in own if p.default is not inspect.Parameter.empty]
+
+    def run(**values: Any) -> None:
+        flags = {key: value for key, value in values.items() if key in fields}
+        command(**{key: value for key, value in values.items() if key not in fields}, flags=flags)
+
+    run.__name__, run.__doc__ = name, command.__doc__
+    run.__signature__ = inspect.Signature([*positional, *_flags_of(settings), *rest])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    return run
+
+
+def _add_convert(recipe: Recipe) -> None:
+    def command(
+        source: Annotated[str, typer.Argument(metavar="SRC", help="Model folder, or hub id (id@revision).")],
+        out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+        flags: dict[str, Any],
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False,
+        dtype: Annotated[str | None, typer.Option(help="Type of all weights; default: kept (float32, bfloat16, float16)")] = None,
+        revision: Revision = None,
+        max_shard_size: Annotated[str | None, typer.Option(help="Largest file, e.g. 5GB; default: as the source.")] = None,
+        no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")] = False,
+        overwrite: Overwrite = False,
+        as_json: Json = False,
+        quiet: Quiet = False,
+    ) -> None:
+        from upfit.convert.conversion import Settings, convert
+
+        output = Output(as_json, quiet)
+        size = parse_size(max_shard_size) if max_shard_size else None
+        settings = Settings(dry_run, dtype, revision, size, not no_verify, overwrite)
+        answer = convert(recipe, source, out, recipe.options(**flags), settings, output)
+        output.json(answer)
+        _show_conversion(answer, output)
+
+    command.__doc__ = f"{recipe.summary[0].upper()}{recipe.summary[1:]}. Paper: {recipe.paper}."
+    convert_app.command(recipe.name)(_with_flags(command, recipe.options, recipe.name))
+
+
+def _show_conversion(answer: dict[str, Any], output: Output) -> None:
+    if answer["dry_run"]:
+        rows = [
+            [row["tensor"], str(list(row["before"] or [])), str(list(row["after"])), row["rule"]] for row in answer["tensors"]
+        ]
+        output.table(["tensor", "before", "after", "rule"], rows, "Would write")
+    before, after = answer["kv_bytes_per_token"]
+    verb = "Would write" if answer["dry_run"] else "Wrote"
+    output.line(
+        f"{verb} {answer['out']}: {human_bytes(answer['bytes'][1])}, {human_count(answer['parameters'][1])} parameters, "
+        f"{answer['kv_heads'][0]} → {answer['kv_heads'][1]} key/value heads, "
+        f"KV cache {human_bytes(before)} → {human_bytes(after)} a token ({before / after:.2f}x smaller)"
+    )
+    if answer["dry_run"]:
+        return
+    report = answer["verify"]
+    if report:
+        output.line(f"Verified: {report['structure']}; {report['numbers']}")
+        if report["loss"] is not None and not report["equal"]:
+            output.line(
+                f"Loss on a short text of {report['tokens']} tokens: "
+                f"{report['source_loss']:.3f} → {report['loss']:.3f} nats a token ({report['loss'] - report['source_loss']:+.3f})"
+            )
+    output.note(f"Next: upfit evaluate {answer['out']} --against {answer['source']['name']}")
+
+
+for _recipe in find_recipes().values():
+    _add_convert(_recipe)
+
+
+@app.command("list")
+def list_command(as_json: Json = False) -> None:
+    """Recipes, and the architectures they apply to."""
+    from upfit.convert.architectures import table
+
+    output, known = Output(as_json), table()
+    recipes = [{"name": r.name, "summary": r.summary, "paper": r.paper} for r in find_recipes().values()]
+    output.json({"recipes": recipes, "architectures": sorted(known.entries), "refused": dict(sorted(known.refused.items()))})
+    for recipe in recipes:
+        output.line(f"{recipe['name']:6} {recipe['summary']}\n       {recipe['paper']}")
+    output.line(f"\n{len(known.entries)} architectures: {', '.join(sorted(known.entries))}")
+    output.line(f"\n{len(known.refused)} model types are refused, each with its reason (--json lists them).")
+
+
+@app.command()
+def show(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or hub id (id@revision).")],
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Architecture, heads, parameters, KV bytes per token, history, and what the model can become."""
+    from upfit.convert.describe import describe
+
+    output = Output(as_json)
+    told = describe(model, revision)
+    output.json(told)
+    rows = [
+        ["architecture", f"{told['model_type']} ({told['class']})"],
+        ["parameters", f"{human_count(told['parameters'])} in {human_bytes(told['bytes'])}, {', '.join(told['dtypes'])}"],
+        ["attention layers", str(told["layers"])],
+        ["query heads", ", ".join(map(str, told["heads"]))],
+        ["key/value heads", ", ".join(map(str, told["kv_heads"]))],
+        ["head width", ", ".join(map(str, told["head_dim"]))],
+        ["KV cache", f"{told['kv_bytes_per_token']:,} bytes a token"],
+        *[["history" if not i else "", f"{s['date']}  {s['verb']}"] for i, s in enumerate(told["history"])],
+        *[["can become" if not i else "", line] for i, line in enumerate(told["can_become"])],
+    ]
+    for name, value in rows:
+        output.line(f"{name:17} {value}")
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Versions and hardware, for bug reports."""
+    from upfit.environment import environment
+
+    output, told = Output(as_json), environment()
+    output.json(told)
+    for name, value in told.items():
+        output.line(f"{name:17} {value}")
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `500MB` → bytes, powers of 1000 as the hub counts. Raises UpfitError for anything else."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
+    try:
+        size = int(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UpfitError(f"--max-shard-size got {text!r}; give a size such as 500MB or 5GB")
+    return size
+
+
+def main() -> None:
+    """Entry point: errors a user can cause are one line and exit 1; a traceback only with `--debug`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UpfitError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"upfit: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("upfit: stopped; nothing unfinished was kept", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)

@@ -1,0 +1,265 @@
+"""Where q, k, v and o live for each model type, and the attention layers of one checkpoint in canonical form.
+
+The table is data (`architectures.toml`). What a checkpoint really contains is then found by building its class on the meta
+device twice, with the head counts it has and with others, and looking at which parameters changed shape: config keys can
+lie, shapes cannot.
+"""
+
+import copy
+import functools
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Protocol
+
+from upfit.convert.attention import Geometry, Layer
+from upfit.convert.safetensors_file import ITEM_BYTES
+from upfit.errors import UpfitError
+
+if TYPE_CHECKING:
+    from upfit.convert.skeleton import Names
+
+
+class Described(Protocol):
+    """What is known of a tensor without reading it: of one in a file, or of one that is only planned."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table. `q`, `k`, ... are module names inside the attention module; `kv_heads` are config paths."""
+
+    model_type: str
+    kv_heads: tuple[str, ...]
+    q: str
+    k: str
+    v: str
+    o: str
+    q_norm: str
+    k_norm: str
+    layout: str
+
+
+@dataclass(frozen=True)
+class Table:
+    entries: dict[str, Entry]
+    refused: dict[str, str]  # model type -> reason
+
+
+@functools.cache
+def table() -> Table:
+    """The supported and the refused model types."""
+    content = tomllib.loads(resources.files(__package__).joinpath("architectures.toml").read_text(encoding="utf-8"))
+    entries = {}
+    for model_type in content["plain"] + list(content["special"]):
+        row = {**content["default"], **content["special"].get(model_type, {})}
+        row["kv_heads"] = tuple(row["kv_heads"])
+        entries[model_type] = Entry(model_type, **row)
+    refused = {name: reason for reason, names in content["refused"].items() for name in names}
+    return Table(entries, refused)
+
+
+def find_entry(model_type: str) -> Entry:
+    """Raises UpfitError, with the reason, for a model type that cannot be converted."""
+    known = table()
+    if model_type in known.entries:
+        return known.entries[model_type]
+    if model_type in known.refused:
+        raise UpfitError(f"{model_type} cannot be converted: {known.refused[model_type]}")
+    raise UpfitError(f"unknown architecture {model_type!r}; `upfit list` shows the {len(known.entries)} that can be converted")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One checkpoint seen as attention layers."""
+
+    entry: Entry
+    config: dict[str, Any]
+    layers: tuple[Layer, ...]
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads of the layers that have most of them."""
+        return max(layer.geometry.kv_heads for layer in self.layers)
+
+    @property
+    def heads(self) -> int:
+        return max(layer.geometry.heads for layer in self.layers)
+
+    @property
+    def initializer_range(self) -> float:
+        """Standard deviation with which the family draws new weights, 0.02 where the config does not say."""
+        text = self.config.get("text_config")
+        for part in (text if isinstance(text, dict) else {}, self.config):
+            if isinstance(part.get("initializer_range"), int | float):
+                return float(part["initializer_range"])
+        return 0.02
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes a token adds to the KV cache at batch size 1, in the type of the weights, while every window is open."""
+        return sum(layer.kv_bytes_per_token for layer in self.layers)
+
+    def with_kv_heads(self, kv_heads: int) -> dict[str, Any]:
+        """`config.json` with every layer kind that has more key/value heads than `kv_heads` reduced to it."""
+        return set_kv_heads(self.config, self.entry, kv_heads)
+
+
+def set_kv_heads(config: dict[str, Any], entry: Entry, kv_heads: int) -> dict[str, Any]:
+    """A copy of `config` that asks for at most `kv_heads` key/value heads in every layer; other keys stay as they are."""
+    changed = copy.deepcopy(config)
+    for path in entry.kv_heads:
+        place, key = _place(changed, path)
+        current = place.get(key)
+        if current is None and path != entry.kv_heads[0]:
+            continue  # a layer kind this checkpoint does not have
+        if current is None or current > kv_heads:
+            place[key] = kv_heads
+    return changed
+
+
+def bind(config: dict[str, Any], tensors: Mapping[str, "Described"]) -> Architecture:
+    """See the checkpoint with this config and these tensors as attention layers.
+
+    Raises UpfitError for an unsupported model type, and when the tensors are not what the class wants.
+    """
+    from upfit.convert.skeleton import Names, skeleton
+
+    entry = find_entry(config["model_type"])
+    names = Names(skeleton(config))
+    probe = _probe(config, entry)
+    disk = disk_names(names, tensors)
+    paths = _attention_paths(entry, names.shapes, probe.shapes)
+    stored = [path for path in paths if _is_stored(entry, path, disk, names)]
+    if not stored:
+        raise UpfitError(f"this {entry.model_type} checkpoint has no layer with key/value heads of its own; nothing to convert")
+    layers = tuple(_layer(entry, path, index, names, probe, disk, tensors) for index, path in enumerate(stored))
+    return Architecture(entry, config, layers)
+
+
+def disk_names(names: "Names", tensors: Mapping[str, "Described"]) -> dict[str, str]:
+    """Parameter name -> tensor name in the file, for the tensors that become one parameter whole."""
+    found = {}
+    for disk_name, info in tensors.items():
+        module_name = names.module_name(disk_name)
+        if names.shapes.get(module_name) == info.shape:
+            found[module_name] = disk_name
+    return found
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Parameter shapes of the class with other key/value head counts; `counts` pairs (head count now, in the probe)."""
+
+    shapes: dict[str, tuple[int, ...]]
+    counts: tuple[tuple[int | None, int], ...]
+
+
+def _probe(config: dict[str, Any], entry: Entry) -> Probe:
+    """Build the class with every head count set to 1 (2 where it is 1), or to 2 and 4 where the class wants even counts."""
+    from upfit.convert.skeleton import skeleton
+
+    failure: UpfitError | None = None
+    for small, other in ((1, 2), (2, 4)):
+        changed, counts = copy.deepcopy(config), []
+        for path in entry.kv_heads:
+            place, key = _place(changed, path)
+            current = place.get(key)
+            if current is None and path != entry.kv_heads[0]:
+                continue  # a layer kind this checkpoint does not have
+            place[key] = other if current == small else small
+            counts.append((current, place[key]))
+        try:
+            shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(changed).state_dict().items()}
+        except UpfitError as error:
+            failure = error
+            continue
+        return Probe(shapes, tuple(counts))
+    assert failure is not None
+    raise failure
+
+
+def _attention_paths(entry: Entry, shapes: dict[str, tuple[int, ...]], probed: dict[str, tuple[int, ...]]) -> list[str]:
+    """Module paths of the attention layers, found by their key projection changing shape with the head count.
+
+    Raises UpfitError when a parameter changes that no part of the table explains: the layer is then not understood.
+    """
+    changed = [name for name in shapes if shapes[name] != probed.get(name)] + [name for name in probed if name not in shapes]
+    suffix = f".{entry.k}.weight"
+    paths = [name.removesuffix(suffix) for name in changed if name.endswith(suffix)]
+    known = {f"{path}.{module}.{kind}" for path in paths for module in (entry.k, entry.v, entry.k_norm) for kind in KINDS}
+    strange = [name for name in changed if name not in known]
+    if strange:
+        raise UpfitError(
+            f"{entry.model_type}: {strange[0]} depends on the number of key/value heads in a way that is not supported; "
+            "this configuration cannot be converted"
+        )
+    return paths
+
+
+KINDS = ("weight", "bias")
+
+
+def _is_stored(entry: Entry, path: str, disk: dict[str, str], names: "Names") -> bool:
+    """False for a layer that only repeats another one's weights (tied blocks are stored once).
+
+    Raises UpfitError when the weights are nowhere.
+    """
+    wanted = f"{path}.{entry.k}.weight"
+    if wanted in disk:
+        return True
+    if any(other in disk for other in names.tied.get(wanted, ())):
+        return False
+    raise UpfitError(f"the checkpoint has no tensor of shape {list(names.shapes[wanted])} for {wanted}; fetch it again")
+
+
+def _layer(
+    entry: Entry,
+    path: str,
+    index: int,
+    names: "Names",
+    probe: Probe,
+    disk: dict[str, str],
+    tensors: Mapping[str, "Described"],
+) -> Layer:
+    modules = {"q": entry.q, "k": entry.k, "v": entry.v, "o": entry.o, "q_norm": entry.q_norm, "k_norm": entry.k_norm}
+    shapes, stored = names.shapes, {}
+    for part, module in modules.items():
+        for kind in KINDS:
+            name = f"{path}.{module}.{kind}"
+            if name in disk:
+                stored[f"{part}.{kind}"] = disk[name]
+            elif name in shapes and part in ("q", "k", "v", "o"):
+                raise UpfitError(f"the checkpoint has no tensor of shape {list(shapes[name])} for {name}; fetch it again")
+    head_dim, kv_heads = _head_dim(f"{path}.{entry.k}.weight", shapes, probe)
+    v_head_dim, _ = _head_dim(f"{path}.{entry.v}.weight", shapes, probe)
+    heads = shapes[f"{path}.{entry.o}.weight"][1] // v_head_dim
+    key, norm = f"{path}.{entry.k}.weight", stored.get("k_norm.weight")
+    layout = "separate-head-norms" if norm and len(tensors[norm].shape) == 2 else entry.layout
+    caches = len(names.tied.get(key, (key,)))
+    itemsize = ITEM_BYTES[tensors[disk[key]].dtype]
+    return Layer(path, index, Geometry(heads, kv_heads, head_dim, v_head_dim), layout, stored, caches, itemsize)
+
+
+def _head_dim(name: str, shapes: dict[str, tuple[int, ...]], probe: Probe) -> tuple[int, int]:
+    """(head width, heads) of a projection, from its rows now and in the probe."""
+    rows, probed_rows = shapes[name][0], probe.shapes[name][0]
+    for now, probed in probe.counts:
+        width = probed_rows // probed
+        if width * probed == probed_rows and rows % width == 0 and now in (None, rows // width):
+            return width, rows // width
+    raise UpfitError(f"{name} has {rows} rows, which no key/value head count of config.json explains; check config.json")
+
+
+def _place(config: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The object and the key that a dotted config path means; objects on the way are made where they are missing."""
+    *parents, key = path.split(".")
+    place: Any = config
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    return place, key

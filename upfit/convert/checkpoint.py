@@ -1,0 +1,193 @@
+"""A checkpoint folder, read one tensor at a time: `config.json`, and `model.safetensors` or shards with an index.
+
+The truth about what is there comes from the headers; the index is only checked against them. Nothing is unpickled.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upfit.convert.folders import contained
+from upfit.convert.safetensors_file import TensorInfo, read_exactly, read_header
+from upfit.errors import UpfitError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"[\w.\-]+\.safetensors")
+MAX_JSON_BYTES = 64 * 2**20
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """The torch type of a safetensors type name, e.g. `BF16`."""
+    import torch
+
+    names = {
+        "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+        "F8_E8M0": "float8_e8m0fnu", "U16": "uint16", "I16": "int16", "F16": "float16", "BF16": "bfloat16", "U32": "uint32",
+        "I32": "int32", "F32": "float32", "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64",
+    }  # fmt: skip
+    return getattr(torch, names[name])
+
+
+def safetensors_dtype(dtype: "torch.dtype") -> str:
+    """The safetensors type name of a torch floating type."""
+    return {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}[str(dtype).removeprefix("torch.")]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened folder. `tensors` holds every tensor by name, `files` the weight files in order."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    files: tuple[Path, ...]
+    _descriptors: dict[Path, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def numel(self) -> int:
+        return sum(info.numel for info in self.tensors.values())
+
+    def descriptor(self, path: Path) -> int:
+        """An open file descriptor of a weight file; each is opened once, so a file cannot be swapped in between."""
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return self._descriptors[path]
+
+    def read(self, name: str) -> "torch.Tensor":
+        """One tensor, read into memory of its own."""
+        import torch
+
+        info = self.tensors[name]
+        dtype = torch_dtype(info.dtype)
+        if info.numel == 0:
+            return torch.empty(info.shape, dtype=dtype)
+        buffer = read_exactly(self.descriptor(info.file), info.nbytes, info.start)
+        return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
+
+    def meta(self, name: str) -> "torch.Tensor":
+        """The tensor's shape and type without its values."""
+        import torch
+
+        info = self.tensors[name]
+        return torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read config, index and headers of `folder`; no weight is read yet.
+
+    Raises UpfitError for anything missing, damaged, quantised, pickled, or pointing outside the folder.
+    """
+    config = read_config(folder)
+    files = _weight_files(folder)
+    tensors: dict[str, TensorInfo] = {}
+    for path in files:
+        for info in read_header(path):
+            if info.name in tensors:
+                raise UpfitError(f"tensor {info.name!r} is in both {tensors[info.name].file.name} and {path.name}; remove one")
+            tensors[info.name] = info
+    _check_index(folder, tensors)
+    return Checkpoint(folder, config, tensors, tuple(files))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` as it is. Raises UpfitError when it is missing, damaged, or tells of a quantised checkpoint."""
+    if not folder.is_dir():
+        raise UpfitError(f"no model folder at {folder}; give an existing folder or a hub id")
+    path = folder / "config.json"
+    if not path.exists():
+        raise UpfitError(f"{folder} has no config.json; give the folder of a Hugging Face model")
+    config = _read_json(contained(path, folder))
+    if not isinstance(config.get("model_type"), str):
+        raise UpfitError(f"{path} names no model_type; give the folder of a transformers model")
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+        raise UpfitError(f"{folder} is quantised ({method}); convert the checkpoint it was made from, then quantise the result")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise UpfitError(f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UpfitError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UpfitError(f"{path} is not a JSON object; fetch it again")
+    return content
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists() and index.exists():
+        raise UpfitError(f"{folder} has both {SINGLE} and {INDEX}, and loaders differ in which they take; remove the stale one")
+    if single.exists() or single.is_symlink():
+        contained(single, folder)
+        return [single]
+    if not index.exists():
+        raise UpfitError(_no_weights(folder))
+    names = sorted(set(_weight_map(index, folder).values()))
+    return [_shard(folder, name) for name in names]
+
+
+def _no_weights(folder: Path) -> str:
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        return (
+            f"{folder} holds only pickled weights, which can run code when they are read; save the model as safetensors first "
+            "(from_pretrained, then save_pretrained)"
+        )
+    return f"{folder} has neither {SINGLE} nor {INDEX}; give the folder of a model saved as safetensors"
+
+
+def _weight_map(index: Path, folder: Path) -> dict[str, str]:
+    weight_map = _read_json(contained(index, folder)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UpfitError(f"{index} has no weight_map from tensor names to file names; fetch it again")
+    return weight_map
+
+
+def _shard(folder: Path, name: str) -> Path:
+    if not SHARD_NAME.fullmatch(name):
+        raise UpfitError(f"{folder / INDEX} names the file {name!r}; only plain names ending in .safetensors are read")
+    path = folder / name
+    if not path.exists() and not path.is_symlink():
+        raise UpfitError(f"{folder / INDEX} names {name}, which is not in the folder; fetch it again")
+    contained(path, folder)
+    if not path.exists():
+        raise UpfitError(f"{path} is a link to nothing; fetch the file again")
+    return path
+
+
+def _check_index(folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    if not (folder / INDEX).exists():
+        return
+    told = _weight_map(folder / INDEX, folder)
+    actual = {name: info.file.name for name, info in tensors.items()}
+    if told != actual:
+        name = min(set(told.items()) ^ set(actual.items()))[0]
+        raise UpfitError(
+            f"{folder / INDEX} and the shards disagree on tensor {name!r} (index: {told.get(name)}, "
+            f"shards: {actual.get(name)}); fetch the folder again"
+        )

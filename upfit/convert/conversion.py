@@ -1,0 +1,146 @@
+"""The verb `convert`: a source folder in, a checked and complete folder out, or one line that says why not."""
+
+import dataclasses
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upfit import history
+from upfit.convert.architectures import Architecture, bind
+from upfit.convert.checkpoint import Checkpoint, open_checkpoint, safetensors_dtype
+from upfit.convert.engine import Planned, check_against_class, edit_dtype, outline, output_bytes, shape_changes
+from upfit.convert.folders import Source, check_output, copy_side_files, find_source, staged
+from upfit.convert.recipe import Plan, Recipe
+from upfit.convert.verify import verify
+from upfit.convert.writer import split, write_shards
+from upfit.errors import UpfitError
+from upfit.options import check, flag
+from upfit.output import Output
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags that all conversions share. `max_shard_bytes` None keeps the source's sharding, `dtype` None its type."""
+
+    dry_run: bool = False
+    dtype: str | None = None
+    revision: str | None = None
+    max_shard_bytes: int | None = None
+    verify: bool = True
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion that has passed every check and can be written."""
+
+    recipe: Recipe
+    options: Any
+    settings: Settings
+    source: Source
+    out: Path
+    checkpoint: Checkpoint
+    architecture: Architecture
+    plan: Plan
+    planned: list[Planned]
+    unused: frozenset[str]  # tensors that the source's own class leaves unused; they are passed on
+
+
+def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Settings, output: Output) -> dict[str, Any]:
+    """Convert `source` (folder or hub id) into the new folder `out`; the answer for `--json`.
+
+    Everything that can be refused is refused (UpfitError) before the first byte is written; `out` appears whole or not at
+    all; the source is never touched.
+    """
+    check(options)
+    found = find_source(source, settings.revision)
+    with open_checkpoint(found.path) as checkpoint:
+        job = _prepare(recipe, found, out, options, settings, checkpoint)
+        for note in job.plan.notes:
+            output.note(note)
+        answer = _summary(job)
+        if not settings.dry_run:
+            answer["verify"] = _write(job, answer, output)
+    return answer
+
+
+def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: Settings, checkpoint: Checkpoint) -> Job:
+    architecture = bind(checkpoint.config, checkpoint.tensors)
+    unused = _check_source(source.path)
+    plan, dtype = _with_dtype(recipe.plan(architecture, options), settings.dtype)
+    planned = outline(plan, checkpoint, dtype)
+    check_against_class(plan, planned, architecture)
+    check_output(out, source.path, output_bytes(planned, source.path), settings.overwrite)
+    return Job(recipe, options, settings, source, out, checkpoint, architecture, plan, planned, unused)
+
+
+def _check_source(folder: Path) -> frozenset[str]:
+    """Names that the source's own class leaves unused. Raises UpfitError when the source is incomplete."""
+    from upfit.convert.skeleton import load_with_report
+
+    _, report = load_with_report(folder, device_map="meta")
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if report[kind]:
+            names = ", ".join(sorted(map(str, report[kind]))[:3])
+            raise UpfitError(f"the source {folder} is incomplete: {len(report[kind])} {kind.replace('_', ' ')}, e.g. {names}")
+    return frozenset(report["unexpected_keys"])
+
+
+def _with_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
+    """The plan with its config in another type, and that type's safetensors name."""
+    import torch
+
+    if name is None:
+        return plan, None
+    if name not in DTYPES:
+        raise UpfitError(f"--dtype {name!r} is not known; choose one of {', '.join(DTYPES)}")
+    changed = dataclasses.replace(plan, config={"dtype": name} | edit_dtype(plan.config, name), exact=False)
+    return changed, safetensors_dtype(getattr(torch, name))
+
+
+def _write(job: Job, answer: dict[str, Any], output: Output) -> dict[str, Any]:
+    shards = split(job.planned, job.checkpoint, job.settings.max_shard_bytes)
+    step = history.step(f"convert {job.recipe.name}", job.source.record(), answer["options"])
+    step["command"] = _command(job)
+    step["measurements"] = {key: answer[key] for key in ("parameters", "kv_heads", "kv_bytes_per_token")}
+    with staged(job.out) as folder:
+        with output.progress(f"converting {job.source.name}", sum(item.nbytes for item in job.planned)) as meter:
+            write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance)
+        copy_side_files(job.source.path, folder)
+        config = json.dumps(job.plan.config, indent=2, ensure_ascii=False)
+        (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+        if job.settings.verify:
+            output.note("verifying ...")
+            step["measurements"]["verify"] = verify(folder, job.source.path, job.plan.exact, job.out, job.unused).record()
+        history.write(folder, [*history.read(job.source.path), step])
+    return step["measurements"].get("verify", {})
+
+
+def _summary(job: Job) -> dict[str, Any]:
+    changed = bind(job.plan.config, {item.name: item for item in job.planned})
+    return {
+        "recipe": job.recipe.name,
+        "source": job.source.record(),
+        "out": str(job.out),
+        "dry_run": job.settings.dry_run,
+        "options": dataclasses.asdict(job.options) | {"dtype": job.settings.dtype},
+        "bytes": [job.checkpoint.nbytes, sum(item.nbytes for item in job.planned)],
+        "parameters": [job.checkpoint.numel, sum(math.prod(item.shape) for item in job.planned)],
+        "kv_heads": [job.architecture.kv_heads, changed.kv_heads],
+        "kv_bytes_per_token": [job.architecture.kv_bytes_per_token, changed.kv_bytes_per_token],
+        "tensors": shape_changes(job.planned, job.checkpoint),
+    }
+
+
+def _command(job: Job) -> str:
+    words = ["upfit", "convert", job.recipe.name, job.source.name, str(job.out)]
+    for field in dataclasses.fields(job.options):
+        value = getattr(job.options, field.name)
+        if value != field.default:
+            words += [flag(field.name), str(value)]
+    return shlex.join(words + (["--dtype", job.settings.dtype] if job.settings.dtype else []))

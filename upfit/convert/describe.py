@@ -1,0 +1,37 @@
+"""What `upfit show` tells of a folder, from its config and headers alone."""
+
+from typing import Any
+
+from upfit import history
+from upfit.convert.architectures import bind
+from upfit.convert.checkpoint import open_checkpoint
+from upfit.convert.folders import find_source
+from upfit.convert.recipe import find_recipes
+from upfit.convert.skeleton import model_class_for
+
+
+def describe(model: str, revision: str | None = None) -> dict[str, Any]:
+    """Architecture, head counts (one value for every kind of layer), sizes in bytes, history, and possible conversions.
+
+    Raises UpfitError for a folder that cannot be read or an architecture that is not supported.
+    """
+    source = find_source(model, revision)
+    with open_checkpoint(source.path) as checkpoint:
+        architecture = bind(checkpoint.config, checkpoint.tensors)
+        shapes = [layer.geometry for layer in architecture.layers]
+        offers = {name: recipe.offers(architecture) for name, recipe in find_recipes().items()}
+        return {
+            "model": source.record(),
+            "model_type": checkpoint.config["model_type"],
+            "class": model_class_for(checkpoint.config).__name__,
+            "parameters": checkpoint.numel,
+            "bytes": checkpoint.nbytes,
+            "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),
+            "layers": len(shapes),
+            "heads": sorted({shape.heads for shape in shapes}),
+            "kv_heads": sorted({shape.kv_heads for shape in shapes}),
+            "head_dim": sorted({shape.head_dim for shape in shapes}),
+            "kv_bytes_per_token": architecture.kv_bytes_per_token,
+            "history": history.read(source.path),
+            "can_become": [f"{name} {offer}".strip() for name, offer in offers.items() if offer],
+        }

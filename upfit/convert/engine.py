@@ -1,0 +1,141 @@
+"""Runs a plan over a checkpoint, or over meta tensors, which is the dry run: the same code, without the values.
+
+A tensor that no rule writes or drops passes through untouched, as bytes. Before anything is written the whole result is
+known (names, shapes, types, sizes, file offsets) and compared with what the target class wants.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upfit.convert.architectures import Architecture
+from upfit.convert.checkpoint import Checkpoint, safetensors_dtype
+from upfit.convert.recipe import Plan, Rule
+from upfit.convert.safetensors_file import ITEM_BYTES
+from upfit.errors import UpfitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the result. `rule` is None for a tensor that passes through; `source` names it in the checkpoint."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    source: str
+    rule: Rule | None
+    cast: bool = False  # passes through, but in another type
+
+
+def outline(plan: Plan, checkpoint: Checkpoint, dtype: str | None) -> list[Planned]:
+    """Every tensor of the result, found by running the plan on meta tensors.
+
+    `dtype` (a safetensors name such as `BF16`) recasts all floating tensors; None keeps what the checkpoint has.
+    Raises ValueError when a rule reads what is not there, writes what another one writes, or not what it says.
+    """
+    planned: dict[str, Planned] = {}
+    dropped: set[str] = set()
+    for rule in plan.rules:
+        missing = [name for name in rule.reads if name not in checkpoint.tensors]
+        if missing:
+            raise ValueError(f"rule {rule.label!r} reads {missing[0]!r}, which the checkpoint does not have")
+        written = rule.apply({name: checkpoint.meta(name) for name in rule.reads})
+        if set(written) != set(rule.writes):
+            raise ValueError(f"rule {rule.label!r} wrote {sorted(written)}, it promised {sorted(rule.writes)}")
+        for name, tensor in written.items():
+            if name in planned:
+                raise ValueError(f"{name!r} is written twice, the second time by rule {rule.label!r}")
+            planned[name] = _computed(name, tensor, rule, checkpoint, dtype)
+        dropped.update(rule.drops)
+    for name, info in checkpoint.tensors.items():
+        if name in planned or name in dropped:
+            continue
+        cast = dtype is not None and info.dtype in FLOATS and info.dtype != dtype
+        kind = dtype if cast and dtype else info.dtype
+        planned[name] = Planned(name, kind, info.shape, info.numel * ITEM_BYTES[kind], name, None, cast)
+    return list(planned.values())
+
+
+FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+def _computed(name: str, tensor: "Tensor", rule: Rule, checkpoint: Checkpoint, dtype: str | None) -> Planned:
+    kind = dtype or safetensors_dtype(tensor.dtype)
+    source = name if name in checkpoint.tensors else next(read for read in rule.reads if read in checkpoint.tensors)
+    return Planned(name, kind, tuple(tensor.shape), tensor.numel() * ITEM_BYTES[kind], source, rule)
+
+
+def check_against_class(plan: Plan, planned: list[Planned], architecture: Architecture) -> None:
+    """Compare the result with the target class built on the meta device.
+
+    Raises ValueError when a written tensor is unknown to the class or has another shape, or when a parameter that differs
+    between the source's class and the target's is not written.
+    """
+    from upfit.convert.skeleton import Names, skeleton
+
+    source = Names(skeleton(architecture.config)).shapes
+    target = Names(skeleton(plan.config))
+    written = {}
+    for item in planned:
+        if item.rule is not None:
+            module_name = target.module_name(item.name)
+            if target.shapes.get(module_name) != item.shape:
+                raise ValueError(f"{item.name!r} has shape {item.shape}, the class wants {target.shapes.get(module_name)}")
+            written[module_name] = item
+    different = [name for name, shape in target.shapes.items() if source.get(name) != shape]
+    forgotten = [n for n in different if n not in written and not any(o in written for o in target.tied.get(n, ()))]
+    if forgotten:
+        raise ValueError(f"the target class wants {forgotten[0]!r} as {target.shapes[forgotten[0]]}, and no rule writes it")
+
+
+def compute(rule: Rule, checkpoint: Checkpoint, planned: dict[str, Planned]) -> dict[str, "Tensor"]:
+    """Run one rule on real tensors; the results have the planned shape and type and are finite.
+
+    Raises UpfitError when a result is not finite (the source already was not, or the arithmetic overflowed its type).
+    """
+    results = {}
+    for name, tensor in rule.apply({name: checkpoint.read(name) for name in rule.reads}).items():
+        results[name] = finish(tensor, planned[name])
+    return results
+
+
+def finish(tensor: "Tensor", item: Planned) -> "Tensor":
+    """Cast to the planned type and check that the values are finite."""
+    from upfit.convert.checkpoint import torch_dtype
+
+    tensor = tensor.to(torch_dtype(item.dtype)).contiguous()
+    assert tuple(tensor.shape) == item.shape, f"{item.name} was planned as {item.shape}, computed as {tuple(tensor.shape)}"
+    if not tensor.isfinite().all():
+        raise UpfitError(f"tensor {item.name!r} is not finite as {item.dtype}; check the source, or choose another --dtype")
+    return tensor
+
+
+def edit_dtype(config: dict[str, Any], dtype_name: str) -> dict[str, Any]:
+    """`config` with `dtype` (and `torch_dtype`, where older files have it) changed, nested configs included."""
+    changed = {key: edit_dtype(value, dtype_name) if isinstance(value, dict) else value for key, value in config.items()}
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(changed.get(key), str):
+            changed[key] = dtype_name
+    return changed
+
+
+def shape_changes(planned: list[Planned], checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What the dry run shows: each tensor that a rule writes, its shape before and after, and the rule."""
+    rows = []
+    for item in planned:
+        if item.rule is not None:
+            before = checkpoint.tensors[item.name].shape if item.name in checkpoint.tensors else None
+            rows.append({"tensor": item.name, "before": before, "after": item.shape, "rule": item.rule.label})
+    return rows
+
+
+def output_bytes(planned: list[Planned], folder: Path) -> int:
+    """Bytes the output folder will need: tensors plus what is copied from the source folder."""
+    from upfit.convert.folders import SIDE_FILES
+
+    side = sum(path.stat().st_size for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file())
+    return sum(item.nbytes for item in planned) + side + 2**20

@@ -1,0 +1,214 @@
+"""Folders in and out: where a source model lies, and how an output folder appears whole or not at all.
+
+Used by every verb that reads or writes a model folder. Knows nothing of tensors.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upfit import history
+from upfit.errors import UpfitError
+
+# What travels with the weights. Code (*.py) and pickles never do.
+SIDE_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "LICEN[SC]E*",
+    "COPYING*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "README.md",
+)
+WEIGHT_PATTERNS = ("*.safetensors", "model.safetensors.index.json", "config.json", history.FILE)
+HUB_ID = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
+NEVER_COPIED = {".py", ".bin", ".pt", ".pth", ".pkl", ".safetensors"}
+RESERVE_BYTES = 64 * 2**20  # left free on the disk for everything else
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder that may be read. `name` and `revision` say how the user called it."""
+
+    path: Path
+    name: str
+    revision: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """How `recipe.json` remembers this source: enough to find it again."""
+        return {"name": self.name, "revision": self.revision, "path": str(self.path)}
+
+
+def find_source(name: str, revision: str | None = None) -> Source:
+    """A local folder, or a hub id (`id` or `id@revision`) downloaded through the hub's own cache.
+
+    Raises UpfitError when it is neither, or cannot be fetched.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(path.resolve(), name, None)
+    hub_id, _, tagged = name.partition("@")
+    if path.exists():
+        raise UpfitError(f"{name} is a file; give the model's folder or a hub id")
+    if not HUB_ID.fullmatch(hub_id) or name.startswith((".", "/", "~")):
+        raise UpfitError(f"no model folder at {name}; give an existing folder or a hub id such as org/model@revision")
+    revision = revision or tagged or None
+    return Source(_download(hub_id, revision), hub_id, revision)
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*WEIGHT_PATTERNS, *SIDE_FILES, "additional_chat_templates/*"]
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        at = f" at revision {revision}" if revision else ""
+        raise UpfitError(f"no folder {hub_id} here, and the hub does not give it{at}: {reason}") from error
+
+
+def teacher_source(folder: Path) -> Source | None:
+    """The model that `folder` was converted from, as its `recipe.json` tells; None when it tells of no conversion.
+
+    Raises UpfitError when it tells of one that is no longer where it was.
+    """
+    told = history.teacher(folder)
+    if told is None:
+        return None
+    path = Path(told["path"])
+    if path.is_dir():
+        return Source(path, told["name"], told["revision"])
+    try:
+        return find_source(told["name"], told["revision"])
+    except UpfitError as error:
+        raise UpfitError(
+            f"{folder / history.FILE} names the source {told['name']}, which is not at {path}; give it with --teacher"
+        ) from error
+
+
+def check_output(out: Path, source: Path, needed_bytes: int, overwrite: bool) -> None:
+    """Raise UpfitError when `out` may not be written: it holds something, overlaps `source`, or the disk is too small."""
+    out, source = out.expanduser().resolve(), source.resolve()
+    if out == source or out in source.parents or source in out.parents:
+        raise UpfitError(f"output {out} overlaps the source {source}; choose a folder outside it")
+    if out.exists() and not out.is_dir():
+        raise UpfitError(f"output {out} is a file; choose another name")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise UpfitError(f"output {out} exists and is not empty; choose another folder or pass --overwrite")
+        if not (out / history.FILE).exists():
+            raise UpfitError(f"output {out} holds no {history.FILE}, so Upfit did not write it; remove it yourself first")
+    parent = next(p for p in out.parents if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise UpfitError(f"no permission to write in {parent}; choose another place for the output")
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes + RESERVE_BYTES:
+        raise UpfitError(
+            f"the disk of {parent} has {free / 1e9:.2f} GB free, the output needs {needed_bytes / 1e9:.2f} GB; free some space"
+        )
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A sibling folder to write into, which becomes `out` when the block ends well, in one rename after everything is synced.
+
+    On an error it is removed; after a kill it is left as `OUT.partial`, which the next run clears. A folder that stood at
+    `out` (the caller has checked that it may go) is replaced at the very end. Raises UpfitError when another process is
+    writing to the same place.
+    """
+    out = out.expanduser().resolve()
+    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock_path = out.with_name(f".{out.name}.lock")
+    with open(lock_path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UpfitError(f"another process is writing {out}; wait for it or choose another output") from error
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                yield partial
+                sync_tree(partial)
+                replace_folder(partial, out, old)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+        finally:
+            lock_path.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, out: Path, old: Path) -> None:
+    """Put `new` where `out` is. What was there is kept as `old` until `new` stands."""
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    new.rename(out)
+    sync_path(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file and folder below `folder`, so that a rename afterwards can never show half-written data."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            sync_path(Path(root, name))
+        sync_path(Path(root))
+
+
+def sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer, generation settings, chat templates, licence and README; the names that were copied, sorted."""
+    copied = []
+    for pattern in SIDE_FILES:
+        for found in sorted(source.glob(pattern)):
+            for path in sorted(found.rglob("*")) if found.is_dir() else [found]:
+                name = str(path.relative_to(source))
+                if path.is_dir() or path.suffix in NEVER_COPIED or name in copied:
+                    continue
+                (target / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(contained(path, source), target / name)
+                copied.append(name)
+    return sorted(copied)
+
+
+def contained(path: Path, folder: Path) -> Path:
+    """The real file behind `path`, which must lie in `folder` or, for a hub cache snapshot, in that repository's blobs.
+
+    Raises UpfitError when a link leads anywhere else.
+    """
+    real, folder = path.resolve(), folder.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent / "blobs")
+    if not any(place in real.parents for place in allowed):
+        raise UpfitError(f"{path} is a link to {real}, outside the model folder; copy the file into the folder")
+    return real

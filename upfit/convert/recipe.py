@@ -1,0 +1,87 @@
+"""The vocabulary of a conversion: a recipe makes a plan, a plan is a new config and rules, a rule maps named tensors.
+
+No file, no model class and no torch in here: what runs a plan is `engine.py`, what a plan is made for is `architectures.py`.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from upfit.errors import UpfitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from upfit.convert.architectures import Architecture
+
+Tensors = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pure function on named tensors.
+
+    `apply` gets the tensors named in `reads` (from the checkpoint, or statistics) and returns exactly those in `writes`. It
+    must run on meta tensors too. A tensor that no rule writes passes through untouched, unless a rule lists it in `drops`.
+    `label` is what the dry run shows.
+    """
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    apply: Callable[[Tensors], "dict[str, Tensor]"]
+    label: str
+    drops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do.
+
+    `config` is the whole new `config.json`. `exact` promises logits equal to the source's bit for bit; verify then demands
+    it. `notes` are shown to the user.
+    """
+
+    config: dict[str, Any]
+    rules: tuple[Rule, ...]
+    exact: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One attention that a checkpoint can be given.
+
+    `options` is a frozen dataclass whose fields are the command-line flags. `plan(architecture, options)` is pure and raises
+    UpfitError for a setting that the checkpoint does not allow. `identity` gives options that must not change the function
+    (None where there are none), `trials` a few real settings; the laws in `tests/` run over both.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    options: type
+    plan: "Callable[[Architecture, Any], Plan]"
+    identity: "Callable[[Architecture], Any | None]"
+    trials: "Callable[[Architecture], list[Any]]"
+    offers: "Callable[[Architecture], str]" = field(default=lambda architecture: "")
+
+
+def find_recipes() -> dict[str, Recipe]:
+    """Every recipe, by name: the `RECIPES` in the `recipe` module of each sub-package of `upfit.convert`."""
+    import upfit.convert as room
+
+    found = {}
+    for module in pkgutil.iter_modules(room.__path__):
+        if module.ispkg:
+            recipes = importlib.import_module(f"{room.__name__}.{module.name}.recipe").RECIPES
+            found.update({recipe.name: recipe for recipe in recipes})
+    return dict(sorted(found.items()))
+
+
+def get_recipe(name: str) -> Recipe:
+    recipes = find_recipes()
+    if name not in recipes:
+        raise UpfitError(f"no recipe named {name!r}; choose one of {', '.join(recipes)}")
+    return recipes[name]

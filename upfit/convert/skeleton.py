@@ -1,0 +1,172 @@
+"""Model classes without weights: what a config's class wants, and whether a folder loads into it completely.
+
+The only place of the converter that touches model classes. Everything happens on the meta device, so size does not matter.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upfit.errors import UpfitError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForMultimodalLM",
+)
+MAX_LAYERS = 1000  # a config that asks for more is not a language model's
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No load reports and progress bars: what matters of them is raised as errors."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def skeleton(config: dict[str, Any]) -> "PreTrainedModel":
+    """The model that transformers builds for this `config.json`, on the meta device.
+
+    Raises UpfitError when transformers has no such class or the class refuses the config.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING
+
+    model_type = config["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise UpfitError(f"the installed transformers has no model type {model_type!r}; upgrade transformers")
+    layers = [part.get("num_hidden_layers") for part in (config, *filter(lambda v: isinstance(v, dict), config.values()))]
+    if any(isinstance(count, int) and not 0 <= count <= MAX_LAYERS for count in layers):
+        raise UpfitError(f"config.json asks for {max(filter(None, layers))} layers; between 0 and {MAX_LAYERS} are built")
+    try:
+        with quiet_transformers():
+            parsed = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config))
+            model_class = model_class_for(config)
+            with torch.device("meta"):
+                model = model_class._from_config(parsed)
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UpfitError(f"transformers cannot build this {model_type} config: {reason}") from error
+    return model
+
+
+def model_class_for(config: dict[str, Any]) -> Any:
+    """The class named in `architectures`, else the first auto class that knows the config's type."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    for name in config.get("architectures") or ():
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    config_class = CONFIG_MAPPING[config["model_type"]]
+    for auto in AUTO_CLASSES:
+        mapping = getattr(transformers, auto)._model_mapping if hasattr(transformers, auto) else {}
+        if config_class in mapping:
+            found = mapping[config_class]
+            return found[0] if isinstance(found, tuple) else found
+    raise UpfitError(f"transformers has no language model class for {config['model_type']!r}; name one in `architectures`")
+
+
+def auto_class_for(config: dict[str, Any]) -> Any:
+    """The auto class whose `from_pretrained` gives `model_class_for(config)`; that class itself where no auto class does."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    wanted = model_class_for(config)
+    for auto in AUTO_CLASSES:
+        auto_class = getattr(transformers, auto, None)
+        found = auto_class._model_mapping.get(CONFIG_MAPPING[config["model_type"]], None) if auto_class else None
+        if found is not None and wanted in (found if isinstance(found, tuple) else (found,)):
+            return auto_class
+    return wanted
+
+
+class Names:
+    """How the names in a checkpoint file correspond to parameters of the class, as `from_pretrained` reads them."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        with quiet_transformers():
+            conversions = get_model_conversion_mapping(model)
+        state = model.state_dict(keep_vars=True)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        same: dict[int, list[str]] = {}
+        for name, tensor in state.items():
+            same.setdefault(id(tensor), []).append(name)
+        self.tied = {name: group for group in same.values() if len(group) > 1 for name in group}
+        self._rename = functools.partial(
+            rename_source_key,
+            weight_renamings=[entry for entry in conversions if isinstance(entry, WeightRenaming)],
+            weight_converters=[entry for entry in conversions if isinstance(entry, WeightConverter)],
+            base_model_prefix=model.base_model_prefix,
+            meta_state_dict=self.shapes,
+        )
+
+    def module_name(self, disk_name: str) -> str:
+        """The parameter that a tensor of the file becomes (or becomes a part of)."""
+        return self._rename(disk_name)[0]
+
+
+def load_strictly(
+    folder: Path, auto_class: Any = None, allowed_unexpected: frozenset[str] = frozenset(), **options: Any
+) -> "PreTrainedModel":
+    """`from_pretrained` of a local folder; every weight of the class must come from the file and the other way round.
+
+    `options` go to `from_pretrained`; with `device_map="meta"` only the structure is loaded. `allowed_unexpected` names
+    tensors that may be left over. Never runs code of the folder.
+    Raises UpfitError naming the first tensors that are missing, left over or of another shape.
+    """
+    model, info = load_with_report(folder, auto_class, **options)
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - allowed_unexpected
+    for kind, found in info.items():
+        if found:
+            names = ", ".join(sorted(map(str, found))[:3])
+            raise UpfitError(f"{folder} does not load completely: {len(found)} {kind.replace('_', ' ')}, e.g. {names}")
+    return model.eval()
+
+
+def load_with_report(folder: Path, auto_class: Any = None, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """`from_pretrained` and its report: the sets missing_keys, unexpected_keys, mismatched_keys and error_msgs.
+
+    Raises UpfitError when the folder does not load at all.
+    """
+    from upfit.convert.checkpoint import read_config
+
+    auto_class = auto_class or auto_class_for(read_config(folder))
+    options = {"local_files_only": True, **options}
+    try:
+        with quiet_transformers():
+            model, info = auto_class.from_pretrained(folder, output_loading_info=True, **options)
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UpfitError(f"{folder} does not load into its class: {reason}") from error
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    return model, {kind: info.get(kind) or set() for kind in kinds}
+
+
+def vocabulary(config: dict[str, Any]) -> int | None:
+    """Number of token ids the model knows, from its input embedding; None when it has none."""
+    try:
+        return skeleton(config).get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        return None

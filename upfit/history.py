@@ -1,0 +1,74 @@
+"""`recipe.json`: what was done to the model in a folder, one step a verb, oldest first.
+
+Every verb that writes a folder appends a step to what the source folder already tells. The model card is made from it and
+the uptrainer finds its teacher in it, so it is written by the same code that writes the weights.
+"""
+
+import importlib.metadata
+import json
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from upfit.errors import UpfitError
+
+FILE = "recipe.json"
+FORMAT = 1
+PACKAGES = ("upfit", "torch", "transformers", "accelerate", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape a result, for those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The steps told by `folder/recipe.json`, oldest first; empty when there is none.
+
+    Raises UpfitError when the file is there but is not what Upfit writes.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        steps = content["steps"]
+        if content["format"] != FORMAT or not all(isinstance(step, dict) and "verb" in step for step in steps):
+            raise KeyError("format")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UpfitError(f"{path} is not a recipe file of format {FORMAT} ({error!r}); remove it to start a new one") from error
+    return steps
+
+
+def step(
+    verb: str, source: dict[str, Any], options: dict[str, Any], measurements: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One entry: `source` says where the input came from (path or hub id, revision), `options` every setting in force."""
+    return {
+        "verb": verb,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": source,
+        "options": options,
+        "versions": versions(),
+        "measurements": measurements or {},
+    }
+
+
+def write(folder: Path, steps: list[dict[str, Any]]) -> None:
+    text = json.dumps({"format": FORMAT, "steps": steps}, indent=2, ensure_ascii=False)
+    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def teacher(folder: Path) -> dict[str, Any] | None:
+    """The `source` of the newest conversion in this folder's history: the model as it was before its attention changed."""
+    for entry in reversed(read(folder)):
+        if entry["verb"].startswith("convert"):
+            return entry["source"]
+    return None

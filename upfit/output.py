@@ -1,0 +1,104 @@
+"""What the user sees: data on stdout, progress and notes on stderr. Nothing else in Upfit prints.
+
+Imports neither torch nor transformers, so that `upfit --help` stays fast.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_LINE_SECONDS = 30.0
+
+
+class Meter:
+    """Progress of one task: a bar on a terminal, a plain line every 30 s elsewhere, nothing when quiet."""
+
+    def __init__(self, label: str, total: float, quiet: bool, bar: Progress | None) -> None:
+        self.label, self.total, self.quiet, self.bar = label, total, quiet, bar
+        self.done, self.note, self.last = 0.0, "", time.monotonic()
+        self.task = bar.add_task(escape(label), total=total, note="") if bar else None
+
+    def advance(self, amount: float, note: str = "") -> None:
+        """Count `amount` more as done; `note` (a loss, a rate) is shown beside it."""
+        self.done, self.note = self.done + amount, note
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=self.done, note=escape(note))
+        elif not self.quiet and time.monotonic() - self.last >= PLAIN_LINE_SECONDS:
+            self.last = time.monotonic()
+            share = self.done / self.total if self.total else 1.0
+            print(f"{self.label}: {share:.0%} {note}".rstrip(), file=sys.stderr, flush=True)
+
+
+class Output:
+    """Where one command writes. `as_json` puts one JSON document on stdout, `quiet` silences notes and progress."""
+
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self.stdout, self.stderr = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self.stderr.print(escape(text), highlight=False)
+
+    def line(self, text: str) -> None:
+        """One line of data (not shown with `--json`)."""
+        if not self.as_json:
+            self.stdout.print(escape(text), highlight=False)
+
+    def json(self, value: Any) -> None:
+        """The answer of the command as JSON; does nothing without `--json`."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+
+    def table(self, columns: list[str], rows: list[list[str]], title: str = "") -> None:
+        """A table on stdout; the first column is text, the others are numbers."""
+        if self.as_json:
+            return
+        table = Table(title=escape(title) or None, title_justify="left", header_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        self.stdout.print(table)
+
+    @contextmanager
+    def progress(self, label: str, total: float) -> Iterator[Meter]:
+        if self.quiet or not self.stderr.is_terminal:
+            yield Meter(label, total, self.quiet, None)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.stderr, transient=True) as bar:
+            yield Meter(label, total, False, bar)
+
+
+def human_bytes(count: float) -> str:
+    """`1536` → `1.5 kB`: powers of 1000, as disks and the hub count."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def human_count(count: float) -> str:
+    """`134515008` → `134.5 M`: parameters and tokens."""
+    for unit in ("", " k", " M", " B"):
+        if abs(count) < 1000 or unit == " B":
+            return f"{count:.0f}" if unit == "" else f"{count:.1f}{unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
