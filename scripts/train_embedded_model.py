@@ -13,9 +13,9 @@ import hashlib
 import importlib.metadata
 import json
 import random
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ CONTEXT = 512
 BATCH = 16  # rows of CONTEXT tokens a step
 CHARACTERS_A_DISTRIBUTION = 9_000_000  # no single project may dominate the mixture
 WARMUP_STEPS, DECAY_SHARE = 50, 0.25
-CONFIG = dict(
+CONFIG: dict[str, Any] = dict(
     vocab_size=VOCAB,
     hidden_size=192,
     intermediate_size=512,
@@ -43,7 +43,7 @@ CONFIG = dict(
 )
 
 
-def licence_of(metadata: importlib.metadata.PackageMetadata) -> str:
+def licence_of(metadata: Any) -> str:
     """The licence as the distribution states it: the expression, else the classifiers, else the first line of the field."""
     expression = metadata.get("License-Expression")
     if expression:
@@ -147,7 +147,9 @@ def write_model(model: LlamaForCausalLM, folder: Path, report: dict) -> None:
 
 
 def card(report: dict) -> str:
-    rows = "\n".join(f"| {s['name']} {s['version']} | {s['licence']} | {s['characters'] / 1e6:.2f} M |" for s in report["sources"])
+    rows = "\n".join(
+        f"| {s['name']} {s['version']} | {s['licence']} | {s['characters'] / 1e6:.2f} M |" for s in report["sources"]
+    )
     return f"""---
 license: apache-2.0
 language: [code]
@@ -194,7 +196,9 @@ def main() -> None:
             opt.load_state_dict(saved)
         step, losses = state["step"], state["losses"]
     steps = args.tokens // (BATCH * CONTEXT)
-    print(f"{len(tokens) / 1e6:.1f} M tokens, {model.num_parameters() / 1e6:.2f} M parameters, step {step} of {steps}", flush=True)
+    print(
+        f"{len(tokens) / 1e6:.1f} M tokens, {model.num_parameters() / 1e6:.2f} M parameters, step {step} of {steps}", flush=True
+    )
     began, first = time.time(), step
     while step < steps:
         ids = batch_at(tokens, step)
@@ -213,7 +217,7 @@ def main() -> None:
         if step % 20 == 0:
             speed = (step - first) * BATCH * CONTEXT / (time.time() - began)
             print(f"step {step}/{steps} loss {np.mean(losses[-20:]):.4f} {speed:.0f} tok/s", flush=True)
-        if step % 100 == 0 or step == steps:
+        if step % 50 == 0 or step == steps:
             model.config.use_cache = True
             report = {
                 "parameters": model.num_parameters(),
@@ -231,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

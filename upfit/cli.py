@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import os
 import sys
 import typing
@@ -14,8 +15,10 @@ import typer
 from upfit import __version__
 from upfit.convert.recipe import Recipe, find_recipes
 from upfit.errors import UpfitError
+from upfit.evaluate.options import Options as EvaluateOptions
 from upfit.options import choices, flag
 from upfit.output import Output, human_bytes, human_count
+from upfit.uptrain.config import Config as UptrainConfig
 
 app = typer.Typer(
     name="upfit",
@@ -44,24 +47,34 @@ def root(
         raise typer.Exit
 
 
-def _flags_of(settings: type) -> list[inspect.Parameter]:
-    """One keyword parameter for every field of an options dataclass: the field is the flag."""
+def _flags_of(settings: type, unset: bool = False) -> list[inspect.Parameter]:
+    """One keyword parameter for every field of an options dataclass: the field is the flag.
+
+    With `unset` every flag may be left out and is then None, so that the caller can tell what the user gave.
+    """
     hints = typing.get_type_hints(settings)
     parameters = []
     for field in dataclasses.fields(settings):
-        annotation = hints[field.name]
+        annotation, default, text = hints[field.name], field.default, field.metadata["help"]
         allowed = choices(annotation)
-        text = field.metadata["help"] + (f" ({", ".join(map(str, allowed))})" if allowed else "")
-        default = ... if field.default is dataclasses.MISSING else field.default
-        declared = typer.Option(flag(field.name), help=text) if annotation is not bool else typer.Option(help=text)
-        kind = Annotated[str if allowed else annotation, declared]
-        empty = inspect.Parameter.empty if default is ... else default
-        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=empty, annotation=kind))
+        if allowed:
+            annotation, text = str, f"{text} ({', '.join(map(str, allowed))})"
+        if unset:
+            text += "" if default is None else f" [default: {str(default).lower() if annotation is bool else default}]"
+            annotation, default = annotation | None, None
+        names = (
+            (f"{flag(field.name)}/{flag('no_' + field.name)}",) if annotation in (bool, bool | None) else (flag(field.name),)
+        )
+        names = (flag(field.name),) if default is False else names
+        declared = typer.Option(*names, help=text.replace("[", "\\["))
+        given = inspect.Parameter.empty if default is dataclasses.MISSING else default
+        kind = Annotated[annotation, declared]  # type: ignore[valid-type]
+        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=given, annotation=kind))
     return parameters
 
 
-def _with_flags(command: Callable[..., None], settings: type, name: str) -> Callable[..., None]:
-    """`command(..., settings_dict)` as a function with the flags of `settings` in its signature."""
+def _with_flags(command: Callable[..., None], settings: type, name: str, unset: bool = False) -> Callable[..., None]:
+    """`command(..., flags: dict)` as a function that has the flags of `settings` in its signature."""
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in inspect.signature(command).parameters.values()]
     own = [p for p in own if p.name != "flags"]
     fields = {field.name for field in dataclasses.fields(settings)}
@@ -73,7 +86,7 @@ def _with_flags(command: Callable[..., None], settings: type, name: str) -> Call
         command(**{key: value for key, value in values.items() if key not in fields}, flags=flags)
 
     run.__name__, run.__doc__ = name, command.__doc__
-    run.__signature__ = inspect.Signature([*positional, *_flags_of(settings), *rest])  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature([*positional, *_flags_of(settings, unset), *rest])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
     return run
 
@@ -84,7 +97,9 @@ def _add_convert(recipe: Recipe) -> None:
         out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
         flags: dict[str, Any],
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False,
-        dtype: Annotated[str | None, typer.Option(help="Type of all weights; default: kept (float32, bfloat16, float16)")] = None,
+        dtype: Annotated[
+            str | None, typer.Option(help="Type of all weights; default: kept (float32, bfloat16, float16)")
+        ] = None,
         revision: Revision = None,
         max_shard_size: Annotated[str | None, typer.Option(help="Largest file, e.g. 5GB; default: as the source.")] = None,
         no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")] = False,
@@ -125,8 +140,8 @@ def _show_conversion(answer: dict[str, Any], output: Output) -> None:
         output.line(f"Verified: {report['structure']}; {report['numbers']}")
         if report["loss"] is not None and not report["equal"]:
             output.line(
-                f"Loss on a short text of {report['tokens']} tokens: "
-                f"{report['source_loss']:.3f} → {report['loss']:.3f} nats a token ({report['loss'] - report['source_loss']:+.3f})"
+                f"Loss on a short text of {report['tokens']} tokens: {report['source_loss']:.3f} → {report['loss']:.3f} "
+                f"({report['loss'] - report['source_loss']:+.3f}) nats a token"
             )
     output.note(f"Next: upfit evaluate {answer['out']} --against {answer['source']['name']}")
 
@@ -174,6 +189,93 @@ def show(
     ]
     for name, value in rows:
         output.line(f"{name:17} {value}")
+
+
+@app.command()
+def prepare(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Files, folders, or a hub data set id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer is used: folder or hub id.")],
+    field: Annotated[str, typer.Option(help="Field of jsonl and parquet rows that holds the text.")] = "text",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn text into token shards for uptraining (txt, jsonl, parquet, hub data set)."""
+    from upfit.uptrain.prepare import prepare as run
+
+    output = Output(as_json, quiet)
+    manifest = run(list(texts), out, tokenizer, field, output, overwrite)
+    output.json(manifest)
+    output.line(f"Wrote {out}: {human_count(manifest['tokens'])} tokens of {manifest['documents']} documents")
+    output.note(f"Next: upfit uptrain MODEL {out} OUT --tokens {human_count(manifest['tokens']).replace(' ', '')}")
+
+
+def _uptrain(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model to train: folder or hub id.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Token shards from `upfit prepare`.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; checkpoints go to OUT.uptrain.")],
+    flags: dict[str, Any],
+    config: Annotated[Path | None, typer.Option(help="TOML file with these settings; flags go first.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of OUT.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a converted model to be good again, with its former self as teacher."""
+    from upfit.uptrain.config import resolve
+    from upfit.uptrain.train import uptrain as run
+
+    output = Output(as_json, quiet)
+    resolved = resolve(config, {name: value for name, value in flags.items() if value is not None})
+    report = run(model, data, out, resolved, resume, overwrite, output)
+    if report.get("rank", 0) == 0:
+        output.json(report)
+        _show_uptraining(report, out, output)
+
+
+def _show_uptraining(report: dict[str, Any], out: Path, output: Output) -> None:
+    output.line(json.dumps(report, indent=1))
+
+
+app.command("uptrain")(_with_flags(_uptrain, UptrainConfig, "uptrain", unset=True))
+
+
+def _evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or hub id (id@revision).")],
+    flags: dict[str, Any],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Loss and perplexity with intervals, KV-cache bytes and speed; against another model on the same text."""
+    from upfit.evaluate.evaluate import evaluate as run
+    from upfit.evaluate.tables import show as show_result
+
+    output = Output(as_json, quiet)
+    result = run(model, EvaluateOptions(**flags), output)
+    output.json(result)
+    show_result(result, output)
+
+
+app.command("evaluate")(_with_flags(_evaluate, EvaluateOptions, "evaluate"))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")] = Path("upfit-demo"),
+    tokens: Annotated[str, typer.Option(help="Tokens to uptrain each conversion on.")] = "100k",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """All of it on the embedded model, on a CPU, in minutes: convert, uptrain, evaluate, table and plot."""
+    from upfit.demo.run import run_demo
+    from upfit.demo.show import show as show_demo
+
+    output = Output(as_json, quiet)
+    result = run_demo(out, tokens, overwrite, output)
+    output.json(result)
+    show_demo(result, output)
 
 
 @app.command()

@@ -56,11 +56,11 @@ def table() -> Table:
     """The supported and the refused model types."""
     content = tomllib.loads(resources.files(__package__).joinpath("architectures.toml").read_text(encoding="utf-8"))
     entries = {}
-    for model_type in content["plain"] + list(content["special"]):
-        row = {**content["default"], **content["special"].get(model_type, {})}
+    for group in content["group"]:
+        row = {**content["default"], **{key: value for key, value in group.items() if key != "types"}}
         row["kv_heads"] = tuple(row["kv_heads"])
-        entries[model_type] = Entry(model_type, **row)
-    refused = {name: reason for reason, names in content["refused"].items() for name in names}
+        entries.update({name: Entry(name, **row) for name in group["types"]})
+    refused = {name: group["reason"] for group in content["refused"] for name in group["types"]}
     return Table(entries, refused)
 
 

@@ -6,7 +6,7 @@ A recipe sees only `Attention`; how a family stores it is a `Layout`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from upfit.convert.recipe import Rule
 
@@ -77,7 +77,7 @@ class Separate:
         return tuple(self.fields[name] for name in wanted)
 
     def unpack(self, stored: "Mapping[str, Tensor]", geometry: Geometry) -> Attention:
-        found = {name: stored[part] for name, part in self.fields.items() if part in stored}
+        found: dict[str, Any] = {name: stored[part] for name, part in self.fields.items() if part in stored}
         widths = {"q": geometry.head_dim, "k": geometry.head_dim, "v": geometry.v_head_dim}
         for name, width in widths.items():
             if name in found:

@@ -167,6 +167,6 @@ def load_with_report(folder: Path, auto_class: Any = None, **options: Any) -> tu
 def vocabulary(config: dict[str, Any]) -> int | None:
     """Number of token ids the model knows, from its input embedding; None when it has none."""
     try:
-        return skeleton(config).get_input_embeddings().num_embeddings
+        return int(skeleton(config).get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     except (AttributeError, NotImplementedError):
         return None

@@ -171,7 +171,7 @@ def _write_tensor(shard: Shard, item: Planned, tensor: "torch.Tensor", descripto
 
     if item.nbytes:
         data = tensor.reshape(-1).view(torch.uint8).numpy()
-        _write(descriptors[shard.name], memoryview(data), shard.offsets[item.name])
+        _write(descriptors[shard.name], data.data, shard.offsets[item.name])
     advance(item.nbytes)
 
 

@@ -5,7 +5,7 @@ transformers repeats a head for its queries. Arithmetic is in float32 (float64 f
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +22,7 @@ def merge(attention: Attention, kv_heads: int, method: str, seed: int, initializ
     `initializer_range`, biases zero, norm scales averaged).
     """
     generator = torch.Generator().manual_seed(seed)
-    changed = {}
+    changed: dict[str, Any] = {}
     for name in ("k", "v", "k_bias", "v_bias", "k_norm"):
         tensor = getattr(attention, name)
         if tensor is None or (name == "k_norm" and tensor.ndim == 1):  # a scale that all heads share stays

@@ -9,7 +9,7 @@ from upfit.options import option
 
 if TYPE_CHECKING:
     from upfit.convert.architectures import Architecture
-    from upfit.convert.attention import Layer
+    from upfit.convert.attention import Attention, Layer
 
 Method = Literal["mean", "first", "random"]
 GQA_PAPER = "Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models, arXiv 2305.13245"
@@ -57,7 +57,7 @@ def check_kv_heads(kv_heads: int, counts: list[int]) -> None:
 def _rule(layer: "Layer", options: Options, initializer_range: float) -> Rule:
     from upfit.convert.gqa.merge import merge
 
-    def change(attention):  # type: ignore[no-untyped-def]
+    def change(attention: "Attention") -> "Attention":
         return merge(attention, options.kv_heads, options.method, options.seed + layer.index, initializer_range)
 
     return layer.rule(PARTS, change, f"{layer.geometry.kv_heads} → {options.kv_heads} key/value heads, {options.method}")

@@ -1,0 +1,49 @@
+"""Write docs/architectures.md from the table and from what the tests can build. A test compares the page with this."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.tiny import BUILDABLE, UNBUILDABLE  # noqa: E402
+from upfit.convert.architectures import table  # noqa: E402
+
+PAGE = ROOT / "docs" / "architectures.md"
+
+
+def page() -> str:
+    known = table()
+    reasons: dict[str, list[str]] = {}
+    for name, reason in known.refused.items():
+        reasons.setdefault(reason, []).append(name)
+    lines = [
+        "# Architectures",
+        "",
+        "By `model_type`. Written by `scripts/write_architectures_page.py` from `upfit/convert/architectures.toml`.",
+        "",
+        f"## Tested ({len(BUILDABLE)})",
+        "",
+        "The laws (identity bit for bit, dry run = real run, strict loading by transformers, round trip) run on a tiny model of each.",
+        "",
+        ", ".join(sorted(BUILDABLE)),
+        "",
+        f"## Supported by the same rule, not tested ({len(UNBUILDABLE)})",
+        "",
+        "| model type | why no tiny model is tested |",
+        "|---|---|",
+        *[f"| {name} | {UNBUILDABLE[name]} |" for name in sorted(UNBUILDABLE)],
+        "",
+        f"## Refused ({len(known.refused)})",
+        "",
+        "| because | model types |",
+        "|---|---|",
+        *[f"| {reason} | {', '.join(sorted(names))} |" for reason, names in reasons.items()],
+        "",
+        "Quantised checkpoints of any type are refused too: convert the checkpoint they were made from.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

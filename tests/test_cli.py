@@ -1,0 +1,99 @@
+"""The command line: fast help, one-line errors, data on stdout and the rest on stderr."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.folders import save_tiny
+from upfit.cli import parse_size
+from upfit.errors import UpfitError
+from upfit.options import parse_count, parse_share
+
+ROOT = Path(__file__).parent.parent
+
+
+def upfit(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "upfit", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; sys.argv = ['upfit', 'convert', 'gqa', '--help']\nimport upfit.cli\n" + (
+        "try:\n    upfit.cli.main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'accelerate', 'matplotlib'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--kv-heads" in done.stdout
+
+
+def test_convert_and_show_as_json(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    done = upfit("convert", "gqa", str(source), str(tmp_path / "out"), "--kv-heads", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["kv_heads"] == [4, 2] and answer["kv_bytes_per_token"] == [512, 256]
+    told = json.loads(upfit("show", str(tmp_path / "out"), "--json").stdout)
+    assert told["kv_heads"] == [2] and told["heads"] == [4] and told["kv_bytes_per_token"] == 256
+    assert [step["verb"] for step in told["history"]] == ["convert gqa"]
+
+
+def test_a_mistake_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    done = upfit("convert", "gqa", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--kv-heads", "2")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("upfit: no model folder at ") and done.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = upfit("--debug", "show", str(tmp_path / "nowhere"))
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["convert", "gqa", "a", "b"], ["nonsense"], ["show", "a", "--nonsense"]])
+def test_usage_errors_exit_2(words: list[str]) -> None:
+    assert upfit(*words).returncode == 2
+
+
+def test_list_and_env() -> None:
+    told = json.loads(upfit("list", "--json").stdout)
+    assert {"gqa", "mqa"} <= {recipe["name"] for recipe in told["recipes"]}
+    assert "llama" in told["architectures"] and "deepseek_v3" in told["refused"]
+    assert json.loads(upfit("env", "--json").stdout)["upfit"]
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("300kb", 300_000)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "5", "GB", "-1GB", "5 parsecs", "1e999GB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UpfitError, match="500MB or 5GB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(("text", "count"), [("50k", 50_000), ("1.5M", 1_500_000), ("2T", 2 * 10**12), ("12_000", 12_000)])
+def test_counts(text: str, count: int) -> None:
+    assert parse_count(text, "--tokens") == count
+
+
+@pytest.mark.parametrize("text", ["", "k", "-5", "0", "many", "1e400"])
+def test_counts_that_are_none(text: str) -> None:
+    with pytest.raises(UpfitError, match="--tokens got"):
+        parse_count(text, "--tokens")
+
+
+@pytest.mark.parametrize(("text", "share"), [("5%", 0.05), ("0.05", 0.05), ("100%", 1.0)])
+def test_shares(text: str, share: float) -> None:
+    assert parse_share(text, "--share") == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["0", "101%", "5", "nan", "x"])
+def test_shares_that_are_none(text: str) -> None:
+    with pytest.raises(UpfitError, match="--share got"):
+        parse_share(text, "--share")

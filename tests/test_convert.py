@@ -1,0 +1,202 @@
+"""The verb `convert`: what a folder holds afterwards, and that nothing half-made is ever left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.folders import letter_tokenizer, logits, save_tiny, tiny_llama
+from upfit import history
+from upfit.convert import folders, writer
+from upfit.convert.checkpoint import open_checkpoint
+from upfit.convert.conversion import Settings, convert
+from upfit.convert.folders import staged, teacher_source
+from upfit.convert.recipe import get_recipe
+from upfit.errors import UpfitError
+from upfit.output import Output
+
+QUIET = Output(quiet=True)
+
+
+def run(source: Path, out: Path, kv_heads: int = 2, **settings: object) -> dict:
+    recipe = get_recipe("gqa")
+    return convert(recipe, str(source), out, recipe.options(kv_heads), Settings(**settings), QUIET)  # type: ignore[arg-type]
+
+
+def test_a_fresh_process_loads_it_without_upfit(tmp_path: Path) -> None:
+    run(save_tiny(tmp_path / "source"), tmp_path / "out")
+    code = f"""
+        import sys
+        sys.modules["upfit"] = None
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        model, info = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, output_loading_info=True)
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        ids = AutoTokenizer.from_pretrained({str(tmp_path / "out")!r})("a word", return_tensors="pt")["input_ids"]
+        print(model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] - ids.shape[1])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 0
+
+
+def test_cache_equals_no_cache(tmp_path: Path) -> None:
+    """Greedy generation with the cache, unpadded and left-padded, equals arg-max over full forwards."""
+    from transformers import AutoModelForCausalLM
+
+    run(save_tiny(tmp_path / "source"), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    ids = torch.tensor([[5, 17, 40, 3, 77]])
+    expected = ids
+    for _ in range(8):
+        step = model(input_ids=expected, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat([expected, step], 1)
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "eos_token_id": 10**6, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **settings), expected)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
+    mask = (torch.arange(8) >= 3).long()[None]
+    assert torch.equal(model.generate(padded, attention_mask=mask, **settings)[:, 3:], expected)
+
+
+def test_recipe_file_tells_the_steps(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    run(source, tmp_path / "two")
+    run(tmp_path / "two", tmp_path / "one", 1)
+    steps = history.read(tmp_path / "one")
+    assert [step["options"]["kv_heads"] for step in steps] == [2, 1]
+    assert steps[1]["measurements"]["verify"]["tokens"] > 0
+    found = teacher_source(tmp_path / "one")
+    assert found is not None and found.path == tmp_path / "two"
+
+
+def test_identity_is_verified_as_equal(tmp_path: Path) -> None:
+    answer = run(save_tiny(tmp_path / "source"), tmp_path / "out", 4)
+    assert answer["verify"]["equal"] is True
+
+
+def test_a_broken_promise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If untouched bytes did not arrive as they were, verify would see it and nothing would be kept."""
+    original = writer._copy_runs
+
+    def damaged(shard, checkpoint, target, advance):  # type: ignore[no-untyped-def]
+        original(shard, checkpoint, target, advance)
+        os.pwrite(target, bytes(4096), shard.offsets["model.layers.1.mlp.down_proj.weight"])
+
+    monkeypatch.setattr(writer, "_copy_runs", damaged)
+    with pytest.raises(UpfitError, match="promises equality"):
+        run(save_tiny(tmp_path / "source"), tmp_path / "out", 4)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_without_kernel_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def unsupported(*_: object) -> int:
+        raise OSError(errno.EXDEV, "cross-device")
+
+    source = save_tiny(tmp_path / "source", shards=2)
+    run(source, tmp_path / "kernel")
+    monkeypatch.setattr(os, "copy_file_range", unsupported)
+    run(source, tmp_path / "plain")
+    for path in (tmp_path / "kernel").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "plain" / path.name).read_bytes()
+
+
+def test_resharding(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", shards=1)
+    run(source, tmp_path / "whole")
+    run(source, tmp_path / "parts", max_shard_bytes=20_000)
+    files = sorted((tmp_path / "parts").glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    with open_checkpoint(tmp_path / "parts") as parts:
+        largest = max(info.nbytes for info in parts.tensors.values())
+    assert all(path.stat().st_size < max(20_000, largest) + 4096 for path in files)
+    assert torch.equal(logits(tmp_path / "parts"), logits(tmp_path / "whole"))
+
+
+def test_dtype(tmp_path: Path) -> None:
+    run(save_tiny(tmp_path / "source"), tmp_path / "out", dtype="bfloat16")
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert {info.dtype for info in checkpoint.tensors.values()} == {"BF16"}
+        assert checkpoint.config["dtype"] == "bfloat16"
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    answer = run(source, tmp_path / "out", dry_run=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    assert {tuple(row["after"]) for row in answer["tensors"]} == {(16, 32)}
+    json.dumps(answer)
+
+
+def test_overwrite_replaces_only_its_own(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    run(source, tmp_path / "out")
+    run(source, tmp_path / "out", 1, overwrite=True)
+    assert history.read(tmp_path / "out")[0]["options"]["kv_heads"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_code_and_pickles_do_not_travel(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    for name in ("tokenizer_evil.py", "training_args.bin", "tokenizer.pkl"):
+        (source / name).write_text("x")
+    (source / "LICENSE").write_text("terms")
+    run(source, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "LICENSE" in names and not names & {"tokenizer_evil.py", "training_args.bin", "tokenizer.pkl"}
+
+
+def test_two_writers_of_one_place(tmp_path: Path) -> None:
+    with staged(tmp_path / "out") as folder:
+        (folder / "a").write_text("first")
+        with pytest.raises(UpfitError, match="another process"), staged(tmp_path / "out"):
+            pass
+    assert (tmp_path / "out" / "a").read_text() == "first"
+
+
+def test_an_error_leaves_what_stood_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tmp_path / "source")
+    run(source, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fail(path: Path) -> None:
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(folders, "sync_tree", fail)
+    with pytest.raises(RuntimeError):
+        run(source, tmp_path / "out", 1, overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.1, 0.4, 1.0])
+def test_killed_at_any_moment_nothing_looks_finished(tmp_path: Path, delay: float) -> None:
+    """SIGKILL `delay` seconds after the work folder appears: OUT is absent or whole, and the next run succeeds."""
+    source = save_tiny(tmp_path / "source", tiny_llama(hidden_size=256, intermediate_size=4096, num_hidden_layers=4))
+    command = [sys.executable, "-m", "upfit", "convert", "gqa", str(source), str(tmp_path / "out"), "--kv-heads", "2", "-q"]
+    process = subprocess.Popen(command)
+    while not (tmp_path / "out.partial").exists() and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if (tmp_path / "out").exists():
+        logits(tmp_path / "out")
+    else:
+        subprocess.run(command, check=True)
+        logits(tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_tokenizer_of_the_tests_reads_text() -> None:
+    """The sample text must be tokens, not unknowns, or the loss that verify reports would mean nothing."""
+    from upfit.convert.verify import sample_text
+
+    ids = letter_tokenizer()(sample_text())["input_ids"]
+    assert sum(i == 2 for i in ids) / len(ids) < 0.02

@@ -1,0 +1,52 @@
+"""The documentation tells the truth: its commands run, its pages exist, its flags are the program's."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def help_of(*words: str) -> str:
+    environment = {"COLUMNS": "200", "TERM": "dumb", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-m", "upfit", *words, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"), re.DOTALL)
+    shims = f'set -euo pipefail\nupfit() {{ "{sys.executable}" -m upfit "$@"; }}\npython() {{ "{sys.executable}" "$@"; }}\n'
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", "-c", shims + "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 key/value heads" in done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_verb_has_a_page() -> None:
+    verbs = set(re.findall(r"^│ (\w+) ", help_of(), re.MULTILINE))
+    told = " ".join(page.read_text(encoding="utf-8").splitlines()[0] for page in PAGES)
+    assert verbs >= {"convert", "uptrain", "evaluate"}
+    assert all(verb in told for verb in verbs), f"no page's title names one of {verbs}"
+
+
+@pytest.mark.parametrize("verb", ["convert gqa", "prepare", "uptrain", "evaluate", "demo"])
+def test_flags_in_a_page_exist(verb: str) -> None:
+    """Every --flag that a verb's page mentions is one of the verb's (or named as another program's)."""
+    page = (ROOT / "docs" / f"{verb.split()[0]}.md").read_text(encoding="utf-8")
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
+    others = {"--nproc-per-node", "--nproc_per_node", "--standalone", "--nnodes", "--master-port"}
+    known = set(re.findall(r"--[a-z][a-z-]+", help_of(*verb.split()) + help_of("uptrain") + help_of("prepare")))
+    assert mentioned - others <= known

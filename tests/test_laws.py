@@ -1,0 +1,125 @@
+"""The laws of the house, over every recipe and every architecture that can be built tiny.
+
+Each architecture is converted for real, from a folder to a folder. The everyday run covers a sample of families that differ
+in something that matters here; the full run covers them all.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import BUILDABLE, UNBUILDABLE, auto_class, tiny_inputs, tiny_model
+from upfit.convert.architectures import Architecture, bind, table
+from upfit.convert.checkpoint import open_checkpoint
+from upfit.convert.conversion import Settings, convert
+from upfit.convert.engine import outline
+from upfit.convert.recipe import Recipe, find_recipes
+from upfit.output import Output
+
+# Plain, biases, per-head norm, full-width norm, sinks, interleaved rotary, partial rotary, hybrid, nested config.
+EVERYDAY = ("llama", "qwen2", "qwen3", "olmo2", "gpt_oss", "cohere", "phi", "qwen3_next", "voxtral")
+QUIET = Output(quiet=True)
+
+
+def sample(model_type: str) -> Any:
+    return pytest.param(model_type, marks=() if model_type in EVERYDAY else pytest.mark.slow)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture, saved as a folder."""
+
+    model_type: str
+    folder: Path
+    inputs: dict[str, torch.Tensor]
+    architecture: Architecture
+    scratch: Path
+
+    def logits(self, folder: Path) -> torch.Tensor:
+        """Plain transformers, strict: nothing missing, left over or mismatched."""
+        model, info = auto_class(self.model_type).from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+        problems = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+        assert not problems
+        with torch.no_grad():
+            return model.eval()(**self.inputs).logits
+
+    def converted(self, recipe: Recipe, options: Any, name: str) -> Path:
+        out = self.scratch / name
+        if not out.exists():
+            convert(recipe, str(self.folder), out, options, Settings(), QUIET)
+        return out
+
+
+@pytest.fixture(scope="module", params=[sample(name) for name in BUILDABLE])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    model_type = request.param
+    scratch = tmp_path_factory.mktemp(model_type)
+    model = tiny_model(model_type)
+    model.save_pretrained(scratch / "source")
+    with open_checkpoint(scratch / "source") as checkpoint:
+        architecture = bind(checkpoint.config, checkpoint.tensors)
+    yield Case(model_type, scratch / "source", tiny_inputs(model), architecture, scratch)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_every_supported_type_is_tried_or_explained() -> None:
+    assert set(table().entries) == set(BUILDABLE) | set(UNBUILDABLE)
+    assert not set(BUILDABLE) & set(UNBUILDABLE)
+
+
+def test_a_type_is_supported_or_refused_never_both() -> None:
+    assert not set(table().entries) & set(table().refused)
+
+
+@pytest.mark.parametrize("recipe", find_recipes().values(), ids=lambda recipe: recipe.name)
+def test_identity(case: Case, recipe: Recipe) -> None:
+    options = recipe.identity(case.architecture)
+    if options is None:
+        return
+    before = hashes(case.folder)
+    out = case.converted(recipe, options, f"identity-{recipe.name}")
+    assert torch.equal(case.logits(out), case.logits(case.folder))
+    assert hashes(case.folder) == before, "the source was touched"
+
+
+@pytest.mark.parametrize("recipe", find_recipes().values(), ids=lambda recipe: recipe.name)
+def test_dry_is_real_and_stock_loads_it(case: Case, recipe: Recipe) -> None:
+    for number, options in enumerate(recipe.trials(case.architecture)):
+        with open_checkpoint(case.folder) as checkpoint:
+            planned = outline(recipe.plan(case.architecture, options), checkpoint, None)
+        out = case.converted(recipe, options, f"{recipe.name}-{number}")
+        with open_checkpoint(out) as written:
+            real = {(name, info.dtype, info.shape) for name, info in written.tensors.items()}
+        assert {(item.name, item.dtype, item.shape) for item in planned} == real
+        assert case.logits(out).isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", find_recipes().values(), ids=lambda recipe: recipe.name)
+def test_the_cache_shrinks_as_told(case: Case, recipe: Recipe) -> None:
+    """The head counts that `show` reads from the result are those that were asked for."""
+    for number, options in enumerate(recipe.trials(case.architecture)):
+        with open_checkpoint(case.converted(recipe, options, f"{recipe.name}-{number}")) as checkpoint:
+            after = bind(checkpoint.config, checkpoint.tensors)
+        wanted = getattr(options, "kv_heads", 1)
+        for old, new in zip(case.architecture.layers, after.layers, strict=True):
+            assert new.geometry.kv_heads == min(wanted, old.geometry.kv_heads)
+            assert (new.geometry.heads, new.geometry.head_dim) == (old.geometry.heads, old.geometry.head_dim)
+
+
+def test_round_trip(case: Case) -> None:
+    """Loaded and saved by transformers, a result keeps its bytes from then on."""
+    out = case.converted(find_recipes()["mqa"], find_recipes()["mqa"].trials(case.architecture)[0], "mqa-0")
+    model = auto_class(case.model_type).from_pretrained(out, dtype="auto")
+    model.save_pretrained(case.scratch / "saved")
+    auto_class(case.model_type).from_pretrained(case.scratch / "saved", dtype="auto").save_pretrained(case.scratch / "again")
+    weights = "model.safetensors"
+    assert (case.scratch / "saved" / weights).read_bytes() == (case.scratch / "again" / weights).read_bytes()
+    assert torch.equal(case.logits(case.scratch / "saved"), case.logits(out))

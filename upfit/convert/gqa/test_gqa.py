@@ -1,0 +1,108 @@
+"""Grouped-query attention: what the merges compute, and that merging equal heads loses nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.folders import logits, save_tiny, tiny_llama
+from upfit.convert.architectures import bind
+from upfit.convert.attention import Attention
+from upfit.convert.checkpoint import open_checkpoint
+from upfit.convert.conversion import Settings, convert
+from upfit.convert.gqa.merge import first, mean, merge
+from upfit.convert.recipe import get_recipe
+from upfit.output import Output
+
+QUIET = Output(quiet=True)
+
+
+def run(recipe: str, source: Path, out: Path, **options: object) -> dict:
+    found = get_recipe(recipe)
+    return convert(found, str(source), out, found.options(**options), Settings(), QUIET)
+
+
+def test_mean_is_the_papers() -> None:
+    """[K, ...] heads; the group of output g is the contiguous run g * r .. g * r + r - 1, as repeat_kv serves it."""
+    heads = torch.randn(6, 5, 7, dtype=torch.float64)
+    expected = torch.stack([(heads[0] + heads[1] + heads[2]) / 3, (heads[3] + heads[4] + heads[5]) / 3])
+    torch.testing.assert_close(mean(heads, 2), expected, rtol=0, atol=1e-15)
+    assert torch.equal(first(heads, 2), heads[[0, 3]])
+
+
+def test_mean_is_taken_in_float32() -> None:
+    """A mean in bfloat16 would lose the small addend: 256 + 1 is 256 there."""
+    heads = torch.tensor([[256.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)
+    assert mean(heads, 1).item() == torch.tensor(259 / 4).to(torch.bfloat16).item()
+    assert mean(heads, 1).dtype == torch.bfloat16
+
+
+def test_random_is_drawn_anew_and_repeatable() -> None:
+    layer = Attention(k=torch.ones(4, 64, 64), v=torch.ones(4, 64, 64), k_bias=torch.ones(4, 64))
+    one, two, other = (merge(layer, 2, "random", seed, 0.02) for seed in (1, 1, 2))
+    assert one.k is not None and two.k is not None and other.k is not None and one.k_bias is not None
+    assert torch.equal(one.k, two.k) and not torch.equal(one.k, other.k)
+    assert abs(one.k.std().item() - 0.02) < 0.001
+    assert not one.k_bias.any()
+
+
+def duplicate_heads(folder: Path, kv_heads: int) -> None:
+    """Make the key/value heads of every contiguous group equal to the group's first, on disk."""
+    with open_checkpoint(folder) as checkpoint:
+        layers = bind(checkpoint.config, checkpoint.tensors).layers
+    weights = load_file(folder / "model.safetensors")
+    for layer in layers:
+        for part, name in layer.names.items():
+            if part.split(".")[0] in ("k", "v"):
+                heads = weights[name].unflatten(0, (kv_heads, layer.geometry.kv_heads // kv_heads, -1))
+                weights[name] = heads[:, :1].expand_as(heads).flatten(0, 2).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["mean", "first"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_equal_heads_merge_without_loss(tmp_path: Path, method: str, bias: bool) -> None:
+    source = save_tiny(tmp_path / "source", tiny_llama(attention_bias=bias))
+    duplicate_heads(source, 2)
+    run("gqa", source, tmp_path / "out", kv_heads=2, method=method)
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(source), rtol=0, atol=1e-5)
+
+
+def test_grouped_to_fewer(tmp_path: Path) -> None:
+    """8 query heads on 4 KV heads to 2, in one step and from 4 by way of the same heads."""
+    source = save_tiny(tmp_path / "source", tiny_llama(num_attention_heads=8, num_key_value_heads=4))
+    run("gqa", source, tmp_path / "two", kv_heads=2)
+    run("gqa", tmp_path / "two", tmp_path / "one", kv_heads=1)
+    run("mqa", source, tmp_path / "straight")
+    name = "model.layers.0.self_attn.v_proj.weight"
+    one, straight = (load_file(tmp_path / out / "model.safetensors")[name] for out in ("one", "straight"))
+    torch.testing.assert_close(one, straight, rtol=0, atol=1e-6)
+
+
+def test_everything_else_keeps_its_bytes(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", shards=3)
+    config = json.loads((source / "config.json").read_text())
+    config["made_by"] = {"someone": [1, 2]}  # an unknown key
+    (source / "config.json").write_text(json.dumps(config))
+    run("gqa", source, tmp_path / "out", kv_heads=2)
+    with open_checkpoint(source) as old, open_checkpoint(tmp_path / "out") as new:
+        assert [len(old.files), len(new.files)] == [len(old.files)] * 2
+        for name in old.tensors:
+            if "k_proj" not in name and "v_proj" not in name:
+                assert torch.equal(old.read(name), new.read(name))
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {"num_key_value_heads": 2}
+    copied = {path.name for path in source.iterdir() if "tokenizer" in path.name or "generation" in path.name}
+    assert copied <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_config_without_the_key_gets_it(tmp_path: Path) -> None:
+    """Llama-1 configs name no KV heads; the class then takes as many as query heads."""
+    source = save_tiny(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    del config["num_key_value_heads"]
+    (source / "config.json").write_text(json.dumps(config))
+    run("gqa", source, tmp_path / "out", kv_heads=2)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_key_value_heads"] == 2
+    assert logits(tmp_path / "out").isfinite().all()

@@ -1,0 +1,107 @@
+"""`upfit demo`: convert the embedded model by every method, uptrain each result, measure all on held-out files."""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upfit import history
+from upfit.convert.conversion import Settings, convert
+from upfit.convert.recipe import get_recipe
+from upfit.demo import embedded_model
+from upfit.demo.text import standard_library
+from upfit.errors import UpfitError
+from upfit.evaluate.evaluate import evaluate
+from upfit.evaluate.options import Options
+from upfit.output import Output
+from upfit.uptrain.config import resolve
+from upfit.uptrain.prepare import prepare
+from upfit.uptrain.train import uptrain
+
+WINDOWS = 48
+LENGTH = 512
+RESULT = "demo.json"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One way to convert the embedded model: its 8 key/value heads become 2, or 1."""
+
+    name: str
+    recipe: str
+    options: dict[str, Any]
+
+
+CONVERSIONS = (
+    Conversion("gqa-2-mean", "gqa", {"kv_heads": 2, "method": "mean"}),
+    Conversion("gqa-2-first", "gqa", {"kv_heads": 2, "method": "first"}),
+    Conversion("gqa-2-random", "gqa", {"kv_heads": 2, "method": "random"}),
+    Conversion("mqa-mean", "mqa", {"method": "mean"}),
+)
+
+
+def run_demo(out: Path, tokens: str, overwrite: bool, output: Output) -> dict[str, Any]:
+    """Do everything in the folder `out`; a dictionary that JSON can hold, also written there as `demo.json`.
+
+    Raises UpfitError when `out` holds anything but an earlier demo.
+    """
+    _clear(out, overwrite)
+    config = resolve(None, {"tokens": tokens, "length": LENGTH})
+    began, source = time.monotonic(), embedded_model()
+    training, held_out = standard_library()
+    output.note(f"{len(training)} files of the standard library to train on, {len(held_out)} to measure on")
+    prepare([str(path) for path in training], out / "tokens", str(source), "text", output)
+    measure = _Measure([str(path) for path in held_out], output)
+    result: dict[str, Any] = {"tokens": tokens, "source": measure(source, None), "conversions": []}
+    for conversion in CONVERSIONS:
+        output.note(f"{conversion.name}: converting, uptraining on {tokens} tokens, measuring")
+        converted, uptrained = out / conversion.name, out / f"{conversion.name}-uptrained"
+        recipe = get_recipe(conversion.recipe)
+        convert(recipe, str(source), converted, recipe.options(**conversion.options), Settings(), output)
+        uptrain(str(converted), str(out / "tokens"), uptrained, config, False, False, output)
+        row = {
+            "name": conversion.name,
+            "converted": measure(converted, source),
+            "uptrained": measure(uptrained, source),
+            "curve": _curve(uptrained),
+        }
+        result["conversions"].append(row)
+    result |= {"seconds": time.monotonic() - began, "versions": history.versions(), "plot": str(out / "demo.png")}
+    (out / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _clear(out: Path, overwrite: bool) -> None:
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise UpfitError(f"output {out} exists and is not empty; choose another folder or pass --overwrite")
+        if not (out / RESULT).exists():
+            raise UpfitError(f"output {out} holds no {RESULT}, so it is not a finished demo; remove it yourself first")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Loss of a folder on the held-out files, and its paired difference to another folder."""
+
+    held_out: list[str]
+    output: Output
+
+    def __call__(self, folder: Path, against: Path | None) -> dict[str, Any]:
+        options = Options(against=str(against) if against else None, data=self.held_out, length=LENGTH, windows=WINDOWS)
+        told = evaluate(str(folder), options, Output(quiet=True))
+        return {
+            "folder": str(folder),
+            "loss": told["model"]["loss"]["nats_per_token"],
+            "difference": told["difference"]["nats_per_token"] if against else None,
+            "kv_bytes_per_token": told["model"]["cache"]["bytes_per_token"],
+        }
+
+
+def _curve(folder: Path) -> list[list[float]]:
+    """[tokens, loss] of every step of an uptraining."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [[row["tokens"], row["ce"]] for row in map(json.loads, lines)]
