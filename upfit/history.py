@@ -15,7 +15,7 @@ from upfit.errors import UpfitError
 
 FILE = "recipe.json"
 FORMAT = 1
-PACKAGES = ("upfit", "torch", "transformers", "accelerate", "safetensors", "numpy")
+PACKAGES = ("upfit", "torch", "transformers", "accelerate", "safetensors", "numpy", "scipy")
 
 
 def versions() -> dict[str, str]:

@@ -128,17 +128,17 @@ class Names:
 
 
 def load_strictly(
-    folder: Path, auto_class: Any = None, allowed_unexpected: frozenset[str] = frozenset(), **options: Any
+    folder: Path, auto_class: Any = None, unexpected: frozenset[str] | None = None, **options: Any
 ) -> "PreTrainedModel":
-    """`from_pretrained` of a local folder; every weight of the class must come from the file and the other way round.
+    """`from_pretrained` of a local folder; every weight of the class must come from the file.
 
-    `options` go to `from_pretrained`; with `device_map="meta"` only the structure is loaded. `allowed_unexpected` names
-    tensors that may be left over. Never runs code of the folder.
-    Raises UpfitError naming the first tensors that are missing, left over or of another shape.
+    `options` go to `from_pretrained`; with `device_map="meta"` only the structure is loaded. `unexpected` names the tensors
+    of the file that the class may leave unused (None: any). Never runs code of the folder.
+    Raises UpfitError naming the first tensors that are missing, of another shape, or left over.
     """
-    model, info = load_with_report(folder, auto_class, **options)
-    info["unexpected_keys"] = set(info["unexpected_keys"]) - allowed_unexpected
-    for kind, found in info.items():
+    model, report = load_with_report(folder, auto_class, **options)
+    report["unexpected_keys"] = set() if unexpected is None else set(report["unexpected_keys"]) - unexpected
+    for kind, found in report.items():
         if found:
             names = ", ".join(sorted(map(str, found))[:3])
             raise UpfitError(f"{folder} does not load completely: {len(found)} {kind.replace('_', ' ')}, e.g. {names}")
@@ -153,7 +153,7 @@ def load_with_report(folder: Path, auto_class: Any = None, **options: Any) -> tu
     from upfit.convert.checkpoint import read_config
 
     auto_class = auto_class or auto_class_for(read_config(folder))
-    options = {"local_files_only": True, **options}
+    options = {"local_files_only": True, "trust_remote_code": False, **options}
     try:
         with quiet_transformers():
             model, info = auto_class.from_pretrained(folder, output_loading_info=True, **options)

@@ -45,7 +45,7 @@ def verify(folder: Path, source: Path, exact: bool, named: Path, allowed: frozen
     from upfit.convert.skeleton import load_strictly
 
     try:
-        load_strictly(folder, allowed_unexpected=allowed, device_map="meta")
+        load_strictly(folder, unexpected=allowed, device_map="meta")
     except UpfitError as error:
         raise UpfitError(
             f"the result failed its check and was not kept: {str(error).replace(str(folder), str(named))}"
@@ -128,7 +128,7 @@ def _logits(folder: Path, ids: "torch.Tensor", allowed: frozenset[str]) -> "torc
 
     from upfit.convert.skeleton import load_strictly
 
-    model = load_strictly(folder, allowed_unexpected=allowed)
+    model = load_strictly(folder, unexpected=allowed)
     try:
         inputs = {"input_ids": ids}
         if model.config.is_encoder_decoder:

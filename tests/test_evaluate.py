@@ -1,0 +1,446 @@
+"""Laws of `upfit.evaluate`: losses equal a plain reference, pairs cancel, caches are what they weigh, intervals cover."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from upfit.errors import UpfitError
+from upfit.evaluate import text as texts
+from upfit.evaluate.cache import measure_cache
+from upfit.evaluate.evaluate import evaluate
+from upfit.evaluate.loss import by_position, token_losses, window_losses
+from upfit.evaluate.options import Options
+from upfit.evaluate.speed import settle_lengths
+from upfit.evaluate.statistics import difference_interval, mean_interval
+from upfit.evaluate.tables import show
+from upfit.evaluate.text import Document, file_documents, python_documents, read_blocks
+from upfit.evaluate.windows import digest, make_windows, prefix_ids, retokenised, same_tokens, spread
+from upfit.output import Meter, Output
+
+LAYERS, HEADS, HEAD_DIM, POSITIONS = 2, 4, 8, 128
+# float32 cross entropy over a few hundred words against float64: rounding of a handful of units in the last place
+FLOAT32 = 2e-5
+
+PROSE = "Grüße, wörld: naïve cafés sell 12 crêpes – and a 🦊 reads them all. "
+
+
+def tiny_tokenizer(merges: int = 60, bos: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(special) + len(alphabet) + merges, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([PROSE * 3, "def window(size): return [token for token in range(size)]\n" * 3], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def tiny_llama(kv_heads: int = HEADS, noise: float = 0.0) -> Any:
+    config = LlamaConfig(
+        vocab_size=330, hidden_size=HEADS * HEAD_DIM, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=kv_heads, head_dim=HEAD_DIM, max_position_embeddings=POSITIONS, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += noise * torch.randn_like(parameter)
+    return model
+
+
+def documents() -> list[Document]:
+    return [Document(f"{i} " + PROSE[: 60 if i == 0 else None] * (1 + 7 * i) + str(i * 12345), f"d{i}") for i in range(6)]
+
+
+def meter() -> Meter:
+    return Meter("", 1, True, None)
+
+
+def quiet() -> Output:
+    return Output(as_json=True, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Saved models and a data file, by name."""
+    root = tmp_path_factory.mktemp("models")
+    for name, model in {"a": tiny_llama(), "near": tiny_llama(noise=0.01), "grouped": tiny_llama(kv_heads=2)}.items():
+        model.save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    tiny_llama().save_pretrained(root / "other tokens")
+    tiny_tokenizer(merges=5, bos=True).save_pretrained(root / "other tokens")
+    tiny_llama().save_pretrained(root / "no tokenizer")
+    (root / "text.txt").write_text("\n".join(document.text for document in documents()))
+    (root / "short.txt").write_text("Too short.")
+    return {path.name: str(path) for path in root.iterdir()}
+
+
+def settings(folders: dict[str, str], **changes: Any) -> Options:
+    return replace(Options(data=[folders["text.txt"]], length=48, windows=12, device="cpu"), **changes)
+
+
+# Loss
+
+
+def test_loss_equals_float64_reference() -> None:
+    model, windows = tiny_llama(), make_windows(documents()[:3], tiny_tokenizer(), 48, 100)
+    assert len({len(window.ids) for window in windows}) > 1, "a short window must be among them"
+    found = window_losses(model, windows, 3, "m", meter())
+    model = model.double()
+    for index, window in enumerate(windows):
+        ids = torch.from_numpy(window.ids)
+        log_p = torch.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)
+        wanted = -log_p[torch.arange(len(ids) - 1), ids[1:]].sum().item()
+        assert found.tokens[index].sum() == len(ids) - 1
+        assert found.nats[index].sum() == pytest.approx(wanted, rel=FLOAT32)
+    assert found.per_token().value == pytest.approx(found.nats.sum() / sum(len(w.ids) - 1 for w in windows), rel=1e-12)
+
+
+def test_loss_does_not_depend_on_the_batch_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_llama(), torch.randint(0, 330, (3, 40))
+    whole = token_losses(model, ids)
+    monkeypatch.setattr("upfit.evaluate.loss.ROWS_AT_ONCE", 7)
+    assert whole.shape == (3, 39)
+    np.testing.assert_array_equal(token_losses(model, ids), whole)
+
+
+def test_loss_by_position_keeps_order_and_sum() -> None:
+    sums, counts = by_position(np.arange(10.0)[None])
+    assert counts.tolist() == [3, 2, 3, 2]
+    assert sums.tolist() == [[0 + 1 + 2, 3 + 4, 5 + 6 + 7, 8 + 9]]
+
+
+def test_bits_per_byte_and_perplexity_follow_from_the_loss(folders: dict[str, str]) -> None:
+    loss = evaluate(folders["a"], settings(folders), quiet())["model"]["loss"]
+    nats = loss["nats_per_token"]
+    assert loss["perplexity"]["high"] == pytest.approx(math.exp(nats["high"]), rel=1e-12)
+    bits = nats["mean"] * loss["scored_tokens"] / math.log(2) / loss["scored_bytes"]
+    assert loss["bits_per_byte"]["mean"] == pytest.approx(bits, rel=1e-12)
+
+
+# Differences
+
+
+def test_a_model_differs_from_itself_by_exactly_nothing(folders: dict[str, str]) -> None:
+    difference = evaluate(folders["a"], settings(folders, against=folders["a"]), quiet())["difference"]
+    assert difference["unit"] == "nats per token"
+    assert difference["nats_per_token"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert difference["perplexity_ratio"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_pairing_narrows_the_interval(folders: dict[str, str]) -> None:
+    result = evaluate(folders["near"], settings(folders, against=folders["a"]), quiet())
+    pair, alone = result["difference"]["nats_per_token"], result["against"]["loss"]["nats_per_token"]
+    assert pair["high"] - pair["low"] < 0.5 * (alone["high"] - alone["low"])
+    means = [result[key]["loss"]["nats_per_token"]["mean"] for key in ("model", "against")]
+    assert pair["mean"] == pytest.approx(means[0] - means[1], abs=1e-12)
+    assert pair["mean"] != 0
+
+
+def test_other_tokens_are_compared_in_bits_per_byte(folders: dict[str, str]) -> None:
+    result = evaluate(folders["a"], settings(folders, against=folders["other tokens"]), quiet())
+    difference = result["difference"]
+    assert difference["unit"] == "bits per byte" and "nats_per_token" not in difference
+    means = [result[key]["loss"]["bits_per_byte"]["mean"] for key in ("model", "against")]
+    assert difference["bits_per_byte"]["mean"] == pytest.approx(means[0] - means[1], abs=1e-12)
+
+
+# Intervals
+
+
+def test_intervals_of_equal_weights_are_the_textbook_ones() -> None:
+    draw = np.random.default_rng(0)
+    first = draw.normal(3, 0.4, 20)
+    second = first + draw.normal(0.1, 0.05, 20)
+    weights = np.full(20, 511)
+    alone, pair = (
+        mean_interval(first * weights, weights),
+        difference_interval(second * weights, weights, first * weights, weights),
+    )
+    wanted = stats.ttest_1samp(first, 0).confidence_interval(0.95)
+    assert (alone.low, alone.high) == pytest.approx((wanted.low, wanted.high), rel=1e-12)
+    wanted = stats.ttest_rel(second, first).confidence_interval(0.95)
+    assert (pair.low, pair.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
+
+
+def test_interval_covers_the_token_weighted_mean() -> None:
+    """Windows of very unequal length whose loss depends on their length: 95 % of the intervals hold the true mean."""
+    draw = np.random.default_rng(1)
+    weights = draw.integers(32, 512, (2000, 40))
+    costs = weights * (3 + 50 / weights + draw.normal(0, 0.5, weights.shape))
+    true = 3 + 50 / np.arange(32, 512).mean()
+    found = [mean_interval(c, w) for c, w in zip(costs, weights, strict=True)]
+    covered = np.mean([e.low is not None and e.high is not None and e.low < true < e.high for e in found])
+    assert 0.93 < covered < 0.97  # 2000 draws: standard error 0.005, and the ratio's own small bias
+
+
+def test_one_window_gives_no_interval(folders: dict[str, str]) -> None:
+    loss = evaluate(folders["a"], settings(folders, windows=1), quiet())["model"]["loss"]["nats_per_token"]
+    assert loss["low"] is None and loss["high"] is None and loss["mean"] > 0
+
+
+# Windows
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_windows_are_disjoint_and_inside_their_documents(bos: bool) -> None:
+    tokenizer, length = tiny_tokenizer(bos=bos), 48
+    assert prefix_ids(tokenizer) == ([0] if bos else [])
+    windows = make_windows(documents(), tokenizer, length, 1000)
+    ends: dict[int, int] = {}
+    exact = 0
+    for window in windows:
+        text = documents()[window.document].text
+        assert text[window.start : window.start + len(window.text)] == window.text
+        assert window.start == ends.get(window.document, 0)
+        ends[window.document] = window.start + len(window.text)
+        assert len(window.ids) == length or (len(window.ids) < length and len(text) == len(window.text))
+        assert bool(window.ids[0] == 0) is bos
+        scored = window.ids[1:].tolist()
+        if "\ufffd" not in tokenizer.decode(scored):  # else the cut is inside a character, which counts for one of the two
+            # byte-level tokens: a letter stands for a byte
+            assert window.scored_bytes == sum(map(len, tokenizer.convert_ids_to_tokens(scored)))
+            exact += 1
+    assert exact > len(windows) / 2
+    full = [w for w in windows if w.document == 5]
+    assert len(full) == len(tokenizer(documents()[5].text, add_special_tokens=False)["input_ids"]) // (length - bos)
+    assert len(documents()[5].text) - ends[5] < 4 * length
+
+
+def test_windows_are_the_same_each_time_and_spread_over_all() -> None:
+    tokenizer = tiny_tokenizer()
+    first, again = (make_windows(documents(), tokenizer, 32, 10) for _ in range(2))
+    assert digest(first) == digest(again) and len(first) == 10
+    assert digest(first) != digest(first[:-1])
+    assert len({window.document for window in first}) >= 3
+    chosen = spread(1000, 10, 0)
+    assert [i // 100 for i in chosen] == list(range(10)) and chosen != [100 * i for i in range(10)]
+    assert spread(3, 10, 0) == [0, 1, 2]
+
+
+def test_kinds_of_text_get_equal_shares() -> None:
+    long = [Document(PROSE * 40, "p", "prose"), Document(PROSE * 8, "c", "code")]
+    kinds = [window.kind for window in make_windows(long, tiny_tokenizer(), 32, 10)]
+    assert kinds.count("prose") == kinds.count("code") == 5
+
+
+def test_retokenised_windows_hold_the_same_text() -> None:
+    first, second = tiny_tokenizer(), tiny_tokenizer(merges=5, bos=True)
+    windows = make_windows(documents(), first, 48, 8)
+    assert same_tokens(windows, first, tiny_tokenizer()) and not same_tokens(windows, first, second)
+    others = retokenised(windows, second)
+    assert [w.text for w in others] == [w.text for w in windows]
+    assert all(second.decode(w.ids[1:].tolist()) == w.text for w in others if "�" not in second.decode(w.ids[1:].tolist()))
+    assert all(w.scored_bytes == len(w.text.encode()) for w in others)
+
+
+# Text
+
+
+def test_files_folders_and_jsonl_are_read(tmp_path: Path) -> None:
+    (tmp_path / "b.md").write_text("second")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
+    (tmp_path / "weights.bin").write_bytes(b"\0\1")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "c.txt").write_text("hidden")
+    assert [document.text for document in file_documents([str(tmp_path)], 10**6)] == ["one", "two", "second"]
+
+
+def test_large_files_are_read_in_whole_lines_from_all_over(tmp_path: Path) -> None:
+    path = tmp_path / "large.txt"
+    lines = [f"line {i} " + "x" * (i % 90) for i in range(20_000)]
+    path.write_text("\n".join(lines))
+    size = path.stat().st_size
+    for share in (40_000, size - 10):
+        read = [line for block in read_blocks(path, size, share) for line in block.splitlines()]
+        numbers = [int(line.split()[1]) for line in read]
+        assert set(read) <= set(lines) and numbers == sorted(set(numbers)) and sum(map(len, read)) <= share
+        assert numbers[0] == 0 and numbers[-1] > 17_500
+
+
+def test_default_text_is_half_code() -> None:
+    found = python_documents()
+    sizes = {kind: sum(len(d.text) for d in found if d.kind == kind) for kind in ("prose", "code")}
+    assert len([d for d in found if d.kind == "code"]) == len(texts.PYTHON_FILES)
+    assert 0.5 < sizes["prose"] / sizes["code"] < 2
+
+
+# Cache
+
+
+def test_cache_bytes_are_those_of_keys_and_values() -> None:
+    ids = torch.arange(20)
+    found = [measure_cache(tiny_llama(kv_heads).to(dtype), ids, POSITIONS) for kv_heads, dtype in
+             [(4, torch.float32), (2, torch.float32), (1, torch.bfloat16)]]  # fmt: skip
+    assert [growth and growth.bytes_per_token for growth in found] == [
+        LAYERS * 2 * kv_heads * HEAD_DIM * itemsize for kv_heads, itemsize in [(4, 4), (2, 4), (1, 2)]
+    ]
+    assert all(growth and growth.fixed_bytes == 0 and growth.window is None for growth in found)
+    assert found[2] and found[2].dtypes == ["bfloat16"]
+
+
+def test_cache_stops_growing_beyond_a_sliding_window() -> None:
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, sliding_window=16, max_position_embeddings=256,
+    )  # fmt: skip
+    growth = measure_cache(MistralForCausalLM(config).eval(), torch.arange(30), 256)
+    assert growth and (growth.bytes_per_token, growth.bytes_per_token_beyond, growth.window) == (2 * 2 * 2 * 8 * 4, 0, 16)
+    assert growth.fixed_bytes == 0, "the counters of the layers are no cache"
+    config.sliding_window = 512  # never full in 256 positions
+    growth = measure_cache(MistralForCausalLM(config).eval(), torch.arange(30), 256)
+    assert growth and (growth.window, growth.bytes_per_token_beyond) == (None, None)
+
+
+def test_states_are_fixed_bytes() -> None:
+    config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2, conv_kernel=4, expand=2)
+    growth = measure_cache(MambaForCausalLM(config).eval(), torch.arange(30), None)
+    assert growth and growth.bytes_per_token == 0
+    assert growth.fixed_bytes == 2 * (32 * 4 + 32 * 4) * 4  # layers x (convolution + state) x float32
+
+
+# Speed and the whole
+
+
+def test_speed_tells_rates_and_cache_growth(folders: dict[str, str]) -> None:
+    options = settings(
+        folders, against=folders["a"], speed=True, speed_lengths=[40, 16], speed_steps=3, speed_repeats=3, speed_batch=2
+    )
+    result = evaluate(folders["grouped"], options, quiet())
+    rows = result["speed"]["rows"]
+    assert [row["context"] for row in rows] == [16, 40]
+    for row in rows:
+        for key, kv_heads in (("model", 2), ("against", 4)):
+            assert row[key]["cache_bytes"] == 2 * row["context"] * LAYERS * 2 * kv_heads * HEAD_DIM * 4
+            rate = row[key]["decode_tokens_per_s"]
+            assert 0 < rate["low"] <= rate["median"] <= rate["high"]
+        assert row["ratio"]["decode"]["low"] <= row["ratio"]["decode"]["median"]
+    assert result["model"]["cache"]["bytes_per_token"] * 2 == result["against"]["cache"]["bytes_per_token"]
+
+
+def test_speed_lengths_leave_room_to_decode() -> None:
+    assert settle_lengths(None, 32, 1024) == [128, 512, 992]
+    assert settle_lengths(None, 32, None) == [128, 512, 2048]
+    with pytest.raises(UpfitError, match="give at most 992"):
+        settle_lengths([1000], 32, 1024)
+
+
+def test_result_is_json_and_shows_as_tables(
+    folders: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [*python_documents()[:9], python_documents()[-1]]  # all of it takes seconds to tokenise
+    monkeypatch.setattr("upfit.evaluate.evaluate.python_documents", lambda: some)
+    options = settings(
+        folders, data=None, length=None, windows=4, against=folders["near"], speed=True, speed_steps=1, speed_repeats=3
+    )
+    result = evaluate(folders["a"], options, Output())
+    assert "half prose and half code" in capsys.readouterr().err
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["data"]["length"] == POSITIONS and result["data"]["source"] == "python"
+    show(result, Output())
+    printed = capsys.readouterr().out
+    for wanted in ("perplexity", "Difference (paired)", "cache per token", "512 B", "decode tokens/s", "ratio"):
+        assert wanted in printed
+    show(result, quiet())
+    assert capsys.readouterr().out == ""
+
+
+def test_the_same_run_gives_the_same_numbers(folders: dict[str, str]) -> None:
+    first, again = (evaluate(folders["a"], settings(folders), quiet()) for _ in range(2))
+    assert first["data"] == again["data"] and first["model"] == again["model"]
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("nowhere/at/all", {}, "no model folder"),
+        ("no tokenizer", {}, "no tokenizer has no tokenizer|has no tokenizer"),
+        ("a", {"against": "no tokenizer"}, "has no tokenizer"),
+        ("a", {"data": ["/nowhere.txt"]}, "not here"),
+        ("a", {"data": "short.txt"}, "too short"),
+        ("a", {"data": "a/model.safetensors"}, "not UTF-8|zero bytes"),
+        ("a", {"length": POSITIONS + 1}, f"give at most {POSITIONS}"),
+        ("a", {"length": 1}, "--length got 1"),
+        ("a", {"speed": True, "speed_repeats": 1}, "--speed-repeats got 1"),
+        ("a", {"speed": True, "speed_steps": 500}, "leaves no room"),
+        ("a", {"dtype": "int8"}, "--dtype 'int8'"),
+        ("a", {"device": "cuda:99"}, "--device cuda:99"),
+        ("text.txt", {}, "is a file"),
+    ],
+)
+def test_errors_are_one_line(folders: dict[str, str], model: str, changes: dict[str, Any], message: str) -> None:
+    if isinstance(changes.get("data"), str):
+        changes = changes | {"data": [str(Path(folders["a"]).parent / changes["data"])]}
+    if changes.get("against") in folders:
+        changes = changes | {"against": folders[changes["against"]]}
+    with pytest.raises(UpfitError, match=message) as caught:
+        evaluate(folders.get(model, model), settings(folders, **changes), quiet())
+    assert "\n" not in str(caught.value)
+
+
+def fails(model: Any, folder: Path, folders: dict[str, str]) -> str:
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    with pytest.raises(UpfitError) as caught:
+        evaluate(str(folder), settings(folders), quiet())
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_model_that_sees_the_future_is_refused(tmp_path: Path, folders: dict[str, str]) -> None:
+    config = BertConfig(
+        vocab_size=330, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3
+    )
+    assert "not a causal language model" in fails(BertLMHeadModel(config), tmp_path, folders)
+
+
+def test_a_loss_that_is_not_finite_is_refused(tmp_path: Path, folders: dict[str, str]) -> None:
+    model = tiny_llama()
+    model.model.norm.weight.data[0] = float("nan")
+    assert "not finite in 12 of 12 windows" in fails(model, tmp_path, folders)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, folders: dict[str, str]) -> None:
+    model = tiny_llama()
+    del model.model.layers[1].mlp.up_proj
+    model.register_parameter("stray", torch.nn.Parameter(torch.ones(2)))
+    assert "1 missing keys, e.g. model.layers.1.mlp.up_proj.weight" in fails(model, tmp_path, folders)
+
+
+def test_an_id_outside_the_embedding_is_refused(tmp_path: Path, folders: dict[str, str]) -> None:
+    model = tiny_llama()
+    model.resize_token_embeddings(100)
+    assert "embeds 100 tokens but its tokenizer gives id" in fails(model, tmp_path, folders)
+
+
+def test_options_import_no_torch() -> None:
+    code = "import sys, upfit.evaluate.options; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,111 @@
+"""How many bytes a model keeps for each token of context: measured on the cache it really fills, not worked out."""
+
+import inspect
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+
+LONG = 48  # tokens of the longer of the two runs that give the slope
+LONGEST_WINDOW = 16384  # a sliding window above this is not filled: the run would take too long
+
+
+@dataclass(frozen=True)
+class CacheGrowth:
+    """Cache of one sequence, in bytes.
+
+    `bytes_per_token` is the growth while no sliding window is full. `window` is the largest sliding window in tokens and
+    `bytes_per_token_beyond` the growth once all are full (None: the model has none, or too large a one to fill here).
+    `fixed_bytes` does not depend on the length: states of convolutions and recurrences.
+    """
+
+    bytes_per_token: float
+    fixed_bytes: float
+    window: int | None
+    bytes_per_token_beyond: float | None
+    dtypes: list[str]
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class CachedModel:
+    """Calls a causal language model with its cache, whatever it calls it, and asks for the last logits only."""
+
+    def __init__(self, model: Any) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        self.model = model
+        self.cache_name = "past_key_values" if "past_key_values" in parameters else "cache_params"
+        self.settings: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+
+    @torch.inference_mode()
+    def __call__(self, ids_BT: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+        """Feed `ids_BT` after what `cache` holds. Returns the last logits [B, V] and the cache (None: the model has none)."""
+        given = {} if cache is None else {self.cache_name: cache}
+        result = self.model(input_ids=ids_BT, use_cache=True, **given, **self.settings)
+        return result.logits[:, -1], result.get(self.cache_name)
+
+
+def cache_tensors(cache: Any) -> list[torch.Tensor]:
+    """Every tensor that a cache of any class holds, counters left out."""
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+
+    def walk(value: Any) -> None:
+        if id(value) in seen or isinstance(value, str | torch.nn.Module | PreTrainedConfig | type):
+            return
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if value.dim() > 0:
+                found.append(value)
+        elif isinstance(value, dict):
+            for item in value.values():
+                walk(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                walk(item)
+        elif hasattr(value, "__dict__"):
+            walk(vars(value))
+
+    walk(cache)
+    return found
+
+
+def cache_bytes(cache: Any) -> int:
+    return sum(tensor.nbytes for tensor in cache_tensors(cache))
+
+
+def sliding_windows(cache: Any) -> set[int]:
+    """The windows, in tokens, of the layers that keep only their newest keys and values."""
+    layers = cache.layers if isinstance(cache, Cache) else []
+    return {layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)}
+
+
+def measure_cache(model: Any, ids: torch.Tensor, most: int | None) -> CacheGrowth | None:
+    """Grow the model's own cache and take the slope between two lengths; None for a model that returns no cache.
+
+    `ids` [tokens] are repeated as needed; `most` is how many positions the model takes (None: no limit).
+    """
+    run, limit = CachedModel(model), most or sys.maxsize
+    cache = run(ids[None, :2])[1]
+    if cache is None:
+        return None
+    windows = {window for window in sliding_windows(cache) if window < limit}
+
+    def grown(length: int) -> int:
+        return cache_bytes(run(ids.repeat(-(-length // len(ids)))[None, :length])[1])
+
+    # a full sliding layer keeps one token less than its window
+    long = max(2, min([LONG, limit, *(window - 1 for window in windows)]))
+    short = max(1, long // 3)
+    at_long = grown(long)
+    slope = (at_long - grown(short)) / (long - short)
+    beyond, largest = None, max(windows, default=None)
+    if largest is not None and largest + 2 <= min(limit, LONGEST_WINDOW):
+        end = min(largest + LONG, limit, LONGEST_WINDOW)
+        beyond = (grown(end) - grown(largest)) / (end - largest)
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in cache_tensors(cache)})
+    return CacheGrowth(slope, at_long - slope * long, largest, beyond, dtypes)

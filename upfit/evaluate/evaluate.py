@@ -1,0 +1,173 @@
+"""`upfit evaluate`: load, measure, compare, and say it all in one dictionary. `tables.show` prints it."""
+
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+
+from upfit import history
+from upfit.convert.folders import Source, find_source
+from upfit.errors import UpfitError
+from upfit.evaluate.cache import CacheGrowth, measure_cache
+from upfit.evaluate.load import check_model, free, load_config, load_model, load_tokenizer, most_positions, pick_device
+from upfit.evaluate.loss import Losses, difference, window_losses
+from upfit.evaluate.options import Options, check_options
+from upfit.evaluate.speed import hardware, measure_speed, settle_lengths
+from upfit.evaluate.text import Document, file_documents, python_documents
+from upfit.evaluate.windows import Window, digest, make_windows, retokenised, same_tokens
+from upfit.output import Output
+
+DEFAULT_LENGTH = 512
+READ_BYTES = 4_000_000  # of text, at most, unless the windows asked for need more
+BYTES_PER_TOKEN = 16  # read per token wanted: about four times what it takes, so that the choice is a choice
+CAUSAL_TOKENS = 16
+
+
+@dataclass
+class Subject:
+    """One of the models, with the windows in its own tokens, and what has been measured of it."""
+
+    source: Source
+    tokenizer: Any
+    most: int | None
+    windows: list[Window]
+    facts: dict[str, Any]
+    losses: Losses | None = None
+    cache: CacheGrowth | None = None
+
+    def ids(self) -> torch.Tensor:
+        """The text of all windows, as one row of tokens [tokens]."""
+        return torch.from_numpy(np.concatenate([window.ids for window in self.windows]))
+
+    def record(self) -> dict[str, Any]:
+        assert self.losses is not None
+        return {
+            **self.source.record(),
+            **self.facts,
+            "loss": self.losses.record(),
+            "cache": None if self.cache is None else self.cache.record(),
+        }
+
+
+def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
+    """Measure `model` (folder, hub id or id@revision), and with `options.against` a second one on the same text.
+
+    Returns a dictionary that JSON can hold: `model` and `against` (each with `loss` and `cache`), `difference`, `speed`,
+    `data`, `hardware`, `versions`, `options` and `date`; what was not asked for is None. Progress goes to `output`.
+    Raises UpfitError for whatever the user can mend: no tokenizer, no text, not a causal model, too long a window.
+    """
+    check_options(options)
+    device = pick_device(options.device)
+    subjects = [_subject(find_source(model, options.revision))]
+    if options.against is not None:
+        subjects.append(_subject(find_source(options.against)))
+    lengths = settle_lengths(options.speed_lengths, options.speed_steps, _least(subjects)) if options.speed else []
+    same, data = _lay_windows(subjects, options, output)
+    speed = _measure(subjects, options, lengths, device, output)
+    first, second = subjects[0], subjects[1] if len(subjects) > 1 else None
+    if second and first.facts["dtype"] != second.facts["dtype"]:
+        output.note(
+            f"the models run in {first.facts['dtype']} and {second.facts['dtype']}; give --dtype to compare in one type"
+        )
+    return {
+        "model": first.record(),
+        "against": second.record() if second else None,
+        "difference": difference(_losses(first), _losses(second), same) if second else None,
+        "speed": speed,
+        "data": data,
+        "options": asdict(options),
+        "hardware": hardware(device),
+        "versions": history.versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _subject(source: Source) -> Subject:
+    config = load_config(source)
+    return Subject(source, load_tokenizer(source), most_positions(config), [], {"model_type": config.model_type})
+
+
+def _least(subjects: list[Subject]) -> int | None:
+    """The positions that all of the models take."""
+    return min((subject.most for subject in subjects if subject.most is not None), default=None)
+
+
+def _losses(subject: Subject) -> Losses:
+    assert subject.losses is not None
+    return subject.losses
+
+
+def _lay_windows(subjects: list[Subject], options: Options, output: Output) -> tuple[bool, dict[str, Any]]:
+    """Give every subject the same text as windows. Returns whether the tokens are the same, and what the text was."""
+    least, length = _least(subjects), options.length
+    if length is None:
+        length = min(DEFAULT_LENGTH, least or DEFAULT_LENGTH)
+    elif least is not None and length > least:
+        raise UpfitError(f"--length {length} is more than the {least} positions the model takes; give at most {least}")
+    documents = _documents(options, length, output)
+    first = subjects[0]
+    first.windows = make_windows(documents, first.tokenizer, length, options.windows)
+    same = all(same_tokens(first.windows, first.tokenizer, other.tokenizer) for other in subjects[1:])
+    for other in subjects[1:]:
+        other.windows = first.windows if same else retokenised(first.windows, other.tokenizer)
+        longest = max(len(window.ids) for window in other.windows)
+        if other.most is not None and longest > other.most:
+            raise UpfitError(
+                f"a window of {length} tokens is {longest} tokens for {other.source.name}, which takes {other.most}; "
+                "give a smaller --length"
+            )
+    if not same:
+        output.note("the two tokenizers differ: losses per token are not comparable, the difference is in bits per byte")
+    return same, _describe(first.windows, options, length)
+
+
+def _documents(options: Options, length: int, output: Output) -> list[Document]:
+    if options.data:
+        return file_documents(options.data, max(READ_BYTES, BYTES_PER_TOKEN * length * options.windows))
+    output.note(
+        "no --data: measuring on the reference and library sources of this Python, half prose and half code; "
+        "a model may have seen them in training"
+    )
+    return python_documents()
+
+
+def _describe(windows: list[Window], options: Options, length: int) -> dict[str, Any]:
+    return {
+        "source": options.data or "python",
+        "documents": len({window.document for window in windows}),
+        "windows": len(windows),
+        "length": length,
+        "tokens": sum(len(window.ids) for window in windows),
+        "sha256": digest(windows),
+    }
+
+
+def _measure(
+    subjects: list[Subject], options: Options, lengths: list[int], device: torch.device, output: Output
+) -> dict[str, Any] | None:
+    """Losses and caches into the subjects, and the timings returned. Two models are in memory only while they take turns."""
+    if not options.speed:
+        for subject in subjects:
+            _measure_one(subject, load_model(subject.source, options.dtype, device), options, output)
+            free(device)
+        return None
+    models = [load_model(subject.source, options.dtype, device) for subject in subjects]
+    for subject, model in zip(subjects, models, strict=True):
+        _measure_one(subject, model, options, output)
+    texts = [(model, subject.ids()) for subject, model in zip(subjects, models, strict=True)]
+    loaded = dict(zip(("model", "against"), texts, strict=False))
+    total = (options.speed_repeats + 1) * len(models) * sum(length + options.speed_steps for length in lengths)
+    with output.progress("speed", total) as meter:
+        rows = measure_speed(loaded, lengths, options.speed_batch, options.speed_steps, options.speed_repeats, meter)
+    return {"batch": options.speed_batch, "steps": options.speed_steps, "repeats": options.speed_repeats, "rows": rows}
+
+
+def _measure_one(subject: Subject, model: Any, options: Options, output: Output) -> None:
+    name, ids = subject.source.name, subject.ids().to(model.device)
+    subject.facts |= {"dtype": str(model.dtype).removeprefix("torch."), "parameters": model.num_parameters()}
+    check_model(model, ids[:CAUSAL_TOKENS], name)
+    with output.progress(f"loss of {name}", len(subject.windows)) as meter:
+        subject.losses = window_losses(model, subject.windows, options.batch, name, meter)
+    subject.cache = measure_cache(model, ids, subject.most)

@@ -1,0 +1,103 @@
+"""The result of `upfit evaluate` as tables. Only reads the dictionary that `--json` prints."""
+
+from typing import Any
+
+from upfit.output import Output, human_bytes, human_count
+
+
+def show(result: dict[str, Any], output: Output) -> None:
+    """Print what `evaluate` returned: losses, their difference, the cache, and the timings where there are any."""
+    subjects = [result["model"]] + ([result["against"]] if result["against"] else [])
+    _show_losses(subjects, result["data"], output)
+    if result["difference"]:
+        _show_difference(result["difference"], output)
+    _show_caches(subjects, output)
+    if result["speed"]:
+        _show_speed(result["speed"], output)
+
+
+def interval(estimate: dict[str, Any], digits: int) -> str:
+    """`36.87 [31.93, 42.58]`, no decimals from 1000 on; without the brackets where there is no interval."""
+    mean, low, high = (estimate[key] for key in ("mean", "low", "high"))
+    digits = digits if mean < 1000 else 0
+    return f"{mean:.{digits}f}" + ("" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def half_width(estimate: dict[str, Any], digits: int) -> str:
+    """`3.6074 ± 0.1440`, for an interval that is symmetric."""
+    mean, low = estimate["mean"], estimate["low"]
+    return f"{mean:.{digits}f}" + ("" if low is None else f" ± {mean - low:.{digits}f}")
+
+
+def _show_losses(subjects: list[dict[str, Any]], data: dict[str, Any], output: Output) -> None:
+    title = f"Loss on {data['windows']} windows of {data['length']} tokens from {data['documents']} documents, 95 % intervals"
+    rows = [
+        [
+            subject["name"],
+            half_width(subject["loss"]["nats_per_token"], 4),
+            interval(subject["loss"]["perplexity"], 2),
+            half_width(subject["loss"]["bits_per_byte"], 4),
+        ]
+        for subject in subjects
+    ]
+    output.table(["model", "nats per token", "perplexity", "bits per byte"], rows, title)
+
+
+def _show_difference(difference: dict[str, Any], output: Output) -> None:
+    if "nats_per_token" in difference:
+        output.line(f"Difference (paired): {half_width(difference['nats_per_token'], 4)} nats per token")
+        output.line(f"Perplexity ratio:    {interval(difference['perplexity_ratio'], 4)}")
+    else:
+        output.line(f"Difference (paired): {half_width(difference['bits_per_byte'], 4)} bits per byte")
+
+
+def _show_caches(subjects: list[dict[str, Any]], output: Output) -> None:
+    rows = []
+    for subject in subjects:
+        cache = subject["cache"]
+        if cache is None:
+            rows.append([subject["name"], human_count(subject["parameters"]), "none", "", "", ""])
+            continue
+        beyond, window = cache["bytes_per_token_beyond"], cache["window"]
+        past = "" if window is None else f"{'not measured' if beyond is None else human_bytes(beyond)} (from {window} tokens)"
+        rows.append(
+            [
+                subject["name"],
+                human_count(subject["parameters"]),
+                human_bytes(cache["bytes_per_token"]),
+                past,
+                human_bytes(cache["fixed_bytes"]),
+                " ".join(cache["dtypes"]),
+            ]
+        )
+    columns = ["model", "parameters", "cache per token", "beyond the window", "fixed", "type"]
+    if not any(row[3] for row in rows):
+        columns, rows = columns[:3] + columns[4:], [row[:3] + row[4:] for row in rows]
+    output.table(columns, rows, "Cache of one sequence, measured")
+
+
+def _show_speed(speed: dict[str, Any], output: Output) -> None:
+    rows = []
+    for row in speed["rows"]:
+        for key in ("model", "against"):
+            if key not in row:
+                continue
+            rates = (_rate(row[key][f"{phase}_tokens_per_s"]) for phase in ("prefill", "decode"))
+            rows.append([key, str(row["context"]), *rates, human_bytes(row[key]["cache_bytes"])])
+        if "ratio" in row:
+            first, second = row["model"]["cache_bytes"], row["against"]["cache_bytes"]
+            held = f"{first / second:.2f} x" if second else ""
+            rows.append(["ratio", str(row["context"]), _ratio(row["ratio"]["prefill"]), _ratio(row["ratio"]["decode"]), held])
+    title = (
+        f"Speed, {speed['batch']} sequence(s) at once, {speed['steps']} tokens decoded: median of {speed['repeats']} [min, max]"
+    )
+    output.table(["", "context", "prefill tokens/s", "decode tokens/s", "cache"], rows, title)
+
+
+def _rate(spread: dict[str, float]) -> str:
+    digits = 0 if spread["median"] >= 100 else 1
+    return f"{spread['median']:.{digits}f} [{spread['low']:.{digits}f}, {spread['high']:.{digits}f}]"
+
+
+def _ratio(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} x [{spread['low']:.2f}, {spread['high']:.2f}]"
