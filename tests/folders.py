@@ -1,6 +1,7 @@
 """Model folders for tests: tiny Llamas with a tokenizer, made in memory and saved to a temporary place."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -9,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 \n.,:;()[]{}_=+-*/'\"<>!?#@%&|"
 
 
-def tiny_llama(**changes: object) -> LlamaForCausalLM:
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
     """4 query heads, 4 KV heads of 8, 2 layers, vocabulary 100; every weight random."""
-    settings = dict(
+    settings: dict[str, Any] = dict(
         vocab_size=100,
         hidden_size=32,
         intermediate_size=48,
@@ -55,7 +56,8 @@ def logits(folder: Path, ids: torch.Tensor | None = None) -> torch.Tensor:
     """Logits of the folder's model, loaded by plain transformers, on fixed ids."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = ids if ids is not None else torch.arange(24).reshape(2, 12) * 3 % 100
     with torch.no_grad():

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,13 +51,19 @@ def test_cache_equals_no_cache(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     run(save_tiny(tmp_path / "source"), tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
     ids = torch.tensor([[5, 17, 40, 3, 77]])
     expected = ids
     for _ in range(8):
         step = model(input_ids=expected, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
         expected = torch.cat([expected, step], 1)
-    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "eos_token_id": 10**6, "pad_token_id": 0}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "min_new_tokens": 8,
+        "do_sample": False,
+        "eos_token_id": 10**6,
+        "pad_token_id": 0,
+    }
     assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **settings), expected)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
     mask = (torch.arange(8) >= 3).long()[None]
@@ -83,7 +90,7 @@ def test_a_broken_promise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """If untouched bytes did not arrive as they were, verify would see it and nothing would be kept."""
     original = writer._copy_runs
 
-    def damaged(shard, checkpoint, target, advance):  # type: ignore[no-untyped-def]
+    def damaged(shard: Any, checkpoint: Any, target: int, advance: Any) -> None:
         original(shard, checkpoint, target, advance)
         os.pwrite(target, bytes(4096), shard.offsets["model.layers.1.mlp.down_proj.weight"])
 

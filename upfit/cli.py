@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 import os
 import sys
 import typing
@@ -197,6 +196,7 @@ def prepare(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer is used: folder or hub id.")],
     field: Annotated[str, typer.Option(help="Field of jsonl and parquet rows that holds the text.")] = "text",
+    tokens: Annotated[str | None, typer.Option(help="Stop after so many tokens, such as 100M; default: all.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -205,7 +205,7 @@ def prepare(
     from upfit.uptrain.prepare import prepare as run
 
     output = Output(as_json, quiet)
-    manifest = run(list(texts), out, tokenizer, field, output, overwrite)
+    manifest = run(list(texts), out, tokenizer, field, output, overwrite, tokens)
     output.json(manifest)
     output.line(f"Wrote {out}: {human_count(manifest['tokens'])} tokens of {manifest['documents']} documents")
     output.note(f"Next: upfit uptrain MODEL {out} OUT --tokens {human_count(manifest['tokens']).replace(' ', '')}")
@@ -235,7 +235,18 @@ def _uptrain(
 
 
 def _show_uptraining(report: dict[str, Any], out: Path, output: Output) -> None:
-    output.line(json.dumps(report, indent=1))
+    if report["stopped"]:
+        output.line(f"Stopped at step {report['step']} of {report['steps']}; the same command with --resume goes on")
+        return
+    output.line(
+        f"Wrote {out}: {human_count(report['tokens'])} tokens in {report['seconds']:.0f} s, "
+        f"{report['tokens_per_second']:.0f} tokens/s, {report['skipped']} steps skipped"
+    )
+    before, after = report["holdout"]["before"], report["holdout"]["after"]
+    if before:
+        line = f"Held-out loss of {report['holdout_rows']} rows of DATA: {before['ce']:.3f} → {after['ce']:.3f} nats a token"
+        output.line(line + (f" (teacher {before['teacher_ce']:.3f})" if "teacher_ce" in before else ""))
+    output.note(f"Next: upfit evaluate {out} --against SOURCE")
 
 
 app.command("uptrain")(_with_flags(_uptrain, UptrainConfig, "uptrain", unset=True))

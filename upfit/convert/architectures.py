@@ -43,6 +43,7 @@ class Entry:
     q_norm: str
     k_norm: str
     layout: str
+    kv_heads_multiple: int
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,12 @@ class Architecture:
     @property
     def heads(self) -> int:
         return max(layer.geometry.heads for layer in self.layers)
+
+    def allowed_kv_heads(self) -> list[int]:
+        """Every number of key/value heads that all layers can be merged to, ascending; the last changes nothing."""
+        counts = {layer.geometry.kv_heads for layer in self.layers}
+        candidates = range(self.entry.kv_heads_multiple, max(counts) + 1, self.entry.kv_heads_multiple)
+        return [n for n in candidates if all(count % n == 0 for count in counts if count > n)]
 
     @property
     def initializer_range(self) -> float:

@@ -31,25 +31,24 @@ def plan(architecture: "Architecture", options: Options) -> Plan:
 
     Raises UpfitError when `kv_heads` does not divide a layer's key/value heads or is above them.
     """
-    counts = sorted({layer.geometry.kv_heads for layer in architecture.layers})
-    check_kv_heads(options.kv_heads, counts)
+    check_kv_heads(options.kv_heads, architecture)
     changed = [layer for layer in architecture.layers if layer.geometry.kv_heads > options.kv_heads]
     rules = tuple(_rule(layer, options, architecture.initializer_range) for layer in changed)
     notes = []
-    if len(counts) > 1 and len(changed) < len(architecture.layers):
-        kept = len(architecture.layers) - len(changed)
+    kept = len(architecture.layers) - len(changed)
+    if changed and kept:
         notes.append(f"{kept} layers already have {options.kv_heads} key/value heads or fewer and stay as they are")
     return Plan(architecture.with_kv_heads(options.kv_heads), rules, exact=not rules, notes=tuple(notes))
 
 
-def check_kv_heads(kv_heads: int, counts: list[int]) -> None:
-    """Raise UpfitError unless layers with these head counts can be merged to `kv_heads`."""
-    allowed = [n for n in range(1, max(counts) + 1) if all(count % n == 0 for count in counts if count > n)]
+def check_kv_heads(kv_heads: int, architecture: "Architecture") -> None:
+    """Raise UpfitError unless every layer can be merged to `kv_heads`."""
+    allowed = architecture.allowed_kv_heads()
     if kv_heads in allowed:
         return
-    has = " and ".join(map(str, counts))
+    has = " and ".join(map(str, sorted({layer.geometry.kv_heads for layer in architecture.layers})))
     choose = f"choose one of {', '.join(map(str, allowed))}"
-    if kv_heads > max(counts):
+    if kv_heads > architecture.kv_heads:
         raise UpfitError(f"--kv-heads {kv_heads} is above the checkpoint's {has} key/value heads; {choose}")
     raise UpfitError(f"--kv-heads {kv_heads} does not divide the checkpoint's {has} key/value heads; {choose}")
 
@@ -64,15 +63,18 @@ def _rule(layer: "Layer", options: Options, initializer_range: float) -> Rule:
 
 
 def _trials(architecture: "Architecture") -> list[Options]:
-    """Half the heads, by every method."""
-    half = max(1, architecture.kv_heads // 2)
-    return [Options(half, "mean"), Options(half, "first"), Options(half, "random")]
+    """The next smaller number of heads, by every method."""
+    fewer = architecture.allowed_kv_heads()[-2:][0]
+    return [Options(fewer, "mean"), Options(fewer, "first"), Options(fewer, "random")]
 
 
 def _offers(architecture: "Architecture") -> str:
-    counts = sorted({layer.geometry.kv_heads for layer in architecture.layers})
-    fewer = [n for n in range(1, max(counts)) if all(count % n == 0 for count in counts if count > n)]
+    fewer = architecture.allowed_kv_heads()[:-1]
     return f"--kv-heads {'|'.join(map(str, fewer))}" if fewer else ""
+
+
+def _can_be_one(architecture: "Architecture") -> bool:
+    return 1 in architecture.allowed_kv_heads()[:-1]
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ RECIPES = (
         options=MultiQueryOptions,
         plan=plan_multi_query,
         identity=lambda architecture: MultiQueryOptions() if architecture.kv_heads == 1 else None,
-        trials=lambda architecture: [MultiQueryOptions("first")],
-        offers=lambda architecture: "" if architecture.kv_heads == 1 else "one head",
+        trials=lambda architecture: [MultiQueryOptions("first")] if _can_be_one(architecture) else [],
+        offers=lambda architecture: "(one key/value head)" if _can_be_one(architecture) else "",
     ),
 )

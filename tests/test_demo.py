@@ -1,0 +1,63 @@
+"""The embedded model is what its card says, and the demo runs on it without a network."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from upfit.convert.describe import describe
+from upfit.demo import embedded_model
+from upfit.demo.run import CONVERSIONS, run_demo
+from upfit.demo.show import show
+from upfit.demo.text import standard_library
+from upfit.errors import UpfitError
+from upfit.evaluate.evaluate import evaluate
+from upfit.evaluate.options import Options
+from upfit.output import Output
+
+QUIET = Output(quiet=True)
+
+
+def test_the_embedded_model_is_small_and_multi_head() -> None:
+    told = describe(str(embedded_model()))
+    assert told["heads"] == told["kv_heads"] == [8]
+    assert told["dtypes"] == ["BF16"] and told["bytes"] < 8e6
+    card = (embedded_model() / "README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0" in card and f"{told['parameters'] / 1e6:.2f} M" in card
+
+
+def test_the_embedded_model_knows_some_python() -> None:
+    """An untrained model has log 2048 = 7.6 nats a token."""
+    held_out = [str(path) for path in standard_library()[1]]
+    told = evaluate(str(embedded_model()), Options(data=held_out, windows=8), QUIET)
+    assert told["model"]["loss"]["nats_per_token"]["mean"] < 3.5
+
+
+def test_training_and_held_out_files_are_apart() -> None:
+    training, held_out = standard_library()
+    assert not set(training) & set(held_out)
+    assert len(training) > 5 * len(held_out) > 50
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run_demo(tmp_path / "demo", "20k", False, QUIET)
+    show(result, QUIET)
+    source = result["source"]
+    assert [row["name"] for row in result["conversions"]] == [conversion.name for conversion in CONVERSIONS]
+    for row in result["conversions"]:
+        assert row["converted"]["difference"]["low"] > 0, "merging heads costs something"
+        assert row["uptrained"]["loss"]["mean"] < row["converted"]["loss"]["mean"], "uptraining wins some of it back"
+        assert row["converted"]["kv_bytes_per_token"] < source["kv_bytes_per_token"]
+    assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text())["source"] == source
+    with pytest.raises(UpfitError, match="--overwrite"):
+        run_demo(tmp_path / "demo", "20k", False, QUIET)
+
+
+def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UpfitError, match="remove it yourself"):
+        run_demo(tmp_path, "20k", True, QUIET)
+    assert (tmp_path / "mine.txt").exists()

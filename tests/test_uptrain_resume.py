@@ -1,0 +1,239 @@
+"""Stopped or killed and resumed, a run ends with the same bytes as one that was never broken; two processes agree with one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.uptraining import BASE, Workshop, make_workshop, metrics, weights
+from upfit.errors import UpfitError
+from upfit.output import Meter, Output
+from upfit.uptrain.state import Workspace
+
+ROOT = Path(__file__).parent.parent
+TIMED = {"tokens_per_second", "seconds"}
+DRIVER = """
+import json, sys
+from pathlib import Path
+import torch
+from upfit.output import Output
+from upfit.uptrain.config import Config
+from upfit.uptrain.train import uptrain
+torch.set_num_threads(1)
+model, data, out, resume, settings = sys.argv[1:]
+report = uptrain(model, data, Path(out), Config(**json.loads(settings)), resume == "resume", False, Output(quiet=True))
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make_workshop(tmp_path_factory.mktemp("shop"))
+    torch.set_num_threads(threads)
+
+
+class Interrupting(Output):
+    """Sends this process a SIGTERM in the course of step `at`."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(quiet=True)
+        self.at = at
+
+    @contextmanager
+    def progress(self, label: str, total: float) -> Iterator[Meter]:
+        meter, steps = Meter(label, total, True, None), [0]
+
+        def advance(amount: float, note: str = "") -> None:
+            steps[0] += bool(note)
+            if steps[0] == self.at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        meter.advance = advance  # type: ignore[method-assign]
+        yield meter
+
+
+def untimed(folder: Path) -> list[dict[str, object]]:
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in metrics(folder)]
+
+
+def test_sigterm_saves_and_a_resumed_run_ends_with_the_same_bytes(shop: Workshop, tmp_path: Path) -> None:
+    shop.run(tmp_path / "whole")
+    handler = signal.getsignal(signal.SIGTERM)
+    report = shop.run(tmp_path / "broken", output=Interrupting(5), save_every="100")
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert report["stopped"] and report["step"] == 5 and not (tmp_path / "broken").exists()
+    assert [path.name for path in Workspace(tmp_path / "broken").checkpoints()] == ["step-00000005"]
+    report = shop.run(tmp_path / "broken", resume=True, output=Interrupting(3))
+    assert report["stopped"] and report["step"] == 8
+    finished = shop.run(tmp_path / "broken", resume=True)
+    assert not finished["stopped"] and not (tmp_path / "broken.uptrain").exists()
+    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
+    assert untimed(tmp_path / "broken") == untimed(tmp_path / "whole")
+
+
+def stopped(shop: Workshop, tmp_path: Path, at: int = 9) -> Path:
+    shop.run(tmp_path / "out", output=Interrupting(at))
+    return tmp_path / "out.uptrain"
+
+
+def test_a_run_begun_is_neither_lost_nor_mixed_up(shop: Workshop, tmp_path: Path) -> None:
+    stopped(shop, tmp_path)
+    with pytest.raises(UpfitError, match="--resume"):
+        shop.run(tmp_path / "out")
+    for changed in ({"learning_rate": 1e-4}, {"seed": 1}, {"tokens": "2048"}, {"teacher": "none"}):
+        with pytest.raises(UpfitError, match=next(iter(changed))):
+            shop.run(tmp_path / "out", resume=True, **changed)
+    shop.run(tmp_path / "out", resume=True, micro_batch=2, save_every="100", keep=1)
+
+
+def test_other_data_cannot_be_resumed_with(shop: Workshop, tmp_path: Path) -> None:
+    stopped(shop, tmp_path)
+    other = make_workshop(tmp_path / "shop", documents=50)
+    with pytest.raises(UpfitError, match="data's fingerprint"):
+        Workshop(shop.teacher, shop.student, other.data).run(tmp_path / "out", resume=True)
+
+
+def test_overwrite_begins_anew(shop: Workshop, tmp_path: Path) -> None:
+    stopped(shop, tmp_path)
+    report = shop.run(tmp_path / "out", overwrite=True, tokens="256")
+    assert report["step"] == 2 and len(metrics(tmp_path / "out")) == 2
+
+
+def test_resume_without_a_checkpoint_starts_anew(shop: Workshop, tmp_path: Path) -> None:
+    assert shop.run(tmp_path / "out", resume=True, tokens="256")["step"] == 2
+
+
+def test_metrics_are_truncated_to_the_step_resumed_from(shop: Workshop, tmp_path: Path) -> None:
+    place = stopped(shop, tmp_path)
+    shutil.rmtree(place / "step-00000009")
+    with open(place / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "los')
+    shop.run(tmp_path / "out", resume=True)
+    assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, 13))
+
+
+def damage(checkpoint: Path, how: str) -> None:
+    if how == "partial":
+        checkpoint.rename(checkpoint.with_suffix(".tmp"))
+    elif how == "unfinished":
+        (checkpoint / "trainer.json").unlink()
+    elif how == "truncated":
+        content = (checkpoint / "optimizer.safetensors").read_bytes()
+        (checkpoint / "optimizer.safetensors").write_bytes(content[:-100])
+    else:
+        size = (checkpoint / "model.safetensors").stat().st_size
+        (checkpoint / "model.safetensors").write_bytes(b"\xff" * size)
+
+
+@pytest.mark.parametrize("how", ["partial", "unfinished", "truncated", "garbled"])
+def test_a_damaged_checkpoint_is_passed_over(shop: Workshop, tmp_path: Path, how: str) -> None:
+    shop.run(tmp_path / "whole")
+    place = stopped(shop, tmp_path)
+    assert [path.name for path in Workspace(tmp_path / "out").checkpoints()] == ["step-00000008", "step-00000009"]
+    damage(place / "step-00000009", how)
+    assert [path.name for path in Workspace(tmp_path / "out").checkpoints()] == ["step-00000008"]
+    shop.run(tmp_path / "out", resume=True)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_only_the_newest_checkpoints_are_kept(shop: Workshop, tmp_path: Path) -> None:
+    place = Path(stopped(shop, tmp_path, at=9))
+    assert sorted(path.name for path in place.glob("step-*")) == ["step-00000008", "step-00000009"]
+
+
+def test_two_runs_cannot_share_a_place(shop: Workshop, tmp_path: Path) -> None:
+    with Workspace(tmp_path / "out").held(), pytest.raises(UpfitError, match="another process"):
+        shop.run(tmp_path / "out")
+
+
+def driver(tmp_path: Path) -> Path:
+    path = tmp_path / "driver.py"
+    path.write_text(DRIVER)
+    return path
+
+
+def command(shop: Workshop, tmp_path: Path, out: Path, resume: bool = False, **changes: Any) -> list[str]:
+    settings = json.dumps({**BASE, **changes})
+    return [str(driver(tmp_path)), str(shop.student), str(shop.data), str(out), "resume" if resume else "new", settings]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+LONG: dict[str, Any] = {"tokens": "25600", "save_every": "10"}
+
+
+def wait_for_line(path: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_ends_with_the_same_bytes(shop: Workshop, tmp_path: Path) -> None:
+    whole = [sys.executable, *command(shop, tmp_path, tmp_path / "whole", **LONG)]
+    subprocess.run(whole, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    for count, resume in ((15, False), (150, True)):
+        broken = [sys.executable, *command(shop, tmp_path, tmp_path / "broken", resume, **LONG)]
+        process = subprocess.Popen(broken, env=ENVIRONMENT)
+        wait_for_line(tmp_path / "broken.uptrain" / "metrics.jsonl", count, process)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL and not (tmp_path / "broken").exists()
+    final = [sys.executable, *command(shop, tmp_path, tmp_path / "broken", True, **LONG)]
+    subprocess.run(final, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
+    assert untimed(tmp_path / "broken") == untimed(tmp_path / "whole")
+
+
+def torchrun(shop: Workshop, tmp_path: Path, out: Path, resume: bool = False, **changes: Any) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return [*launcher, *command(shop, tmp_path, out, resume, **changes)]
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(shop: Workshop, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "batch_tokens": "160",
+        "tokens": "1600",
+        "micro_batch": 2,
+    }  # 5 rows a step: one process has an empty one
+    subprocess.run(
+        torchrun(shop, tmp_path, tmp_path / "two", **settings), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL
+    )
+    report = shop.run(tmp_path / "one", **settings)
+    pairs = zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True)
+    for two, one in pairs:
+        for name in ("loss", "ce", "kl", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4), name
+    told = json.loads((tmp_path / "two" / "recipe.json").read_text())["steps"][-1]
+    assert told["options"]["resolved"]["processes"] == 2
+    assert told["measurements"]["holdout"]["after"]["kl"] == pytest.approx(report["holdout"]["after"]["kl"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_and_resumes_bit_exactly(shop: Workshop, tmp_path: Path) -> None:
+    subprocess.run(torchrun(shop, tmp_path, tmp_path / "whole", **LONG), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        torchrun(shop, tmp_path, tmp_path / "broken", **LONG), env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    wait_for_line(tmp_path / "broken.uptrain" / "metrics.jsonl", 13, process)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    assert not (tmp_path / "broken").exists() and not list((tmp_path / "broken.uptrain").glob("*.tmp"))
+    saved = Workspace(tmp_path / "broken").checkpoints()
+    assert int(saved[-1].name[5:]) == len(metrics(tmp_path / "broken.uptrain"))
+    subprocess.run(
+        torchrun(shop, tmp_path, tmp_path / "broken", True, **LONG), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL
+    )
+    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")

@@ -1,0 +1,141 @@
+"""The settings of an uptraining run: the fields are the flags of `upfit uptrain` and the keys of its TOML file.
+
+Imports no torch, so that `upfit uptrain --help` stays fast.
+"""
+
+import dataclasses
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from upfit import options
+from upfit.errors import UpfitError
+from upfit.options import flag, option
+
+DTYPES = Literal["auto", "float32", "bfloat16"]
+# Settings that change how a run is carried out but not what it computes (beyond rounding): a resumed run may change them.
+FREE = frozenset({"micro_batch", "chunk", "save_every", "keep", "max_bad_steps", "track"})
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `upfit uptrain` may be told. None means: chosen from the model, the budget or the machine."""
+
+    tokens: str | None = option(None, help="tokens to train on, such as 200k or 50M")
+    share: str | None = option(None, help="instead of --tokens: the share of --original-tokens to train on, such as 5%")
+    original_tokens: str | None = option(None, help="tokens the model was pretrained on, such as 2T; goes with --share")
+    length: int | None = option(None, help="tokens a row; default: what the model can take, at most 2048")
+    batch_tokens: str | None = option(
+        None, help="tokens an optimiser step, over all processes; default: what makes about a hundred steps, at most 524288"
+    )
+    micro_batch: int | None = option(
+        None, help="rows at once on each process; default: as many as hold 2048 tokens on a CPU, 8192 elsewhere"
+    )
+    learning_rate: float | None = option(None, help="peak learning rate; default: 0.2 / hidden size of the model")
+    warmup: float = option(0.02, help="share of the steps in which the learning rate rises")
+    decay: float = option(0.2, help="share of the steps, at the end, in which the learning rate falls")
+    min_rate: float = option(0.0, help="share of the peak learning rate at which the fall ends")
+    weight_decay: float = option(0.1, help="AdamW's weight decay, on matrices other than embeddings")
+    clip: float = option(1.0, help="largest gradient norm; larger gradients are scaled down to it")
+    kl_weight: float = option(1.0, help="weight of the KL divergence from the teacher; 0 trains without a teacher")
+    ce_weight: float = option(0.0, help="weight of the cross-entropy with the text; 1 where there is no teacher")
+    temperature: float = option(1.0, help="temperature of the KL divergence")
+    teacher: str | None = option(None, help="teacher, a folder or hub id; default: the source in recipe.json; none: no teacher")
+    document_mask: bool = option(True, help="keep documents packed in one row from seeing each other")
+    dtype: DTYPES = option("auto", help="compute dtype; auto: bfloat16 on CUDA and on CPUs with AMX, else float32")
+    chunk: int = option(512, help="token positions whose logits are in memory at once")
+    save_every: str = option("15m", help="time or steps between checkpoints, such as 15m or 200")
+    keep: int = option(2, help="checkpoints to keep")
+    holdout: int = option(32, help="rows of DATA never trained on, to measure the loss before and after (at most a tenth)")
+    max_bad_steps: int = option(5, help="steps in a row with a loss or gradient that is not finite before the run ends")
+    seed: int = option(0, help="seed of the order of the rows and of dropout")
+    track: str | None = option(None, help="tracker that accelerate knows, such as trackio, tensorboard or wandb")
+
+
+def check(config: Config) -> Config:
+    """The same config, if every value is of its type and in its range; raises UpfitError naming the first flag that is not."""
+    options.check(config)
+    ranges: dict[str, tuple[bool, str]] = {
+        "length": (config.length is None or config.length >= 2, "2 or more"),
+        "micro_batch": (config.micro_batch is None or config.micro_batch >= 1, "1 or more"),
+        "learning_rate": (config.learning_rate is None or config.learning_rate > 0, "a number above 0"),
+        "warmup": (0 <= config.warmup <= 1, "a share from 0 to 1"),
+        "decay": (0 <= config.decay <= 1, "a share from 0 to 1"),
+        "min_rate": (0 <= config.min_rate <= 1, "a share from 0 to 1"),
+        "weight_decay": (config.weight_decay >= 0, "0 or more"),
+        "clip": (config.clip > 0, "a number above 0"),
+        "kl_weight": (config.kl_weight >= 0, "0 or more"),
+        "ce_weight": (config.ce_weight >= 0, "0 or more"),
+        "temperature": (config.temperature > 0, "a number above 0"),
+        "chunk": (config.chunk >= 1, "1 or more"),
+        "keep": (config.keep >= 1, "1 or more"),
+        "holdout": (config.holdout >= 0, "0 or more"),
+        "max_bad_steps": (config.max_bad_steps >= 1, "1 or more"),
+        "seed": (config.seed >= 0, "0 or more"),
+    }
+    for name, (fits, allowed) in ranges.items():
+        if not fits:
+            raise UpfitError(f"{flag(name)} got {getattr(config, name)}; it takes {allowed}")
+    save_interval(config.save_every)
+    return config
+
+
+def save_interval(text: str) -> tuple[int | None, float | None]:
+    """`"200"` → (200 steps, None); `"15m"` → (None, 900 seconds). Raises UpfitError for anything else."""
+    number = text.removesuffix("m")
+    if number.isdecimal() and int(number) > 0:
+        return (None, 60.0 * int(number)) if text.endswith("m") else (int(number), None)
+    raise UpfitError(f"--save-every got {text!r}; give steps such as 200 or minutes such as 15m")
+
+
+def budget(config: Config) -> int:
+    """The tokens to train on, from `tokens`, or from `share` and `original_tokens`."""
+    if config.tokens is not None:
+        if config.share is not None or config.original_tokens is not None:
+            raise UpfitError("--tokens got company; give either --tokens, or --share with --original-tokens")
+        return options.parse_count(config.tokens, "--tokens")
+    if config.share is None or config.original_tokens is None:
+        raise UpfitError("the budget is missing; give --tokens 50M, or --share 5% with --original-tokens 2T")
+    share = options.parse_share(config.share, "--share")
+    return max(1, round(share * options.parse_count(config.original_tokens, "--original-tokens")))
+
+
+def resolve(file: Path | None, given: dict[str, Any]) -> Config:
+    """The checked config: defaults, over them the TOML `file` (if any), over it the flags the user `given`.
+
+    `--tokens` on the command line replaces a `share` of the file, and the other way round.
+    """
+    told = read(file) if file is not None else {}
+    if given.get("tokens") is not None:
+        told = {name: value for name, value in told.items() if name not in ("share", "original_tokens")}
+    elif given.get("share") is not None:
+        told.pop("tokens", None)
+    return check(Config(**{**told, **given}))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The settings in a TOML file. Raises UpfitError when it cannot be read or has a key that is no setting."""
+    try:
+        told = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UpfitError(f"--config {file} cannot be read ({error.strerror}); give a TOML file") from error
+    except ValueError as error:
+        raise UpfitError(f"--config {file} is not valid TOML: {error}") from error
+    allowed = [field.name for field in dataclasses.fields(Config)]
+    for name in told:
+        if name not in allowed:
+            raise UpfitError(f"--config {file} has an unknown key {name!r}; allowed are {', '.join(allowed)}")
+    return told
+
+
+def dump(config: Config) -> str:
+    """The config as TOML with each field's help above it; a setting that is None stands as a comment."""
+    lines = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        lines.append(f"# {field.metadata['help']}")
+        # JSON's spelling of strings, numbers and booleans is valid TOML.
+        lines.append(f"# {field.name} =" if value is None else f"{field.name} = {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"

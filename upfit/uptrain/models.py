@@ -1,0 +1,184 @@
+"""Student and teacher: loading, what can be told of them by trying, and the module that turns a batch into a loss.
+
+Legend: B rows, T tokens a row, H hidden size, V vocabulary.
+"""
+
+import hashlib
+import inspect
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from upfit.convert.checkpoint import open_checkpoint, torch_dtype
+from upfit.convert.skeleton import load_with_report
+from upfit.errors import UpfitError
+from upfit.uptrain.losses import Head, Objective, chunked_loss, dense_loss
+
+PROBE_TOKENS = 16
+EXACT, ROUNDED = 1e-4, 2e-2  # largest relative difference of two ways to the same numbers, in float32 and in shorter types
+FINGERPRINT_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What trying a model on a few tokens has shown.
+
+    `head` is None where its logits are not a plain product with the head's weight (scaled and capped as its config tells).
+    """
+
+    takes_positions: bool
+    separates_documents: bool
+    head: Head | None
+
+
+def load(folder: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
+    """The causal language model in `folder`, in eval mode. Tensors its class does not read are no error: they are passed on.
+
+    Raises UpfitError for any other kind of model, or one with weights that are missing or of another shape.
+    """
+    model, report = load_with_report(folder, AutoModelForCausalLM, dtype=dtype)
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if report[kind]:
+            names = ", ".join(sorted(map(str, report[kind]))[:3])
+            raise UpfitError(f"{folder} does not load completely: {kind.replace('_', ' ')} {names}; fetch or convert it again")
+    if model.config.is_encoder_decoder:
+        raise UpfitError(f"{folder} is an encoder-decoder model; only decoder-only language models can be uptrained")
+    nn.Module.to(model, device)
+    return model.eval()
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type most of the weights in the files have; config.json may say another."""
+    with open_checkpoint(folder) as checkpoint:
+        counts = Counter[str]()
+        for info in checkpoint.tensors.values():
+            counts[info.dtype] += info.numel
+    return torch_dtype(counts.most_common(1)[0][0])
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash that tells model folders apart: config, and the sizes, beginnings and ends of the weight files."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    with open_checkpoint(folder) as checkpoint:
+        files = checkpoint.files
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, path.stat().st_size - FINGERPRINT_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, traits: Traits) -> Tensor:
+    """Last hidden states [B, T, H]. Three things keep packed documents apart: positions, no mask, no cache."""
+    given = {"position_ids": positions} if traits.takes_positions else {}
+    return model.base_model(input_ids=ids, use_cache=False, **given).last_hidden_state
+
+
+def full_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, traits: Traits) -> Tensor:
+    """The model's own logits [B, T, V]."""
+    given = {"position_ids": positions} if traits.takes_positions else {}
+    return model(input_ids=ids, use_cache=False, **given).logits
+
+
+def head_weight(model: PreTrainedModel) -> Tensor | None:
+    """The weight [V, H] of the language model head, if it is a linear layer without bias."""
+    head = model.get_output_embeddings()
+    return head.weight if isinstance(head, nn.Linear) and head.bias is None else None
+
+
+def plain_head(model: PreTrainedModel, traits: Traits) -> tuple[Tensor, Head]:
+    weight = head_weight(model)
+    assert weight is not None and traits.head is not None, "only asked for when examining the model has found a plain head"
+    return weight, traits.head
+
+
+def configured_head(model: PreTrainedModel) -> Head:
+    """Scale and cap of the logits, by the names that configs of transformers give them."""
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name, inverse in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
+        value = getattr(config, name, None)
+        if value is not None:
+            scale *= 1 / value if inverse else value
+    return Head(scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def examine(model: PreTrainedModel) -> Traits:
+    """Run `model` on a row of two documents, whole and apart, and compare its head with ours."""
+    was_training = model.training
+    model.eval()
+    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    traits = Traits(takes_positions, takes_positions, None)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary_size(model), (1, PROBE_TOKENS), generator=generator).to(model.device)
+    half = PROBE_TOKENS // 2
+    positions = torch.arange(half, device=model.device).repeat(2)[None]
+    whole = hidden_states(model, ids, positions, traits)
+    alone = hidden_states(model, ids[:, half:], positions[:, half:], traits)
+    head, weight = configured_head(model), head_weight(model)
+    plain = False
+    if weight is not None and weight.shape[1] == whole.shape[2]:
+        logits = full_logits(model, ids, positions, traits)
+        ours = head.logits((whole @ weight.t()).float())
+        plain = ours.shape == logits.shape and alike(ours, logits.float(), model.dtype)
+    model.train(was_training)
+    return Traits(takes_positions, takes_positions and alike(whole[:, half:], alone, model.dtype), head if plain else None)
+
+
+def alike(first: Tensor, second: Tensor, dtype: torch.dtype) -> bool:
+    tolerance = EXACT if dtype in (torch.float32, torch.float64) else ROUNDED
+    return bool((first - second).abs().max() <= tolerance * second.abs().max())
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """The number of logits V; may be padded beyond what the tokenizer knows."""
+    head = model.get_output_embeddings()
+    return head.weight.shape[0] if isinstance(head, nn.Linear) else model.config.get_text_config().vocab_size
+
+
+class Distiller(nn.Module):
+    """A student and, unseen by its parameters, a teacher: (ids, positions, labels), all [B, T] → (loss, CE, KL), summed."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        traits: Traits,
+        teacher: tuple[PreTrainedModel, Traits] | None,
+        objective: Objective,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.student, self.traits, self.objective, self.autocast = student, traits, objective, autocast
+        self._teacher = teacher  # in a tuple, so that it is no submodule: neither trained, wrapped, nor saved
+        self.whole_logits = traits.head is None or (teacher is not None and teacher[1].head is None)
+
+    def forward(self, ids: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            compute = self._dense if self.whole_logits else self._chunked
+            return compute(ids, positions, labels)
+
+    def _chunked(self, ids: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        teacher = None
+        if self._teacher is not None:
+            model, traits = self._teacher
+            with torch.no_grad():
+                states = hidden_states(model, ids, positions, traits).flatten(0, 1)
+            teacher = (states, *plain_head(model, traits))
+        hidden = hidden_states(self.student, ids, positions, self.traits).flatten(0, 1)
+        weight, head = plain_head(self.student, self.traits)
+        return chunked_loss(hidden, weight, labels.flatten(), head, teacher, self.objective)
+
+    def _dense(self, ids: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        teacher = None
+        if self._teacher is not None:
+            with torch.no_grad():
+                teacher = full_logits(self._teacher[0], ids, positions, self._teacher[1]).flatten(0, 1)
+        student = full_logits(self.student, ids, positions, self.traits).flatten(0, 1)
+        return dense_loss(student, teacher, labels.flatten(), self.objective)

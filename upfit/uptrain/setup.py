@@ -1,0 +1,188 @@
+"""From what the user gave to a run that can start: checks, models, optimiser, plan. Reads much and writes nothing."""
+
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
+from transformers import PreTrainedModel
+
+from upfit.convert.checkpoint import open_checkpoint
+from upfit.convert.folders import Source, check_output, find_source, teacher_source
+from upfit.errors import UpfitError
+from upfit.output import Output, human_count
+from upfit.uptrain import models
+from upfit.uptrain.config import FREE, Config
+from upfit.uptrain.loop import Run
+from upfit.uptrain.losses import Objective
+from upfit.uptrain.models import Distiller, Traits
+from upfit.uptrain.prepare import identity, load_tokenizer
+from upfit.uptrain.schedule import ADAM_BETAS, Plan, make_plan, peak_rate
+from upfit.uptrain.shards import Rows, Shards
+from upfit.uptrain.state import Counters, Workspace
+
+MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_CPU = 8192, 2048
+CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments
+TIMEOUT = timedelta(hours=2)  # other processes wait while the first one writes a large model
+
+
+def find_teacher(config: Config, source: Source, output: Output) -> Source | None:
+    """The model to learn from; None (said in a note) when the run is to do without. Raises UpfitError when it is gone."""
+    if config.kl_weight == 0 or config.teacher == "none":
+        return None
+    if config.teacher is not None:
+        return find_source(config.teacher)
+    teacher = teacher_source(source.path)
+    if teacher is None:
+        output.note(f"{source.name} has no recipe.json that names a source: training on the text alone (cross-entropy)")
+    return teacher
+
+
+def check_places(out: Path, source: Source, shards: Shards, teacher: Source | None, config: Config, overwrite: bool) -> None:
+    """Raise UpfitError when `out` overlaps what is read or the disk cannot hold it and the checkpoints."""
+    with open_checkpoint(source.path) as checkpoint:
+        result, parameters = checkpoint.nbytes, checkpoint.numel
+    needed = result + parameters * (4 + CHECKPOINT_BYTES * (config.keep + 1))
+    for place in (source.path, shards.folder, *([teacher.path] if teacher else [])):
+        check_output(out, place, needed, overwrite)
+
+
+def check_tokenizer(source: Source, shards: Shards) -> None:
+    """Raise UpfitError when the shards were not cut by the model's tokenizer."""
+    told = shards.manifest["tokenizer"]
+    if identity(load_tokenizer(str(source.path)))["sha256"] != told["sha256"]:
+        raise UpfitError(
+            f"{shards.folder} was made with the tokenizer of {told['name']}, which is not that of {source.name}; "
+            f"run upfit prepare again with --tokenizer {source.name}"
+        )
+
+
+def make_accelerator(config: Config, out: Path) -> Accelerator:
+    """Process state and devices; a CPU only where there is nothing else."""
+    if config.track is not None:
+        available = [str(name) for name in get_available_trackers()]
+        if config.track not in available:
+            state = "not installed" if config.track in LOGGER_TYPE_TO_CLASS else "not known"
+            known = ", ".join(available) or "none"
+            raise UpfitError(
+                f"--track {config.track} is {state}; installed are: {known}; pip install 'upfit[track]' adds trackio"
+            )
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        log_with=config.track,
+        project_dir=None if config.track is None else str(out.with_name(out.name + ".track")),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+    )
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it faster than float32, unless the config decides."""
+    if config.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_models(
+    source: Source, teacher: Source | None, dtype: torch.dtype, device: torch.device, output: Output
+) -> tuple[PreTrainedModel, Traits, tuple[PreTrainedModel, Traits] | None]:
+    """The student in float32 and the teacher, frozen, in the type it is stored in (float32 where that is computed in)."""
+    student = models.load(source.path, torch.float32, device)
+    traits = models.examine(student)
+    pair = None
+    if teacher is not None:
+        stored = torch.float32 if dtype == torch.float32 else models.stored_dtype(teacher.path)
+        tutor = models.load(teacher.path, stored, device).requires_grad_(False)
+        pair = (tutor, models.examine(tutor))
+        sizes = models.vocabulary_size(tutor), models.vocabulary_size(student)
+        if sizes[0] != sizes[1]:
+            raise UpfitError(
+                f"the teacher {teacher.name} has {sizes[0]} tokens and the model {sizes[1]}; "
+                "give one with the same vocabulary, or --teacher none"
+            )
+    if traits.head is None or (pair is not None and pair[1].head is None):
+        output.note("the logits are more than hidden states times a matrix: they are computed whole, which needs more memory")
+    return student.train(), traits, pair
+
+
+def make_optimizer(student: PreTrainedModel, weight_decay: float) -> torch.optim.AdamW:
+    """Fused AdamW; only matrices that are not embeddings decay (a tied head is an embedding)."""
+    embedding = student.get_input_embeddings().weight
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim >= 2 and parameter is not embedding].append(parameter)
+    decays = {True: weight_decay, False: 0.0}
+    listed = [{"params": group, "weight_decay": decays[matrix]} for matrix, group in groups.items() if group]
+    return torch.optim.AdamW(listed, lr=0.0, betas=ADAM_BETAS, eps=1e-8, fused=True)
+
+
+def make_objective(config: Config, with_teacher: bool) -> Objective:
+    if with_teacher:
+        return Objective(config.ce_weight, config.kl_weight, config.temperature, config.chunk)
+    return Objective(config.ce_weight or 1.0, 0.0, 1.0, config.chunk)
+
+
+def set_up(
+    source: Source, shards: Shards, teacher: Source | None, out: Path, config: Config, accelerator: Accelerator, output: Output
+) -> Run:
+    """Everything the loop needs. Raises UpfitError when data, budget and model do not fit together."""
+    dtype = compute_dtype(config, accelerator.device)
+    student, traits, pair = load_models(source, teacher, dtype, accelerator.device, output)
+    text_config = student.config.get_text_config()
+    plan = make_plan(config, getattr(text_config, "max_position_embeddings", None))
+    rows = Rows(shards, plan.length, config.holdout, config.seed, config.document_mask)
+    if len(rows.training) < plan.rows:
+        raise UpfitError(
+            f"{shards.folder} has {len(rows.training)} rows of {plan.length} tokens to train on, a step takes {plan.rows}; "
+            "add text or lower --batch-tokens"
+        )
+    if config.document_mask and not all(seen.separates_documents for seen in (traits, *([pair[1]] if pair else []))):
+        output.note(f"{student.__class__.__name__} cannot keep packed documents apart: those in one row see each other")
+    distiller = Distiller(
+        student, traits, pair, make_objective(config, pair is not None), None if dtype == torch.float32 else dtype
+    )
+    optimizer = make_optimizer(student, config.weight_decay)
+    module, prepared = accelerator.prepare(distiller, optimizer)
+    on_cpu = accelerator.device.type == "cpu"
+    micro = config.micro_batch or max(1, (MICRO_BATCH_TOKENS_CPU if on_cpu else MICRO_BATCH_TOKENS) // plan.length)
+    peak = peak_rate(config, text_config.hidden_size)
+    same = run_identity(config, plan, source, shards, teacher, dtype)
+    announce(plan, rows, peak, student, teacher, dtype, output)
+    return Run(
+        accelerator, distiller, module, prepared, rows, plan, peak, micro, config, Counters(), Workspace(out), same, output
+    )
+
+
+def run_identity(
+    config: Config, plan: Plan, source: Source, shards: Shards, teacher: Source | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be gone on from."""
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    return {
+        **settings,
+        **asdict(plan),
+        "dtype": str(dtype),
+        "model's fingerprint": models.fingerprint(source.path),
+        "data's fingerprint": shards.fingerprint,
+        "teacher's fingerprint": models.fingerprint(teacher.path) if teacher else None,
+    }
+
+
+def announce(
+    plan: Plan, rows: Rows, peak: float, student: PreTrainedModel, teacher: Source | None, dtype: torch.dtype, output: Output
+) -> None:
+    passes = plan.steps * plan.rows / len(rows.training)
+    output.note(
+        f"{human_count(student.num_parameters())} parameters, teacher {teacher.name if teacher else 'none'}, "
+        f"{plan.steps} steps of {plan.rows} rows of {plan.length} tokens "
+        f"({human_count(plan.tokens)} tokens, {passes:.2f} passes over the data), "
+        f"learning rate {peak:.2g}, {str(dtype).removeprefix('torch.')}"
+    )

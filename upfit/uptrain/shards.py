@@ -1,0 +1,198 @@
+"""Token shards: flat files of token ids, memory-mapped and addressed by integers only.
+
+    tokens-00000.bin ...  token ids, little-endian uint16 (vocabularies up to 65536) or uint32
+    documents.bin         int64, the position of the first token of each document, then the number of tokens
+    manifest.json         what made them: tokenizer, counts, dtype, size and sha256 of every file
+
+Row k is the tokens k·length … (k+1)·length: every row has the same length, nothing is padded. There is no state: which rows a
+step takes follows from the step's number, so a resumed run reads on exactly where it stopped.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from upfit.errors import UpfitError
+
+IGNORE = -100  # a label that counts nothing, as in torch
+MANIFEST, DOCUMENTS = "manifest.json", "documents.bin"
+FORMAT = 1
+SHARD_TOKENS = 2**28
+TOKEN_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+OFFSET_DTYPE = np.dtype("<i8")
+
+
+def token_dtype(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+class ShardWriter:
+    """Writes documents into `folder` one after the other; `finish` writes the manifest. Memory use does not grow."""
+
+    def __init__(self, folder: Path, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
+        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
+        self.tokens, self.documents = 0, 0
+        self.files: dict[str, dict[str, Any]] = {}
+        self._hashes: dict[str, Any] = {}
+        self._in_shard, self._shards = 0, 0
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Append one document of at least one token."""
+        self._append(DOCUMENTS, np.array([self.tokens], dtype=OFFSET_DTYPE))
+        data = np.asarray(ids, dtype=TOKEN_DTYPES[self.dtype])
+        while len(data):
+            room = self.shard_tokens - self._in_shard
+            self._append(f"tokens-{self._shards:05d}.bin", data[:room])
+            self._in_shard += len(data[:room])
+            if self._in_shard == self.shard_tokens:
+                self._shards, self._in_shard = self._shards + 1, 0
+            data = data[room:]
+        self.tokens, self.documents = self.tokens + len(ids), self.documents + 1
+
+    def _append(self, name: str, data: np.ndarray) -> None:
+        content = data.tobytes()
+        with open(self.folder / name, "ab") as file:
+            file.write(content)
+        self._hashes.setdefault(name, hashlib.sha256()).update(content)
+        entry = self.files.setdefault(name, {"bytes": 0})
+        entry["bytes"] += len(content)
+
+    def finish(self, about: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest with `about` (tokenizer, sources) added; the manifest."""
+        self._append(DOCUMENTS, np.array([self.tokens], dtype=OFFSET_DTYPE))
+        for name, entry in self.files.items():
+            entry["sha256"] = self._hashes[name].hexdigest()
+        counts = {"tokens": self.tokens, "documents": self.documents, "dtype": self.dtype}
+        manifest = {"format": FORMAT, **about, **counts, "files": dict(sorted(self.files.items()))}
+        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return manifest
+
+
+class Shards:
+    """An opened folder of token shards.
+
+    Raises UpfitError when the manifest is missing or damaged or a file has another size than it says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = _read_manifest(folder)
+        for name, entry in self.manifest["files"].items():
+            path = folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if Path(name).name != name or size != entry["bytes"]:
+                raise UpfitError(f"{path} has {size} bytes, its manifest says {entry['bytes']}; run upfit prepare again")
+        dtype = TOKEN_DTYPES[self.manifest["dtype"]]
+        names = sorted(name for name in self.manifest["files"] if name.startswith("tokens-"))
+        self._files = [np.memmap(folder / name, dtype=dtype, mode="r") for name in names]
+        self._ends = np.cumsum([len(file) for file in self._files])
+        self._starts = np.memmap(folder / DOCUMENTS, dtype=OFFSET_DTYPE, mode="r")
+        self.tokens = int(self._ends[-1])
+        if self.tokens != self.manifest["tokens"] or self._starts[-1] != self.tokens:
+            raise UpfitError(
+                f"{folder} holds {self.tokens} tokens, its manifest says {self.manifest['tokens']}; prepare it again"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal tokens: a hash over the files' hashes."""
+        hashes = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Token ids [end − start], int64, from any number of files."""
+        parts = []
+        for file, file_end in zip(self._files, self._ends, strict=True):
+            file_start = int(file_end) - len(file)
+            if file_start < end and start < file_end:
+                parts.append(file[max(start - file_start, 0) : end - file_start])
+        return np.concatenate(parts).astype(np.int64)
+
+    def document_starts(self, start: int, end: int) -> np.ndarray:
+        """Positions in start … end − 1 at which a document begins, relative to `start`."""
+        first, last = np.searchsorted(self._starts[:-1], [start, end])
+        return np.asarray(self._starts[first:last]) - start
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UpfitError(f"{folder} has no {MANIFEST}; make token shards with upfit prepare TEXT {folder} --tokenizer MODEL")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        known = manifest["format"] == FORMAT and manifest["dtype"] in TOKEN_DTYPES and manifest["tokens"] > 0
+        known = known and all({"bytes", "sha256"} <= set(entry) for entry in manifest["files"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise UpfitError(f"{path} is not a manifest of format {FORMAT}; run upfit prepare again")
+    return manifest
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of training data; the three arrays are int64 [length]."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    labels: np.ndarray
+
+
+class Rows:
+    """The rows of `shards` in the order of training, without `holdout` rows spread evenly over the data."""
+
+    def __init__(self, shards: Shards, length: int, holdout: int, seed: int, document_mask: bool = True) -> None:
+        self.shards, self.length, self.seed, self.document_mask = shards, length, seed, document_mask
+        total = (shards.tokens - 1) // length
+        held = min(holdout, total // 10)
+        self.holdout = [(2 * index + 1) * total // (2 * held) for index in range(held)]
+        self.training = np.delete(np.arange(total, dtype=np.uint32 if total < 2**32 else np.int64), self.holdout)
+        if len(self.training) == 0:
+            raise UpfitError(f"{shards.folder} holds {shards.tokens} tokens, less than a row of {length}; add text")
+
+    def at(self, row: int) -> Row:
+        """Row `row` of the data: labels are the next tokens; the first token of a document is nobody's label."""
+        start = row * self.length
+        tokens = self.shards.read(start, start + self.length + 1)
+        begins = self.shards.document_starts(start, start + self.length + 1)
+        labels = tokens[1:].copy()
+        labels[begins[begins > 0] - 1] = IGNORE
+        positions = np.arange(self.length)
+        if self.document_mask:
+            first = np.zeros(self.length, dtype=np.int64)
+            inside = begins[begins < self.length]
+            first[inside] = inside
+            positions = positions - np.maximum.accumulate(first)
+        return Row(tokens[:-1], positions, labels)
+
+    def empty(self) -> Row:
+        """A row without labels: fills up a process that has fewer rows than others."""
+        ids = np.zeros(self.length, dtype=np.int64)
+        return Row(ids, np.arange(self.length), np.full(self.length, IGNORE))
+
+    def sample(self, index: int) -> int:
+        """The row that is the `index`-th of training, counted over epochs; each epoch is its own permutation."""
+        epoch, place = divmod(index, len(self.training))
+        return int(_permuted(self, epoch)[place])
+
+    def of_step(self, step: int, rows: int, rank: int, world: int) -> list[Row]:
+        """Process `rank`'s share of the `rows` rows of step `step`.
+
+        Which rows a step takes does not depend on `world`. Every process gets the same number; some may be empty.
+        """
+        return self.share([self.sample(step * rows + place) for place in range(rows)], rank, world)
+
+    def share(self, rows: list[int], rank: int, world: int) -> list[Row]:
+        mine = [self.at(row) for row in rows[rank::world]]
+        return mine + [self.empty()] * (-(-len(rows) // world) - len(mine))
+
+
+@lru_cache(maxsize=2)
+def _permuted(rows: Rows, epoch: int) -> np.ndarray:
+    return np.random.default_rng([rows.seed, epoch]).permutation(rows.training)

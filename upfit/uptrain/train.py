@@ -1,0 +1,123 @@
+"""The verb `uptrain`: a model folder and token shards in, the trained model folder out."""
+
+import contextlib
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from upfit import history
+from upfit.convert.folders import Source, find_source, staged
+from upfit.output import Output
+from upfit.uptrain.config import Config, check, dump
+from upfit.uptrain.export import export
+from upfit.uptrain.loop import Run, measure, train
+from upfit.uptrain.models import Distiller
+from upfit.uptrain.setup import check_places, check_tokenizer, find_teacher, make_accelerator, set_up
+from upfit.uptrain.shards import Shards
+from upfit.uptrain.state import METRICS, restore
+
+CONFIG_FILE = "uptrain.toml"
+
+
+def uptrain(model: str, data: str, out: Path, config: Config, resume: bool, overwrite: bool, output: Output) -> dict[str, Any]:
+    """Train the model in folder (or hub id) `model` on the shards in `data` and write the result to `out`; a report.
+
+    The report has `stopped` (a SIGTERM ended the run early: a checkpoint was written, `out` was not), `step`, `steps`,
+    `tokens`, `skipped`, `seconds`, `tokens_per_second`, and `holdout` with the losses before and after in nats a token.
+    Runs in one process or under torchrun; only the first process writes and tells.
+
+    Raises UpfitError for anything a user can put right: see the messages.
+    """
+    check(config)
+    out = out.expanduser().resolve()
+    source, shards = find_source(model), Shards(Path(data).expanduser().resolve())
+    accelerator = make_accelerator(config, out)
+    if not accelerator.is_main_process:
+        output = Output(quiet=True)
+    teacher = find_teacher(config, source, output)
+    check_places(out, source, shards, teacher, config, overwrite)
+    check_tokenizer(source, shards)
+    run = set_up(source, shards, teacher, out, config, accelerator, output)
+    with run.workspace.held() if accelerator.is_main_process else contextlib.nullcontext():
+        report = carry_out(run, source, teacher, out, resume, overwrite)
+    if accelerator.is_main_process and not report["stopped"]:
+        shutil.rmtree(run.workspace.path)
+    accelerator.end_training()
+    return report
+
+
+def carry_out(run: Run, source: Source, teacher: Source | None, out: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """Start or go on, train, measure, and write `out` unless a signal ended the run."""
+    start(run, resume, overwrite)
+    if run.config.track is not None:
+        run.accelerator.init_trackers("upfit", config={k: v for k, v in asdict(run.config).items() if v is not None})
+    if run.counters.before is None:
+        run.counters.before = losses_before(run)
+    if not train(run):
+        run.output.note(f"stopped at step {run.counters.step} of {run.plan.steps}; go on with --resume")
+        return report_of(run, {}, stopped=True)
+    after = measure(run, run.distiller)
+    report = report_of(run, {"before": run.counters.before, "after": after}, stopped=False)
+    if run.accelerator.is_main_process:
+        write(run, source, teacher, out, report)
+    run.accelerator.wait_for_everyone()
+    return report
+
+
+def start(run: Run, resume: bool, overwrite: bool) -> None:
+    """Load the newest checkpoint where there is one to resume; the first process decides for all."""
+    found: list[Path | None] = [None]
+    if run.accelerator.is_main_process:
+        found = [run.workspace.begin(resume, overwrite)]
+        if resume and found[0] is None:
+            run.output.note(f"no checkpoint in {run.workspace.path}: starting anew")
+    checkpoint = broadcast_object_list(found)[0]
+    if checkpoint is None:
+        return
+    run.counters = restore(checkpoint, run.distiller.student, run.optimizer, run.identity)
+    if run.accelerator.is_main_process:
+        run.workspace.truncate_metrics(run.counters.step)
+    run.output.note(f"going on from step {run.counters.step} of {run.plan.steps}")
+
+
+def losses_before(run: Run) -> dict[str, float]:
+    """Held-out losses of the student before the first step, and of the teacher on the same rows."""
+    losses = measure(run, run.distiller)
+    pair = run.distiller._teacher
+    if losses and pair is not None:
+        alone = Distiller(pair[0], pair[1], None, run.distiller.objective, run.distiller.autocast)
+        losses["teacher_ce"] = measure(run, alone)["ce"]
+    return losses
+
+
+def report_of(run: Run, holdout: dict[str, Any], stopped: bool) -> dict[str, Any]:
+    tokens = run.counters.step * run.plan.tokens_a_step
+    return {
+        "stopped": stopped,
+        "step": run.counters.step,
+        "steps": run.plan.steps,
+        "tokens": tokens,
+        "skipped": run.counters.skipped,
+        "seconds": round(run.counters.seconds, 3),
+        "tokens_per_second": round(tokens / run.counters.seconds, 1) if run.counters.seconds else None,
+        "holdout": holdout,
+        "holdout_rows": len(run.rows.holdout),
+    }
+
+
+def write(run: Run, source: Source, teacher: Source | None, out: Path, report: dict[str, Any]) -> None:
+    """The finished folder: weights, metrics, the config in force, and the history with one step more."""
+    chosen = {"length": run.plan.length, "rows_a_step": run.plan.rows, "peak_learning_rate": run.peak, "processes": run.world}
+    options = {**asdict(run.config), "resolved": {**chosen, "compute_dtype": run.identity["dtype"]}}
+    measurements = {name: value for name, value in report.items() if name != "stopped"}
+    data = {"folder": str(run.rows.shards.folder), "fingerprint": run.rows.shards.fingerprint}
+    entry = history.step("uptrain", source.record(), options, measurements)
+    entry |= {"teacher": teacher.record() if teacher else None, "data": data}
+    with staged(out) as folder:
+        export(run.distiller.student, source.path, folder)
+        shutil.copyfile(run.workspace.path / METRICS, folder / METRICS)
+        (folder / CONFIG_FILE).write_text(dump(run.config), encoding="utf-8")
+        history.write(folder, [*history.read(source.path), entry])
