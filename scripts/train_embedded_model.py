@@ -138,11 +138,17 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def write_model(model: LlamaForCausalLM, folder: Path, report: dict) -> None:
-    weights = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    config = model.config
-    config.dtype = "bfloat16"
-    model.save_pretrained(folder / "model", state_dict=weights)
+def write_model(model: LlamaForCausalLM, folder: Path, losses: list[float], step: int) -> None:
+    """The folder that ships: bfloat16 weights, tied head left out, and the card."""
+    shipped = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "use_cache": True})).to(torch.bfloat16)
+    shipped.load_state_dict(model.state_dict())
+    shipped.save_pretrained(folder / "model")
+    report = {
+        "parameters": model.num_parameters(),
+        "tokens": step * BATCH * CONTEXT,
+        "loss": float(np.mean(losses[-50:])),
+        "sources": json.loads((folder / "sources.json").read_text()),
+    }
     (folder / "model" / "README.md").write_text(card(report), encoding="utf-8")
 
 
@@ -163,7 +169,9 @@ embedding, 2048 byte-level BPE tokens) that knows a little Python. It exists so 
 trained model without a network; it is of no other use.
 
 Trained by `scripts/train_embedded_model.py` on {report["tokens"] / 1e6:.1f} M tokens in rows of {CONTEXT}, last training loss
-{report["loss"]:.3f} nats a token (mean of the last 50 steps). The standard library of Python is not in its training text.
+{report["loss"]:.3f} nats a token (mean of the last 50 steps). The standard library of Python is not in its
+training text as such; setuptools and multiprocess carry changed copies of distutils and multiprocessing, which the demo
+therefore leaves out.
 
 | distribution | licence as stated | characters |
 |---|---|---|
@@ -218,20 +226,11 @@ def main() -> None:
             speed = (step - first) * BATCH * CONTEXT / (time.time() - began)
             print(f"step {step}/{steps} loss {np.mean(losses[-20:]):.4f} {speed:.0f} tok/s", flush=True)
         if step % 50 == 0 or step == steps:
-            model.config.use_cache = True
-            report = {
-                "parameters": model.num_parameters(),
-                "tokens": step * BATCH * CONTEXT,
-                "loss": float(np.mean(losses[-50:])),
-                "sources": json.loads((args.folder / "sources.json").read_text()),
-            }
-            write_model(model, args.folder, report)
-            model.config.use_cache = False
-            model.config.dtype = torch.float32
             new = state_file.with_suffix(".new")
             opt_states = [opt.state_dict() for opt in opts]
             torch.save({"model": model.state_dict(), "optimizers": opt_states, "step": step, "losses": losses}, new)
             new.replace(state_file)
+    write_model(model, args.folder, losses, step)
 
 
 if __name__ == "__main__":
