@@ -43,7 +43,7 @@ def main() -> None:
     if not converted.exists():
         convert(recipe, args.model, converted, recipe.options(args.kv_heads, args.method), Settings(), output)
     if not trained.exists():
-        config = resolve(None, {"tokens": args.tokens, "length": args.length})
+        config = resolve(None, {"tokens": args.tokens, "length": args.length, "holdout": 8})
         uptrain(str(converted), str(shards), trained, config, True, False, output)
     rows: dict[str, Any] = {}
     for name, folder in (("converted", converted), ("uptrained", trained)):

@@ -28,7 +28,9 @@ QUIET = Output(quiet=True)
 
 
 def sample(model_type: str) -> Any:
-    return pytest.param(model_type, marks=() if model_type in EVERYDAY else pytest.mark.slow)
+    """A parameter of its own group, so that one worker builds the model once."""
+    slow = [] if model_type in EVERYDAY else [pytest.mark.slow]
+    return pytest.param(model_type, marks=[pytest.mark.xdist_group(model_type), *slow])
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Imports neither torch nor transformers, so that `upfit --help` stays fast.
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +25,13 @@ class Meter:
     def __init__(self, label: str, total: float, quiet: bool, bar: Progress | None) -> None:
         self.label, self.total, self.quiet, self.bar = label, total, quiet, bar
         self.done, self.note, self.last = 0.0, "", time.monotonic()
+        self.lock = threading.Lock()
         self.task = bar.add_task(escape(label), total=total, note="") if bar else None
 
     def advance(self, amount: float, note: str = "") -> None:
         """Count `amount` more as done; `note` (a loss, a rate) is shown beside it."""
-        self.done, self.note = self.done + amount, note
+        with self.lock:  # the converter copies and computes in two threads
+            self.done, self.note = self.done + amount, note
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=self.done, note=escape(note))
         elif not self.quiet and time.monotonic() - self.last >= PLAIN_LINE_SECONDS:

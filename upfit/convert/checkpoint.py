@@ -6,6 +6,7 @@ The truth about what is there comes from the headers; the index is only checked 
 import json
 import os
 import re
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     files: tuple[Path, ...]
     _descriptors: dict[Path, int] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -59,9 +61,10 @@ class Checkpoint:
 
     def descriptor(self, path: Path) -> int:
         """An open file descriptor of a weight file; each is opened once, so a file cannot be swapped in between."""
-        if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY)
-        return self._descriptors[path]
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            return self._descriptors[path]
 
     def read(self, name: str) -> "torch.Tensor":
         """One tensor, read into memory of its own."""

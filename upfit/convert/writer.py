@@ -8,7 +8,9 @@ import errno
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,8 +87,7 @@ def write_shards(shards: list[Shard], rules: Sequence[Rule], checkpoint: Checkpo
             _reserve(descriptors[shard.name], shard.nbytes)
         for shard in shards:
             _write(descriptors[shard.name], shard.header, 0)
-            _copy_runs(shard, checkpoint, descriptors[shard.name], advance)
-        _compute(shards, rules, checkpoint, descriptors, advance)
+        _copy_and_compute(shards, rules, checkpoint, descriptors, advance)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -106,6 +107,27 @@ def _reserve(descriptor: int, nbytes: int) -> None:
         if error.errno not in NO_KERNEL_COPY:
             raise
         os.ftruncate(descriptor, nbytes)
+
+
+def _copy_and_compute(
+    shards: list[Shard], rules: Sequence[Rule], checkpoint: Checkpoint, descriptors: dict[str, int], advance: Advance
+) -> None:
+    """The kernel copies in one thread while the other computes: they write to different places of the same files."""
+    stopped = threading.Event()
+
+    def tell(nbytes: int) -> None:
+        if stopped.is_set():
+            raise InterruptedError("the other half of the work has failed")
+        advance(nbytes)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        copying = pool.submit(lambda: [_copy_runs(shard, checkpoint, descriptors[shard.name], tell) for shard in shards])
+        try:
+            _compute(shards, rules, checkpoint, descriptors, advance)
+        except BaseException:
+            stopped.set()
+            raise
+        copying.result()
 
 
 def _copy_runs(shard: Shard, checkpoint: Checkpoint, target: int, advance: Advance) -> None:

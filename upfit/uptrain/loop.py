@@ -133,7 +133,7 @@ def one_step(run: Run, window: list[Row], labels: float) -> dict[str, Any]:
     """
     counters, config = run.counters, run.config
     # Seeded by the step, so that dropout after a resume is what it would have been.
-    torch.manual_seed((config.seed * 1_000_003 + counters.step) * 4099 + run.accelerator.process_index)
+    torch.manual_seed(((config.seed * 1_000_003 + counters.step) * 4099 + run.accelerator.process_index) % 2**63)
     rate = learning_rate(counters.step, run.plan.steps, run.peak, config.warmup, config.decay, config.min_rate)
     for group in run.optimizer.param_groups:
         group["lr"] = rate

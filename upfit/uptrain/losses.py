@@ -64,11 +64,11 @@ def chunk_terms(
     if teacher is not None:
         heat = objective.temperature
         log_p = log_p if heat == 1.0 else (student / heat).log_softmax(-1)
-        log_q = (teacher / heat).log_softmax(-1)
+        log_q = (teacher if heat == 1.0 else teacher / heat).log_softmax(-1)
         q = log_q.exp()
-        kl = (q * (log_q - log_p)).sum(-1).mul(kept).sum() * heat**2
+        kl = torch.linalg.vecdot(q, log_q.sub_(log_p)).mul(kept).sum() * heat**2
         if want_grad and objective.kl_weight:
-            part = (log_p.exp() - q).mul_(objective.kl_weight * heat)
+            part = log_p.exp().sub_(q).mul_(objective.kl_weight * heat)
             grad = part if grad is None else grad.add_(part)
     if want_grad:
         grad = torch.zeros_like(student) if grad is None else grad.mul_(kept[:, None])

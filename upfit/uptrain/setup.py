@@ -136,7 +136,11 @@ def set_up(
     """Everything the loop needs. Raises UpfitError when data, budget and model do not fit together."""
     dtype = compute_dtype(config, accelerator.device)
     student, traits, pair = load_models(source, teacher, dtype, accelerator.device, output)
-    text_config = student.config.get_text_config()
+    text_config, known = student.config.get_text_config(), student.get_input_embeddings().weight.shape[0]
+    if shards.manifest["largest_id"] >= known:
+        raise UpfitError(
+            f"{shards.folder} holds token {shards.manifest['largest_id']}, the model knows {known}; add rows to its embedding first"
+        )
     plan = make_plan(config, getattr(text_config, "max_position_embeddings", None))
     rows = Rows(shards, plan.length, config.holdout, config.seed, config.document_mask)
     if len(rows.training) < plan.rows:

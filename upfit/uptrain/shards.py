@@ -37,7 +37,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
         self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
-        self.tokens, self.documents = 0, 0
+        self.tokens, self.documents, self.largest = 0, 0, 0
         self.files: dict[str, dict[str, Any]] = {}
         self._hashes: dict[str, Any] = {}
         self._in_shard, self._shards = 0, 0
@@ -54,6 +54,7 @@ class ShardWriter:
                 self._shards, self._in_shard = self._shards + 1, 0
             data = data[room:]
         self.tokens, self.documents = self.tokens + len(ids), self.documents + 1
+        self.largest = max(self.largest, *ids)
 
     def _append(self, name: str, data: np.ndarray) -> None:
         content = data.tobytes()
@@ -68,7 +69,7 @@ class ShardWriter:
         self._append(DOCUMENTS, np.array([self.tokens], dtype=OFFSET_DTYPE))
         for name, entry in self.files.items():
             entry["sha256"] = self._hashes[name].hexdigest()
-        counts = {"tokens": self.tokens, "documents": self.documents, "dtype": self.dtype}
+        counts = {"tokens": self.tokens, "documents": self.documents, "largest_id": self.largest, "dtype": self.dtype}
         manifest = {"format": FORMAT, **about, **counts, "files": dict(sorted(self.files.items()))}
         (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return manifest
@@ -127,6 +128,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         known = manifest["format"] == FORMAT and manifest["dtype"] in TOKEN_DTYPES and manifest["tokens"] > 0
+        known = known and isinstance(manifest["largest_id"], int)
         known = known and all({"bytes", "sha256"} <= set(entry) for entry in manifest["files"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         known = False

@@ -6,6 +6,7 @@ place in it: every step seeds its own from the run's seed and its number.
 
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +23,10 @@ from upfit.convert.folders import replace_folder, sync_path, sync_tree
 from upfit.errors import UpfitError
 
 WEIGHTS, MOMENTS, FACTS, METRICS = "model.safetensors", "optimizer.safetensors", "trainer.json", "metrics.jsonl"
+LOCK = "lock"
 FORMAT = 1
-STEP_NAME = "step-[0-9]*[0-9]"
+STEP_NAME = re.compile(r"step-\d{8}")
+LEFTOVER = re.compile(r"step-\d{8}\.(tmp|old)")
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Workspace:
     def held(self) -> Iterator[None]:
         """Keep other runs out; raises UpfitError when one is already there."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "w") as lock:
+        with open(self.path / LOCK, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -60,22 +63,36 @@ class Workspace:
 
         Raises UpfitError when there are checkpoints and neither `resume` nor `overwrite` says what to do with them.
         """
+        for path in self.path.iterdir():
+            if LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path)
         found = self.checkpoints()
         if found and resume:
             return found[-1]
         if found and not overwrite:
             at = f"{self.path} holds a run stopped at step {_step_of(found[-1])}"
             raise UpfitError(f"{at}; go on with --resume or start anew with --overwrite")
-        for path in self.path.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "lock":
-                path.unlink()
+        self.clear()
         return None
+
+    def clear(self) -> None:
+        """Remove what a run writes here, and nothing else."""
+        for path in self.path.iterdir():
+            if STEP_NAME.fullmatch(path.name) or LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path)
+        (self.path / METRICS).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the folder, unless somebody keeps files of their own in it."""
+        self.clear()
+        (self.path / LOCK).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, oldest first; half-written and damaged ones are passed over."""
-        return sorted((path for path in self.path.glob(STEP_NAME) if is_complete(path)), key=_step_of)
+        named = (path for path in self.path.iterdir() if STEP_NAME.fullmatch(path.name))
+        return sorted((path for path in named if is_complete(path)), key=_step_of)
 
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters, identity: dict[str, Any], keep: int

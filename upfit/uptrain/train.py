@@ -44,7 +44,7 @@ def uptrain(model: str, data: str, out: Path, config: Config, resume: bool, over
     with run.workspace.held() if accelerator.is_main_process else contextlib.nullcontext():
         report = carry_out(run, source, teacher, out, resume, overwrite)
     if accelerator.is_main_process and not report["stopped"]:
-        shutil.rmtree(run.workspace.path)
+        run.workspace.remove()
     accelerator.end_training()
     return report
 
