@@ -140,7 +140,8 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 def write_model(model: LlamaForCausalLM, folder: Path, losses: list[float], step: int) -> None:
     """The folder that ships: bfloat16 weights, tied head left out, and the card."""
-    shipped = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "use_cache": True})).to(torch.bfloat16)
+    shipped: Any = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "use_cache": True}))
+    shipped = shipped.to(torch.bfloat16)
     shipped.load_state_dict(model.state_dict())
     shipped.save_pretrained(folder / "model")
     report = {

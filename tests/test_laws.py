@@ -20,11 +20,21 @@ from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.engine import outline
 from upfit.convert.recipe import Recipe, find_recipes
+from upfit.errors import UpfitError
 from upfit.output import Output
 
 # Plain, biases, per-head norm, full-width norm, sinks, interleaved rotary, partial rotary, hybrid, nested config.
 EVERYDAY = ("llama", "qwen2", "qwen3", "olmo2", "gpt_oss", "cohere", "phi", "qwen3_next", "voxtral")
 QUIET = Output(quiet=True)
+
+
+# Configurations of a type that store something else than its default one.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-bias": ("llama", {"attention_bias": True}),
+    "cohere-qk-norm": ("cohere", {"use_qk_norm": True}),
+    "phi-qk-norm": ("phi", {"qk_layernorm": True}),
+    "gemma4-keys-are-values": ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 2}),
+}
 
 
 def sample(model_type: str) -> Any:
@@ -58,11 +68,13 @@ class Case:
         return out
 
 
-@pytest.fixture(scope="module", params=[sample(name) for name in BUILDABLE if name not in UNGROUPABLE])
+@pytest.fixture(scope="module", params=[sample(name) for name in (*BUILDABLE, *VARIANTS) if name not in UNGROUPABLE])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    model_type = request.param
-    scratch = tmp_path_factory.mktemp(model_type)
-    model = tiny_model(model_type)
+    model_type, changes = VARIANTS.get(request.param, (request.param, {}))
+    if model_type not in BUILDABLE:
+        pytest.skip(f"the installed transformers has no {model_type}")
+    scratch = tmp_path_factory.mktemp(request.param)
+    model = tiny_model(model_type, **changes)
     model.save_pretrained(scratch / "source")
     with open_checkpoint(scratch / "source") as checkpoint:
         architecture = bind(checkpoint.config, checkpoint.tensors)
@@ -81,6 +93,13 @@ def test_every_supported_type_is_tried_or_explained() -> None:
 
 def test_a_type_is_supported_or_refused_never_both() -> None:
     assert not set(table().entries) & set(table().refused)
+
+
+def test_what_is_not_understood_is_refused(tmp_path: Path) -> None:
+    """StableLM's key norms are a list with a module a head: their number changes with the heads, and no layout packs that."""
+    tiny_model("stablelm", qk_layernorm=True).save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(UpfitError, match="in a way that is not supported"):
+        bind(checkpoint.config, checkpoint.tensors)
 
 
 @pytest.mark.parametrize("recipe", find_recipes().values(), ids=lambda recipe: recipe.name)

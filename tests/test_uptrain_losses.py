@@ -1,5 +1,6 @@
 """The chunked loss equals a plain float64 reference in value and gradients; packed documents equal separate ones."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.folders import tiny_llama
+from tests.tiny import tiny_model
 from tests.uptraining import pooled, seeded
 from upfit.uptrain.losses import Head, Objective, chunked_loss, dense_loss
-from upfit.uptrain.models import Distiller, examine, hidden_states
+from upfit.uptrain.models import Distiller, configured_head, examine, hidden_states
 from upfit.uptrain.shards import IGNORE
 
 N, H, V = 37, 16, 53
@@ -158,6 +160,43 @@ def test_a_head_with_a_bias_is_not_taken_for_a_plain_one() -> None:
     distiller = Distiller(model, traits, None, Objective(1.0, 0.0))
     wanted = F.cross_entropy(model(ids).logits[0], ids[0], reduction="sum")
     torch.testing.assert_close(distiller(ids, torch.arange(32)[None], ids)[1], wanted.detach())
+
+
+PLAIN_HEADS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gpt_neox": {},
+    "gemma2": {"final_logit_softcapping": 0.5},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+}
+
+
+@pytest.mark.parametrize("model_type", PLAIN_HEADS)
+def test_scales_and_caps_of_real_families_are_found(model_type: str) -> None:
+    model = tiny_model(model_type, **PLAIN_HEADS[model_type])
+    traits = examine(model)
+    assert traits.head is not None and traits.separates_documents
+    assert traits.head == configured_head(model)
+    assert (traits.head != Head()) == bool(PLAIN_HEADS[model_type])
+    if PLAIN_HEADS[model_type]:
+        name, value = next(iter(PLAIN_HEADS[model_type].items()))
+        setattr(model.config, name, value * 3)
+        model.forward = functools.partial(frozen_forward, model, value * 3, name, value)
+        assert examine(model).head is None, "the comparison must be able to fail"
+
+
+def frozen_forward(model: Any, told: float, name: str, used: float, **inputs: Any) -> Any:
+    """The model's own forward with the setting it was made with, whatever its config tells now."""
+    setattr(model.config, name, used)
+    try:
+        return type(model).forward(model, **inputs)
+    finally:
+        setattr(model.config, name, told)
+
+
+def test_a_family_without_positions_is_known_to_mix_documents() -> None:
+    assert not examine(tiny_model("bloom")).separates_documents
 
 
 def test_a_transformed_head_is_not_taken_for_a_plain_one() -> None:

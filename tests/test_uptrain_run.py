@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -202,6 +203,14 @@ def test_what_cannot_be_is_one_line(
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists() and not (tmp_path / "out.uptrain").exists()
 
 
+def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path) -> None:
+    small = save_tiny(tmp_path / "small", tiny_llama(vocab_size=20))
+    (tmp_path / "a.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 40)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "data", str(small), "text", QUIET)
+    with pytest.raises(UpfitError, match="holds token 28, the model knows 20"):
+        uptrain(str(small), str(tmp_path / "data"), tmp_path / "out", config(), False, False, QUIET)
+
+
 def test_a_teacher_that_went_away_is_told(shop: Workshop, tmp_path: Path) -> None:
     student = Path(shutil.copytree(shop.student, tmp_path / "student"))
     gone = {"name": str(tmp_path / "gone"), "revision": None, "path": str(tmp_path / "gone")}
@@ -209,6 +218,33 @@ def test_a_teacher_that_went_away_is_told(shop: Workshop, tmp_path: Path) -> Non
     with pytest.raises(UpfitError, match="--teacher"):
         uptrain(str(student), str(shop.data), tmp_path / "out", config(), False, False, QUIET)
     uptrain(str(student), str(shop.data), tmp_path / "out", config(teacher="none", tokens="128"), False, False, QUIET)
+
+
+class Diary(GeneralTracker):
+    """A tracker as accelerate wants it, which keeps what it is told."""
+
+    name, requires_logging_directory = "diary", False
+    told: list[dict[str, Any]] = []
+
+    def __init__(self, run_name: str, **_: Any) -> None:
+        super().__init__()
+
+    @property
+    def tracker(self) -> "Diary":
+        return self
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.told.append(values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.told.append({**values, "step": step})
+
+
+def test_a_tracker_is_told_the_config_and_every_step(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "diary", Diary)
+    monkeypatch.setattr("upfit.uptrain.setup.get_available_trackers", lambda: ["diary"])
+    shop.run(tmp_path / "out", tokens="256", track="diary")
+    assert Diary.told[0]["tokens"] == "256" and Diary.told[1:] == metrics(tmp_path / "out")
 
 
 def test_overwrite_replaces_a_result(shop: Workshop, tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ KV_HEADS: dict[str, tuple[str, ...]] = {
     "moonshine_streaming": ("num_key_value_heads", "encoder_config.num_key_value_heads"),
 }
 
-_ALL_SHARED = "its configuration demands that every layer reuses another model's keys, its text model rejects that (no k_proj)"
+_ALL_SHARED = "no k_proj of its own: every layer reuses the keys of another model, which forward needs; 5.23 cannot build it"
 UNBUILDABLE: dict[str, str] = {
     "gemma3n": "its vision tower is a timm model and timm is not a dependency (gemma3n_text covers the text part)",
     "gemma4_assistant": _ALL_SHARED,

@@ -120,14 +120,23 @@ class Architecture:
 def set_kv_heads(config: dict[str, Any], entry: Entry, kv_heads: int) -> dict[str, Any]:
     """A copy of `config` that asks for at most `kv_heads` key/value heads in every layer; other keys stay as they are."""
     changed = copy.deepcopy(config)
-    for path in entry.kv_heads:
-        place, key = _place(changed, path)
-        current = place.get(key)
-        if current is None and path != entry.kv_heads[0]:
-            continue  # a layer kind this checkpoint does not have
-        if current is None or current > kv_heads:
+    for place, key in _counts(changed, entry):
+        if place.get(key) is None or place[key] > kv_heads:
             place[key] = kv_heads
     return changed
+
+
+def _counts(config: dict[str, Any], entry: Entry) -> list[tuple[dict[str, Any], str]]:
+    """(object, key) of every head count in `config`; of those that it does not have, only the main one."""
+    found = []
+    for path in entry.kv_heads:
+        *parents, key = path.split(".")
+        places: list[Any] = [config]
+        for parent in parents:
+            places = [child for place in places for child in (place.values() if parent == "*" else [place.get(parent)])]
+            places = [place for place in places if isinstance(place, dict)]
+        found += [(place, key) for place in places if path == entry.kv_heads[0] or place.get(key) is not None]
+    return found
 
 
 def bind(config: dict[str, Any], tensors: Mapping[str, "Described"]) -> Architecture:
@@ -174,11 +183,8 @@ def _probe(config: dict[str, Any], entry: Entry) -> Probe:
     failure: UpfitError | None = None
     for small, other in ((1, 2), (2, 4)):
         changed, counts = copy.deepcopy(config), []
-        for path in entry.kv_heads:
-            place, key = _place(changed, path)
+        for place, key in _counts(changed, entry):
             current = place.get(key)
-            if current is None and path != entry.kv_heads[0]:
-                continue  # a layer kind this checkpoint does not have
             place[key] = other if current == small else small
             counts.append((current, place[key]))
         try:
@@ -244,7 +250,8 @@ def _layer(
             elif name in shapes and part in ("q", "k", "v", "o"):
                 raise UpfitError(f"the checkpoint has no tensor of shape {list(shapes[name])} for {name}; fetch it again")
     head_dim, kv_heads = _head_dim(f"{path}.{entry.k}.weight", shapes, probe)
-    v_head_dim, _ = _head_dim(f"{path}.{entry.v}.weight", shapes, probe)
+    values = f"{path}.{entry.v}.weight"  # Gemma 4's wide layers have none: their values are the keys
+    v_head_dim = _head_dim(values, shapes, probe)[0] if values in shapes else head_dim
     heads = shapes[f"{path}.{entry.o}.weight"][1] // v_head_dim
     key, norm = f"{path}.{entry.k}.weight", stored.get("k_norm.weight")
     layout = "separate-head-norms" if norm and len(tensors[norm].shape) == 2 else entry.layout
@@ -261,12 +268,3 @@ def _head_dim(name: str, shapes: dict[str, tuple[int, ...]], probe: Probe) -> tu
         if width * probed == probed_rows and rows % width == 0 and now in (None, rows // width):
             return width, rows // width
     raise UpfitError(f"{name} has {rows} rows, which no key/value head count of config.json explains; check config.json")
-
-
-def _place(config: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
-    """The object and the key that a dotted config path means; objects on the way are made where they are missing."""
-    *parents, key = path.split(".")
-    place: Any = config
-    for parent in parents:
-        place = place.setdefault(parent, {})
-    return place, key

@@ -121,13 +121,14 @@ def _copy_and_compute(
         advance(nbytes)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        copying = pool.submit(lambda: [_copy_runs(shard, checkpoint, descriptors[shard.name], tell) for shard in shards])
+        copying = [pool.submit(_copy_runs, shard, checkpoint, descriptors[shard.name], tell) for shard in shards]
         try:
             _compute(shards, rules, checkpoint, descriptors, advance)
         except BaseException:
             stopped.set()
             raise
-        copying.result()
+        for done in copying:
+            done.result()
 
 
 def _copy_runs(shard: Shard, checkpoint: Checkpoint, target: int, advance: Advance) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from upfit.convert.checkpoint import open_checkpoint, torch_dtype
-from upfit.convert.skeleton import load_with_report
+from upfit.convert.skeleton import load_strictly
 from upfit.errors import UpfitError
 from upfit.uptrain.losses import Head, Objective, chunked_loss, dense_loss
 
@@ -40,15 +40,11 @@ def load(folder: Path, dtype: torch.dtype | str, device: torch.device) -> PreTra
 
     Raises UpfitError for any other kind of model, or one with weights that are missing or of another shape.
     """
-    model, report = load_with_report(folder, AutoModelForCausalLM, dtype=dtype)
-    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if report[kind]:
-            names = ", ".join(sorted(map(str, report[kind]))[:3])
-            raise UpfitError(f"{folder} does not load completely: {kind.replace('_', ' ')} {names}; fetch or convert it again")
+    model = load_strictly(folder, AutoModelForCausalLM, dtype=dtype)
     if model.config.is_encoder_decoder:
         raise UpfitError(f"{folder} is an encoder-decoder model; only decoder-only language models can be uptrained")
     nn.Module.to(model, device)
-    return model.eval()
+    return model
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -84,6 +80,11 @@ def full_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, traits: 
     """The model's own logits [B, T, V]."""
     given = {"position_ids": positions} if traits.takes_positions else {}
     return model(input_ids=ids, use_cache=False, **given).logits
+
+
+def embedding(model: PreTrainedModel) -> Tensor:
+    """The weight of the input embedding, one row a token the model knows."""
+    return next(model.get_input_embeddings().parameters())
 
 
 def head_weight(model: PreTrainedModel) -> Tensor | None:

@@ -114,7 +114,7 @@ def load_models(
 
 def make_optimizer(student: PreTrainedModel, weight_decay: float) -> torch.optim.AdamW:
     """Fused AdamW; only matrices that are not embeddings decay (a tied head is an embedding)."""
-    embedding = student.get_input_embeddings().weight
+    embedding = models.embedding(student)
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for parameter in student.parameters():
         if parameter.requires_grad:
@@ -136,11 +136,10 @@ def set_up(
     """Everything the loop needs. Raises UpfitError when data, budget and model do not fit together."""
     dtype = compute_dtype(config, accelerator.device)
     student, traits, pair = load_models(source, teacher, dtype, accelerator.device, output)
-    text_config, known = student.config.get_text_config(), student.get_input_embeddings().weight.shape[0]
+    text_config, known = student.config.get_text_config(), len(models.embedding(student))
     if shards.manifest["largest_id"] >= known:
-        raise UpfitError(
-            f"{shards.folder} holds token {shards.manifest['largest_id']}, the model knows {known}; add rows to its embedding first"
-        )
+        unknown = f"{shards.folder} holds token {shards.manifest['largest_id']}, the model knows {known} tokens"
+        raise UpfitError(f"{unknown}; add rows to its embedding first")
     plan = make_plan(config, getattr(text_config, "max_position_embeddings", None))
     rows = Rows(shards, plan.length, config.holdout, config.seed, config.document_mask)
     if len(rows.training) < plan.rows:

@@ -54,7 +54,7 @@ class ShardWriter:
                 self._shards, self._in_shard = self._shards + 1, 0
             data = data[room:]
         self.tokens, self.documents = self.tokens + len(ids), self.documents + 1
-        self.largest = max(self.largest, *ids)
+        self.largest = max(self.largest, max(ids))
 
     def _append(self, name: str, data: np.ndarray) -> None:
         content = data.tobytes()
