@@ -52,8 +52,8 @@ def main() -> None:
         rows["source"] = _row(told["against"], None)
         rows[name] = _row(told["model"], told["difference"])
         rows["text"] = told["data"]
-    told = ("verb", "options", "measurements", "versions")  # not where the folders lay
-    rows["steps"] = [{key: step[key] for key in told} for step in history.read(trained)]
+    kept = ("verb", "options", "measurements", "versions")  # not where the folders lay
+    rows["steps"] = [{key: step[key] for key in kept} for step in history.read(trained)]
     rows["environment"] = environment()
     args.results.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     for name in ("source", "converted", "uptrained"):

@@ -111,6 +111,13 @@ def test_overwrite_begins_anew(shop: Workshop, tmp_path: Path) -> None:
     assert report["step"] == 2 and len(metrics(tmp_path / "out")) == 2
 
 
+def test_files_of_the_user_in_the_workspace_survive(shop: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "out.uptrain" / "step-notes").mkdir(parents=True)
+    (tmp_path / "out.uptrain" / "diary.txt").write_text("mine")
+    shop.run(tmp_path / "out", tokens="256", overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "out.uptrain").iterdir()) == ["diary.txt", "step-notes"]
+
+
 def test_resume_without_a_checkpoint_starts_anew(shop: Workshop, tmp_path: Path) -> None:
     assert shop.run(tmp_path / "out", resume=True, tokens="256")["step"] == 2
 
@@ -170,26 +177,36 @@ def command(shop: Workshop, tmp_path: Path, out: Path, resume: bool = False, **c
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+PATIENCE = 300.0  # seconds; a busy machine takes long to import torch
 LONG: dict[str, Any] = {"tokens": "25600", "save_every": "10"}
 
 
-def wait_for_line(path: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
+@contextmanager
+def running(command: list[str], place: Path, lines: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The process once its metrics in `place` have so many lines; it never outlives the block."""
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        deadline, path = time.monotonic() + PATIENCE, place / "metrics.jsonl"
+        while not path.exists() or path.read_bytes().count(b"\n") < lines:
+            assert process.poll() is None, "it ended before it could be interrupted"
+            assert time.monotonic() < deadline, "it did not come so far in time"
+            time.sleep(0.005)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_ends_with_the_same_bytes(shop: Workshop, tmp_path: Path) -> None:
     whole = [sys.executable, *command(shop, tmp_path, tmp_path / "whole", **LONG)]
     subprocess.run(whole, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-    for count, resume in ((15, False), (150, True)):
+    for count, resume in ((15, False), (100, True)):
         broken = [sys.executable, *command(shop, tmp_path, tmp_path / "broken", resume, **LONG)]
-        process = subprocess.Popen(broken, env=ENVIRONMENT)
-        wait_for_line(tmp_path / "broken.uptrain" / "metrics.jsonl", count, process)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL and not (tmp_path / "broken").exists()
+        with running(broken, tmp_path / "broken.uptrain", count) as process:
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL and not (tmp_path / "broken").exists()
     final = [sys.executable, *command(shop, tmp_path, tmp_path / "broken", True, **LONG)]
     subprocess.run(final, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
@@ -224,12 +241,9 @@ def test_two_processes_have_the_losses_of_one(shop: Workshop, tmp_path: Path) ->
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_resumes_bit_exactly(shop: Workshop, tmp_path: Path) -> None:
     subprocess.run(torchrun(shop, tmp_path, tmp_path / "whole", **LONG), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-    process = subprocess.Popen(
-        torchrun(shop, tmp_path, tmp_path / "broken", **LONG), env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
-    wait_for_line(tmp_path / "broken.uptrain" / "metrics.jsonl", 13, process)
-    process.send_signal(signal.SIGTERM)
-    process.wait()
+    with running(torchrun(shop, tmp_path, tmp_path / "broken", **LONG), tmp_path / "broken.uptrain", 13) as process:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
     assert not (tmp_path / "broken").exists() and not list((tmp_path / "broken.uptrain").glob("*.tmp"))
     saved = Workspace(tmp_path / "broken").checkpoints()
     assert int(saved[-1].name[5:]) == len(metrics(tmp_path / "broken.uptrain"))

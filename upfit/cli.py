@@ -274,7 +274,7 @@ app.command("evaluate")(_with_flags(_evaluate, EvaluateOptions, "evaluate"))
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")] = Path("upfit-demo"),
-    tokens: Annotated[str, typer.Option(help="Tokens to uptrain each conversion on.")] = "100k",
+    tokens: Annotated[str, typer.Option(help="Tokens to uptrain each conversion on.")] = "70k",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,

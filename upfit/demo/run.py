@@ -48,7 +48,7 @@ def run_demo(out: Path, tokens: str, overwrite: bool, output: Output) -> dict[st
     Raises UpfitError when `out` holds anything but an earlier demo.
     """
     _clear(out, overwrite)
-    config = resolve(None, {"tokens": tokens, "length": LENGTH})
+    config = resolve(None, {"tokens": tokens, "length": LENGTH, "holdout": 0})
     began, source = time.monotonic(), embedded_model()
     training, held_out = standard_library()
     output.note(f"{len(training)} files of the standard library to train on, {len(held_out)} to measure on")

@@ -14,8 +14,8 @@ def show(result: dict[str, Any], output: Output) -> None:
         for stage in ("converted", "uptrained"):
             told = row[stage]
             rows.append([f"{row['name']} {stage}", f"{told['kv_bytes_per_token']:.0f}", _loss(told), _difference(told)])
-    title = "Held-out standard library, nats a token with 95 % intervals"
-    output.table(["model", "KV bytes a token", "loss", "difference to source (paired)"], rows, title)
+    title = "KV bytes and loss (nats) a token, held-out standard library, 95 % intervals, differences paired"
+    output.table(["model", "KV bytes", "loss", "against source"], rows, title)
     plot(result, Path(result["plot"]))
     output.line(f"{result['seconds']:.0f} s. Plot: {result['plot']}")
 
