@@ -58,6 +58,6 @@ def test_flags_in_a_page_exist(verb: str) -> None:
     """Every --flag that a verb's page mentions is one of the verb's (or named as another program's)."""
     page = (ROOT / "docs" / f"{verb.split()[0]}.md").read_text(encoding="utf-8")
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
-    others = {"--nproc-per-node", "--nproc_per_node", "--standalone", "--nnodes", "--master-port"}
+    others = {"--nproc-per-node", "--nproc_per_node", "--standalone", "--shutdown-timeout"}
     known = set(re.findall(r"--[a-z][a-z-]+", help_of(*verb.split()) + help_of("uptrain") + help_of("prepare")))
     assert mentioned - others <= known

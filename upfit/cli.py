@@ -321,7 +321,8 @@ def main() -> None:
     except UpfitError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"upfit: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun all processes fail alike, one tells
+            print(f"upfit: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("upfit: stopped; nothing unfinished was kept", file=sys.stderr)

@@ -144,10 +144,10 @@ def bind(config: dict[str, Any], tensors: Mapping[str, "Described"]) -> Architec
 
     Raises UpfitError for an unsupported model type, and when the tensors are not what the class wants.
     """
-    from upfit.convert.skeleton import Names, skeleton
+    from upfit.convert.skeleton import class_names
 
     entry = find_entry(config["model_type"])
-    names = Names(skeleton(config))
+    names = class_names(config)
     probe = _probe(config, entry)
     disk = disk_names(names, tensors)
     paths = _attention_paths(entry, names.shapes, probe.shapes)
@@ -178,7 +178,7 @@ class Probe:
 
 def _probe(config: dict[str, Any], entry: Entry) -> Probe:
     """Build the class with every head count set to 1 (2 where it is 1), or to 2 and 4 where the class wants even counts."""
-    from upfit.convert.skeleton import skeleton
+    from upfit.convert.skeleton import class_names
 
     failure: UpfitError | None = None
     for small, other in ((1, 2), (2, 4)):
@@ -188,7 +188,7 @@ def _probe(config: dict[str, Any], entry: Entry) -> Probe:
             place[key] = other if current == small else small
             counts.append((current, place[key]))
         try:
-            shapes = {name: tuple(tensor.shape) for name, tensor in skeleton(changed).state_dict().items()}
+            shapes = class_names(changed).shapes
         except UpfitError as error:
             failure = error
             continue

@@ -75,10 +75,10 @@ def check_against_class(plan: Plan, planned: list[Planned], architecture: Archit
     Raises ValueError when a written tensor is unknown to the class or has another shape, or when a parameter that differs
     between the source's class and the target's is not written.
     """
-    from upfit.convert.skeleton import Names, skeleton
+    from upfit.convert.skeleton import class_names
 
-    source = Names(skeleton(architecture.config)).shapes
-    target = Names(skeleton(plan.config))
+    source = class_names(architecture.config).shapes
+    target = class_names(plan.config)
     written = {}
     for item in planned:
         if item.rule is not None:

@@ -4,6 +4,7 @@ The only place of the converter that touches model classes. Everything happens o
 """
 
 import functools
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,6 +134,16 @@ class Names:
     def module_name(self, disk_name: str) -> str:
         """The parameter that a tensor of the file becomes (or becomes a part of)."""
         return self._rename(disk_name)[0]
+
+
+def class_names(config: dict[str, Any]) -> Names:
+    """Names and shapes of the class of this config. A conversion asks several times, and a large model takes seconds."""
+    return _class_names(json.dumps(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _class_names(text: str) -> Names:
+    return Names(skeleton(json.loads(text)))
 
 
 def load_strictly(

@@ -64,8 +64,7 @@ def _rule(layer: "Layer", options: Options, initializer_range: float) -> Rule:
 
 def _trials(architecture: "Architecture") -> list[Options]:
     """The next smaller number of heads; `first` is tried by mqa."""
-    fewer = architecture.allowed_kv_heads()[-2:][0]
-    return [Options(fewer, "mean"), Options(fewer, "random")]
+    return [Options(architecture.allowed_kv_heads()[-2:][0], "mean")]
 
 
 def _offers(architecture: "Architecture") -> str:
