@@ -25,8 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from upfit import text as texts
 from upfit.errors import UpfitError
-from upfit.evaluate import text as texts
 from upfit.evaluate.cache import measure_cache
 from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.loss import by_position, token_losses, window_losses
@@ -34,9 +34,9 @@ from upfit.evaluate.options import Options
 from upfit.evaluate.speed import settle_lengths
 from upfit.evaluate.statistics import difference_interval, mean_interval
 from upfit.evaluate.tables import show
-from upfit.evaluate.text import Document, file_documents, python_documents, read_blocks
-from upfit.evaluate.windows import digest, make_windows, prefix_ids, retokenised, same_tokens, spread
 from upfit.output import Meter, Output
+from upfit.text import Document, file_documents, python_documents, read_blocks
+from upfit.windows import digest, make_windows, prefix_ids, retokenised, same_tokens, spread
 
 LAYERS, HEADS, HEAD_DIM, POSITIONS = 2, 4, 8, 128
 # float32 cross entropy over a few hundred words against float64: rounding of a handful of units in the last place

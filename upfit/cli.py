@@ -125,6 +125,8 @@ def _show_conversion(answer: dict[str, Any], output: Output) -> None:
             [row["tensor"], str(list(row["before"] or [])), str(list(row["after"])), row["rule"]] for row in answer["tensors"]
         ]
         output.table(["tensor", "before", "after", "rule"], rows, "Would write")
+    if answer.get("sensitivity"):
+        _show_sensitivity(answer["sensitivity"], output)
     before, after = answer["kv_bytes_per_token"]
     verb = "Would write" if answer["dry_run"] else "Wrote"
     output.line(
@@ -145,8 +147,59 @@ def _show_conversion(answer: dict[str, Any], output: Output) -> None:
     output.note(f"Next: upfit evaluate {answer['out']} --against {answer['source']['name']}")
 
 
+def _show_sensitivity(told: dict[str, Any], output: Output) -> None:
+    """Predicted errors of each layer for each number of heads it could have, as attention / output."""
+    counts = [count for count in told["kv_heads"] if count < max(told["kv_heads"])]
+    rows = []
+    for layer in told["layers"]:
+        choices = {choice["kv_heads"]: choice for choice in layer["choices"]}
+        cells = [_errors(choices[count]) if count in choices else "" for count in counts]
+        rows.append([layer["layer"], *cells])
+    for name, label in (("", "mean of the layers"), ("largest_", "largest")):
+        means = {row["kv_heads"]: row for row in told["totals"]}
+        rows.append([label, *[_errors(means[count], name) for count in counts]])
+    totals = {row["kv_heads"]: human_bytes(row["kv_bytes_per_token"]) for row in told["totals"]}
+    rows.append(["KV cache a token", *[totals[count] for count in counts]])
+    title = "Predicted error of attention / output before any refit, by key/value heads (share of its energy)"
+    output.table(["layer", *map(str, counts)], rows, title)
+
+
+def _errors(choice: dict[str, Any], prefix: str = "") -> str:
+    pair = (choice[f"{prefix}attention_error"], choice[f"{prefix}output_error"])
+    return " / ".join("-" if value is None else f"{value:.3f}" for value in pair)
+
+
 for _recipe in find_recipes().values():
     _add_convert(_recipe)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or hub id (id@revision).")],
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Text files, .jsonl files or folders of them.")],
+    out: Annotated[Path, typer.Argument(metavar="STATS", help="Statistics file to write, NAME.safetensors.")],
+    calibration_tokens: Annotated[str, typer.Option(help="Tokens of text to use.")] = "64k",
+    calibration_length: Annotated[
+        int | None, typer.Option(help="Tokens of a window: the length to be served; default: 2048, or what the model allows.")
+    ] = None,
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a statistics file.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Watch a model read text, and keep statistics of every attention layer for conversions that use data."""
+    from upfit.convert.calibrate import calibrate as run
+
+    output = Output(as_json, quiet)
+    answer = run(model, list(texts), out, calibration_tokens, calibration_length, revision, overwrite, output)
+    output.json(answer)
+    output.line(
+        f"Wrote {out}: {human_bytes(answer['bytes'])}, {answer['layers']} attention layers watched on "
+        f"{answer['tokens']:,} tokens in {answer['seconds']:.0f} s"
+    )
+    for path, reason in answer["not_watched"].items():
+        output.line(f"Not watched: {path}: {reason}")
+    output.note(f"Next: upfit convert gqa {model} OUT --kv-heads N --calibration {out}")
 
 
 @app.command("list")

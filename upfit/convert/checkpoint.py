@@ -3,6 +3,7 @@
 The truth about what is there comes from the headers; the index is only checked against them. Nothing is unpickled.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -42,12 +43,14 @@ def safetensors_dtype(dtype: "torch.dtype") -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened folder. `tensors` holds every tensor by name, `files` the weight files in order."""
+    """An opened folder. `tensors` holds every tensor by name, `files` the weight files in order. `fitted` holds tensors that do
+    not belong to the model: what a fit has prepared for the rules of its plan."""
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     files: tuple[Path, ...]
+    fitted: dict[str, TensorInfo] = field(default_factory=dict)
     _descriptors: dict[Path, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -58,6 +61,14 @@ class Checkpoint:
     @property
     def numel(self) -> int:
         return sum(info.numel for info in self.tensors.values())
+
+    def info(self, name: str) -> TensorInfo:
+        return self.tensors[name] if name in self.tensors else self.fitted[name]
+
+    def with_fitted(self, folder: Path) -> "Checkpoint":
+        """The same opened folder, with the tensors of every safetensors file in `folder` to be read by rules."""
+        fitted = {info.name: info for path in sorted(folder.glob("*.safetensors")) for info in read_header(path)}
+        return dataclasses.replace(self, fitted=fitted)
 
     def descriptor(self, path: Path) -> int:
         """An open file descriptor of a weight file; each is opened once, so a file cannot be swapped in between."""
@@ -70,7 +81,7 @@ class Checkpoint:
         """One tensor, read into memory of its own."""
         import torch
 
-        info = self.tensors[name]
+        info = self.info(name)
         dtype = torch_dtype(info.dtype)
         if info.numel == 0:
             return torch.empty(info.shape, dtype=dtype)
@@ -81,7 +92,7 @@ class Checkpoint:
         """The tensor's shape and type without its values."""
         import torch
 
-        info = self.tensors[name]
+        info = self.info(name)
         return torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
 
     def close(self) -> None:

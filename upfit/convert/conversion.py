@@ -12,8 +12,8 @@ from upfit import history
 from upfit.convert.architectures import Architecture, bind
 from upfit.convert.checkpoint import Checkpoint, open_checkpoint, safetensors_dtype
 from upfit.convert.engine import Planned, check_against_class, edit_dtype, outline, output_bytes, shape_changes
-from upfit.convert.folders import Source, check_output, copy_side_files, find_source, staged
-from upfit.convert.recipe import Plan, Recipe
+from upfit.convert.folders import Source, check_output, copy_side_files, find_source, scratch_folder, staged
+from upfit.convert.recipe import Bench, Fit, Plan, Recipe
 from upfit.convert.verify import verify
 from upfit.convert.writer import split, write_shards
 from upfit.errors import UpfitError
@@ -59,14 +59,49 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     """
     check(options)
     found = find_source(source, settings.revision)
-    with open_checkpoint(found.path) as checkpoint:
+    with open_checkpoint(found.path) as checkpoint, scratch_folder(out) as scratch:
         job = _prepare(recipe, found, out, options, settings, checkpoint)
+        preview: dict[str, Any] | None = None
+        if job.plan.fit is not None:
+            bench = Bench(found.path, checkpoint, job.architecture, scratch, output)
+            if not settings.dry_run:
+                job = _fitted(job, job.plan.fit, bench)
+            elif job.plan.fit.calibrated:
+                preview = _previewed(job.plan.fit, bench)
         for note in job.plan.notes:
             output.note(note)
-        answer = _summary(job)
+        answer = _summary(job) | ({"sensitivity": preview} if preview else {})
         if not settings.dry_run:
             answer["verify"] = _write(job, answer, output)
     return answer
+
+
+def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
+    """The job with the plan that the fit makes, checked again; with the fallback where the model cannot be watched."""
+    from upfit.convert.stream import Opaque
+
+    bench.scratch.mkdir(parents=True)
+    try:
+        plan, checkpoint = fit.run(bench), bench.checkpoint.with_fitted(bench.scratch)
+    except Opaque as reason:
+        if fit.fallback is None:
+            raise UpfitError(f"{job.source.name} cannot be aligned: {reason}; choose --method mean") from reason
+        bench.output.note(f"not aligned: {reason}; the heads are averaged instead")
+        plan, checkpoint = fit.fallback, job.checkpoint
+    plan, dtype = _with_dtype(plan, job.settings.dtype)
+    planned = outline(plan, checkpoint, dtype)
+    check_against_class(plan, planned, job.architecture)
+    return dataclasses.replace(job, plan=plan, planned=planned, checkpoint=checkpoint)
+
+
+def _previewed(fit: Fit, bench: Bench) -> dict[str, Any] | None:
+    from upfit.convert.stream import Opaque
+
+    try:
+        return fit.preview(bench)
+    except Opaque as reason:
+        bench.output.note(f"no prediction: {reason}")
+        return None
 
 
 def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: Settings, checkpoint: Checkpoint) -> Job:
@@ -108,6 +143,8 @@ def _write(job: Job, answer: dict[str, Any], output: Output) -> dict[str, Any]:
     step = history.step(f"convert {job.recipe.name}", job.source.record(), answer["options"])
     step["command"] = _command(job)
     step["measurements"] = {key: answer[key] for key in ("parameters", "kv_heads", "kv_bytes_per_token")}
+    if job.plan.report:
+        step["measurements"] |= job.plan.report
     with staged(job.out) as folder:
         with output.progress(f"converting {job.source.name}", sum(item.nbytes for item in job.planned)) as meter:
             write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance)

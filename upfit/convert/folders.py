@@ -129,6 +129,21 @@ def check_output(out: Path, source: Path, needed_bytes: int, overwrite: bool) ->
 
 
 @contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """An empty folder `OUT.fit` beside `out`, made when the block makes it and removed when the block ends.
+
+    What a killed run left there is cleared.
+    """
+    out = out.expanduser().resolve()
+    folder = out.with_name(out.name + ".fit")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A sibling folder to write into, which becomes `out` when the block ends well, in one rename after everything is synced.
 

@@ -7,14 +7,17 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit.errors import UpfitError
+from upfit.output import Output
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from upfit.convert.architectures import Architecture
+    from upfit.convert.checkpoint import Checkpoint
 
 Tensors = Mapping[str, "Tensor"]
 
@@ -40,13 +43,39 @@ class Plan:
     """What a conversion will do.
 
     `config` is the whole new `config.json`. `exact` promises logits equal to the source's bit for bit; verify then demands
-    it. `notes` are shown to the user.
+    it. `notes` are shown to the user. A plan with a `fit` is only an outline: what is written is the plan that the fit makes of
+    the checkpoint on calibration text. `report` goes into recipe.json.
     """
 
     config: dict[str, Any]
     rules: tuple[Rule, ...]
     exact: bool = False
     notes: tuple[str, ...] = ()
+    fit: "Fit | None" = None
+    report: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a fit works: the opened source, and `scratch`, an empty folder for tensors that the rules of its plan will read."""
+
+    folder: Path
+    checkpoint: "Checkpoint"
+    architecture: "Architecture"
+    scratch: Path
+    output: Output
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`run(bench)` gives the plan to be written. `preview(bench)` tells, for a dry run, what calibration predicts, as tables
+    that JSON can hold. `fallback` is the plan for a model that cannot be watched on text (None: that is an error);
+    `calibrated` says whether the user gave calibration."""
+
+    run: "Callable[[Bench], Plan]"
+    preview: "Callable[[Bench], dict[str, Any]]"
+    fallback: "Plan | None"
+    calibrated: bool
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ The only place of the converter that touches model classes. Everything happens o
 import functools
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +41,8 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def skeleton(config: dict[str, Any]) -> "PreTrainedModel":
-    """The model that transformers builds for this `config.json`, on the meta device.
+def skeleton(config: dict[str, Any], meta: bool = True) -> "PreTrainedModel":
+    """The model that transformers builds for this `config.json`, on the meta device (or, without `meta`, where torch is set to).
 
     Raises UpfitError when transformers has no such class or the class refuses the config.
     """
@@ -59,7 +59,7 @@ def skeleton(config: dict[str, Any]) -> "PreTrainedModel":
         with quiet_transformers():
             parsed = CONFIG_MAPPING[model_type].from_dict(_with_floats(config))
             model_class = model_class_for(config)
-            with torch.device("meta"):
+            with torch.device("meta") if meta else nullcontext():
                 model = model_class._from_config(parsed)
     except Exception as error:  # a class raises whatever it likes on a config that it does not understand
         reason = " ".join(str(error).split()) or type(error).__name__

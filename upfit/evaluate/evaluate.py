@@ -15,9 +15,9 @@ from upfit.evaluate.load import check_model, free, load_config, load_model, load
 from upfit.evaluate.loss import Losses, difference, window_losses
 from upfit.evaluate.options import Options, check_options
 from upfit.evaluate.speed import hardware, measure_speed, settle_lengths
-from upfit.evaluate.text import Document, file_documents, python_documents
-from upfit.evaluate.windows import Window, digest, make_windows, retokenised, same_tokens
 from upfit.output import Output
+from upfit.text import Document, file_documents, python_documents
+from upfit.windows import Window, digest, make_windows, retokenised, same_tokens
 
 DEFAULT_LENGTH = 512
 READ_BYTES = 4_000_000  # of text, at most, unless the windows asked for need more

@@ -1,44 +1,109 @@
 """Grouped-query attention: fewer key/value heads, each shared by a contiguous group of query heads; multi-query is one."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from upfit.convert.recipe import Plan, Recipe, Rule
+from upfit.convert.recipe import Bench, Fit, Plan, Recipe, Rule
 from upfit.errors import UpfitError
-from upfit.options import option
+from upfit.options import flag, option
 
 if TYPE_CHECKING:
     from upfit.convert.architectures import Architecture
     from upfit.convert.attention import Attention, Layer
+    from upfit.convert.gqa.aligned import Choice
 
-Method = Literal["mean", "first", "random"]
+Method = Literal["auto", "aligned", "mean", "first", "random"]
 GQA_PAPER = "Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models, arXiv 2305.13245"
 MQA_PAPER = "Shazeer 2019, Fast Transformer Decoding: One Write-Head is All You Need, arXiv 1911.02150"
 PARTS = ("k", "v", "k_bias", "v_bias", "k_norm")  # what belongs to a key/value head; queries and output stay untouched
 
 
+METHOD_HELP = (
+    "how the heads of a group become one: aligned on calibration text, their mean, the first, drawn anew; auto: aligned where "
+    "the model can be watched on text, else mean"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiQueryOptions:
+    """Flags of `upfit convert mqa`."""
+
+    method: Method = option("auto", help=METHOD_HELP)
+    calibration: list[str] | None = option(
+        None, help="text files or folders, or one statistics file of `upfit calibrate`; default: Python's standard library"
+    )
+    calibration_tokens: str | None = option(None, help="tokens of calibration text to use, such as 64k (the default)")
+    calibration_length: int | None = option(
+        None, help="tokens of a calibration window: the length to be served; default: 2048, or what the model allows"
+    )
+    refit: bool = option(True, help="with aligned: fit Q, K, O and the MLP's last matrix in the converted model's own stream")
+    seed: int = option(0, help="seed of --method random")
+
+
 @dataclass(frozen=True)
-class Options:
+class Options(MultiQueryOptions):
     """Flags of `upfit convert gqa`."""
 
     kv_heads: int = option(help="key/value heads of the result; must divide the checkpoint's own number")
-    method: Method = option("mean", help="how the heads of a group become one: their mean, the first, or drawn anew")
-    seed: int = option(0, help="seed of --method random")
 
 
 def plan(architecture: "Architecture", options: Options) -> Plan:
     """Merge the heads of every layer that has more than `kv_heads`; with its own number of heads nothing changes.
 
-    Raises UpfitError when `kv_heads` does not divide a layer's key/value heads or is above them.
+    Raises UpfitError when `kv_heads` does not divide a layer's key/value heads or is above them, or when flags of one method
+    are given with another.
     """
     check_kv_heads(options.kv_heads, architecture)
+    _check_flags(options)
     changed = [layer for layer in architecture.layers if layer.geometry.kv_heads > options.kv_heads]
-    rules = tuple(_rule(layer, options, architecture.initializer_range) for layer in changed)
     notes = []
     kept = len(architecture.layers) - len(changed)
     if changed and kept:
         notes.append(f"{kept} layers already have {options.kv_heads} key/value heads or fewer and stay as they are")
-    return Plan(architecture.with_kv_heads(options.kv_heads), rules, exact=not rules, notes=tuple(notes))
+    config = architecture.with_kv_heads(options.kv_heads)
+    method = "mean" if options.method == "auto" else options.method
+    aligned = options.method in ("auto", "aligned")
+    if aligned and changed:
+        averaged = replace(options, method="mean", calibration=None)
+        fallback = plan(architecture, averaged) if options.method == "auto" and not options.calibration else None
+        rules = tuple(_aligned_rule(layer, options) for layer in changed)
+        outline = Plan(config, rules, notes=tuple(notes))
+        return replace(outline, fit=_fit(options, outline, fallback))
+    rules = tuple(_rule(layer, replace(options, method=method), architecture.initializer_range) for layer in changed)
+    return Plan(config, rules, exact=not rules, notes=tuple(notes))
+
+
+def _check_flags(options: Options) -> None:
+    calibrated = [n for n in ("calibration", "calibration_tokens", "calibration_length") if getattr(options, n) is not None]
+    if options.method not in ("auto", "aligned") and calibrated:
+        raise UpfitError(f"{flag(calibrated[0])} is for --method aligned, and the method is {options.method}; leave one out")
+
+
+def _fit(options: Options, outline: Plan, fallback: Plan | None) -> Fit:
+    def choice() -> "Choice":
+        from upfit.convert.gqa.aligned import Choice
+
+        sizes = (options.calibration_tokens, options.calibration_length)
+        return Choice(options.kv_heads, options.refit, options.calibration, *sizes)
+
+    def run(bench: Bench) -> Plan:
+        from upfit.convert.gqa.aligned import fit
+
+        return fit(bench, choice(), outline)
+
+    def preview(bench: Bench) -> dict[str, Any]:
+        from upfit.convert.gqa.sensitivity import predict
+
+        return predict(bench, choice())
+
+    return Fit(run, preview, fallback, calibrated=options.calibration is not None)
+
+
+def _aligned_rule(layer: "Layer", options: Options) -> Rule:
+    from upfit.convert.gqa.aligned import shapes
+
+    label = f"{layer.geometry.kv_heads} → {options.kv_heads} key/value heads, aligned" + (", refitted" if options.refit else "")
+    return layer.rule((*PARTS, "q", "o", "q_bias"), shapes(options.kv_heads), label)
 
 
 def check_kv_heads(kv_heads: int, architecture: "Architecture") -> None:
@@ -64,7 +129,7 @@ def _rule(layer: "Layer", options: Options, initializer_range: float) -> Rule:
 
 def _trials(architecture: "Architecture") -> list[Options]:
     """The next smaller number of heads; `first` is tried by mqa."""
-    return [Options(architecture.allowed_kv_heads()[-2:][0], "mean")]
+    return [Options(architecture.allowed_kv_heads()[-2:][0], method="mean")]
 
 
 def _offers(architecture: "Architecture") -> str:
@@ -76,17 +141,9 @@ def _can_be_one(architecture: "Architecture") -> bool:
     return 1 in architecture.allowed_kv_heads()[:-1]
 
 
-@dataclass(frozen=True)
-class MultiQueryOptions:
-    """Flags of `upfit convert mqa`."""
-
-    method: Method = option("mean", help="how all heads become one: their mean, the first, or drawn anew")
-    seed: int = option(0, help="seed of --method random")
-
-
 def plan_multi_query(architecture: "Architecture", options: MultiQueryOptions) -> Plan:
     """One key/value head in every layer."""
-    return plan(architecture, Options(1, options.method, options.seed))
+    return plan(architecture, Options(1, **asdict(options)))
 
 
 RECIPES = (
@@ -107,7 +164,7 @@ RECIPES = (
         options=MultiQueryOptions,
         plan=plan_multi_query,
         identity=lambda architecture: MultiQueryOptions() if architecture.kv_heads == 1 else None,
-        trials=lambda architecture: [MultiQueryOptions("first")] if _can_be_one(architecture) else [],
+        trials=lambda architecture: [MultiQueryOptions(method="first")] if _can_be_one(architecture) else [],
         offers=lambda architecture: "(one key/value head)" if _can_be_one(architecture) else "",
     ),
 )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from upfit.errors import UpfitError
-from upfit.evaluate.text import Document
+from upfit.text import Document
 
 MIN_TOKENS = 32  # a document that gives less than this is left out: its loss would be mostly that of the first words
 SEED = 20240229

@@ -1,5 +1,6 @@
 """Documents to measure on: local text files, or the text that every Python carries. Knows nothing of tokens."""
 
+import ast
 import json
 import sysconfig
 from dataclasses import dataclass
@@ -48,13 +49,13 @@ def python_documents() -> list[Document]:
         raise UpfitError("this Python carries no reference text (pydoc_data); give text with --data") from error
 
 
-def file_documents(names: list[str], budget: int) -> list[Document]:
+def file_documents(names: list[str], budget: int, flag: str = "--data") -> list[Document]:
     """The documents in the files and folders `names`: a file is one, a .jsonl file one a line (its "text" field).
 
-    Of data above `budget` bytes only parts are read, spread evenly over the files and inside each.
+    `flag` is named in errors. Of data above `budget` bytes only parts are read, spread evenly over the files and inside each.
     Raises UpfitError when a name is not there, a folder holds no text, or a file is not UTF-8 text.
     """
-    files = [path for name in names for path in find_files(name)]
+    files = [path for name in names for path in find_files(name, flag)]
     files = files[:: -(-len(files) // MOST_FILES)]
     total = sum(path.stat().st_size for path in files)
     documents = []
@@ -63,24 +64,24 @@ def file_documents(names: list[str], budget: int) -> list[Document]:
         try:
             blocks = read_blocks(path, size, size if total <= budget else size * budget // total)
         except OSError as error:
-            raise UpfitError(f"--data {path} cannot be read: {error.strerror}") from error
+            raise UpfitError(f"{flag} {path} cannot be read: {error.strerror}") from error
         for block in blocks:
             documents += jsonl_documents(block, path) if path.suffix == ".jsonl" else [Document(block, str(path))]
     return [document for document in documents if document.text.strip()]
 
 
-def find_files(name: str) -> list[Path]:
+def find_files(name: str, flag: str = "--data") -> list[Path]:
     """The text files at `name`, sorted; hidden files and folders are left out."""
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UpfitError(f"--data {name} is not here; give text files, .jsonl files or folders of them")
+        raise UpfitError(f"{flag} {name} is not here; give text files, .jsonl files or folders of them")
     found = [p for p in sorted(path.rglob("*")) if p.suffix in TEXT_SUFFIXES and p.is_file()]
     found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     if not found:
         raise UpfitError(
-            f"--data {name} holds no text files ({' '.join(sorted(TEXT_SUFFIXES)[:6])} ...); name the files themselves"
+            f"{flag} {name} holds no text files ({' '.join(sorted(TEXT_SUFFIXES)[:6])} ...); name the files themselves"
         )
     return found
 
@@ -109,9 +110,9 @@ def decoded(content: bytes, path: Path) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UpfitError(f"--data {path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
+        raise UpfitError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
     if "\0" in text:
-        raise UpfitError(f"--data {path} is not text (it holds zero bytes); give text files")
+        raise UpfitError(f"{path} is not text (it holds zero bytes); give text files")
     return text.replace("\r\n", "\n")
 
 
@@ -121,8 +122,42 @@ def jsonl_documents(text: str, path: Path) -> list[Document]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UpfitError(f"--data {path} has a line that is not JSON: {line[:40]!r} ({error})") from error
+            raise UpfitError(f"{path} has a line that is not JSON: {line[:40]!r} ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise UpfitError(f'--data {path} has a line without a "text" field: {line[:40]!r}; each must be {{"text": "..."}}')
+            raise UpfitError(f'{path} has a line without a "text" field: {line[:40]!r}; each must be {{"text": "..."}}')
         documents.append(Document(row["text"], str(path)))
     return documents
+
+
+LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"})
+CODE_BYTES = range(2_000, 200_000)  # neither stubs nor tables
+
+
+def library_documents() -> list[Document]:
+    """Docstrings (prose) and sources (code) of the standard library of the running Python, in a fixed order.
+
+    None of it is in `python_documents`, so a model may learn from this text and be measured on that one.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    documents = []
+    for path in sorted(library.rglob("*.py")):
+        name = path.relative_to(library)
+        if LEFT_OUT & set(name.parts) or name.as_posix() in PYTHON_FILES or path.stat().st_size not in CODE_BYTES:
+            continue
+        try:
+            code = path.read_text("utf-8")
+            prose = "\n\n".join(docstrings(code))
+        except (OSError, ValueError, SyntaxError):  # a file in another encoding or for another Python
+            continue
+        documents.append(Document(code, name.as_posix(), "code"))
+        if len(prose) >= CODE_BYTES[0]:
+            documents.append(Document(prose, f"docstrings:{name.as_posix()}", "prose"))
+    return documents
+
+
+def docstrings(code: str) -> list[str]:
+    """The docstrings of a module and of everything in it, from top to bottom."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, kinds)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    return [text for text in map(ast.get_docstring, nodes) if text]

@@ -1,0 +1,209 @@
+"""Calibration text: from files to windows of token ids, some of them held back; and the statistics file that keeps all of it.
+
+A statistics file is an ordinary safetensors file. Its metadata says which model and text it was made of; its tensors are the
+windows (`windows.512` [n, 512] int32 …, the first `held.512` of them held back) and, for each attention layer, what `statistics.py` lists, as
+`PATH/keys` and so on, in float32.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upfit.convert.checkpoint import Checkpoint
+from upfit.convert.facts import Facts, Residual
+from upfit.convert.safetensors_file import TensorInfo, read_exactly, read_header
+from upfit.errors import UpfitError
+from upfit.text import Document, file_documents, library_documents
+from upfit.windows import encode, prefix_ids
+
+FORMAT = "1"
+TOKENS = 64_000
+LENGTH = 2048
+SHORT = 512  # half of the tokens stand in windows of this length, whatever the length to be served
+HELD_SHARE = 8  # one window of so many is held back
+BATCH_TOKENS = 4096
+SEED = 20240229
+BYTES_PER_TOKEN = 8  # read at most so much text for each token wanted
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Windows of token ids by their length, [n, length] int64 each, the first `held[length]` of them held back."""
+
+    windows: dict[int, Tensor]
+    held: dict[int, int]
+    text: dict[str, Any]  # where it came from, for recipe.json
+
+    @property
+    def tokens(self) -> int:
+        return sum(some.numel() for some in self.windows.values())
+
+    def batches(self) -> tuple[list[Tensor], list[bool]]:
+        """Windows of one length and one purpose, together in pieces of at most BATCH_TOKENS; and which pieces are held back."""
+        pieces, purposes = [], []
+        for length, some in sorted(self.windows.items()):
+            size = max(1, BATCH_TOKENS // length)
+            for part, back in ((some[: self.held[length]], True), (some[self.held[length] :], False)):
+                for at in range(0, len(part), size):
+                    pieces.append(part[at : at + size])
+                    purposes.append(back)
+        return pieces, purposes
+
+
+def read_documents(texts: list[str] | None, tokens: int) -> list[Document]:
+    """The files `texts`, or without any the standard library of the running Python."""
+    if texts:
+        return file_documents(texts, 2 * tokens * BYTES_PER_TOKEN, "--calibration")
+    return library_documents()
+
+
+def make_sample(documents: list[Document], tokenizer: Any, tokens: int, length: int, text: dict[str, Any]) -> Sample:
+    """About `tokens` tokens in windows of `length` and, where that is longer, as many in windows of SHORT.
+
+    Documents are put one after the other in a random but fixed order, kinds in turn, and cut into windows; each window begins
+    as the tokenizer begins a text. Raises UpfitError when there is too little text for two windows of each length.
+    """
+    prefix = prefix_ids(tokenizer)
+    lengths = sorted({length, min(length, SHORT)}, reverse=True)
+    wanted = {size: max(2, tokens // len(lengths) // size) for size in lengths}
+    needed = sum(count * size for size, count in wanted.items())
+    ids = _running_ids(documents, tokenizer, needed + length)
+    have = len(ids)
+    if have < needed:
+        scale = have / needed
+        wanted = {size: max(2, int(count * scale)) for size, count in wanted.items()}
+        if sum(count * size for size, count in wanted.items()) > have:
+            raise UpfitError(
+                f"the calibration text has {have} tokens, too few for windows of {length}; give more text, or a smaller "
+                "--calibration-length"
+            )
+    blocks = [size for size, count in wanted.items() for _ in range(count)]
+    random.Random(SEED).shuffle(blocks)
+    windows: dict[int, list[list[int]]] = {size: [] for size in lengths}
+    at = 0
+    for size in blocks:
+        body = size - len(prefix)
+        windows[size].append(prefix + ids[at : at + body])
+        at += body
+    made = {size: torch.tensor(some, dtype=torch.int64) for size, some in windows.items()}
+    held = {size: max(1, len(some) // HELD_SHARE) for size, some in made.items()}
+    return Sample(made, held, text)
+
+
+def _running_ids(documents: list[Document], tokenizer: Any, enough: int) -> list[int]:
+    """Tokens of the documents, one after the other, at most about `enough`: kinds take turns, documents in random order, and of
+    a document longer than its share a part from its middle on."""
+    draw = random.Random(SEED)
+    kinds = sorted({document.kind for document in documents})
+    queues = {kind: [d for d in documents if d.kind == kind] for kind in kinds}
+    for queue in queues.values():
+        draw.shuffle(queue)
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    ids: list[int] = []
+    counts = dict.fromkeys(kinds, 0)
+    while any(queues.values()) and len(ids) < enough:
+        kind = min((kind for kind in kinds if queues[kind]), key=lambda kind: counts[kind])
+        found = encode(tokenizer, [queues[kind].pop().text])[0][0]
+        share = max(enough // 16, 2 * SHORT)
+        if len(found) > share:
+            start = draw.randrange(len(found) - share)
+            found = found[start : start + share]
+        counts[kind] += len(found)
+        ids += found + separator
+    return ids
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 of the config, of every tensor's name, type and shape, and of the values of the small ones."""
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for name, info in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name} {info.dtype} {info.shape}".encode())
+        if info.numel <= 2**14:
+            digest.update(read_exactly(checkpoint.descriptor(info.file), info.nbytes, info.start))
+    return digest.hexdigest()
+
+
+def facts_from(record: Mapping[str, Any]) -> Facts:
+    """The inverse of `dataclasses.asdict` for Facts, from JSON."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    values["residual"] = Residual(**record["residual"]) if record["residual"] else None
+    return Facts(**values)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a statistics file holds, read one layer at a time."""
+
+    path: Path
+    sample: Sample
+    facts: dict[str, Facts | str]  # by attention path; a string says why a layer could not be watched
+    rows: int
+    infos: dict[str, TensorInfo]
+
+    def layer(self, path: str) -> tuple[Facts, dict[str, Tensor]] | None:
+        """Facts and float32 statistics of the attention at `path`; None for a layer that could not be watched."""
+        facts = self.facts[path]
+        if isinstance(facts, str):
+            return None
+        names = [name for name in self.infos if name.startswith(path + "/")]
+        return facts, {name.removeprefix(path + "/"): _read(self.infos[name]) for name in names}
+
+
+def _read(info: TensorInfo) -> Tensor:
+    from upfit.convert.checkpoint import torch_dtype
+
+    with info.file.open("rb") as file:
+        file.seek(info.start)
+        return torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=torch_dtype(info.dtype)).reshape(info.shape)
+
+
+def metadata(checkpoint: Checkpoint, sample: Sample, facts: Mapping[str, Facts | str], rows: int) -> dict[str, str]:
+    """What the header of a statistics file says."""
+    told = {path: value if isinstance(value, str) else asdict(value) for path, value in facts.items()}
+    return {
+        "format": "pt",
+        "upfit": FORMAT,
+        "model": fingerprint(checkpoint),
+        "text": json.dumps(sample.text),
+        "held": json.dumps(sample.held),
+        "rows": str(rows),
+        "facts": json.dumps(told),
+    }
+
+
+def is_statistics(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def open_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
+    """Raises UpfitError when `path` is not a statistics file, or not one of this model."""
+    if not path.exists():
+        raise UpfitError(f"no statistics file at {path}; make one with `upfit calibrate MODEL TEXT {path.name}`")
+    infos = {info.name: info for info in read_header(path)}
+    told = read_metadata(path)
+    if told.get("upfit") != FORMAT:
+        raise UpfitError(f"{path} is not a statistics file of this version; make one with `upfit calibrate`")
+    if told["model"] != fingerprint(checkpoint):
+        raise UpfitError(f"{path} holds the statistics of another model; make those of this one with `upfit calibrate`")
+    windows = {int(name.split(".")[1]): _read(info).long() for name, info in infos.items() if name.startswith("windows.")}
+    held = {int(length): count for length, count in json.loads(told["held"]).items()}
+    facts = {
+        layer: value if isinstance(value, str) else facts_from(value) for layer, value in json.loads(told["facts"]).items()
+    }
+    return Statistics(path, Sample(windows, held, json.loads(told["text"])), facts, int(told["rows"]), infos)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free-form part of a safetensors header (whose tensors `read_header` has checked)."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    found = header.get("__metadata__", {})
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,264 @@
+"""What one attention layer does with its projections, found by watching it run: not by what its config says.
+
+A merge changes a layer's weights so that other weights take up the change. Whether that is exact depends on what lies between
+them: a rotation by position, a norm, a gate. Every assumption is tested on real activations; what fails the test is left out.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upfit.convert.architectures import Entry
+from upfit.convert.attention import Geometry
+from upfit.convert.stream import Block, Call, Opaque, Seen, listening, run_block, tapped
+
+FEW = 2  # windows are enough for a test
+CLOSE = 1e-7  # share of the energy that a test may leave unexplained, in float32
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How a layer adds to its stream: out = input + `attention` · o_proj(…) [+ `mlp` · down(…)], the stream's scalars."""
+
+    attention: float
+    mlp: float = 0.0
+    down: str | None = None  # path in the layer of the Linear that ends the MLP; None when no single Linear does
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What may be changed in one layer. P rotated pairs, fastest first; `order` [D] lists the dimensions as the first of
+    every pair, the second of every pair, and those that no rotation touches.
+
+    `values`: the values are v_proj's output and o_proj sees the attention's output, so a re-basis of V is taken up by O.
+    `keys`: queries and keys are projections, normed if `normed`, then rotated, so a factor on a pair is taken up by the
+    queries. `factors`: such factors are exact (always without norms; with them only if their scales agree on each pair).
+    `movable`: no weight but the projections belongs to a head, so heads may change places. `reasons` tells what is left out.
+    """
+
+    values: bool
+    keys: bool
+    normed: bool
+    factors: bool
+    movable: bool
+    pairs: int
+    order: tuple[int, ...]
+    speeds: tuple[float, ...]  # radians a token, of each pair
+    residual: Residual | None
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The rotation of queries and keys as complex factors [T, P] (with the family's scaling of them), in `Facts.order`."""
+
+    q: Tensor
+    k: Tensor
+
+
+@dataclass
+class Watched:
+    """One run of a layer over a batch. `taps` holds (input, output) of modules by their path in the layer."""
+
+    seen: Seen
+    taps: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    hidden: Tensor | None = None
+    output: Tensor | None = None
+
+
+def watch(block: Block, hidden: Tensor, call: Call, taps: tuple[str, ...]) -> Watched:
+    """Run the layer and keep what `taps` (paths of modules in it) see. Raises Opaque when its attention is not ours to see."""
+    caught: list[Seen] = []
+    with listening(caught.append), tapped({path: block.module.get_submodule(path) for path in taps}) as seen:
+        output = run_block(block.module, hidden, call)
+    if block.attention is None:
+        raise Opaque("this layer has no attention to convert")
+    own = block.module.get_submodule(block.attention)
+    caught = [event for event in caught if event.module is own]
+    if len(caught) != 1:
+        raise Opaque("its attention does not go through transformers' attention interface")
+    return Watched(caught[0], dict(seen), hidden, output)
+
+
+def understand(block: Block, entry: Entry, shape: Geometry, hidden: Tensor, call: Call) -> tuple[Facts, Turns]:
+    """Watch one batch of windows pass and test every assumption. Raises Opaque when nothing at all can be said."""
+    assert block.attention is not None
+    attention = block.module.get_submodule(block.attention)
+    parts = {part: getattr(entry, part) for part in ("q", "k", "v", "o", "q_norm", "k_norm")}
+    present = {part: name for part, name in parts.items() if _has(attention, name)}
+    if not {"q", "k", "v", "o"} <= present.keys():
+        raise Opaque("it does not have q, k, v and o as modules of their own")
+    outer = [name for name, module in block.module.named_modules() if name and not name.startswith(block.attention)]
+    inner = [f"{block.attention}.{name}" for name in present.values()]
+    watched = watch(block, hidden, call, tuple(outer + inner))
+    inside = {part: watched.taps.get(f"{block.attention}.{name}") for part, name in present.items()}
+    taps = {part: tap for part, tap in inside.items() if tap is not None}
+    if not {"q", "k", "v", "o"} <= taps.keys():
+        raise Opaque("it does not run its q, k, v and o as modules of their own")
+    if any(taps[part][0].data_ptr() != taps["q"][0].data_ptr() for part in ("k", "v")):
+        raise Opaque("its queries and keys are made of different inputs")
+    reasons: list[str] = []
+    seen, taps = _few(watched.seen), {part: (tap[0][:FEW], tap[1][:FEW]) for part, tap in taps.items()}
+    values = _values_are_plain(seen, taps, shape, reasons)
+    keys, turns, layout = _rotation(seen, taps, shape, reasons)
+    normed = "k_norm" in taps or "q_norm" in taps
+    factors = keys and (not normed or _scales_agree(attention, present, layout))
+    if keys and not factors:
+        reasons.append("its key norm has a scale for each dimension, so keys are not turned before they are merged")
+    movable = keys and values and _only_projections(attention, present, shape)
+    residual = _residual(watched, block, f"{block.attention}.{present['o']}", outer, reasons)
+    facts = Facts(values, keys, normed, factors, movable, layout.pairs, layout.order, layout.speeds, residual, tuple(reasons))
+    return facts, turns
+
+
+def _few(seen: Seen) -> Seen:
+    mask = seen.mask if seen.mask is None or seen.mask.shape[0] == 1 else seen.mask[:FEW]
+    return replace(seen, q=seen.q[:FEW], k=seen.k[:FEW], v=seen.v[:FEW], output=seen.output[:FEW], mask=mask)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(module.get_submodule(name), nn.Module)
+    except AttributeError:
+        return False
+
+
+def _unexplained(actual: Tensor, said: Tensor) -> float:
+    """Share of the energy of `actual` that `said` does not have."""
+    actual, said = actual.double(), said.double()
+    return float((actual - said).square().sum() / actual.square().sum().clamp_min(1e-30))
+
+
+def _values_are_plain(seen: Seen, taps: dict[str, tuple[Tensor, Tensor]], shape: Geometry, reasons: list[str]) -> bool:
+    batch, _, tokens, _ = seen.q.shape
+    projected, given = taps["v"][1], taps["o"][0]
+    if projected.numel() != seen.v.numel() or seen.v.shape[-1] != shape.v_head_dim:
+        reasons.append("its values are not the output of v_proj, so they are averaged")
+        return False
+    plain = projected.reshape(batch, tokens, shape.kv_heads, shape.v_head_dim).transpose(1, 2)
+    if seen.v.shape != plain.shape or _unexplained(seen.v, plain) > CLOSE:
+        reasons.append("its values are not the output of v_proj, so they are averaged")
+        return False
+    if given.numel() != seen.output.numel() or _unexplained(given.reshape(seen.output.shape), seen.output) > CLOSE:
+        reasons.append("something lies between its attention and o_proj (a gate, a norm), so values are averaged")
+        return False
+    return True
+
+
+def heads_view(tensor: Tensor, tokens: int, heads: int) -> Tensor:
+    """[B, T, heads, D] of a tensor that holds it as [B, T, heads·D], [B, T, heads, D] or [B, heads, T, D]."""
+    if tensor.ndim == 4 and tensor.shape[1] == heads and tensor.shape[2] == tokens and heads != tokens:
+        return tensor.transpose(1, 2)
+    return tensor.reshape(tensor.shape[0], tokens, heads, -1)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    pairs: int
+    order: tuple[int, ...]
+    speeds: tuple[float, ...]
+
+
+def _rotation(
+    seen: Seen, taps: dict[str, tuple[Tensor, Tensor]], shape: Geometry, reasons: list[str]
+) -> tuple[bool, Turns, _Layout]:
+    """Which dimensions the rotation pairs, and its factor at every position, from keys and queries before and after it."""
+    tokens, width = seen.k.shape[2], shape.head_dim
+    nothing = Turns(torch.empty(tokens, 0), torch.empty(tokens, 0)), _Layout(0, tuple(range(width)), ())
+    before, after = {}, {"k": seen.k.transpose(1, 2).double(), "q": seen.q.transpose(1, 2).double()}
+    for part, heads in (("k", shape.kv_heads), ("q", shape.heads)):
+        raw = taps[f"{part}_norm"][1] if f"{part}_norm" in taps else taps[part][1]
+        if raw.numel() != after[part].numel() or after[part].shape[2] != heads:
+            reasons.append(
+                f"its {'keys' if part == 'k' else 'queries'} are not the output of {part}_proj, so keys are averaged"
+            )
+            return False, *nothing
+        before[part] = heads_view(raw, tokens, heads).double()
+        norm = taps.get(f"{part}_norm")
+        if norm is not None and not _same(norm[0], taps[part][1], tokens, heads):
+            reasons.append(f"its {part}_norm does not follow {part}_proj at once, so keys are averaged")
+            return False, *nothing
+    moved = [d for d in range(width) if not torch.equal(before["k"][..., d], after["k"][..., d])]
+    free = [d for d in range(width) if d not in set(moved)]
+    half = len(moved) // 2
+    candidates = [(moved[:half], moved[half:]), (moved[0::2], moved[1::2])] if len(moved) % 2 == 0 else []
+    for first, second in candidates:
+        turns = {part: _factors(before[part], after[part], first, second) for part in ("k", "q")}
+        said = {part: _turned(before[part], turns[part], first, second) for part in ("k", "q")}
+        if all(_unexplained(after[part], said[part]) < CLOSE for part in ("k", "q")):
+            step = (turns["k"][1] * turns["k"][0].conj()).angle().abs() if tokens > 1 else turns["k"][0].abs()
+            fast = sorted(range(half), key=lambda pair: -float(step[pair]))
+            order = tuple([first[p] for p in fast] + [second[p] for p in fast] + free)
+            kept = Turns(turns["q"][:, fast].to(torch.complex64), turns["k"][:, fast].to(torch.complex64))
+            return True, kept, _Layout(half, order, tuple(float(step[p]) for p in fast))
+    reasons.append("its rotation of keys is not one of pairs of dimensions by position, so keys are averaged")
+    return False, *nothing
+
+
+def _same(given: Tensor, projected: Tensor, tokens: int, heads: int) -> bool:
+    return given.numel() == projected.numel() and torch.equal(
+        heads_view(given, tokens, heads), heads_view(projected, tokens, heads)
+    )
+
+
+def _factors(before: Tensor, after: Tensor, first: list[int], second: list[int]) -> Tensor:
+    """The complex factor [T, P] that best takes `before` [B, T, heads, D] to `after` on each pair, at each position."""
+    source = torch.complex(before[..., first], before[..., second])
+    target = torch.complex(after[..., first], after[..., second])
+    return (target * source.conj()).sum((0, 2)) / source.abs().square().sum((0, 2)).clamp_min(1e-30)
+
+
+def _turned(before: Tensor, factors: Tensor, first: list[int], second: list[int]) -> Tensor:
+    turned = torch.complex(before[..., first], before[..., second]) * factors[:, None]
+    result = before.clone()
+    result[..., first], result[..., second] = turned.real, turned.imag
+    return result
+
+
+def _scales_agree(attention: nn.Module, present: dict[str, str], layout: _Layout) -> bool:
+    first, second = list(layout.order[: layout.pairs]), list(layout.order[layout.pairs : 2 * layout.pairs])
+    for part in ("q_norm", "k_norm"):
+        if part not in present:
+            continue
+        for scale in attention.get_submodule(present[part]).parameters():
+            if scale.numel() != len(layout.order) or layout.pairs * 2 != len(layout.order):
+                return False
+            flat = scale.reshape(-1)
+            if not torch.allclose(flat[first], flat[second], rtol=1e-5, atol=0):
+                return False
+    return True
+
+
+def _only_projections(attention: nn.Module, present: dict[str, str], shape: Geometry) -> bool:
+    """No parameter of the attention is bound to a head's place, but rows and columns of the four projections."""
+    moved = tuple(f"{present[part]}." for part in ("q", "k", "v", "o"))
+    others = [parameter for name, parameter in attention.named_parameters() if not name.startswith(moved)]
+    return all(parameter.numel() in (1, shape.head_dim) for parameter in others)
+
+
+def _residual(watched: Watched, block: Block, projection: str, outer: list[str], reasons: list[str]) -> Residual | None:
+    """The stream's structure, by least squares of what the layer adds on what its parts give out."""
+    assert watched.hidden is not None and watched.output is not None
+    added = (watched.output - watched.hidden)[:FEW].double().reshape(-1)
+    own = watched.taps[projection][1][:FEW].double().reshape(-1)
+    if own.shape != added.shape:
+        return None
+    others = [name for name in outer if name in watched.taps and watched.taps[name][1][:FEW].numel() == added.numel()]
+    linears = [name for name in others if isinstance(block.module.get_submodule(name), nn.Linear)]
+    for name in [*reversed(linears), *reversed([name for name in others if name not in linears])]:
+        parts = torch.stack([own, watched.taps[name][1][:FEW].double().reshape(-1)], 1)
+        scalars = torch.linalg.lstsq(parts.T @ parts, parts.T @ added).solution
+        if _unexplained(added, parts @ scalars) < CLOSE:
+            first, second = (float(value) for value in scalars)
+            return Residual(first, second, name if name in linears else None)
+    reasons.append("its layer does not simply add the attention's output, so the output is refitted without the stream's drift")
+    return None
+
+
+def facts_record(facts: Facts) -> dict[str, Any]:
+    """`facts` as JSON can hold it."""
+    from dataclasses import asdict
+
+    return asdict(facts)

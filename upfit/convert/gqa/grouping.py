@@ -1,0 +1,60 @@
+"""Which old key/value heads share a new one: a partition into groups of one size that costs least by the calibration statistics.
+
+The cost of a group is taken as the sum over its pairs of heads of what merging the two would lose; from the contiguous
+partition, heads are exchanged between groups as long as that helps.
+"""
+
+import torch
+from torch import Tensor
+
+from upfit.convert.facts import Facts
+
+ROUNDS = 50
+
+
+def partition(costs: Tensor, groups: int) -> list[list[int]]:
+    """`costs` [K, K], symmetric. Groups of equal size, each ascending, by their first head. Contiguous where nothing is better."""
+    count = costs.shape[0]
+    label = torch.arange(count) // (count // groups)
+    costs = costs - torch.diag(costs.diagonal())
+    for _ in range(ROUNDS):
+        to_group = torch.stack([costs[:, label == group].sum(1) for group in range(groups)], 1)  # [K, groups]
+        own = to_group[torch.arange(count), label]
+        gain = own[:, None] + own[None] - to_group[:, label] - to_group[:, label].T + 2 * costs
+        gain[label[:, None] == label[None]] = 0
+        best = int(gain.argmax())
+        if float(gain.flatten()[best]) <= 1e-9 * float(costs.sum()):
+            break
+        first, second = divmod(best, count)
+        label[first], label[second] = label[second].clone(), label[first].clone()
+    return sorted((torch.nonzero(label == group).flatten().tolist() for group in range(groups)), key=lambda heads: heads[0])
+
+
+def pair_costs(facts: Facts, key_pairs: Tensor | None, queries: Tensor | None, values: Tensor | None, metric: Tensor) -> Tensor:
+    """[K, K]: what merging two heads would lose, the share of the layer's key energy plus that of its value energy.
+
+    `key_pairs` complex [H, P, K, K], `queries` [H, D, D], `values` [K·V, K·V] with the output metric of each head in `metric`
+    [K, V, V]; keys or values that are None do not count.
+    """
+    count, width = metric.shape[0], metric.shape[1]
+    costs = torch.zeros(count, count, dtype=torch.float64)
+    if key_pairs is not None and queries is not None and facts.pairs and facts.factors:
+        diagonal = queries.diagonal(dim1=1, dim2=2)
+        energy = diagonal[:, : facts.pairs] + diagonal[:, facts.pairs : 2 * facts.pairs]
+        moment = (key_pairs * energy[:, :, None, None]).sum(0)  # [P, K, K]
+        power = moment.diagonal(dim1=1, dim2=2).real
+        first, second, cross = power[:, :, None], power[:, None], moment.abs()
+        smaller = (first + second) / 2 - (((first - second) / 2).square() + cross.square()).sqrt()
+        costs += smaller.sum(0) / power.sum()
+    if values is not None:
+        blocks = values.reshape(count, width, count, width)
+        total = sum(float((blocks[j, :, j] * metric[j]).sum()) for j in range(count))
+        for a in range(count):
+            for b in range(a):
+                joint = torch.cat([torch.cat([blocks[i, :, j] for j in (a, b)], 1) for i in (a, b)])
+                root = torch.linalg.cholesky(
+                    torch.block_diag(metric[a], metric[b]) + 1e-9 * metric[a].diagonal().mean() * torch.eye(2 * width)
+                )
+                lost = torch.linalg.eigvalsh(root.T @ joint @ root)[:width].clamp_min(0).sum()
+                costs[a, b] = costs[b, a] = costs[a, b] + float(lost) / total
+    return costs

@@ -1,0 +1,116 @@
+"""What fewer key/value heads would cost, layer by layer, from calibration statistics alone: read before choosing a number.
+
+The predictions are those of the closed-form merge before any refit, so they are upper ends; they rank layers and head counts.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from upfit.convert.attention import LAYOUTS, Attention, Layer
+from upfit.convert.calibrate import gather_layer, pick_device, sample_for
+from upfit.convert.facts import Facts
+from upfit.convert.gqa import align
+from upfit.convert.gqa.aligned import Choice, statistics_for
+from upfit.convert.gqa.refit import choose_groups
+from upfit.convert.stream import Stream
+
+if TYPE_CHECKING:
+    from upfit.convert.recipe import Bench
+
+CUT = 0.6  # share of the pairs merged as rotated: the prediction cannot choose it, for it takes slow rotations for none
+
+
+def predict(bench: "Bench", choice: Choice) -> dict[str, Any]:
+    """For each attention layer and each possible number of key/value heads: `attention_error`, the lost share of the scores'
+    variance under the attention, and `output_error`, the lost share of what the values bring to the output; and the bytes a
+    token takes in the layer's cache. Raises Opaque when the model cannot be run on text."""
+    architecture = bench.architecture
+    counts = architecture.allowed_kv_heads()
+    kept = statistics_for(bench, choice)
+    layers = {layer.path: layer for layer in architecture.layers}
+    rows = []
+    if kept is not None:
+        found = [(path, kept.layer(path)) for path in layers]
+        rows = [_row(bench, layers[path], one, counts) for path, one in found]
+    else:
+        sample = sample_for(bench.folder, bench.checkpoint, choice.calibration, choice.tokens, choice.length)
+        pieces, held = sample.batches()
+        stream = Stream(bench.checkpoint, architecture, pieces, pick_device())
+        with bench.output.progress("watching", len(stream.blocks)) as meter:
+            for index in range(len(stream.blocks)):
+                gathered = gather_layer(stream, architecture, index, held)
+                meter.advance(1)
+                if gathered is not None:
+                    known = None if isinstance(gathered.facts, str) else (gathered.facts, gathered.sums)
+                    rows.append(_row(bench, layers[gathered.path], known, counts))
+    return {"kv_heads": counts, "layers": rows, "totals": totals(counts, rows)}
+
+
+def _row(bench: "Bench", layer: Layer, known: tuple[Facts, dict[str, Tensor]] | None, counts: list[int]) -> dict[str, Any]:
+    row: dict[str, Any] = {"layer": layer.path, "kv_heads": layer.geometry.kv_heads, "choices": []}
+    parts = {part: bench.checkpoint.read(name) for part, name in layer.names.items() if part.startswith("o.")}
+    attention = LAYOUTS[layer.layout].unpack(parts, layer.geometry)
+    for count in counts:
+        if count > layer.geometry.kv_heads:
+            continue
+        errors = _errors(known, attention, layer, count) if known else (None, None)
+        share = layer.kv_bytes_per_token * count // layer.geometry.kv_heads
+        row["choices"].append(
+            {"kv_heads": count, "attention_error": errors[0], "output_error": errors[1], "kv_bytes_per_token": share}
+        )
+    return row
+
+
+def _errors(
+    known: tuple[Facts, dict[str, Tensor]], attention: Attention, layer: Layer, count: int
+) -> tuple[float | None, float | None]:
+    if count == layer.geometry.kv_heads:
+        return 0.0, 0.0
+    facts, sums = known[0], {name: tensor.double() for name, tensor in known[1].items()}
+    assert attention.o is not None
+    outputs = attention.o.double()
+    old, heads = layer.geometry.kv_heads, layer.geometry.heads
+    per = heads // old
+    groups = choose_groups(facts, sums, outputs, old, count)
+    lost = {"keys": 0.0, "values": 0.0}
+    total = {"keys": 1e-30, "values": 1e-30}
+    for group in groups:
+        own = [h for j in group for h in range(j * per, (j + 1) * per)]
+        owners = torch.arange(len(group)).repeat_interleave(per)
+        if facts.keys:
+            width = layer.geometry.head_dim
+            joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
+            pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
+            some = pairs[own][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(own), 0, 1, 1)
+            keys, queries = sums["keys"][joint][:, joint], sums["queries"][own]
+            merged = align.merge_keys(facts, keys, some, queries, owners, round(CUT * facts.pairs))
+            one, all_of_it = align.key_error(facts, merged, keys, queries, owners)
+            lost["keys"] += one
+            total["keys"] += all_of_it
+        if facts.values:
+            width = layer.geometry.v_head_dim
+            joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
+            metric = align.output_metric(outputs[:, own].transpose(0, 1), owners, len(group))
+            moment = sums["values"][joint][:, joint]
+            power = float((moment * metric).sum())
+            lost["values"] += align.reduce(moment, metric, width)[2] * power
+            total["values"] += power
+    attention_error = lost["keys"] / total["keys"] if facts.keys else None
+    return attention_error, lost["values"] / total["values"] if facts.values else None
+
+
+def totals(counts: list[int], layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each number of heads: the mean and the largest predicted errors over the layers, and the cache's bytes a token (a
+    layer that has fewer heads stays as it is)."""
+    rows = []
+    for count in counts:
+        some = [max((c for c in layer["choices"] if c["kv_heads"] <= count), key=lambda c: c["kv_heads"]) for layer in layers]
+        row: dict[str, Any] = {"kv_heads": count, "kv_bytes_per_token": sum(choice["kv_bytes_per_token"] for choice in some)}
+        for name in ("attention_error", "output_error"):
+            values = [choice[name] for choice in some if choice[name] is not None]
+            row[name] = sum(values) / len(values) if values else None
+            row[f"largest_{name}"] = max(values) if values else None
+        rows.append(row)
+    return rows

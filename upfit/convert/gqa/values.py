@@ -1,0 +1,133 @@
+"""Least squares for what the attention gives out: shared values with the output projection, and ridges on whole streams.
+
+Shapes: N sampled rows, H query heads, n of them in a group, g old heads in a group, V value width, E hidden width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROUNDS = 4
+ITERATIONS = 6
+RIDGE = 1e-3
+ROUNDING = 1e-5  # share of the energy that sums in float32 cannot tell from nothing
+NEGLIGIBLE = 1e-9  # a share of the energy that is rounding: what is fitted so well is left alone
+
+
+@dataclass
+class Moments:
+    """Sums for a linear least squares t ≈ W z: `inputs` Σ w z zᵀ [Z, Z] and `cross` Σ w t zᵀ [E, Z], float64."""
+
+    inputs: Tensor | None = None
+    cross: Tensor | None = None
+    energy: float = 0.0  # Σ w |t|²
+
+    def add(self, z: Tensor, target: Tensor, weight: Tensor) -> None:
+        """Add rows `z` [N, Z] and `target` [N, E] with weights [N]."""
+        weighted = z * weight[:, None]
+        inputs, cross = (weighted.T @ z).double(), (target.T @ weighted).double()
+        self.inputs = inputs if self.inputs is None else self.inputs + inputs
+        self.energy += float((target * weight[:, None]).double().flatten() @ target.double().flatten())
+        self.cross = cross if self.cross is None else self.cross + cross
+
+    def error(self, weight: Tensor) -> float:
+        """Σ w |W z − t|² as a share of Σ w |t|²."""
+        assert self.inputs is not None and self.cross is not None
+        lost = float(((weight @ self.inputs) * weight).sum() - 2 * (weight * self.cross).sum()) + self.energy
+        return lost / max(self.energy, 1e-30)
+
+
+def ridge(fit: Moments, held: Moments, prior: Tensor, strengths: Sequence[float]) -> tuple[Tensor, float]:
+    """W [E, Z] that fits `fit`, drawn to `prior` with the one of `strengths` (of each input's own power) that does best on
+    `held`, and that strength; `prior` itself and infinity where none does better."""
+    assert fit.inputs is not None and fit.cross is not None
+    prior = prior.double()
+    best, chosen, error = prior, float("inf"), held.error(prior)
+    if error < ROUNDING:
+        return prior.float(), chosen
+    power = fit.inputs.diagonal()
+    power = power + 1e-4 * power.mean() + 1e-30
+    for strength in strengths:
+        factor, failed = torch.linalg.cholesky_ex(fit.inputs + torch.diag(strength * power))
+        if int(failed):
+            continue
+        trial = torch.cholesky_solve((fit.cross + prior * (strength * power)).T, factor).T
+        trial_error = held.error(trial)
+        if trial_error < error - ROUNDING / 10:
+            best, chosen, error = trial, strength, trial_error
+    return best.float(), chosen
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Sampled rows: `values` [N, G, n, g·V], every old value of its group as each query head's attention mixes it, and what the
+    layer's attention gave out [N, E] with a weight [N]."""
+
+    values: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+def refine_values(fit: Mixed, held: Mixed, down: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Alternating least squares of the shared values `down` [G, V, g·V] and the output projection `outputs` [E, G, n, V] for the
+    layer's own output; a round counts only if the held-back rows gain. Returns both, improved."""
+    shape = outputs.shape
+    best, error = (down, outputs), _error(held, down, outputs)
+    if error < NEGLIGIBLE * float((held.target.square().sum(1) * held.weight).sum()):
+        return best
+    for _ in range(ROUNDS):
+        flat = outputs.flatten(1)
+        z = _mixed(fit, down).flatten(1)
+        moments = Moments()
+        moments.add(z, fit.target, fit.weight)
+        assert moments.inputs is not None and moments.cross is not None
+        power = RIDGE * (moments.inputs.diagonal() + 1e-4 * moments.inputs.diagonal().mean() + 1e-30)
+        solved = torch.linalg.solve(moments.inputs + torch.diag(power), (moments.cross + flat.double() * power).T).T
+        outputs = solved.to(outputs.dtype).reshape(shape)
+        down = _improve_down(fit, down, outputs)
+        trial = _error(held, down, outputs)
+        if trial >= error:
+            break
+        best, error = (down, outputs), trial
+    return best
+
+
+def _mixed(rows: Mixed, down: Tensor) -> Tensor:
+    """Shared values as each head mixes them [N, G, n, V]."""
+    return torch.einsum("xgnm,gvm->xgnv", rows.values, down)
+
+
+def _given(rows: Mixed, down: Tensor, outputs: Tensor) -> Tensor:
+    return _mixed(rows, down).flatten(1) @ outputs.flatten(1).T
+
+
+def _error(rows: Mixed, down: Tensor, outputs: Tensor) -> float:
+    gap = _given(rows, down, outputs) - rows.target
+    return float((gap.square().sum(1) * rows.weight).sum())
+
+
+def _improve_down(rows: Mixed, down: Tensor, outputs: Tensor) -> Tensor:
+    """A few conjugate-gradient iterations on `down` [G, V, g·V] with the output projection held, each row of it scaled by its
+    own weight in the output."""
+    scale = 1 / (outputs.square().sum((0, 2)) + 1e-2 * outputs.square().sum((0, 2)).mean() + 1e-30)[..., None]  # [G, V, 1]
+
+    def pulled(gap: Tensor) -> Tensor:
+        back = ((gap * rows.weight[:, None]) @ outputs.flatten(1)).unflatten(1, outputs.shape[1:])
+        return torch.einsum("xgnv,xgnm->gvm", back, rows.values)
+
+    residual = pulled(rows.target - _given(rows, down, outputs))
+    direction = residual * scale
+    power = (residual * direction).sum()
+    for _ in range(ITERATIONS):
+        image = pulled(_given(rows, direction, outputs))
+        bend = (direction * image).sum()
+        if not float(bend) > 0:
+            break
+        length = power / bend
+        down, residual = down + length * direction, residual - length * image
+        turned = residual * scale
+        new_power = (residual * turned).sum()
+        direction, power = turned + new_power / power * direction, new_power
+    return down

@@ -1,0 +1,360 @@
+"""Runs a model layer by layer over token windows, with the weights of one layer in memory.
+
+The model's own code runs, whatever its family: its forward is called once with the layers replaced by stubs, which tells what
+each layer is given besides the hidden states (positions, masks); then the layers are called one after the other on hidden states
+that are kept between them. Attention goes through a function of ours in transformers' attention interface, so that queries, keys
+and values can be seen as the attention sees them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from upfit.convert.architectures import Architecture
+from upfit.convert.checkpoint import Checkpoint
+from upfit.convert.skeleton import quiet_transformers, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "upfit_observed"  # of our function in transformers' attention interface
+HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}  # tensors given to attention that change nothing
+
+
+class Opaque(Exception):
+    """This model, or this layer, cannot be observed; the message says why. Callers fall back to what needs no observation."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose rest is not wanted."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of the attention function. q [B, H, T, D], k [B, K, T, D], v [B, K, T, V], output [B, T, H, V], all as the
+    attention sees them (after norms and rotation). `mask` is None for plain causal attention, else [B or 1, 1 or H, T, T], bool
+    (True: may look) or added to the scores. `cap` and `sinks` [H] are None where the family has none."""
+
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scaling: float
+    cap: float | None
+    sinks: Tensor | None
+    output: Tensor
+
+    def scores(self, rows: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+        """Scores before any cap [B, H, R, keys] of the query positions `rows` [R] on the first `keys` keys, and the attention
+        weights there (zero where the mask forbids; with sinks they sum to less than one). `keys` must reach past every row."""
+        group = self.q.shape[1] // self.k.shape[1]
+        q = self.q[:, :, rows].unflatten(1, (-1, group)).flatten(2, 3)
+        scores = (q @ self.k[:, :, :keys].transpose(-1, -2)).unflatten(2, (group, -1)).flatten(1, 2) * self.scaling
+        return scores, self.weights(scores, rows)
+
+    def weights(self, scores: Tensor, rows: Tensor) -> Tensor:
+        """Attention weights of uncapped `scores` [B, H, R, keys] at the query positions `rows`."""
+        capped = scores if self.cap is None else torch.tanh(scores / self.cap) * self.cap
+        keys = scores.shape[-1]
+        if self.mask is None:
+            allowed = torch.arange(keys, device=rows.device)[None] <= rows[:, None]
+            masked = capped.masked_fill(~allowed, float("-inf"))
+        elif self.mask.dtype == torch.bool:
+            masked = capped.masked_fill(~self.mask[:, :, rows, :keys], float("-inf"))
+        else:
+            masked = capped + self.mask[:, :, rows, :keys]
+        if self.sinks is None:
+            return masked.softmax(-1)
+        sink = self.sinks.reshape(1, -1, 1, 1).expand(*masked.shape[:3], 1).to(masked.dtype)
+        return torch.cat([masked, sink], -1).softmax(-1)[..., :-1]
+
+
+_listener: Callable[[Seen], None] | None = None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    strange = [name for name, given in others.items() if isinstance(given, Tensor) and name not in HARMLESS]
+    if strange:
+        raise Opaque(f"its attention is given {strange[0]!r}, which is not understood")
+    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    bare = Seen(module, query, key, value, attention_mask, scaling, softcap, s_aux, query)
+    if softcap is None and s_aux is None:
+        causal = attention_mask is None and query.shape[2] > 1
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling, enable_gqa=True
+        )
+    else:
+        _, weights = bare.scores(torch.arange(query.shape[2], device=query.device), key.shape[2])
+        output = weights @ value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+    output = output.transpose(1, 2).contiguous()
+    if _listener is not None:
+        _listener(Seen(module, query, key, value, attention_mask, scaling, softcap, s_aux, output))
+    return output, None
+
+
+@contextmanager
+def listening(listener: Callable[[Seen], None]) -> Iterator[None]:
+    """Calls `listener` for every attention inside the block."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have their parameters on the meta device and their buffers (rotary frequencies) for real."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def observed_model(config: dict[str, Any], device: str = "cpu") -> "PreTrainedModel":
+    """The class of this config without weights, with attention that can be listened to."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    with _parameters_on_meta(), torch.device(device):
+        model = skeleton(config, meta=False)
+    for module in model.modules():
+        if hasattr(module, "config") and hasattr(module.config, "_attn_implementation_internal"):
+            module.config._attn_implementation_internal = NAME
+    return model.float().eval()
+
+
+@dataclass(frozen=True)
+class Block:
+    """One entry of the model's list of layers; `attention` is the path of its convertible attention inside it, if it has one."""
+
+    path: str
+    module: nn.Module
+    attention: str | None
+
+    @property
+    def attention_path(self) -> str:
+        return f"{self.path}.{self.attention}"
+
+
+def find_blocks(model: nn.Module, architecture: Architecture) -> list[Block]:
+    """The list of layers that holds the attention layers. Raises Opaque when they are not all in one list, one a layer."""
+    paths = [layer.path for layer in architecture.layers]
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    holding = [name for name in lists if all(path.startswith(name + ".") for path in paths)]
+    if not holding:
+        raise Opaque("its attention layers are not in one list of layers")
+    holder = max(holding, key=len)
+    inside: dict[str, str] = {}
+    if any(layer.caches > 1 for layer in architecture.layers):
+        raise Opaque("several of its layers share the weights of one attention")
+    for path in paths:
+        index, _, rest = path.removeprefix(holder + ".").partition(".")
+        if index in inside:
+            raise Opaque("a layer of it has more than one attention")
+        inside[index] = rest
+    blocks = model.get_submodule(holder)
+    assert isinstance(blocks, nn.ModuleList)
+    return [Block(f"{holder}.{index}", module, inside.get(str(index))) for index, module in enumerate(blocks)]
+
+
+class Weights:
+    """Puts the checkpoint's tensors into modules of a weightless model, and takes them out again."""
+
+    def __init__(self, model: "PreTrainedModel", checkpoint: Checkpoint, device: str) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        from upfit.convert.skeleton import class_names
+
+        self.model, self.checkpoint, self.device = model, checkpoint, device
+        with quiet_transformers():
+            self.mapping = get_model_conversion_mapping(model)
+        names = class_names(checkpoint.config)
+        sources: dict[str, list[str]] = {}
+        for disk_name in checkpoint.tensors:
+            sources.setdefault(names.module_name(disk_name), []).append(disk_name)
+        self.tied = names.tied
+        self.sources = {alias: found for name, found in sources.items() for alias in names.tied.get(name, (name,))}
+
+    def load(self, path: str, deep: bool = True) -> None:
+        """Fill the module at `path` (with `deep` all below it), in float32, not to be trained."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        module = self.model.get_submodule(path)
+        empty = [name for name, tensor in module.named_parameters(recurse=deep) if tensor.device.type == "meta"]
+        empty += [name for name, _ in module.named_buffers(recurse=deep)]
+        wanted = {disk for name in empty for disk in self.sources.get(f"{path}.{name}".lstrip("."), ())}
+        if not wanted:
+            return
+        settings = LoadStateDictConfig(dtype=torch.float32, device_map={"": self.device}, weight_mapping=self.mapping)
+        with quiet_transformers():
+            convert_and_load_state_dict_in_model(self.model, {name: self.checkpoint.read(name) for name in wanted}, settings)
+        tied = {name: self.tied.get(f"{path}.{name}".lstrip("."), []) for name in empty}
+        for name, others in tied.items():  # a weight that is shared lies in the file under one of its names
+            found = [p for p in map(self.model.get_parameter, others) if p.device.type != "meta"]
+            owner, _, own = name.rpartition(".")
+            parameters = module.get_submodule(owner)._parameters
+            if found and own in parameters and parameters[own].device.type == "meta":
+                parameters[own] = found[0]
+        module.requires_grad_(False)
+
+    def on_demand(self, inside: Callable[[str], bool]) -> None:
+        """Fill every module that `inside` does not claim when it is first called."""
+        for path, module in self.model.named_modules():
+            if path and not inside(path) and next(module.parameters(recurse=False), None) is not None:
+                module.register_forward_pre_hook(lambda module, given, path=path: self.load(path, deep=False))
+
+
+@dataclass
+class Call:
+    """What a layer is given for one batch, besides the hidden states."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+@dataclass
+class Batch:
+    """Token ids [windows, tokens] and, between the layers, hidden states [windows, tokens, E]."""
+
+    ids: Tensor
+    hidden: Tensor | None = None
+    calls: list[Call] = field(default_factory=list)
+
+
+class Stream:
+    """A model on its way through its layers over some batches of windows.
+
+    Raises Opaque when the family's forward cannot be run this way.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, ids: list[Tensor], device: str = "cpu") -> None:
+        self.model = observed_model(checkpoint.config, device)
+        self.blocks = find_blocks(self.model, architecture)
+        self.weights = Weights(self.model, checkpoint, device)
+        self.weights.on_demand(lambda path: any(path == b.path or path.startswith(b.path + ".") for b in self.blocks))
+        self.batches = [Batch(some.to(device)) for some in ids]
+        for batch in self.batches:
+            try:
+                self._begin(batch, as_tuple=False)
+            except Opaque:
+                batch.calls.clear()
+                self._begin(batch, as_tuple=True)
+        for module in self.model.modules():
+            module._forward_pre_hooks.clear()
+
+    def _begin(self, batch: Batch, as_tuple: bool) -> None:
+        """Run the model with stubs for layers: gives the first layer's hidden states and every layer's other arguments.
+
+        Some families' layers give a tuple, most give the hidden states themselves.
+        """
+        first: list[Tensor] = []
+
+        def stub(*arguments: Any, **keywords: Any) -> Any:
+            hidden = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
+            if not first:
+                first.append(hidden)
+            batch.calls.append(Call(arguments[1:], keywords))
+            if len(batch.calls) == len(self.blocks):
+                raise _Stop
+            return (hidden, None) if as_tuple else hidden
+
+        for block in self.blocks:
+            block.module.forward = stub  # type: ignore[method-assign,assignment]
+        try:
+            with torch.no_grad(), quiet_transformers():
+                self.model(input_ids=batch.ids, use_cache=False)
+        except _Stop:
+            pass
+        except Opaque:
+            raise
+        except Exception as error:  # any family's forward may want what a text does not give
+            raise Opaque(f"its forward cannot be run on plain text: {' '.join(str(error).split())[:120]}") from error
+        finally:
+            for block in self.blocks:
+                block.module.__dict__.pop("forward", None)
+        if len(batch.calls) != len(self.blocks):
+            raise Opaque("its forward does not go through its layers one after the other")
+        batch.hidden = first[0]
+
+    def load(self, index: int) -> None:
+        self.weights.load(self.blocks[index].path)
+
+    def empty(self, module: nn.Module) -> None:
+        """Let go of the weights of a layer."""
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def run_block(module: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The hidden states that a layer makes of `hidden` [B, T, E]."""
+    with torch.no_grad(), quiet_transformers():
+        result = module(hidden, *call.arguments, **call.keywords)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def run_until(block: nn.Module, stop: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The input of the module `stop` inside the layer; what comes after it is not run."""
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        caught.append(given[0])
+        raise _Stop
+
+    handle = stop.register_forward_pre_hook(catch)
+    try:
+        run_block(block, hidden, call)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+@contextmanager
+def tapped(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """A dictionary that holds, after a run inside the block, (input, output) of each of these modules, by their names here."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+            if given and isinstance(given[0], Tensor):
+                seen[name] = (given[0], output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
