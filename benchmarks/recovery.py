@@ -41,7 +41,7 @@ def main() -> None:
     if not shards.exists():
         prepare([str(args.text)], shards, args.model, "text", output)
     if not converted.exists():
-        convert(recipe, args.model, converted, recipe.options(args.kv_heads, args.method), Settings(), output)
+        convert(recipe, args.model, converted, recipe.options(kv_heads=args.kv_heads, method=args.method), Settings(), output)
     if not trained.exists():
         config = resolve(None, {"tokens": args.tokens, "length": args.length, "holdout": 8})
         uptrain(str(converted), str(shards), trained, config, True, False, output)

@@ -21,7 +21,8 @@ def attempt(source: Path | str, out: Path, kv_heads: int = 2, **settings: object
     recipe = get_recipe("gqa")
     parent_before = sorted(p.name for p in out.parent.iterdir())
     with pytest.raises(UpfitError) as caught:
-        convert(recipe, str(source), out, recipe.options(kv_heads), Settings(**settings), Output(quiet=True))  # type: ignore[arg-type]
+        options = recipe.options(kv_heads=kv_heads, method="mean")
+        convert(recipe, str(source), out, options, Settings(**settings), Output(quiet=True))  # type: ignore[arg-type]
     assert sorted(p.name for p in out.parent.iterdir()) == parent_before, "something was written"
     message = str(caught.value)
     assert "\n" not in message
@@ -201,7 +202,7 @@ def test_links_of_the_hub_cache_are_fine(folder: Path, tmp_path: Path) -> None:
         path.rename(blobs / path.name)
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", path.name))
     recipe = get_recipe("gqa")
-    convert(recipe, str(snapshot), tmp_path / "out", recipe.options(2), Settings(), Output(quiet=True))
+    convert(recipe, str(snapshot), tmp_path / "out", recipe.options(kv_heads=2, method="mean"), Settings(), Output(quiet=True))
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -28,7 +28,8 @@ QUIET = Output(quiet=True)
 
 def run(source: Path, out: Path, kv_heads: int = 2, **settings: object) -> dict:
     recipe = get_recipe("gqa")
-    return convert(recipe, str(source), out, recipe.options(kv_heads), Settings(**settings), QUIET)  # type: ignore[arg-type]
+    options = recipe.options(kv_heads=kv_heads, method="mean")
+    return convert(recipe, str(source), out, options, Settings(**settings), QUIET)  # type: ignore[arg-type]
 
 
 def test_a_fresh_process_loads_it_without_upfit(tmp_path: Path) -> None:

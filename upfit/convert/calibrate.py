@@ -72,7 +72,10 @@ def calibrate(
     source, began = find_source(model, revision), time.monotonic()
     with open_checkpoint(source.path) as checkpoint:
         architecture = bind(checkpoint.config, checkpoint.tensors)
-        sample = sample_for(source.path, checkpoint, texts, tokens, length)
+        try:
+            sample = sample_for(source.path, checkpoint, texts, tokens, length)
+        except Opaque as reason:
+            raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
         output.note(f"calibrating on {sample.tokens:,} tokens in windows of {' and '.join(map(str, sorted(sample.windows)))}")
         partial = out.with_name(out.name + ".partial")
         work = Partial(partial, {"model": fingerprint(checkpoint), "text": json.dumps(sample.text), "rows": str(ROWS)})
@@ -95,7 +98,10 @@ def calibrate(
 
 
 def sample_for(folder: Path, checkpoint: Checkpoint, texts: list[str] | None, tokens: str | None, length: int | None) -> Sample:
-    """Windows of calibration text for this model. Raises UpfitError when there is no tokenizer, or too little text."""
+    """Windows of calibration text for this model.
+
+    Raises UpfitError for text or sizes that cannot be used, Opaque when the model's folder has no tokenizer of its own.
+    """
     from transformers import AutoTokenizer
 
     count = parse_count(tokens or str(TOKENS), "--calibration-tokens")
@@ -105,7 +111,7 @@ def sample_for(folder: Path, checkpoint: Checkpoint, texts: list[str] | None, to
             if not tokenizer.is_fast:
                 raise ValueError("it is not a fast one")
     except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise UpfitError(f"{folder} has no tokenizer that can be loaded, so no text can be calibrated on") from error
+        raise Opaque("it has no fast tokenizer that can be loaded here") from error
     longest = _most_positions(checkpoint.config)
     if length is not None and length < 8:
         raise UpfitError(f"--calibration-length got {length}; give at least 8 tokens")
@@ -116,7 +122,7 @@ def sample_for(folder: Path, checkpoint: Checkpoint, texts: list[str] | None, to
     sample = make_sample(read_documents(texts, count), tokenizer, count, length, told)
     known = vocabulary(checkpoint.config)
     if known is not None and max(int(some.max()) for some in sample.windows.values()) >= known:
-        raise UpfitError(f"{folder} has a tokenizer of more than the model's {known} ids; it belongs to another model")
+        raise Opaque(f"its tokenizer has more than the model's {known} ids, so it belongs to another model")
     return sample
 
 

@@ -1,8 +1,8 @@
 """Calibration text: from files to windows of token ids, some of them held back; and the statistics file that keeps all of it.
 
 A statistics file is an ordinary safetensors file. Its metadata says which model and text it was made of; its tensors are the
-windows (`windows.512` [n, 512] int32 …, the first `held.512` of them held back) and, for each attention layer, what `statistics.py` lists, as
-`PATH/keys` and so on, in float32.
+windows (`windows.512` [n, 512] int32 …, the first `held.512` of them held back) and, for each attention layer, what
+`statistics.py` lists, as `PATH/keys` and so on, in float32.
 """
 
 import hashlib
@@ -132,7 +132,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def facts_from(record: Mapping[str, Any]) -> Facts:
     """The inverse of `dataclasses.asdict` for Facts, from JSON."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     values["residual"] = Residual(**record["residual"]) if record["residual"] else None
     return Facts(**values)
 

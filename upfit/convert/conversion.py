@@ -62,12 +62,11 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     with open_checkpoint(found.path) as checkpoint, scratch_folder(out) as scratch:
         job = _prepare(recipe, found, out, options, settings, checkpoint)
         preview: dict[str, Any] | None = None
-        if job.plan.fit is not None:
-            bench = Bench(found.path, checkpoint, job.architecture, scratch, output)
-            if not settings.dry_run:
-                job = _fitted(job, job.plan.fit, bench)
-            elif job.plan.fit.calibrated:
-                preview = _previewed(job.plan.fit, bench)
+        bench, fit = Bench(found.path, checkpoint, job.architecture, scratch, output), job.plan.fit
+        if fit is not None and not settings.dry_run:
+            job = _fitted(job, fit, bench)
+        elif fit is not None and fit.calibrated:
+            preview = _previewed(fit, bench)
         for note in job.plan.notes:
             output.note(note)
         answer = _summary(job) | ({"sensitivity": preview} if preview else {})
@@ -87,7 +86,8 @@ def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
         if fit.fallback is None:
             raise UpfitError(f"{job.source.name} cannot be aligned: {reason}; choose --method mean") from reason
         bench.output.note(f"not aligned: {reason}; the heads are averaged instead")
-        plan, checkpoint = fit.fallback, job.checkpoint
+        plan = dataclasses.replace(fit.fallback, report={"not_aligned": str(reason)})
+        checkpoint = job.checkpoint
     plan, dtype = _with_dtype(plan, job.settings.dtype)
     planned = outline(plan, checkpoint, dtype)
     check_against_class(plan, planned, job.architecture)

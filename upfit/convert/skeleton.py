@@ -42,7 +42,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def skeleton(config: dict[str, Any], meta: bool = True) -> "PreTrainedModel":
-    """The model that transformers builds for this `config.json`, on the meta device (or, without `meta`, where torch is set to).
+    """The model that transformers builds for this `config.json`, on the meta device (or, without `meta`, where torch is set
+    to).
 
     Raises UpfitError when transformers has no such class or the class refuses the config.
     """

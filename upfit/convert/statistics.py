@@ -36,7 +36,10 @@ ROWS = 96  # query positions sampled of each SEGMENT
 
 
 def sample_rows(tokens: int, per_segment: int, layer: int, batch: int, device: torch.device | str = "cpu") -> list[Rows]:
-    """`per_segment` positions of each stretch of SEGMENT positions of a window, drawn without repetition, for one layer and batch."""
+    """`per_segment` positions of each stretch of SEGMENT positions of a window (half as many in a longer one, whose rows are
+    longer), drawn without repetition, for one layer and batch."""
+    if tokens > SEGMENT:
+        per_segment = per_segment // 2
     generator = torch.Generator().manual_seed(100_003 * layer + batch)
     chosen = []
     for start in range(0, tokens, SEGMENT):

@@ -1,9 +1,9 @@
 """Runs a model layer by layer over token windows, with the weights of one layer in memory.
 
 The model's own code runs, whatever its family: its forward is called once with the layers replaced by stubs, which tells what
-each layer is given besides the hidden states (positions, masks); then the layers are called one after the other on hidden states
-that are kept between them. Attention goes through a function of ours in transformers' attention interface, so that queries, keys
-and values can be seen as the attention sees them.
+each layer is given besides the hidden states (positions, masks); then the layers are called one after the other on hidden
+states that are kept between them. Attention goes through a function of ours in transformers' attention interface, so that
+queries, keys and values can be seen as the attention sees them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "upfit_observed"  # of our function in transformers' attention interface
-HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}  # tensors given to attention that change nothing
+HARMLESS = {
+    "position_ids",
+    "cache_position",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+}  # tensors given to attention that change nothing
 
 
 class Opaque(Exception):
@@ -152,7 +157,8 @@ def observed_model(config: dict[str, Any], device: str = "cpu") -> "PreTrainedMo
 
 @dataclass(frozen=True)
 class Block:
-    """One entry of the model's list of layers; `attention` is the path of its convertible attention inside it, if it has one."""
+    """One entry of the model's list of layers; `attention` is the path of its convertible attention inside it, if it has
+    one."""
 
     path: str
     module: nn.Module
@@ -194,7 +200,7 @@ class Weights:
 
         self.model, self.checkpoint, self.device = model, checkpoint, device
         with quiet_transformers():
-            self.mapping = get_model_conversion_mapping(model)
+            self.mapping: Any = get_model_conversion_mapping(model)
         names = class_names(checkpoint.config)
         sources: dict[str, list[str]] = {}
         for disk_name in checkpoint.tensors:
@@ -221,7 +227,8 @@ class Weights:
             found = [p for p in map(self.model.get_parameter, others) if p.device.type != "meta"]
             owner, _, own = name.rpartition(".")
             parameters = module.get_submodule(owner)._parameters
-            if found and own in parameters and parameters[own].device.type == "meta":
+            empty_one = parameters.get(own)
+            if found and empty_one is not None and empty_one.device.type == "meta":
                 parameters[own] = found[0]
         module.requires_grad_(False)
 
@@ -287,7 +294,7 @@ class Stream:
             return (hidden, None) if as_tuple else hidden
 
         for block in self.blocks:
-            block.module.forward = stub  # type: ignore[method-assign,assignment]
+            block.module.forward = stub
         try:
             with torch.no_grad(), quiet_transformers():
                 self.model(input_ids=batch.ids, use_cache=False)

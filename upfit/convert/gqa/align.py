@@ -1,12 +1,12 @@
 """Merging the key/value heads of a group after bringing them into one basis: closed forms on calibration statistics.
 
 Everything is a linear map on what the projections give out, so it applies to weights and biases alike. Dimensions are in
-`Facts.order`: the first of every rotated pair (fastest first), the second of every pair, then the free ones. Shapes, for one group:
-g old key/value heads, n query heads, D head width, P rotated pairs, V value width, E hidden width. All float64.
+`Facts.order`: the first of every rotated pair (fastest first), the second of every pair, then the free ones. Shapes, for one
+group: g old key/value heads, n query heads, D head width, P rotated pairs, V value width, E hidden width. All float64.
 
 - Values: v_j ≈ U_j v', v' = P [v_1 … v_g]; exact when the group's values span V dimensions. O takes up U_j.
-- Rotated pairs: a complex factor commutes with the rotation, so k_j ≈ u k', k' = Σ p_j k_j on each pair, with a factor u for each
-  query head, which its query takes up conjugated.
+- Rotated pairs: a complex factor commutes with the rotation, so k_j ≈ u k', k' = Σ p_j k_j on each pair, with a factor u for
+  each query head, which its query takes up conjugated.
 - Slow pairs (`cut` and slower) and free dimensions: there the rotation is near the identity (or is it), so any real linear map
   nearly commutes with it, and the group's keys are reduced together to as many dimensions as there are places.
 """
@@ -33,22 +33,24 @@ class KeyMerge:
 
 @dataclass(frozen=True)
 class ValueMerge:
-    """New value = `values` [V, g·V] · [v_1 … v_g]; O's columns of head h, which used old head j: O_h · `outputs` [g, V, V][j]."""
+    """New value = `values` [V, g·V] · [v_1 … v_g]; O's columns of head h, which used old head j: O_h · `outputs` [g, V,
+    V][j]."""
 
     values: Tensor
     outputs: Tensor
 
 
 def powers(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root and inverse square root of a symmetric positive matrix, its smallest eigenvalues raised to 1e-9 of the largest."""
+    """Square root and inverse square root of a symmetric positive matrix, its smallest eigenvalues raised to 1e-9 of the
+    largest."""
     values, vectors = torch.linalg.eigh(matrix)
     root = values.clamp_min(1e-9 * float(values[-1].clamp_min(TINY))).sqrt()
     return (vectors * root) @ vectors.mH, (vectors / root) @ vectors.mH
 
 
 def reduce(moment: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """`up` [n, rank] and `down` [rank, n] that minimise E‖x − up·down·x‖² in `metric` [n, n], for E[x xᵀ] = `moment` [n, n], and the
-    share of the energy that is lost. Directions come strongest first."""
+    """`up` [n, rank] and `down` [rank, n] that minimise E‖x − up·down·x‖² in `metric` [n, n], for E[x xᵀ] = `moment` [n, n],
+    and the share of the energy that is lost. Directions come strongest first."""
     root, inverse = powers(metric)
     values, vectors = torch.linalg.eigh(root @ moment @ root)
     kept = vectors[:, -rank:].flip(1)
@@ -63,7 +65,8 @@ def merge_values(moment: Tensor, metric: Tensor, width: int) -> ValueMerge:
 
 
 def output_metric(outputs: Tensor, owners: Tensor, count: int) -> Tensor:
-    """Block-diagonal [g·V, g·V] of Σ O_hᵀO_h over the query heads of each old head. `outputs` [n, E, V], `owners` [n] in 0…g−1."""
+    """Block-diagonal [g·V, g·V] of Σ O_hᵀO_h over the query heads of each old head. `outputs` [n, E, V], `owners` [n] in
+    0…g−1."""
     blocks = [_gram(outputs[owners == old]) for old in range(count)]
     return torch.block_diag(*blocks)
 
@@ -163,7 +166,8 @@ def _one_per_pair(pairs: Tensor, energy: Tensor, owners: Tensor, normed: bool) -
 
 
 def key_error(facts: Facts, merged: KeyMerge, keys: Tensor, queries: Tensor, owners: Tensor) -> tuple[float, float]:
-    """Predicted squared error of the scores with queries and keys taken as independent, Σ_h tr(Q_h Δ_h C Δ_hᵀ), and the scores' own.
+    """Predicted squared error of the scores with queries and keys taken as independent, Σ_h tr(Q_h Δ_h C Δ_hᵀ), and the
+    scores' own.
 
     Takes the rotation for the identity on slow pairs, so it is too small where the cut is low.
     """

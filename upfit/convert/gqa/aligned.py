@@ -1,4 +1,5 @@
-"""`--method aligned`: from calibration text (or kept statistics) to a plan whose rules take tensors that were fitted beforehand."""
+"""`--method aligned`: from calibration text (or kept statistics) to a plan whose rules take tensors that were fitted
+beforehand."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def fit(bench: "Bench", choice: Choice, plan: Plan) -> Plan:
     if kept is None:
         if not choice.calibration:
             bench.output.note(
-                "no --calibration text: calibrating on Python's standard library; text like what the model will serve does better"
+                "no --calibration text: calibrating on Python's standard library; text like what the model will serve is better"
             )
         sample = sample_for(bench.folder, bench.checkpoint, choice.calibration, choice.tokens, choice.length)
     else:

@@ -64,7 +64,7 @@ def plan(architecture: "Architecture", options: Options) -> Plan:
     method = "mean" if options.method == "auto" else options.method
     aligned = options.method in ("auto", "aligned")
     if aligned and changed:
-        averaged = replace(options, method="mean", calibration=None)
+        averaged = replace(options, method="mean", calibration=None, calibration_tokens=None, calibration_length=None)
         fallback = plan(architecture, averaged) if options.method == "auto" and not options.calibration else None
         rules = tuple(_aligned_rule(layer, options) for layer in changed)
         outline = Plan(config, rules, notes=tuple(notes))

@@ -1,10 +1,10 @@
 """Aligned merging of a whole checkpoint, layer by layer, in the converted model's own stream.
 
-Two streams go through the layers side by side: the teacher's and the converted model's. At each layer the teacher is watched, its
-heads are merged in closed form (`align.py`), and then, with `refit`, queries and keys are fitted to the teacher's scores on what
-the converted model really sees (`scores.py`), the output projection to the teacher's stream after the attention, and the last
-matrix of the MLP to the teacher's stream after the layer (`values.py`). Nothing is chosen on the rows that are fitted: the cut of
-slow pairs, Gauss–Newton steps and ridges are chosen on held-back windows.
+Two streams go through the layers side by side: the teacher's and the converted model's. At each layer the teacher is watched,
+its heads are merged in closed form (`align.py`), and then, with `refit`, queries and keys are fitted to the teacher's scores
+on what the converted model really sees (`scores.py`), the output projection to the teacher's stream after the attention, and
+the last matrix of the MLP to the teacher's stream after the layer (`values.py`). Nothing is chosen on the rows that are
+fitted: the cut of slow pairs, Gauss–Newton steps and ridges are chosen on held-back windows.
 """
 
 from collections.abc import Callable, Iterator
@@ -73,8 +73,8 @@ class Lane:
 
 @dataclass
 class View:
-    """What the teacher's layer showed on one batch: `inputs` [B, T, E] of the projections, `given` [B, T, E] by o_proj, `output`
-    [B, T, E] after the layer, `values` [B, T, K, V]."""
+    """What the teacher's layer showed on one batch: `inputs` [B, T, E] of the projections, `given` [B, T, E] by o_proj,
+    `output` [B, T, E] after the layer, `values` [B, T, K, V]."""
 
     inputs: Tensor
     given: Tensor
@@ -105,8 +105,9 @@ class Place:
 
 @dataclass
 class Merged:
-    """The layer being changed. q [H, D, E'], k [G, D, E'] in `Facts.order`, v [G, V, E'] (= `down` [G, V, g·V] of the old ones), o [E, H, V]; E' is E, or one more where
-    the projections have biases (the last column). Query heads stand in the order of their groups: `heads` lists the old ones."""
+    """The layer being changed. q [H, D, E'], k [G, D, E'] in `Facts.order`, v [G, V, E'] (= `down` [G, V, g·V] of the old
+    ones), o [E, H, V]; E' is E, or one more where the projections have biases (the last column). Query heads stand in the
+    order of their groups: `heads` lists the old ones."""
 
     q: Tensor
     k: Tensor
@@ -270,7 +271,8 @@ def _target(seen: Seen, at: Tensor, keys: int, attention: Attention, token_weigh
 
 
 def _spread(seen: Seen, weights: Tensor, keys: int, outputs: Tensor) -> Tensor:
-    """[B, H, R, 1]: how far apart in the output the values lie that a row weighs, Σ p |O_h(v − v̄)|²: what its scores matter."""
+    """[B, H, R, 1]: how far apart in the output the values lie that a row weighs, Σ p |O_h(v − v̄)|²: what its scores
+    matter."""
     gram = torch.einsum("ehv,ehw->hvw", outputs, outputs)
     heads = seen.v[:, :, :keys].repeat_interleave(seen.q.shape[1] // seen.v.shape[1], 1)  # [B, H, L, V]
     length = ((heads @ gram) * heads).sum(-1)
@@ -328,7 +330,9 @@ def _merge(facts: Facts, attention: Attention, sums: dict[str, Tensor], kv_heads
             new_q, new_k = _merge_keys(facts, q, k, sums, pairs, groups, per, cut)
         else:
             new_q, new_k = q, torch.stack([k[group].mean(0) for group in groups])
-        result[cut] = Merged(new_q.float(), new_k.float(), torch.stack(new_v).float(), new_o.float(), torch.stack(downs).float(), order, groups)
+        result[cut] = Merged(
+            new_q.float(), new_k.float(), torch.stack(new_v).float(), new_o.float(), torch.stack(downs).float(), order, groups
+        )
     return result
 
 
@@ -391,19 +395,20 @@ def _refine(
     facts: Facts, attention: Attention, merged: Merged, views: list[View], lanes: list[Lane], settings: Settings
 ) -> None:
     """Better shared values and outputs for what the teacher's attention gives out, on sampled rows."""
-    both = []
-    for held in (False, True):
+
+    def rows(held: bool) -> values.Mixed:
         some = []
         for view, lane in zip(views, lanes, strict=True):
             if lane.held == held:
                 stream = lane.teacher + (facts.residual.attention * view.given if facts.residual else 0.0)
                 some.append(_rows_of(view, facts, merged, attention, _token_weights(stream, settings.token_power)))
-        both.append(values.Mixed(*(torch.cat([getattr(m, n) for m in some]) for n in ("values", "target", "weight"))))
+        return values.Mixed(*(torch.cat([getattr(one, name) for one in some]) for name in ("values", "target", "weight")))
+
     assert attention.v is not None
     stacked = _with_bias(attention.v, attention.v_bias)
     old = torch.stack([stacked[group].flatten(0, 1) for group in merged.groups])  # [G, g·V, E']
     size = len(merged.heads) // len(merged.groups)
-    down, outputs = values.refine_values(*both, merged.down, merged.o.unflatten(1, (-1, size)))
+    down, outputs = values.refine_values(rows(held=False), rows(held=True), merged.down, merged.o.unflatten(1, (-1, size)))
     merged.v, merged.o = down @ old, outputs.flatten(1, 2)
 
 
@@ -473,7 +478,8 @@ def _fit_scores(
 ) -> None:
     """Choose the cut on held-back rows, then (with a drift, that is when refitting) fit q and k. Changes `merged`."""
     width = merged.q.shape[-1]
-    fitted, held = [], []
+    fitted: list[scores.Batch] = []
+    held: list[scores.Batch] = []
     for x, view, lane in zip(inputs, views, lanes, strict=True):
         batch = scores.Batch(_augmented(x, width), [_reordered(target, merged.heads) for target in view.targets])
         (held if lane.held else fitted).append(batch)
@@ -537,6 +543,7 @@ def _refit_stream(
 ) -> None:
     """Ridges for the output projection and for the last matrix of the MLP; moves the student on. Adds to `new`."""
     projection = place.student.get_submodule(place.path("o"))
+    assert isinstance(projection, nn.Linear)
     if not facts.values:  # something lies between: only carried on
         for lane in lanes:
             lane.student = run_block(place.student, lane.student, lane.student_calls[place.index])
@@ -557,12 +564,11 @@ def _refit_stream(
         new[place.layer.names["o.bias"]] = weight[1]
     residual = facts.residual
     down = place.student.get_submodule(residual.down) if residual and residual.down else None
-    names = (
-        [stream.weights.sources.get(f"{place.block.path}.{residual.down}.{kind}") for kind in ("weight", "bias")]
-        if down and residual
-        else []
-    )
-    if residual is None or down is None or not names or not _plain(names, down, checkpoint):
+    names = [
+        stream.weights.sources.get(f"{place.block.path}.{residual.down}.{kind}") if residual else None
+        for kind in ("weight", "bias")
+    ]
+    if residual is None or not isinstance(down, nn.Linear) or not _plain(names, down, checkpoint):
         for lane in lanes:
             lane.student = run_block(place.student, lane.student, lane.student_calls[place.index])
         return
@@ -582,7 +588,7 @@ def _refit_stream(
         lane.student = middle + residual.mlp * down(part)
 
 
-def _plain(names: list[list[str] | None], module: nn.Module, checkpoint: Checkpoint) -> bool:
+def _plain(names: list[list[str] | None], module: nn.Linear, checkpoint: Checkpoint) -> bool:
     """Each of the module's parameters is one tensor of the checkpoint, as it is."""
     for found, parameter in zip(names, (module.weight, module.bias), strict=True):
         if parameter is not None and (found is None or len(found) != 1):
@@ -597,10 +603,9 @@ def _add_rows(sums: values.Moments, z: Tensor, wanted: Tensor, stream: Tensor, m
     sums.add(rows, wanted.flatten(0, 1), _token_weights(stream, settings.token_power).flatten())
 
 
-def _solve(sums: dict[bool, values.Moments], module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _solve(sums: dict[bool, values.Moments], module: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """The ridge solution for a Linear, drawn to what it holds: weight and bias."""
     prior = module.weight if module.bias is None else torch.cat([module.weight, module.bias[:, None]], 1)
-    assert isinstance(prior, Tensor)
     found, _ = values.ridge(sums[False], sums[True], prior, RIDGES)
     return (found, None) if module.bias is None else (found[:, :-1], found[:, -1])
 

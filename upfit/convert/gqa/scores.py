@@ -22,7 +22,8 @@ Norm = Callable[[Tensor], Tensor]
 
 @dataclass
 class Target:
-    """What the sampled rows of one batch should score. `at` [R], `scores` and `weights` [B, H, R, L], `importance` [B, H, R, 1]."""
+    """What the sampled rows of one batch should score. `at` [R], `scores` and `weights` [B, H, R, L], `importance` [B, H, R,
+    1]."""
 
     at: Tensor
     keys: int
@@ -84,7 +85,8 @@ class Effort:
 
 
 def turn(x: Tensor, factors: Tensor, back: bool = False) -> Tensor:
-    """Rotate the pairs of `x` [B, T, heads, D] by complex `factors` [T, P]; `back` multiplies by their conjugates (the adjoint)."""
+    """Rotate the pairs of `x` [B, T, heads, D] by complex `factors` [T, P]; `back` multiplies by their conjugates (the
+    adjoint)."""
     pairs = factors.shape[1]
     if pairs == 0:
         return x

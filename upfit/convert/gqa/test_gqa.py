@@ -21,7 +21,7 @@ QUIET = Output(quiet=True)
 
 def run(recipe: str, source: Path, out: Path, **options: object) -> dict:
     found = get_recipe(recipe)
-    return convert(found, str(source), out, found.options(**options), Settings(), QUIET)
+    return convert(found, str(source), out, found.options(**{"method": "mean", **options}), Settings(), QUIET)
 
 
 def test_mean_is_the_papers() -> None:

@@ -71,8 +71,8 @@ class Mixed:
 
 
 def refine_values(fit: Mixed, held: Mixed, down: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Alternating least squares of the shared values `down` [G, V, g·V] and the output projection `outputs` [E, G, n, V] for the
-    layer's own output; a round counts only if the held-back rows gain. Returns both, improved."""
+    """Alternating least squares of the shared values `down` [G, V, g·V] and the output projection `outputs` [E, G, n, V] for
+    the layer's own output; a round counts only if the held-back rows gain. Returns both, improved."""
     shape = outputs.shape
     best, error = (down, outputs), _error(held, down, outputs)
     if error < NEGLIGIBLE * float((held.target.square().sum(1) * held.weight).sum()):

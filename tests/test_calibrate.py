@@ -1,0 +1,217 @@
+"""`upfit calibrate` and what conversions make of it: one statistics file, reused, resumed, refused where it does not belong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from tests.folders import save_tiny, tiny_llama
+from upfit.cli import app
+from upfit.convert import calibrate as room
+from upfit.convert.architectures import bind
+from upfit.convert.calibrate import calibrate, gather_layer
+from upfit.convert.calibration import open_statistics
+from upfit.convert.checkpoint import open_checkpoint
+from upfit.convert.conversion import Settings, convert
+from upfit.convert.facts import understand, watch
+from upfit.convert.recipe import get_recipe
+from upfit.convert.statistics import Rows, add, observe
+from upfit.convert.stream import Stream
+from upfit.errors import UpfitError
+from upfit.output import Output
+
+QUIET = Output(quiet=True)
+TEXT = "def f(x): return x + 1  # one more\nthe quick brown fox jumps over the lazy dog; 12 boxes of wine.\n" * 60
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return save_tiny(tmp_path / "model")
+
+
+def run(model: Path, name: str = "stats.safetensors", tokens: str = "1k", length: int = 64) -> dict[str, Any]:
+    text = [str(model.parent / "text.txt")]
+    return calibrate(str(model), text, model.parent / name, tokens, length, None, False, QUIET)
+
+
+def converted(model: Path, name: str, **options: Any) -> Path:
+    recipe = get_recipe("gqa")
+    convert(recipe, str(model), model.parent / name, recipe.options(**options), Settings(verify=False), QUIET)
+    return model.parent / name
+
+
+def test_reused_statistics_give_the_same_bytes(model: Path) -> None:
+    """Converting with text equals calibrating first and converting with the file, for every number of heads."""
+    run(model)
+    for kv_heads in (1, 2):
+        text: dict[str, Any] = dict(
+            kv_heads=kv_heads,
+            calibration=[str(model.parent / "text.txt")],
+            calibration_tokens="1k",
+            calibration_length=64,
+        )
+        at_once = converted(model, f"text-{kv_heads}", **text)
+        reused = converted(model, f"stats-{kv_heads}", kv_heads=kv_heads, calibration=[str(model.parent / "stats.safetensors")])
+        assert (at_once / "model.safetensors").read_bytes() == (reused / "model.safetensors").read_bytes()
+        recorded = json.loads((reused / "recipe.json").read_text())["steps"][-1]["measurements"]
+        assert recorded["calibration"]["tokens"] == 960 and len(recorded["layers"]) == 2
+
+
+def test_pieces_add_up(model: Path) -> None:
+    """The sums of a window watched in two pieces of its rows equal those of one piece."""
+    with open_checkpoint(model) as checkpoint:
+        architecture = bind(checkpoint.config, checkpoint.tensors)
+        stream = Stream(checkpoint, architecture, [torch.arange(96).reshape(2, 48) % 100])
+        stream.load(0)
+        block, batch = stream.blocks[0], stream.batches[0]
+        assert batch.hidden is not None
+        facts, _ = understand(block, architecture.entry, architecture.layers[0].geometry, batch.hidden, batch.calls[0])
+        seen = watch(block, batch.hidden, batch.calls[0], ()).seen
+    rows = torch.arange(0, 48, 3)
+    whole = observe(seen, facts, [Rows(rows, 48)])
+    pieces: dict[str, torch.Tensor] = {}
+    for some in rows.split(7):
+        add(pieces, observe(seen, facts, [Rows(some, int(some[-1]) + 1)]))
+    assert whole.keys() == pieces.keys() == {"rows", "keys", "key_pairs", "queries", "values"}
+    for name, tensor in whole.items():
+        torch.testing.assert_close(pieces[name], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max()))
+
+
+def test_killed_is_resumed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after the first layer, the same command goes on with the second, and the file is what it would have been."""
+    run(model, "unbroken.safetensors")
+    seen: list[int] = []
+
+    def failing(*arguments: Any) -> Any:
+        seen.append(arguments[2])
+        if arguments[2] == 1:
+            raise KeyboardInterrupt
+        return gather_layer(*arguments)
+
+    monkeypatch.setattr(room, "gather_layer", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(model)
+    assert not (model.parent / "stats.safetensors").exists()
+
+    def counting(*arguments: Any) -> Any:
+        seen.append(arguments[2])
+        return gather_layer(*arguments)
+
+    monkeypatch.setattr(room, "gather_layer", counting)
+    run(model)
+    assert seen == [0, 1, 1]
+    assert (model.parent / "stats.safetensors").read_bytes() == (model.parent / "unbroken.safetensors").read_bytes()
+    assert not list(model.parent.glob("*.partial"))
+
+
+def test_another_text_starts_anew(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work that was left by a run with other settings is not taken up."""
+
+    def failing(*arguments: Any) -> Any:
+        if arguments[2] == 1:
+            raise KeyboardInterrupt
+        return gather_layer(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "gather_layer", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, length=32)
+    run(model, length=64)
+    run(model, "fresh.safetensors", length=64)
+    assert (model.parent / "stats.safetensors").read_bytes() == (model.parent / "fresh.safetensors").read_bytes()
+
+
+def test_the_file_is_plain_safetensors(model: Path) -> None:
+    told = run(model)
+    tensors = load_file(model.parent / "stats.safetensors")
+    path = "model.layers.1.self_attn"
+    assert tensors[f"{path}/key_pairs"].shape == (4, 4, 4, 4, 2) and tensors[f"{path}/keys"].shape == (32, 32)
+    assert tensors[f"{path}/queries"].shape == (4, 8, 8) and tensors[f"{path}/values"].shape == (32, 32)
+    assert tensors["windows.64"].shape == (15, 64) and told["layers"] == 2
+    with open_checkpoint(model) as checkpoint:
+        opened = open_statistics(model.parent / "stats.safetensors", checkpoint)
+        found = opened.layer(path)
+    assert found is not None and found[0].pairs == 4 and found[0].factors and found[0].movable
+    assert torch.equal(found[1]["keys"], tensors[f"{path}/keys"])
+
+
+def test_statistics_of_another_model_are_refused(model: Path) -> None:
+    run(model)
+    other = save_tiny(model.parent / "other", tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 500.0}))
+    with pytest.raises(UpfitError, match="statistics of another model"):
+        converted(other, "out", kv_heads=2, calibration=[str(model.parent / "stats.safetensors")])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": ["nowhere.txt"]}, "--calibration nowhere.txt is not here"),
+        ({"calibration": ["nowhere.safetensors"]}, "no statistics file at nowhere.safetensors"),
+        ({"calibration": ["a.txt", "b.safetensors"]}, "text, or one statistics file"),
+        ({"calibration": ["b.safetensors"], "calibration_length": 8}, "are those of the statistics file"),
+        ({"method": "mean", "calibration_tokens": "1k"}, "--calibration-tokens is for --method aligned"),
+        ({"calibration_length": 4096}, "above the model's 128 positions"),
+        ({"calibration_length": 2}, "give at least 8"),
+        ({"calibration_tokens": "many"}, "--calibration-tokens got 'many'"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(model: Path, options: dict[str, Any], message: str) -> None:
+    before = sorted(model.parent.iterdir())
+    with pytest.raises(UpfitError, match=message) as caught:
+        converted(model, "out", kv_heads=2, **options)
+    assert "\n" not in str(caught.value) and sorted(model.parent.iterdir()) == before
+
+
+def test_too_little_text(model: Path) -> None:
+    (model.parent / "text.txt").write_text("short")
+    with pytest.raises(UpfitError, match="the calibration text has 6 tokens"):
+        run(model)
+    assert sorted(path.name for path in model.parent.iterdir()) == ["model", "text.txt"]
+
+
+def test_without_a_tokenizer_heads_are_averaged(tmp_path: Path) -> None:
+    """By default; and --method aligned is an error then."""
+    model = save_tiny(tmp_path / "model", tokenizer=False)
+    told = converted(model, "auto", kv_heads=2)
+    mean = converted(model, "mean", kv_heads=2, method="mean")
+    assert (told / "model.safetensors").read_bytes() == (mean / "model.safetensors").read_bytes()
+    step = json.loads((told / "recipe.json").read_text())["steps"][-1]
+    assert "no fast tokenizer" in step["measurements"]["not_aligned"]
+    with pytest.raises(UpfitError, match="cannot be aligned: it has no fast tokenizer"):
+        converted(model, "out", kv_heads=2, method="aligned")
+
+
+def test_a_dry_run_with_calibration_predicts(model: Path) -> None:
+    """Fewer heads lose more, all of them lose nothing; from text and from the statistics file alike. Nothing is written."""
+    run(model)
+    before = sorted(model.parent.iterdir())
+    answers = []
+    for calibration in (["text.txt", "--calibration-tokens", "1k", "--calibration-length", "64"], ["stats.safetensors"]):
+        arguments = ["convert", "gqa", str(model), str(model.parent / "out"), "--kv-heads", "2", "--dry-run", "--json"]
+        done = CliRunner().invoke(
+            app, [*arguments, "--calibration", str(model.parent / calibration[0]), *calibration[1:]], catch_exceptions=False
+        )
+        answers.append(json.loads(done.stdout)["sensitivity"])
+    assert answers[0] == answers[1] and sorted(model.parent.iterdir()) == before
+    totals = answers[0]["totals"]
+    assert [row["kv_heads"] for row in totals] == [1, 2, 4]
+    for name in ("attention_error", "output_error"):
+        assert totals[0][name] > totals[1][name] > totals[2][name] == 0
+    assert totals[2]["kv_bytes_per_token"] == 2 * totals[1]["kv_bytes_per_token"] == 4 * totals[0]["kv_bytes_per_token"]
+
+
+def test_refit_beats_merging_alone(model: Path) -> None:
+    """On a model of random weights: less drift of the stream on held-back text, and no refit leaves the MLP alone."""
+    run(model)
+    names = {}
+    for refit in (True, False):
+        out = converted(model, f"refit-{refit}", kv_heads=1, refit=refit, calibration=[str(model.parent / "stats.safetensors")])
+        weights, source = load_file(out / "model.safetensors"), load_file(model / "model.safetensors")
+        names[refit] = {name for name in source if not torch.equal(source[name], weights[name])}
+    assert {name.split(".")[-2] for name in names[False]} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert names[False] <= names[True] and "down_proj" in {name.split(".")[-2] for name in names[True]}

@@ -1,0 +1,215 @@
+"""The steps of aligned merging, each by its own law: exact where it promises to be, best where it cannot be."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from upfit.convert.facts import Facts, Turns
+from upfit.convert.gqa import align, scores, values
+from upfit.convert.gqa.grouping import partition
+
+HEADS, OLD, PAIRS, FREE, HIDDEN = 6, 3, 4, 2, 20
+WIDTH = 2 * PAIRS + FREE
+
+
+def facts(normed: bool = False, factors: bool = True) -> Facts:
+    speeds = tuple(0.5**pair for pair in range(PAIRS))
+    return Facts(True, True, normed, factors, True, PAIRS, tuple(range(WIDTH)), speeds, None)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def factored(base: Tensor, factor: Tensor) -> Tensor:
+    """`base` [N, WIDTH] with every pair multiplied by its complex factor [PAIRS]."""
+    turned = torch.complex(base[:, :PAIRS], base[:, PAIRS : 2 * PAIRS]) * factor
+    return torch.cat([turned.real, turned.imag, base[:, 2 * PAIRS :]], 1)
+
+
+def moments(keys: list[Tensor], queries: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of keys of each old head and queries of each query head, as calibration would leave them."""
+    joint = torch.cat(keys, 1)
+    turned = torch.stack([torch.complex(k[:, :PAIRS], k[:, PAIRS : 2 * PAIRS]) for k in keys])  # [g, N, P]
+    pairs = torch.einsum("inp,jnp->pij", turned, turned.conj()).expand(len(queries), -1, -1, -1)
+    per = len(queries) // len(keys)
+    return joint.T @ joint, pairs, torch.stack([q.T @ q for q in queries]), torch.arange(len(keys)).repeat_interleave(per)
+
+
+@pytest.mark.parametrize("cut", [0, 2, PAIRS])
+def test_keys_in_different_bases_merge_exactly(cut: int) -> None:
+    """Heads whose keys are one key, turned and stretched on each pair: the merged scores are the old ones, at any cut."""
+    base = drawn(200, WIDTH)
+    factors = [torch.complex(drawn(PAIRS, seed=j), drawn(PAIRS, seed=j + 9)) for j in range(OLD)]
+    keys = [factored(base, factor) for factor in factors]
+    queries = [drawn(50, WIDTH, seed=20 + h) for h in range(HEADS)]
+    merged = align.merge_keys(facts(), *moments(keys, queries), cut)
+    new_key = torch.cat(keys, 1) @ merged.keys.T
+    for head in range(HEADS):
+        old = queries[head] @ keys[head * OLD // HEADS].T
+        new = (queries[head] @ merged.queries[head].T) @ new_key.T
+        torch.testing.assert_close(new, old, rtol=0, atol=1e-9 * float(old.abs().max()))
+
+
+def test_fast_pairs_are_only_multiplied() -> None:
+    """What is done to a rotated pair commutes with its rotation: a complex factor, for keys and for queries."""
+    keys, queries = [drawn(99, WIDTH, seed=j) for j in range(OLD)], [drawn(50, WIDTH, seed=9 + h) for h in range(HEADS)]
+    merged = align.merge_keys(facts(), *moments(keys, queries), 2)
+    for matrix in (*merged.queries, *merged.keys.split(WIDTH, 1)):
+        for pair in range(2):
+            block = matrix[[pair, PAIRS + pair]][:, [pair, PAIRS + pair]]
+            torch.testing.assert_close(block[0, 0], block[1, 1])
+            torch.testing.assert_close(block[0, 1], -block[1, 0])
+            assert torch.count_nonzero(matrix[pair]) <= 2
+
+
+def test_norms_allow_only_turns() -> None:
+    keys, queries = [drawn(99, WIDTH, seed=j) for j in range(OLD)], [drawn(50, WIDTH, seed=9 + h) for h in range(HEADS)]
+    turned = align.merge_keys(facts(normed=True), *moments(keys, queries), 2)
+    for matrix in turned.queries:
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(WIDTH, dtype=torch.float64))
+    plain = align.merge_keys(facts(normed=True, factors=False), *moments(keys, queries), 2)
+    torch.testing.assert_close(torch.cat(keys, 1) @ plain.keys.T, torch.stack(keys).mean(0))
+
+
+def test_key_merge_beats_the_mean_and_the_first() -> None:
+    keys = [drawn(400, WIDTH, seed=j) @ drawn(WIDTH, WIDTH, seed=50 + j) for j in range(OLD)]
+    queries = [drawn(90, WIDTH, seed=9 + h) for h in range(HEADS)]
+    covariance, pairs, of_queries, owners = moments(keys, queries)
+    same = torch.eye(WIDTH, dtype=torch.float64)
+    plain = same.expand(HEADS, -1, -1)
+    rivals = [align.KeyMerge(same.repeat(1, OLD) / OLD, plain), align.KeyMerge(torch.cat([same, 0 * same, 0 * same], 1), plain)]
+    ours = align.merge_keys(facts(), covariance, pairs, of_queries, owners, PAIRS)
+    errors = [align.key_error(facts(), one, covariance, of_queries, owners)[0] for one in (ours, *rivals)]
+    assert errors[0] < min(errors[1:])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6))
+def test_values_in_different_bases_merge_exactly(seed: int) -> None:
+    width = 5
+    base = drawn(100, width, seed=seed)
+    olds = [base @ drawn(width, width, seed=seed + j) for j in range(OLD)]
+    outputs = drawn(HEADS, HIDDEN, width, seed=seed + 7)
+    owners = torch.arange(OLD).repeat_interleave(HEADS // OLD)
+    joint = torch.cat(olds, 1)
+    merged = align.merge_values(joint.T @ joint, align.output_metric(outputs, owners, OLD), width)
+    for head, old in enumerate(owners.tolist()):
+        new = (joint @ merged.values.T) @ (outputs[head] @ merged.outputs[old]).T
+        expected = olds[old] @ outputs[head].T
+        torch.testing.assert_close(new, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_full_rank_is_exact() -> None:
+    joint = drawn(100, 12)
+    up, down, lost = align.reduce(joint.T @ joint, torch.eye(12, dtype=torch.float64), 12)
+    torch.testing.assert_close(up @ down, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert lost == 0
+
+
+def test_partition_finds_what_belongs_together() -> None:
+    """Planted groups, each head close to those of its own group only, in any order."""
+    planted = [[0, 5, 6, 11], [1, 2, 8, 9], [3, 4, 7, 10]]
+    costs = torch.ones(12, 12)
+    for group in planted:
+        costs[torch.tensor(group)[:, None], torch.tensor(group)] = 0.1
+    assert partition(costs, 3) == planted
+    assert partition(torch.ones(12, 12), 3) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def problem(norm: bool) -> tuple[scores.Fit, scores.Weights, list[scores.Batch], scores.Form]:
+    """Two windows, two targets of one batch, two new heads for six query heads."""
+    tokens, kv_heads = 9, 2
+    turns = torch.polar(torch.ones(tokens, PAIRS), torch.arange(tokens)[:, None] * 0.5 ** torch.arange(PAIRS))
+    turns = turns.to(torch.complex128)
+    targets = []
+    for number, (rows, keys) in enumerate((([1, 3], 5), ([6, 8], 9))):
+        at = torch.tensor(rows)
+        allowed = torch.arange(keys)[None] <= at[:, None]
+        wanted = drawn(2, HEADS, 2, keys, seed=number).masked_fill(~allowed, 0)
+        weights = drawn(2, HEADS, 2, keys, seed=5).masked_fill(~allowed, float("-inf")).softmax(-1)
+        targets.append(scores.Target(at, keys, wanted, weights, drawn(2, HEADS, 2, 1, seed=3).abs()))
+    batches = [scores.Batch(drawn(2, tokens, HIDDEN, seed=8), targets)]
+    rms = (lambda x: x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt()) if norm else None
+    form = scores.Form(Turns(turns, turns), rms, rms, HEADS, kv_heads, WIDTH, 0.3)
+    basis = torch.eye(HIDDEN, dtype=torch.float64)
+    point = scores.Weights(drawn(HEADS * WIDTH, HIDDEN, seed=1), drawn(kv_heads * WIDTH, HIDDEN, seed=2))
+    return scores.Fit(batches, form, basis, basis), point, batches, form
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_gradient_and_curvature_are_those_of_the_error(norm: bool) -> None:
+    """Hand-written products equal autograd in float64: the gradient of the error, and JᵀMJ of its Gauss–Newton form."""
+    fit, point, _, _ = problem(norm)
+    sides = list(fit.sides(point))
+    found = fit.gradient(sides)
+    q, k = point.q.clone().requires_grad_(), point.k.clone().requires_grad_()
+
+    def scored(q: Tensor, k: Tensor) -> list[Tensor]:
+        batch, a, b = next(iter(fit.sides(scores.Weights(q, k))))
+        return [fit._scores(a.values[:, part], b.values[:, : t.keys]) for t, part in fit._parts(batch)]
+
+    targets = fit.batches[0].targets
+    error = sum(((t.seen(s - t.scores)) * (s - t.scores)).sum() for t, s in zip(targets, scored(q, k), strict=True))
+    assert isinstance(error, Tensor)
+    by_q, by_k = torch.autograd.grad(error, (q, k))
+    torch.testing.assert_close(found.q, -by_q / 2)
+    torch.testing.assert_close(found.k, -by_k / 2)
+    change = scores.Weights(drawn(*point.q.shape, seed=4), drawn(*point.k.shape, seed=5))
+    moved = torch.func.jvp(lambda *w: tuple(scored(*w)), (point.q, point.k), (change.q, change.k))[1]
+    expected = sum((t.seen(m) * m).sum() for t, m in zip(targets, moved, strict=True))
+    torch.testing.assert_close(fit.curvature(sides, change).dot(change), expected)
+
+
+def test_fitting_scores_reaches_what_can_be_reached() -> None:
+    """Targets that some projections make exactly: the fit comes close from a disturbed start."""
+    _, point, batches, form = problem(norm=False)
+    batch = batches[0]
+    basis = torch.eye(HIDDEN, dtype=torch.float64)
+    _, q, k = next(iter(scores.Fit(batches, form, basis, basis).sides(point)))
+    exact = scores.Fit(batches, form, basis, basis)
+    for target, part in exact._parts(batch):
+        target.scores = exact._scores(q.values[:, part], k.values[:, : target.keys])
+    start = point.plus(scores.Weights(drawn(*point.q.shape, seed=6), drawn(*point.k.shape, seed=7)), 0.1)
+    single = [
+        scores.Batch(
+            batch.inputs.float(),
+            [scores.Target(t.at, t.keys, t.scores.float(), t.weights.float(), t.importance.float()) for t in batch.targets],
+        )
+    ]
+    turns = Turns(form.turns.q.to(torch.complex64), form.turns.k.to(torch.complex64))
+    small = scores.Form(turns, None, None, form.heads, form.kv_heads, form.width, form.scaling)
+    moment = batch.inputs.flatten(0, 1).T.float() @ batch.inputs.flatten(0, 1).float()
+    begin = scores.Weights(start.q.float(), start.k.float())
+    done = scores.fit_scores(single, single, small, begin, moment, moment, scores.Effort(8, 30))
+    assert done.after[0] < 1e-3 * done.before[0]
+
+
+def test_ridge_keeps_what_is_good() -> None:
+    """Solves what the data decide, keeps the prior where it is right already, and where the data only mislead."""
+    z, truth, prior = drawn(500, 8), drawn(3, 8, seed=1), drawn(3, 8, seed=2)
+    ones = torch.ones(500, dtype=torch.float64)
+    fit, held = values.Moments(), values.Moments()
+    fit.add(z[:400], z[:400] @ truth.T, ones[:400])
+    held.add(z[400:], z[400:] @ truth.T, ones[400:])
+    found, strength = values.ridge(fit, held, prior, (1e-6, 1.0))
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-4)
+    assert strength == 1e-6
+    kept, strength = values.ridge(fit, held, truth, (1e-6, 1.0))
+    assert strength == float("inf") and torch.equal(kept, truth.float())
+    noise = values.Moments()
+    noise.add(z[:4], drawn(4, 3, seed=3) * 100, ones[:4])
+    kept, strength = values.ridge(noise, held, truth + 1e-2, (1e-6,))
+    assert strength == float("inf")
+
+
+def test_refined_values_lower_the_held_back_error() -> None:
+    """Two groups of three heads; targets that two shared values can make only with other output weights."""
+    mixed, target = drawn(300, 2, 3, 8).float(), drawn(300, HIDDEN, seed=1).float()
+    target = target * 0.1 + torch.einsum("xgnm,egnm->xe", mixed, drawn(HIDDEN, 2, 3, 8, seed=2).float())
+    rows = [values.Mixed(mixed[some], target[some], torch.ones(300)[some]) for some in (slice(0, 250), slice(250, 300))]
+    down, outputs = drawn(2, 4, 8, seed=3).float(), drawn(HIDDEN, 2, 3, 4, seed=4).float()
+    found = values.refine_values(rows[0], rows[1], down, outputs)
+    assert values._error(rows[1], *found) < 0.7 * values._error(rows[1], down, outputs)
