@@ -34,7 +34,7 @@ def test_help_does_not_import_torch() -> None:
 
 def test_convert_and_show_as_json(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
-    done = upfit("convert", "gqa", str(source), str(tmp_path / "out"), "--kv-heads", "2", "--json")
+    done = upfit("convert", "gqa", str(source), str(tmp_path / "out"), "--kv-heads", "2", "--method", "mean", "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["kv_heads"] == [4, 2] and answer["kv_bytes_per_token"] == [512, 256]

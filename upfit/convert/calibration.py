@@ -94,27 +94,34 @@ def make_sample(documents: list[Document], tokenizer: Any, tokens: int, length: 
         at += body
     made = {size: torch.tensor(some, dtype=torch.int64) for size, some in windows.items()}
     held = {size: max(1, len(some) // HELD_SHARE) for size, some in made.items()}
-    return Sample(made, held, text)
+    digest = hashlib.sha256(b"".join(some.numpy().tobytes() for _, some in sorted(made.items()))).hexdigest()
+    return Sample(made, held, {**text, "sha256": digest})
 
 
 def _running_ids(documents: list[Document], tokenizer: Any, enough: int) -> list[int]:
-    """Tokens of the documents, one after the other, at most about `enough`: kinds take turns, documents in random order, and of
-    a document longer than its share a part from its middle on."""
+    """About `enough` tokens of the documents, pieces of them one after the other (fewer where there are no more).
+
+    Kinds take turns; documents come in random but fixed order, at first one piece of each, then what is left of them.
+    """
     draw = random.Random(SEED)
     kinds = sorted({document.kind for document in documents})
-    queues = {kind: [d for d in documents if d.kind == kind] for kind in kinds}
+    queues: dict[str, list[Document | list[int]]] = {kind: [d for d in documents if d.kind == kind] for kind in kinds}
     for queue in queues.values():
         draw.shuffle(queue)
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    size = max(enough // 16, 2 * SHORT)
     ids: list[int] = []
     counts = dict.fromkeys(kinds, 0)
     while any(queues.values()) and len(ids) < enough:
         kind = min((kind for kind in kinds if queues[kind]), key=lambda kind: counts[kind])
-        found = encode(tokenizer, [queues[kind].pop().text])[0][0]
-        share = max(enough // 16, 2 * SHORT)
-        if len(found) > share:
-            start = draw.randrange(len(found) - share)
-            found = found[start : start + share]
+        found = queues[kind].pop(0)
+        if isinstance(found, Document):
+            whole = encode(tokenizer, [found.text])[0][0]
+            pieces: list[Document | list[int]] = [whole[at : at + size] for at in range(0, len(whole), size)] or [[]]
+            chosen = pieces.pop(draw.randrange(len(pieces)))
+            assert isinstance(chosen, list)
+            queues[kind] += pieces
+            found = chosen
         counts[kind] += len(found)
         ids += found + separator
     return ids

@@ -20,6 +20,7 @@ from upfit.errors import UpfitError
 from upfit.options import check, flag
 from upfit.output import Output
 
+FIT_FACTOR = 4  # what a fit keeps beside OUT, in bytes of the attention's weights: it may change the MLP's as well
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -110,7 +111,8 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     plan, dtype = _with_dtype(recipe.plan(architecture, options), settings.dtype)
     planned = outline(plan, checkpoint, dtype)
     check_against_class(plan, planned, architecture)
-    check_output(out, source.path, output_bytes(planned, source.path), settings.overwrite)
+    fitted = sum(item.nbytes for item in planned if item.rule is not None) * FIT_FACTOR if plan.fit else 0
+    check_output(out, source.path, output_bytes(planned, source.path) + fitted, settings.overwrite)
     return Job(recipe, options, settings, source, out, checkpoint, architecture, plan, planned, unused)
 
 

@@ -166,7 +166,8 @@ def _rotation(
 ) -> tuple[bool, Turns, _Layout]:
     """Which dimensions the rotation pairs, and its factor at every position, from keys and queries before and after it."""
     tokens, width = seen.k.shape[2], shape.head_dim
-    nothing = Turns(torch.empty(tokens, 0), torch.empty(tokens, 0)), _Layout(0, tuple(range(width)), ())
+    none = torch.empty(tokens, 0, device=seen.k.device)
+    nothing = Turns(none, none), _Layout(0, tuple(range(width)), ())
     before, after = {}, {"k": seen.k.transpose(1, 2).double(), "q": seen.q.transpose(1, 2).double()}
     for part, heads in (("k", shape.kv_heads), ("q", shape.heads)):
         raw = taps[f"{part}_norm"][1] if f"{part}_norm" in taps else taps[part][1]
@@ -249,7 +250,7 @@ def _residual(watched: Watched, block: Block, projection: str, outer: list[str],
     linears = [name for name in others if isinstance(block.module.get_submodule(name), nn.Linear)]
     for name in [*reversed(linears), *reversed([name for name in others if name not in linears])]:
         parts = torch.stack([own, watched.taps[name][1][:FEW].double().reshape(-1)], 1)
-        scalars = torch.linalg.lstsq(parts.T @ parts, parts.T @ added).solution
+        scalars = torch.linalg.pinv(parts.T @ parts, hermitian=True) @ (parts.T @ added)
         if _unexplained(added, parts @ scalars) < CLOSE:
             first, second = (float(value) for value in scalars)
             return Residual(first, second, name if name in linears else None)

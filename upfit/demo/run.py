@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit import history
+from upfit.convert.calibrate import calibrate
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.demo import embedded_model
@@ -22,22 +23,27 @@ from upfit.uptrain.train import uptrain
 
 WINDOWS = 48
 LENGTH = 512
+CALIBRATION_TOKENS = "16k"
+CALIBRATION_SHARE = 8  # one training file of so many
 RESULT = "demo.json"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """One way to convert the embedded model: its 8 key/value heads become 2, or 1."""
+    """One way to convert the embedded model: its 8 key/value heads become 2, or 1. `calibrated`: on the training files."""
 
     name: str
     recipe: str
     options: dict[str, Any]
+    calibrated: bool = False
 
 
 CONVERSIONS = (
+    Conversion("gqa-2-aligned", "gqa", {"kv_heads": 2, "method": "aligned"}, calibrated=True),
     Conversion("gqa-2-mean", "gqa", {"kv_heads": 2, "method": "mean"}),
     Conversion("gqa-2-first", "gqa", {"kv_heads": 2, "method": "first"}),
     Conversion("gqa-2-random", "gqa", {"kv_heads": 2, "method": "random"}),
+    Conversion("mqa-aligned", "mqa", {"method": "aligned"}, calibrated=True),
     Conversion("mqa-mean", "mqa", {"method": "mean"}),
 )
 
@@ -53,13 +59,17 @@ def run_demo(out: Path, tokens: str, overwrite: bool, output: Output) -> dict[st
     training, held_out = standard_library()
     output.note(f"{len(training)} files of the standard library to train on, {len(held_out)} to measure on")
     prepare([str(path) for path in training], out / "tokens", str(source), "text", output)
+    text, statistics = out / "calibration.txt", out / "calibration.safetensors"
+    text.write_text("\n".join(path.read_text("utf-8") for path in training[::CALIBRATION_SHARE]), encoding="utf-8")
+    calibrate(str(source), [str(text)], statistics, CALIBRATION_TOKENS, LENGTH, None, False, output)
     measure = _Measure([str(path) for path in held_out], output)
     result: dict[str, Any] = {"tokens": tokens, "source": measure(source, None), "conversions": []}
     for conversion in CONVERSIONS:
         output.note(f"{conversion.name}: converting, uptraining on {tokens} tokens, measuring")
         converted, uptrained = out / conversion.name, out / f"{conversion.name}-uptrained"
         recipe = get_recipe(conversion.recipe)
-        convert(recipe, str(source), converted, recipe.options(**conversion.options), Settings(), output)
+        options = conversion.options | ({"calibration": [str(statistics)]} if conversion.calibrated else {})
+        convert(recipe, str(source), converted, recipe.options(**options), Settings(), output)
         uptrain(str(converted), str(out / "tokens"), uptrained, config, False, False, output)
         row = {
             "name": conversion.name,

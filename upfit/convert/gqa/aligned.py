@@ -12,7 +12,8 @@ from torch import Tensor
 
 from upfit.convert.calibrate import pick_device, sample_for
 from upfit.convert.calibration import Statistics, is_statistics, open_statistics
-from upfit.convert.gqa.refit import Settings, Told, convert_layers
+from upfit.convert.gqa.layer import Settings, Told
+from upfit.convert.gqa.refit import convert_layers
 from upfit.convert.recipe import Plan, Rule
 from upfit.convert.stream import Stream
 from upfit.errors import UpfitError

@@ -13,7 +13,7 @@ from upfit.convert.calibrate import gather_layer, pick_device, sample_for
 from upfit.convert.facts import Facts
 from upfit.convert.gqa import align
 from upfit.convert.gqa.aligned import Choice, statistics_for
-from upfit.convert.gqa.refit import choose_groups
+from upfit.convert.gqa.merging import choose_groups
 from upfit.convert.stream import Stream
 
 if TYPE_CHECKING:

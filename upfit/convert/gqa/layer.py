@@ -1,0 +1,160 @@
+"""One layer on its way through an aligned conversion: what is known of it, and what the teacher's layer shows."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upfit.convert.architectures import Entry
+from upfit.convert.attention import Attention, Geometry, Layer
+from upfit.convert.facts import Facts, watch
+from upfit.convert.gqa import scores
+from upfit.convert.statistics import ROWS, add, observe, sample_rows
+from upfit.convert.stream import Block, Call, Seen
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`rows`: sampled query positions of every 512 of a window. `refit`: fit in the converted stream, not only merge."""
+
+    kv_heads: int
+    refit: bool = True
+    rows: int = ROWS
+    effort: scores.Effort = scores.Effort()
+    importance: float = 1.0
+    token_power: float = 2.0  # a token weighs 1 / rms of the teacher's stream to this power
+
+
+@dataclass
+class Told:
+    """What happened to one layer, for people and for recipe.json. Errors are shares of the teacher's energy, held back."""
+
+    layer: str
+    reasons: tuple[str, ...] = ()
+    groups: list[list[int]] | None = None
+    cut: int | None = None
+    pairs: int = 0
+    merged_error: float | None = None  # of the scores after the merge
+    fitted_error: float | None = None  # of the scores after the fit
+    stream_error: float | None = None  # |student − teacher|² / |teacher|² of the hidden states, mean over tokens
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Lane:
+    """One batch of windows on its way through both models: hidden states [B, T, E] before the next layer."""
+
+    held: bool
+    calls: list[Call]
+    student_calls: list[Call]
+    teacher: Tensor
+    student: Tensor
+
+
+@dataclass
+class View:
+    """What the teacher's layer showed on one batch: `inputs` [B, T, E] of the projections, `given` [B, T, E] by o_proj,
+    `output` [B, T, E] after the layer, `values` [B, T, K, V]."""
+
+    inputs: Tensor
+    given: Tensor
+    output: Tensor
+    values: Tensor
+    scaling: float
+    targets: list[scores.Target]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The layer at hand, in both models."""
+
+    index: int
+    block: Block
+    student: nn.Module
+    layer: Layer
+    entry: Entry
+    kv_heads: int
+
+    @property
+    def shape(self) -> Geometry:
+        return self.layer.geometry
+
+    def path(self, part: str) -> str:
+        return f"{self.block.attention}.{getattr(self.entry, part)}"
+
+
+@dataclass
+class Merged:
+    """The layer being changed. q [H, D, E'], k [G, D, E'] in `Facts.order`, v [G, V, E'] (= `down` [G, V, g·V] of the old
+    ones), o [E, H, V]; E' is E, or one more where the projections have biases (the last column). Query heads stand in the
+    order of their groups: `heads` lists the old ones."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    down: Tensor
+    heads: list[int]
+    groups: list[list[int]]
+
+    def to(self, device: torch.device) -> "Merged":
+        moved = (tensor.to(device) for tensor in (self.q, self.k, self.v, self.o, self.down))
+        return Merged(*moved, self.heads, self.groups)
+
+
+def watch_teacher(
+    place: Place, facts: Facts, attention: Attention, lanes: list[Lane], settings: Settings
+) -> tuple[list[View], dict[str, Tensor]]:
+    """The teacher's layer over every batch, and the statistics of the batches that are fitted."""
+    views, sums = [], dict[str, Tensor]()
+    for number, lane in enumerate(lanes):
+        watched = watch(place.block, lane.teacher, lane.calls[place.index], (place.path("q"), place.path("o")))
+        rows = sample_rows(lane.teacher.shape[1], settings.rows, place.index, number, lane.teacher.device)
+        if not lane.held:
+            add(sums, observe(watched.seen, facts, rows))
+        given, output = watched.taps[place.path("o")][1], watched.output
+        assert output is not None
+        stream = lane.teacher + (facts.residual.attention * given if facts.residual else 0.0)
+        weight = token_weights(stream, 2.0)
+        targets = [_target(watched.seen, some.at, some.keys, attention, weight, settings) for some in rows]
+        shared = watched.seen.v.transpose(1, 2)
+        views.append(View(watched.taps[place.path("q")][0], given, output, shared, watched.seen.scaling, targets))
+    return views, sums
+
+
+def _target(seen: Seen, at: Tensor, keys: int, attention: Attention, token_weight: Tensor, settings: Settings) -> scores.Target:
+    wanted, weights = seen.scores(at, keys)
+    importance = torch.ones_like(weights[..., :1])
+    if settings.importance and attention.o is not None and attention.o.shape[1] == seen.q.shape[1]:
+        importance = _spread(seen, weights, keys, attention.o) * token_weight[:, at][:, None, :, None]
+        importance = (importance / importance.mean().clamp_min(1e-30)).clamp_min(1e-4) ** settings.importance
+        importance = importance / importance.mean()
+    return scores.Target(at, keys, wanted.masked_fill_(weights == 0, 0.0), weights, importance)
+
+
+def _spread(seen: Seen, weights: Tensor, keys: int, outputs: Tensor) -> Tensor:
+    """[B, H, R, 1]: how far apart in the output the values lie that a row weighs, Σ p |O_h(v − v̄)|²: what its scores
+    matter."""
+    gram = torch.einsum("ehv,ehw->hvw", outputs, outputs)
+    heads = seen.v[:, :, :keys].repeat_interleave(seen.q.shape[1] // seen.v.shape[1], 1)  # [B, H, L, V]
+    length = ((heads @ gram) * heads).sum(-1)
+    middle = weights @ heads
+    spread = (weights @ length[..., None])[..., 0] - ((middle @ gram) * middle).sum(-1)
+    return spread.clamp_min(0)[..., None]
+
+
+def token_weights(stream: Tensor, power: float) -> Tensor:
+    """[B, T]: 1 / rms of each token's stream to `power`."""
+    return stream.square().mean(-1).clamp_min(1e-12) ** (-power / 2)
+
+
+def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return weight if bias is None else torch.cat([weight, bias[..., None]], -1)
+
+
+def augmented(inputs: Tensor, width: int) -> Tensor:
+    """`inputs` [.., E], with a column of ones where the weights are one wider."""
+    return inputs if inputs.shape[-1] == width else torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)

@@ -1,0 +1,148 @@
+"""Merging the heads of one layer in closed form from its statistics, and what is made better on the teacher's sampled rows."""
+
+import torch
+from torch import Tensor
+
+from upfit.convert.attention import LAYOUTS, Attention
+from upfit.convert.facts import Facts
+from upfit.convert.gqa import align, values
+from upfit.convert.gqa.grouping import pair_costs, partition
+from upfit.convert.gqa.layer import Lane, Merged, Place, Settings, Told, View, token_weights, with_bias
+from upfit.convert.gqa.merge import mean
+
+CUTS = (0.4, 0.5, 0.6, 0.75, 1.0)  # shares of the rotated pairs, from the fastest, that are merged as rotated
+
+
+def merge_layer(facts: Facts, attention: Attention, sums: dict[str, Tensor], kv_heads: int, told: Told) -> dict[int, Merged]:
+    """The closed-form merges, one for each cut of slow pairs that is to be tried; all share their values and outputs."""
+    assert attention.q is not None and attention.k is not None and attention.v is not None and attention.o is not None
+    q = with_bias(attention.q, attention.q_bias).double()
+    k = with_bias(attention.k, attention.k_bias).double()
+    v = with_bias(attention.v, attention.v_bias).double()
+    o = attention.o.double()
+    count, heads = k.shape[0], o.shape[1]
+    pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
+    groups = choose_groups(facts, sums, o, count, kv_heads)
+    told.groups = groups
+    per = heads // count
+    order = [h for group in groups for j in group for h in range(j * per, (j + 1) * per)]
+    new_v, downs, new_o = [], [], o[:, order].clone()
+    size = heads // kv_heads
+    for r, group in enumerate(groups):
+        if not facts.values:
+            new_v.append(v[group].mean(0))
+            downs.append(torch.empty(0, 0, dtype=v.dtype))
+            continue
+        width = v.shape[1]
+        joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
+        owners = torch.arange(len(group)).repeat_interleave(per)
+        outputs = new_o[:, r * size : (r + 1) * size].transpose(0, 1)
+        found = align.merge_values(sums["values"][joint][:, joint], align.output_metric(outputs, owners, len(group)), width)
+        downs.append(found.values)
+        new_v.append(found.values @ v[group].flatten(0, 1))
+        new_o[:, r * size : (r + 1) * size] = torch.einsum("hev,hvw->ehw", outputs, found.outputs[owners])
+    told_cuts = _cuts(facts)
+    result = {}
+    for cut in told_cuts:
+        if facts.keys:
+            new_q, new_k = _merge_keys(facts, q, k, sums, pairs, groups, per, cut)
+        else:
+            new_q, new_k = q, torch.stack([k[group].mean(0) for group in groups])
+        result[cut] = Merged(
+            new_q.float(), new_k.float(), torch.stack(new_v).float(), new_o.float(), torch.stack(downs).float(), order, groups
+        )
+    return result
+
+
+def choose_groups(facts: Facts, sums: dict[str, Tensor], outputs: Tensor, count: int, kv_heads: int) -> list[list[int]]:
+    """Which of `count` old heads share a new one: searched where heads may change places, else contiguous."""
+    size, heads = count // kv_heads, outputs.shape[1]
+    if not facts.movable or kv_heads == 1 or size == 1:
+        return [list(range(r * size, (r + 1) * size)) for r in range(kv_heads)]
+    pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
+    owned = [range(j * heads // count, (j + 1) * heads // count) for j in range(count)]
+    metric = torch.stack([align.output_gram(outputs, some) for some in owned])
+    return partition(pair_costs(facts, pairs, sums.get("queries"), sums.get("values"), metric), kv_heads)
+
+
+def _cuts(facts: Facts) -> list[int]:
+    if not facts.keys or not facts.factors or facts.normed or not facts.pairs:
+        return [facts.pairs]
+    return sorted({round(share * facts.pairs) for share in CUTS})
+
+
+def _merge_keys(
+    facts: Facts,
+    q: Tensor,
+    k: Tensor,
+    sums: dict[str, Tensor],
+    pairs: Tensor | None,
+    groups: list[list[int]],
+    per: int,
+    cut: int,
+) -> tuple[Tensor, Tensor]:
+    order, width = list(facts.order), len(facts.order)
+    new_q, new_k = [], []
+    for group in groups:
+        heads = [h for j in group for h in range(j * per, (j + 1) * per)]
+        owners = torch.arange(len(group)).repeat_interleave(per)
+        joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
+        some = pairs[heads][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(heads), 0, 1, 1)
+        found = align.merge_keys(facts, sums["keys"][joint][:, joint], some, sums["queries"][heads], owners, cut)
+        new_k.append(found.keys @ k[group][:, order].flatten(0, 1))
+        new_q.append(found.queries @ q[heads][:, order])
+    return torch.cat(new_q), torch.stack(new_k)
+
+
+def _rows_of(view: View, facts: Facts, merged: Merged, attention: Attention, weight: Tensor) -> values.Mixed:
+    """The sampled rows of one batch for the fit of values and outputs."""
+    size, parts, targets, tokens = len(merged.heads) // len(merged.groups), [], [], []
+    for target in view.targets:
+        mixed = []
+        for r, group in enumerate(merged.groups):
+            weights = target.weights[:, merged.heads[r * size : (r + 1) * size]]
+            mixed.append(weights @ view.values[:, None, : target.keys, group].flatten(3))  # [B, n, R, g·V]
+        parts.append(torch.stack(mixed, 1).permute(0, 3, 1, 2, 4).flatten(0, 1))
+        given = view.given[:, target.at]
+        targets.append((given if attention.o_bias is None else given - attention.o_bias).flatten(0, 1))
+        tokens.append(weight[:, target.at].flatten())
+    return values.Mixed(torch.cat(parts), torch.cat(targets), torch.cat(tokens))
+
+
+def refine(
+    facts: Facts, attention: Attention, merged: Merged, views: list[View], lanes: list[Lane], settings: Settings
+) -> None:
+    """Better shared values and outputs for what the teacher's attention gives out, on sampled rows."""
+
+    def rows(held: bool) -> values.Mixed:
+        some = []
+        for view, lane in zip(views, lanes, strict=True):
+            if lane.held == held:
+                stream = lane.teacher + (facts.residual.attention * view.given if facts.residual else 0.0)
+                some.append(_rows_of(view, facts, merged, attention, token_weights(stream, settings.token_power)))
+        return values.Mixed(*(torch.cat([getattr(one, name) for one in some]) for name in ("values", "target", "weight")))
+
+    assert attention.v is not None
+    stacked = with_bias(attention.v, attention.v_bias)
+    old = torch.stack([stacked[group].flatten(0, 1) for group in merged.groups])  # [G, g·V, E']
+    size = len(merged.heads) // len(merged.groups)
+    down, outputs = values.refine_values(rows(held=False), rows(held=True), merged.down, merged.o.unflatten(1, (-1, size)))
+    merged.v, merged.o = down @ old, outputs.flatten(1, 2)
+
+
+def pack(place: Place, facts: Facts, attention: Attention, merged: Merged) -> dict[str, Tensor]:
+    """The layer's stored parts: dimensions and biases back where the model has them."""
+    width = attention.q.shape[-1] if attention.q is not None else 0
+    back = torch.tensor(facts.order).argsort() if facts.keys else torch.arange(merged.q.shape[1])
+    norm = attention.k_norm
+    new = Attention(
+        q=merged.q[:, back, :width],
+        k=merged.k[:, back, :width],
+        v=merged.v[..., :width],
+        o=merged.o,
+        q_bias=merged.q[:, back, width] if attention.q_bias is not None else None,
+        k_bias=merged.k[:, back, width] if attention.k_bias is not None else None,
+        v_bias=merged.v[..., width] if attention.v_bias is not None else None,
+        k_norm=mean(norm, place.kv_heads) if norm is not None and norm.ndim > 1 else None,
+    )
+    return LAYOUTS[place.layer.layout].pack(new, place.shape)
