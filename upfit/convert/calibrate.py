@@ -217,7 +217,7 @@ def gather_layer(stream: Stream, architecture: Architecture, index: int, held: l
             batch.hidden = run_block(block.module, batch.hidden, batch.calls[index])
             continue
         watched = watch(block, batch.hidden, batch.calls[index], ())
-        rows = sample_rows(batch.hidden.shape[1], ROWS, index, number, batch.hidden.device)
+        rows = sample_rows(batch.ids.shape[1], ROWS, index, number, batch.hidden.device)
         add(sums, observe(watched.seen, facts, rows))
         batch.hidden = watched.output
     stream.empty(block.module)

@@ -245,6 +245,7 @@ def _residual(watched: Watched, block: Block, projection: str, outer: list[str],
     added = (watched.output - watched.hidden)[:FEW].double().reshape(-1)
     own = watched.taps[projection][1][:FEW].double().reshape(-1)
     if own.shape != added.shape:
+        reasons.append("its stream is not one of hidden states, so the output is refitted without the stream's drift")
         return None
     others = [name for name in outer if name in watched.taps and watched.taps[name][1][:FEW].numel() == added.numel()]
     linears = [name for name in others if isinstance(block.module.get_submodule(name), nn.Linear)]

@@ -267,6 +267,8 @@ class Stream:
         self.blocks = find_blocks(self.model, architecture)
         self.weights = Weights(self.model, checkpoint, device)
         self.weights.on_demand(lambda path: any(path == b.path or path.startswith(b.path + ".") for b in self.blocks))
+        embedding = self.model.get_input_embeddings()  # asked for its device before it is called
+        self.weights.load(next(path for path, module in self.model.named_modules() if module is embedding))
         self.batches = [Batch(some.to(device)) for some in ids]
         for batch in self.batches:
             try:
@@ -309,6 +311,8 @@ class Stream:
                 block.module.__dict__.pop("forward", None)
         if len(batch.calls) != len(self.blocks):
             raise Opaque("its forward does not go through its layers one after the other")
+        if first[0].device.type == "meta" or not first[0].isfinite().all():
+            raise Opaque("its layers get no hidden states from plain text")
         batch.hidden = first[0]
 
     def load(self, index: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from upfit.convert.architectures import Entry
 from upfit.convert.attention import Attention, Geometry, Layer
-from upfit.convert.facts import Facts, watch
+from upfit.convert.facts import Facts, Residual, watch
 from upfit.convert.gqa import scores
 from upfit.convert.statistics import ROWS, add, observe, sample_rows
 from upfit.convert.stream import Block, Call, Seen
@@ -52,6 +52,14 @@ class Lane:
     student_calls: list[Call]
     teacher: Tensor
     student: Tensor
+    tokens: int
+
+    def middle(self, given: Tensor, residual: Residual | None) -> Tensor:
+        """The teacher's stream [B, T, E] after the attention gave out `given`; that itself where the stream has another
+        form."""
+        if residual is None:
+            return self.teacher if self.teacher.shape == given.shape else given
+        return self.teacher + residual.attention * given
 
 
 @dataclass
@@ -101,8 +109,8 @@ class Merged:
     groups: list[list[int]]
 
     def to(self, device: torch.device) -> "Merged":
-        moved = (tensor.to(device) for tensor in (self.q, self.k, self.v, self.o, self.down))
-        return Merged(*moved, self.heads, self.groups)
+        q, k, v, o, down = (tensor.to(device) for tensor in (self.q, self.k, self.v, self.o, self.down))
+        return Merged(q, k, v, o, down, self.heads, self.groups)
 
 
 def watch_teacher(
@@ -112,13 +120,12 @@ def watch_teacher(
     views, sums = [], dict[str, Tensor]()
     for number, lane in enumerate(lanes):
         watched = watch(place.block, lane.teacher, lane.calls[place.index], (place.path("q"), place.path("o")))
-        rows = sample_rows(lane.teacher.shape[1], settings.rows, place.index, number, lane.teacher.device)
+        rows = sample_rows(lane.tokens, settings.rows, place.index, number, lane.teacher.device)
         if not lane.held:
             add(sums, observe(watched.seen, facts, rows))
         given, output = watched.taps[place.path("o")][1], watched.output
         assert output is not None
-        stream = lane.teacher + (facts.residual.attention * given if facts.residual else 0.0)
-        weight = token_weights(stream, 2.0)
+        weight = token_weights(lane.middle(given, facts.residual), 2.0)
         targets = [_target(watched.seen, some.at, some.keys, attention, weight, settings) for some in rows]
         shared = watched.seen.v.transpose(1, 2)
         views.append(View(watched.taps[place.path("q")][0], given, output, shared, watched.seen.scaling, targets))

@@ -118,8 +118,8 @@ def refine(
         some = []
         for view, lane in zip(views, lanes, strict=True):
             if lane.held == held:
-                stream = lane.teacher + (facts.residual.attention * view.given if facts.residual else 0.0)
-                some.append(_rows_of(view, facts, merged, attention, token_weights(stream, settings.token_power)))
+                weight = token_weights(lane.middle(view.given, facts.residual), settings.token_power)
+                some.append(_rows_of(view, facts, merged, attention, weight))
         return values.Mixed(*(torch.cat([getattr(one, name) for one in some]) for name in ("values", "target", "weight")))
 
     assert attention.v is not None

@@ -70,7 +70,7 @@ def _lanes(stream: Stream, held: list[bool]) -> Iterator[Lane]:
 
         copies = [Call(tuple(map(own, c.arguments)), {k: own(v) for k, v in c.keywords.items()}) for c in batch.calls]
         assert batch.hidden is not None
-        yield Lane(back, batch.calls, copies, batch.hidden, batch.hidden)
+        yield Lane(back, batch.calls, copies, batch.hidden, batch.hidden, batch.ids.shape[1])
 
 
 def _adopt(student: nn.Module, teacher: nn.Module) -> None:
@@ -99,7 +99,7 @@ def _convert(
     stored = {part: checkpoint.read(name).float() for part, name in place.layer.names.items()}
     attention = layout.unpack({part: tensor.to(device) for part, tensor in stored.items()}, shape)
     try:
-        longest = max(lanes, key=lambda lane: lane.teacher.shape[1])
+        longest = max(lanes, key=lambda lane: lane.tokens)
         facts, turns = understand(place.block, place.entry, shape, longest.teacher, longest.calls[place.index])
     except Opaque as reason:
         told.reasons = (f"{reason}, so heads are averaged",)
@@ -274,10 +274,8 @@ def _refit_stream(
     z, sums = [], {False: values.Moments(), True: values.Moments()}
     for lane, view in zip(lanes, views, strict=True):
         z.append(run_until(place.student, projection, lane.student, lane.student_calls[place.index]))
-        wanted, middle = view.given, lane.teacher
-        if share is not None:
-            middle = lane.teacher + share * view.given
-            wanted = (middle - lane.student) / share
+        middle = lane.middle(view.given, facts.residual)
+        wanted = view.given if share is None else (middle - lane.student) / share
         _add_rows(sums[lane.held], z[-1], wanted, middle, projection, settings)
     weight = _solve(sums, projection)
     _put(place.student, place.path("o"), *weight)
