@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from tests.folders import letter_tokenizer
 from tests.test_laws import EVERYDAY, VARIANTS, sample
 from tests.tiny import BUILDABLE, UNGROUPABLE, auto_class, tiny_inputs, tiny_model
+from upfit.convert import calibration
 from upfit.convert.architectures import Architecture, bind
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.output import Output
+from upfit.text import Document
 
 TEXT = "def f(x): return x + 1  # one more\nthe quick brown fox jumps over the lazy dog; 12 boxes of wine.\n" * 40
 
@@ -43,7 +45,7 @@ def equal_heads(folder: Path, kv_heads: int) -> None:
 
 
 @pytest.mark.parametrize("name", [sample(name) for name in (*BUILDABLE, *VARIANTS) if name not in UNGROUPABLE])
-def test_equal_heads_merge_for_free(name: str, tmp_path: Path) -> None:
+def test_equal_heads_merge_for_free(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_type, changes = VARIANTS.get(name, (name, {}))
     if model_type not in BUILDABLE:
         pytest.skip(f"the installed transformers has no {model_type}")
@@ -55,14 +57,10 @@ def test_equal_heads_merge_for_free(name: str, tmp_path: Path) -> None:
     if not fewer:
         pytest.skip("its tiny model has one key/value head already")
     equal_heads(tmp_path / "source", fewer[-1])
-    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setattr(calibration, "library_documents", lambda: [Document(TEXT, "text")])
     recipe = get_recipe("gqa")
-    options = recipe.options(
-        kv_heads=fewer[-1], calibration=[str(tmp_path / "text.txt")], calibration_tokens="256", calibration_length=16
-    )
-    watched = name in EVERYDAY
-    if not watched:  # a model that cannot run on text is averaged then, instead of refused
-        options = recipe.options(kv_heads=fewer[-1], calibration_tokens="256", calibration_length=16)
+    method = "aligned" if name in EVERYDAY else "auto"  # a model that cannot run on text is averaged by auto
+    options = recipe.options(kv_heads=fewer[-1], method=method, calibration_tokens="256", calibration_length=16)
     convert(recipe, str(tmp_path / "source"), tmp_path / "out", options, Settings(verify=False), Output(quiet=True))
     before, after = (
         auto_class(model_type).from_pretrained(tmp_path / folder, dtype=torch.float32).eval() for folder in ("source", "out")
