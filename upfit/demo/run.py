@@ -44,7 +44,6 @@ CONVERSIONS = (
     Conversion("gqa-2-first", "gqa", {"kv_heads": 2, "method": "first"}),
     Conversion("gqa-2-random", "gqa", {"kv_heads": 2, "method": "random"}),
     Conversion("mqa-aligned", "mqa", {"method": "aligned"}, calibrated=True),
-    Conversion("mqa-mean", "mqa", {"method": "mean"}),
 )
 
 
