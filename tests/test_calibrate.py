@@ -155,6 +155,7 @@ def test_statistics_of_another_model_are_refused(model: Path) -> None:
         ({"calibration": ["a.txt", "b.safetensors"]}, "text, or one statistics file"),
         ({"calibration": ["b.safetensors"], "calibration_length": 8}, "are those of the statistics file"),
         ({"method": "mean", "calibration_tokens": "1k"}, "--calibration-tokens is for --method aligned"),
+        ({"method": "first", "refit": False}, "--no-refit is for --method aligned"),
         ({"calibration_length": 4096}, "above the model's 128 positions"),
         ({"calibration_length": 2}, "give at least 8"),
         ({"calibration_tokens": "many"}, "--calibration-tokens got 'many'"),

@@ -64,7 +64,9 @@ def plan(architecture: "Architecture", options: Options) -> Plan:
     method = "mean" if options.method == "auto" else options.method
     aligned = options.method in ("auto", "aligned")
     if aligned and changed:
-        averaged = replace(options, method="mean", calibration=None, calibration_tokens=None, calibration_length=None)
+        averaged = replace(
+            options, method="mean", calibration=None, calibration_tokens=None, calibration_length=None, refit=True
+        )
         fallback = plan(architecture, averaged) if options.method == "auto" and not options.calibration else None
         rules = tuple(_aligned_rule(layer, options) for layer in changed)
         outline = Plan(config, rules, notes=tuple(notes))
@@ -75,6 +77,7 @@ def plan(architecture: "Architecture", options: Options) -> Plan:
 
 def _check_flags(options: Options) -> None:
     calibrated = [n for n in ("calibration", "calibration_tokens", "calibration_length") if getattr(options, n) is not None]
+    calibrated += [] if options.refit else ["no_refit"]
     if options.method not in ("auto", "aligned") and calibrated:
         raise UpfitError(f"{flag(calibrated[0])} is for --method aligned, and the method is {options.method}; leave one out")
 
