@@ -188,7 +188,8 @@ def test_killed_at_any_moment_nothing_looks_finished(tmp_path: Path, delay: floa
     """SIGKILL `delay` seconds after the work folder appears: OUT is absent or whole, and the next run succeeds."""
     source = save_tiny(tmp_path / "source", tiny_llama(hidden_size=256, intermediate_size=4096, num_hidden_layers=4))
     command = [sys.executable, "-m", "upfit", "convert", "gqa", str(source), str(tmp_path / "out"), "-q"]
-    process = subprocess.Popen([*command, "--kv-heads", "2", "--method", "mean"])
+    command += ["--kv-heads", "2", "--method", "mean"]
+    process = subprocess.Popen(command)
     while not (tmp_path / "out.partial").exists() and process.poll() is None:
         time.sleep(0.001)
     time.sleep(delay)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from upfit.convert.describe import describe
-from upfit.demo import embedded_model
+from upfit.demo import embedded_model, run
 from upfit.demo.run import CONVERSIONS, run_demo
 from upfit.demo.show import show
 from upfit.demo.text import standard_library
@@ -42,6 +42,7 @@ def test_training_and_held_out_files_are_apart() -> None:
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(run, "CALIBRATION_TOKENS", "6k")
     result = run_demo(tmp_path / "demo", "20k", False, QUIET)
     show(result, QUIET)
     source = result["source"]
