@@ -1,17 +1,19 @@
 """The command line: fast help, one-line errors, data on stdout and the rest on stderr."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.folders import save_tiny
 from upfit.cli import parse_size
 from upfit.errors import UpfitError
-from upfit.options import parse_count, parse_share
+from upfit.options import as_flags, parse_count, parse_share
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,6 +22,27 @@ def upfit(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "upfit", *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def test_a_recorded_command_can_be_given_again() -> None:
+    from typer.main import get_command
+
+    from upfit.cli import app
+    from upfit.convert.recipe import find_recipes
+    from upfit.uptrain.config import Config
+
+    for settings, words in (
+        (find_recipes()["gqa"].options(kv_heads=2, calibration=["a b", "c"], refit=False), ["convert", "gqa", "A", "B"]),
+        (find_recipes()["diff"].options(variant="split", naive=True), ["convert", "diff", "A", "B"]),
+        (Config(tokens="2M", document_mask=False, learning_rate=3e-5), ["uptrain", "A", "B", "C"]),
+    ):
+        command: Any = get_command(app)
+        given = [*words, *as_flags(settings)]
+        while hasattr(command, "commands"):
+            command = command.commands[given.pop(0)]
+        parsed = command.make_context("x", given).params
+        parsed = {field.name: parsed[field.name] for field in dataclasses.fields(settings) if parsed[field.name] is not None}
+        assert as_flags(type(settings)(**parsed)) == as_flags(settings) != []
 
 
 def test_help_does_not_import_torch() -> None:

@@ -13,6 +13,7 @@ ALLOWED = {
     "uptrain": {"uptrain", "convert"},
     "evaluate": {"evaluate", "convert", "tasks"},
     "tasks": {"tasks"},
+    "report": {"report", "evaluate", "convert"},
     "demo": {"demo", "convert", "uptrain", "evaluate"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if not path.name.startswith("test_"))

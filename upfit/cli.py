@@ -354,6 +354,26 @@ app.command("evaluate")(_with_flags(_evaluate, EvaluateOptions, "evaluate"))
 
 
 @app.command()
+def report(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or hub id (id@revision).")],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT.html", help="Page to write; default: the model's name.")] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Answers kept from `evaluate --json` or `convert --dry-run --json`; repeatable.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Folder to write each plot to as PNG.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The story of a folder as one HTML file: what was done, measured and predicted, in tables and plots."""
+    from upfit.report.run import report as run
+
+    output = Output(as_json)
+    answer = run(model, out, results or [], png, overwrite)
+    output.json(answer)
+    output.line(f"Wrote {answer['out']}" + (f" and {len(answer['plots'])} plots to {png}" if png else ""))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")] = Path("upfit-demo"),
     tokens: Annotated[str, typer.Option(help="Tokens to uptrain each conversion on.")] = "70k",

@@ -6,6 +6,7 @@ the uptrainer finds its teacher in it, so it is written by the same code that wr
 
 import importlib.metadata
 import json
+import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,8 +63,16 @@ def step(
 
 
 def write(folder: Path, steps: list[dict[str, Any]]) -> None:
+    """All of the file or nothing of it, so that a killed `append` loses no earlier step."""
     text = json.dumps({"format": FORMAT, "steps": steps}, indent=2, ensure_ascii=False)
-    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+    partial = folder / f"{FILE}.partial"
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, folder / FILE)
+
+
+def append(folder: Path, entry: dict[str, Any]) -> None:
+    """Add a step to a finished folder."""
+    write(folder, [*read(folder), entry])
 
 
 def teacher(folder: Path) -> dict[str, Any] | None:

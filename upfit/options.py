@@ -26,6 +26,21 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def as_flags(settings: Any) -> list[str]:
+    """The words of a command line that give `settings` again: every field that is not at its default."""
+    words: list[str] = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(field.name) if value else flag(f"no_{field.name}"))
+        else:
+            for one in value if isinstance(value, list | tuple) else [value]:
+                words += [flag(field.name), str(one)]
+    return words
+
+
 def choices(annotation: Any) -> tuple[Any, ...] | None:
     """The values a `Literal[...]` annotation allows, None for any other type."""
     return get_args(annotation) if get_origin(annotation) is Literal else None

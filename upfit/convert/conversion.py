@@ -17,7 +17,7 @@ from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, find_merge
 from upfit.convert.verify import verify
 from upfit.convert.writer import split, write_shards
 from upfit.errors import UpfitError
-from upfit.options import check, flag
+from upfit.options import as_flags, check
 from upfit.output import Output
 from upfit.own import is_own
 
@@ -200,9 +200,5 @@ def _verb(job: Job) -> list[str]:
 
 
 def _command(job: Job) -> str:
-    words = ["upfit", *_verb(job), job.source.name, str(job.out)]
-    for field in dataclasses.fields(job.options):
-        value = getattr(job.options, field.name)
-        if value != field.default:
-            words += [flag(field.name), str(value)]
+    words = ["upfit", *_verb(job), job.source.name, str(job.out), *as_flags(job.options)]
     return shlex.join(words + (["--dtype", job.settings.dtype] if job.settings.dtype else []))

@@ -39,7 +39,8 @@ SIDE_FILES = (
     "USE_POLICY*",
     "README.md",
 )
-WEIGHT_PATTERNS = ("*.safetensors", "model.safetensors.index.json", "config.json", history.FILE)
+WEIGHT_PATTERNS = ("*.safetensors", "model.safetensors.index.json", "config.json")
+STORY_FILES = (history.FILE, "metrics.jsonl")
 HUB_ID = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
 NEVER_COPIED = {".py", ".bin", ".pt", ".pth", ".pkl", ".safetensors"}
 RESERVE_BYTES = 64 * 2**20  # left free on the disk for everything else
@@ -79,7 +80,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*WEIGHT_PATTERNS, *SIDE_FILES, "additional_chat_templates/*"]
+    patterns = [*WEIGHT_PATTERNS, *SIDE_FILES, *STORY_FILES, "additional_chat_templates/*"]
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:

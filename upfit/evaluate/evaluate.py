@@ -1,8 +1,9 @@
 """`upfit evaluate`: load, measure, compare, and say it all in one dictionary. `tables.show` prints it."""
 
+import os
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from upfit.evaluate.load import check_model, free, load_config, load_model, load
 from upfit.evaluate.loss import Losses, difference, window_losses
 from upfit.evaluate.options import Options, check_options
 from upfit.evaluate.speed import hardware, measure_speed, settle_lengths
+from upfit.options import as_flags
 from upfit.output import Meter, Output
 from upfit.text import Document, file_documents, python_documents
 from upfit.windows import Window, digest, make_windows, retokenised, same_tokens
@@ -92,7 +94,10 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
     """
     check_options(options)
     device = pick_device(options.device)
-    subjects = [_subject(find_source(model, options.revision))]
+    source = find_source(model, options.revision)
+    if options.record:
+        _check_recordable(source)
+    subjects = [_subject(source)]
     subjects[0].ablate = options.ablate
     if options.against is not None:
         subjects.append(_subject(find_source(options.against)))
@@ -104,7 +109,7 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
         output.note(
             f"the models run in {first.facts['dtype']} and {second.facts['dtype']}; give --dtype to compare in one type"
         )
-    return {
+    result = {
         "model": first.record(),
         "against": second.record() if second else None,
         "difference": difference(_losses(first), _losses(second), same) if second else None,
@@ -114,11 +119,25 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
         "ablation": None if first.ablated is None else difference(first.ablated, _losses(first), True) | {"part": first.ablate},
         "speed": speed,
         "data": data,
-        "options": asdict(options),
         "hardware": hardware(device),
-        "versions": history.versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    entry = history.step("evaluate", second.source.record() if second else {}, asdict(options), result)
+    entry["command"] = shlex.join(["upfit", "evaluate", model, *as_flags(options)])
+    if options.record:
+        history.append(source.path, entry)
+        output.note(f"kept in {source.path / history.FILE}")
+    return result | {key: entry[key] for key in ("command", "options", "versions", "date")}
+
+
+def _check_recordable(source: Source) -> None:
+    if not (source.path / history.FILE).exists():
+        raise UpfitError(
+            f"--record: {source.name} has no {history.FILE}, so Upfit did not write it and will not change it; "
+            "keep the answer with --json > FILE instead"
+        )
+    if not os.access(source.path, os.W_OK):
+        raise UpfitError(f"--record: {source.path} cannot be written to; keep the answer with --json > FILE instead")
+    history.read(source.path)
 
 
 def _subject(source: Source) -> Subject:

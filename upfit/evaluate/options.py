@@ -27,6 +27,7 @@ class Options:
     ablate: str | None = option(
         None, help="also measure MODEL without a part that a conversion added, such as cope: is it of any use?"
     )
+    record: bool = option(False, help="keep the result in MODEL's recipe.json, for its report and its model card")
     probe_samples: int = option(50, help="samples of a probe: of the needle in all, of another one in each of its rows")
     probe_length: int | None = option(None, help="tokens of a probe's text, at most; default: that of the windows")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", help="type to load the weights in")

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import shlex
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from upfit import history
 from upfit.convert.folders import Source, find_source, staged
+from upfit.options import as_flags
 from upfit.output import Output
 from upfit.uptrain.config import Config, check, dump
 from upfit.uptrain.export import export
@@ -143,6 +145,8 @@ def write(run: Run, source: Source, teacher: Source | None, out: Path, report: d
     data = {"folder": str(run.rows.shards.folder), "fingerprint": run.rows.shards.fingerprint}
     entry = history.step("uptrain", source.record(), options, measurements)
     entry |= {"teacher": teacher.record() if teacher else None, "data": data}
+    words = ["upfit", "uptrain", source.name, data["folder"], str(out), *as_flags(run.config)]
+    entry["command"] = shlex.join(words)
     with staged(out) as folder:
         export(run.distiller.student, source.path, folder)
         shutil.copyfile(run.workspace.path / METRICS, folder / METRICS)

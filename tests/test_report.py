@@ -1,0 +1,158 @@
+"""The report tells what the folder says, all of it inside one file, and recording changes nothing but recipe.json."""
+
+import base64
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.uptraining import QUIET, Workshop, make_workshop
+from upfit import history
+from upfit.errors import UpfitError
+from upfit.evaluate.evaluate import evaluate
+from upfit.evaluate.options import Options
+from upfit.report import figures
+from upfit.report.run import report
+from upfit.report.sections import tell
+from upfit.report.story import Story
+
+PREDICTED: dict[str, Any] = {
+    "kv_heads": [1, 2],
+    "layers": [
+        {
+            "layer": f"model.layers.{index}.self_attn",
+            "kv_heads": 2,
+            "choices": [
+                {"kv_heads": 1, "attention_error": 0.25 + index, "output_error": None, "kv_bytes_per_token": 64},
+                {"kv_heads": 2, "attention_error": 0.0, "output_error": 0.0, "kv_bytes_per_token": 128},
+            ],
+        }
+        for index in range(2)
+    ],
+    "totals": [
+        {"kv_heads": count, "kv_bytes_per_token": 64 * count, **dict.fromkeys(("attention_error", "output_error"), 2.0 - count)}
+        | {"largest_attention_error": 1.2345, "largest_output_error": None}
+        for count in (1, 2)
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """A converted model that was measured, then uptrained and measured again."""
+    made = make_workshop(tmp_path_factory.mktemp("shop"))
+    text = made.student.parent / "text.txt"
+    text.write_text("so many words and more of them. " * 40, encoding="utf-8")
+    options = Options(against=str(made.teacher), data=[str(text)], length=32, windows=4, record=True, dtype="float32")
+    evaluate(str(made.student), options, QUIET)
+    out = made.student.parent / "better"
+    made.run(out, tokens="512")
+    evaluate(str(out), options, QUIET)
+    return made
+
+
+def test_it_tells_what_was_done_and_measured(shop: Workshop, tmp_path: Path) -> None:
+    better = shop.student.parent / "better"
+    results = tmp_path / "dry.json"
+    results.write_text(json.dumps({"sensitivity": PREDICTED}), encoding="utf-8")
+    answer = report(str(better), tmp_path / "page.html", [results], tmp_path / "png", False)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    steps = history.read(better)
+    assert [step["verb"] for step in steps] == ["convert gqa", "evaluate", "uptrain", "evaluate"]
+    losses = [step["measurements"]["model"]["loss"]["nats_per_token"]["mean"] for step in steps if step["verb"] == "evaluate"]
+    after = steps[2]["measurements"]["holdout"]["after"]["kl"]
+    for value in (*(f"{loss:.4f}" for loss in losses), f"{after:.4f}", "after convert gqa", "after uptrain", "1.234"):
+        assert value in page
+    sections = ["What it is", "What was done", "What fewer heads would cost", "What was measured", "Uptraining"]
+    assert answer["sections"] == sections
+    assert len(answer["plots"]) == 4 and all(Path(path).read_bytes().startswith(b"\x89PNG") for path in answer["plots"])
+
+
+def test_a_conversion_tells_what_it_measured_and_what_it_left_out() -> None:
+    layers = [{"layer": str(index), "reasons": ["no turning"] * index, "merged_error": 0.1 + index} for index in range(2)]
+    told = {"kv_bytes_per_token": [96, 32], "layers": layers, "verify": {"structure": "loads", "numbers": "as near as that"}}
+    step = {"verb": "convert gqa", "source": {}, "date": "2026-11-21", "versions": {}, "measurements": told}
+    facts: dict[str, Any] = dict.fromkeys(("model_type", "class"), "llama") | dict.fromkeys(
+        ("parameters", "bytes", "layers"), 1
+    )
+    facts |= {name: [1] for name in ("heads", "kv_heads", "head_dim")} | {"dtypes": [], "kv_bytes_per_token": 1}
+    section = tell(Story(facts, [step], []))[-1]
+    assert section.texts == ["KV cache 96 B → 32 B a token, 3.00 times smaller.", "Verified: loads; as near as that."]
+    assert section.tables[0].rows == [["1", "no turning"]] and len(section.plots) == 1
+
+
+def test_the_page_asks_for_nothing_and_every_plot_is_a_picture(shop: Workshop, tmp_path: Path) -> None:
+    for name in ("one.html", "two.html"):
+        report(str(shop.student.parent / "better"), tmp_path / name, [], None, False)
+    page = (tmp_path / "one.html").read_text(encoding="utf-8")
+    assert page == (tmp_path / "two.html").read_text(encoding="utf-8"), "the same folder, the same page"
+    wanted = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)|@import""", page)
+    assert wanted and all(source.startswith("data:image/svg+xml;base64,") for source, _ in wanted)
+    for source, _ in wanted:
+        assert ElementTree.fromstring(base64.b64decode(source.split(",")[1])).tag.endswith("svg")
+
+
+def test_a_name_is_no_markup(shop: Workshop, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in (shop.student.parent / "better").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    steps = history.read(folder)
+    steps[0]["source"]["name"] = "<script>alert(1)</script>"
+    history.write(folder, steps)
+    report(str(folder), tmp_path / "page.html", [], None, False)
+    assert "<script" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_plain_model_has_a_page_too(shop: Workshop, tmp_path: Path) -> None:
+    assert report(str(shop.teacher), tmp_path / "page.html", [], None, False)["sections"] == ["What it is"]
+
+
+def test_what_cannot_be_told_is_refused_before_anything_is_written(shop: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"recipes": []}', encoding="utf-8")
+    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
+    kept = tmp_path / "kept.html"
+    kept.write_text("mine", encoding="utf-8")
+    for out, results, message in (
+        (kept, [], "exists"),
+        (tmp_path / "page.md", [], "ends in .html"),
+        (tmp_path / "page.html", [tmp_path / "other.json"], "neither losses nor predicted errors"),
+        (tmp_path / "page.html", [tmp_path / "broken.json"], "not JSON"),
+        (tmp_path / "page.html", [tmp_path / "none.json"], "cannot be read"),
+    ):
+        with pytest.raises(UpfitError, match=message):
+            report(str(shop.student), out, results, None, False)
+    assert kept.read_text(encoding="utf-8") == "mine" and not (tmp_path / "page.html").exists()
+
+
+def test_a_recorded_evaluation_adds_a_step_and_touches_nothing_else(shop: Workshop, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in shop.student.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    text = tmp_path / "text.txt"
+    text.write_text("some words. " * 60, encoding="utf-8")
+    told = evaluate(str(folder), Options(data=[str(text)], length=32, windows=2, record=True), QUIET)
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    steps = history.read(folder)
+    assert steps[-1]["measurements"]["model"] == told["model"] and steps[:-1] == history.read(shop.student)
+    assert {n: b for n, b in after.items() if n != history.FILE} == {n: b for n, b in before.items() if n != history.FILE}
+    with pytest.raises(UpfitError, match="Upfit did not write it"):
+        evaluate(str(shop.teacher), Options(data=[str(text)], length=32, windows=2, record=True), QUIET)
+    assert not (shop.teacher / history.FILE).exists()
+
+
+def test_predicted_errors_stand_where_they_belong() -> None:
+    drawn = figures.sensitivity(PREDICTED).axes[0].images[0].get_array()
+    assert drawn is not None and drawn.tolist() == [[0.25], [1.25]]
+
+
+def test_a_measure_that_never_varies_is_not_drawn() -> None:
+    rows = [{"layer": "a", "pairs": 4, "error": 0.5, "lambda": [0.1, 0.2]}, {"layer": "b", "pairs": 4, "error": 0.7}]
+    figure = figures.layers(rows)
+    assert figure is not None and [axes.get_legend_handles_labels()[1] for axes in figure.axes] == [["error"], ["lambda"]]
+    assert figures.layers([{"layer": "a", "pairs": 4}]) is None

@@ -1,0 +1,170 @@
+"""Plots from plain data. Every function returns a matplotlib figure; nothing here reads files or writes them."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+WIDTH, HEIGHT = 4.8, 3.1  # inches of one panel
+STEPS = {
+    "ce": "cross-entropy to the text, nats a token",
+    "kl": "divergence from the teacher, nats a token",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens/s",
+}
+LOGARITHMIC = ("ce", "kl", "grad_norm")
+
+
+def _panels(count: int, columns: int = 2) -> tuple[Figure, list[Any]]:
+    """`count` panels, `columns` a row."""
+    rows, across = -(-count // columns), min(count, columns)
+    figure = Figure(figsize=(WIDTH * across, HEIGHT * rows), layout="constrained")
+    axes = figure.subplots(rows, across, squeeze=False).flatten().tolist()
+    for extra in axes[count:]:
+        figure.delaxes(extra)
+    for one in axes[:count]:
+        one.grid(alpha=0.3)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes[:count]
+
+
+def losses(models: list[tuple[str, dict[str, Any]]], what: str) -> Figure:
+    """One dot with its interval for each [label, {mean, low, high}] (None without an interval); `what` the axis says."""
+    labels, estimates = [label for label, _ in models], [estimate for _, estimate in models]
+    figure, [axes] = _panels(1)
+    figure.set_size_inches(2 * WIDTH, 0.9 + 0.36 * len(labels))
+    means = [estimate["mean"] for estimate in estimates]
+    ends = [[0 if e["low"] is None else abs(e["mean"] - e[end]) for e in estimates] for end in ("low", "high")]
+    rows = np.arange(len(labels))[::-1]
+    axes.errorbar(means, rows, xerr=ends, fmt="o", capsize=3)
+    axes.set_yticks(rows, labels)
+    axes.set_ylim(-0.6, len(labels) - 0.4)
+    axes.set_xlabel(what)
+    return figure
+
+
+def positions(labels: list[str], parts: list[list[float]], length: int) -> Figure:
+    """Loss by position: `parts` holds for each model the loss of equal parts of a window of `length` tokens."""
+    figure, [axes] = _panels(1)
+    for label, values in zip(labels, parts, strict=True):
+        middles = (np.arange(len(values)) + 0.5) * length / len(values)
+        axes.plot(middles, values, "o-", label=label)
+    axes.set_xlabel("position in the window")
+    axes.set_ylabel("nats a token")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def training(lines: list[dict[str, Any]], teacher: float | None) -> Figure:
+    """Losses, learning rate, gradient norm and speed over tokens, of the lines of metrics.jsonl. `teacher`: its loss, nats."""
+    found = {key: _points(lines, key) for key in STEPS}
+    figure, panels = _panels(sum(map(_says_something, found.values())))
+    for axes, (key, points) in zip(panels, ((k, p) for k, p in found.items() if _says_something(p)), strict=True):
+        axes.plot(*zip(*points, strict=True), linewidth=1)
+        axes.set_title(STEPS[key], fontsize=9)
+        axes.set_xlabel("tokens")
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        if key == "ce" and teacher is not None:
+            axes.axhline(teacher, color="black", linestyle="--", linewidth=1, label="teacher, held-out rows")
+            axes.legend(fontsize=8)
+        elif key not in LOGARITHMIC:
+            axes.set_ylim(bottom=0)
+        elif all(value > 0 for _, value in points):
+            axes.set_yscale("log")
+    return figure
+
+
+def _says_something(points: list[tuple[float, float]]) -> bool:
+    return any(value for _, value in points)
+
+
+def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(line["tokens"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+
+
+def watched(lines: list[dict[str, Any]]) -> Figure | None:
+    """What the attention modules said while training, layer by layer over tokens; None when they said nothing."""
+    names = sorted({key for line in lines for key, value in line.items() if isinstance(value, list)})
+    if not names:
+        return None
+    figure, panels = _panels(len(names))
+    for axes, name in zip(panels, names, strict=True):
+        told = [(line["tokens"], line[name]) for line in lines if name in line]
+        values = np.array([row for _, row in told], dtype=float).T
+        shown = axes.pcolormesh(np.array([at for at, _ in told]), np.arange(len(values)), values, shading="nearest")
+        figure.colorbar(shown, ax=axes, label=name.replace("_", "/"))
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("layer")
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def layers(rows: list[dict[str, Any]]) -> Figure | None:
+    """What a conversion measured of each layer: errors together, each other figure by itself; dots where there is one a head.
+
+    None when it measured nothing.
+    """
+    keys = sorted({key for row in rows for key in row if _varies(rows, key)})
+    errors, others = [key for key in keys if key.endswith("_error")], [key for key in keys if not key.endswith("_error")]
+    groups = ([errors] if errors else []) + [[key] for key in others]
+    if not groups:
+        return None
+    figure, panels = _panels(len(groups))
+    for axes, group in zip(panels, groups, strict=True):
+        for key in group:
+            points = [(index, value) for index, row in enumerate(rows) for value in _numbers(row.get(key))]
+            style = "o-" if len(points) == len({index for index, _ in points}) else "o"
+            axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1, label=key.replace("_", " "))
+        if group is errors and all(value > 0 for key in group for row in rows for value in _numbers(row.get(key))):
+            axes.set_yscale("log")
+        axes.set_xlabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _varies(rows: list[dict[str, Any]], key: str) -> bool:
+    return len({value for row in rows for value in _numbers(row.get(key))}) > 1
+
+
+def _numbers(value: Any) -> list[float]:
+    some = value if isinstance(value, list) else [value]
+    return some if all(isinstance(one, int | float) and not isinstance(one, bool) for one in some) else []
+
+
+def sensitivity(told: dict[str, Any]) -> Figure:
+    """Predicted errors of attention and output, layers by numbers of key/value heads, beside the cache each number leaves."""
+    counts = [count for count in told["kv_heads"] if count < max(told["kv_heads"])] or told["kv_heads"]
+    figure = Figure(figsize=(2 * WIDTH, max(HEIGHT, 0.16 * len(told["layers"]) + 1.2)), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=[1, 1, 0.8])
+    for axes, name in zip(panels, ("attention_error", "output_error"), strict=False):
+        cells = [{c["kv_heads"]: c[name] for c in layer["choices"]} for layer in told["layers"]]
+        values = np.array([[_or_nan(row.get(count)) for count in counts] for row in cells], dtype=float)
+        shown = axes.imshow(values, aspect="auto", vmin=0, cmap="viridis")
+        figure.colorbar(shown, ax=axes)
+        axes.set_xticks(range(len(counts)), [str(count) for count in counts])
+        axes.set_xlabel("key/value heads")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(name.replace("_", " ") + ", share lost", fontsize=9)
+    panels[0].set_ylabel("layer")
+    totals = {row["kv_heads"]: row for row in told["totals"]}
+    for name in ("attention_error", "output_error"):
+        points = [(totals[c]["kv_bytes_per_token"], totals[c][name]) for c in told["kv_heads"] if totals[c][name] is not None]
+        if points:
+            panels[2].plot(*zip(*points, strict=True), "o-", markersize=4, label=name.replace("_", " "))
+    panels[2].set_xlabel("KV cache, bytes a token")
+    panels[2].set_title("mean of the layers", fontsize=9)
+    panels[2].xaxis.set_major_formatter(EngFormatter())
+    panels[2].set_ylim(bottom=0)
+    panels[2].grid(alpha=0.3)
+    if panels[2].lines:
+        panels[2].legend(fontsize=8)
+    return figure
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value

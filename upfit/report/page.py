@@ -1,0 +1,60 @@
+"""Sections as one HTML file that asks for nothing from outside: style inside, plots as SVG inside."""
+
+import base64
+import io
+from dataclasses import dataclass, field
+from importlib.resources import files
+
+import matplotlib
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+
+from upfit import __version__
+
+PNG_DPI = 150
+
+
+@dataclass(frozen=True)
+class Table:
+    """`columns` and `rows` of text; the first column names the row."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure under a file name (without ending) and with a sentence that says what it shows."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+    @property
+    def data_uri(self) -> str:
+        written = io.BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": "upfit", "svg.fonttype": "none"}):  # same bytes each time; text stays text
+            self.figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+        return f"data:image/svg+xml;base64,{base64.b64encode(written.getvalue()).decode()}"
+
+    def png(self) -> bytes:
+        written = io.BytesIO()
+        self.figure.savefig(written, format="png", dpi=PNG_DPI)
+        return written.getvalue()
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    texts: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+
+
+def render(title: str, sections: list[Section], results: list[str]) -> str:
+    """The page. Whatever comes from a folder is escaped: a model's name cannot become markup."""
+    template = (files("upfit.report") / "page.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(title=title, sections=sections, results=results, version=__version__)
