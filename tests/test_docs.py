@@ -61,5 +61,9 @@ def test_flags_in_a_page_exist(verb: str) -> None:
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
     others = {"--nproc-per-node", "--nproc_per_node", "--standalone", "--shutdown-timeout"}
     attentions = [help_of("convert", name) for name in ("gqa", "diff", "cope")]
-    known = set(re.findall(r"--[a-z][a-z-]+", " ".join([help_of(*verb.split()), help_of("uptrain"), *attentions])))
+    known = set(
+        re.findall(
+            r"--[a-z][a-z-]+", " ".join([*(help_of(*words.split()) for words in (verb, "uptrain", "evaluate")), *attentions])
+        )
+    )
     assert mentioned - others <= known
