@@ -54,7 +54,9 @@ def test_every_verb_has_a_page() -> None:
     assert all(verb in told for verb in verbs), f"no page's title names one of {verbs}"
 
 
-@pytest.mark.parametrize("verb", ["convert gqa", "calibrate", "merge", "prepare", "uptrain", "evaluate", "report", "demo"])
+@pytest.mark.parametrize(
+    "verb", ["convert gqa", "calibrate", "merge", "prepare", "uptrain", "evaluate", "report", "push", "demo"]
+)
 def test_flags_in_a_page_exist(verb: str) -> None:
     """Every --flag that a verb's page mentions is one of the verb's (or named as another program's)."""
     page = (ROOT / "docs" / f"{verb.split()[0]}.md").read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from upfit.errors import UpfitError
 from upfit.evaluate.options import Options as EvaluateOptions
 from upfit.options import choices, flag
 from upfit.output import Output, human_bytes, human_count
+from upfit.publish.options import Options as PushOptions
 from upfit.uptrain.config import Config as UptrainConfig
 
 app = typer.Typer(
@@ -371,6 +372,58 @@ def report(
     answer = run(model, out, results or [], png, overwrite)
     output.json(answer)
     output.line(f"Wrote {answer['out']}" + (f" and {len(answer['plots'])} plots to {png}" if png else ""))
+
+
+def _push(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that Upfit wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/REPO", help="Repository on the hub; made where it is not there.")],
+    flags: dict[str, Any],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Publish a folder on the hub, with a model card made from its recipe.json."""
+    from upfit.publish.push import push as run
+
+    def ask(question: str) -> bool:
+        return typer.confirm(question, err=True)
+
+    output = Output(as_json, quiet)
+    answers = run(str(model), repo, PushOptions(**flags), ask if sys.stdin.isatty() else None, output)
+    output.json(answers if flags["all"] else answers[0])
+    for answer in answers:
+        _show_push(answer, output)
+
+
+def _show_push(answer: dict[str, Any], output: Output) -> None:
+    if not answer["dry_run"]:
+        output.line(f"Published {answer['url']}: {len(answer['files'])} files, {human_bytes(answer['bytes'])}")
+        return
+    rows = [[name, human_bytes(size)] for name, size in answer["files"].items()]
+    output.table(["file", "size"], rows, f"Would send to {answer['repo']}")
+    output.line(f"{len(rows)} files, {human_bytes(answer['bytes'])}")
+    for name in answer["left_out"]:
+        output.line(f"Stays here: {name}")
+    for doubt in answer["doubts"]:
+        output.line(f"Would ask: {doubt}")
+
+
+app.command("push")(_with_flags(_push, PushOptions, "push"))
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub ids, in the table's order.")],
+    as_json: Json = False,
+) -> None:
+    """Several models in one table: size, cache, and the losses that `evaluate --record` kept in them."""
+    from upfit.report.compare import COLUMNS
+    from upfit.report.compare import compare as run
+
+    output = Output(as_json)
+    told = run(models)
+    output.json(told)
+    for group in told:
+        output.table(list(COLUMNS), group["rows"], group["title"])
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """The verb `convert`: a source folder in, a checked and complete folder out, or one line that says why not."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import shlex
@@ -167,7 +168,8 @@ def _write(job: Job, answer: dict[str, Any], output: Output) -> dict[str, Any]:
     with staged(job.out) as folder:
         with output.progress(f"converting {job.source.name}", sum(item.nbytes for item in job.planned)) as meter:
             write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance)
-        copy_side_files(job.source.path, folder)
+        if "README.md" in copy_side_files(job.source.path, folder):
+            step["readme_sha256"] = hashlib.sha256((folder / "README.md").read_bytes()).hexdigest()  # the card tells it apart
         copy_code(job.plan.config, folder)
         config = json.dumps(job.plan.config, indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(config + "\n", encoding="utf-8")

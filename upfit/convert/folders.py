@@ -97,15 +97,14 @@ def teacher_source(folder: Path) -> Source | None:
     told = history.teacher(folder)
     if told is None:
         return None
-    path = Path(told["path"])
-    if path.is_dir():
-        return Source(path, told["name"], told["revision"])
+    place = told.get("path")  # a published history tells no places, but the commit of a hub model
+    if place and Path(place).is_dir():
+        return Source(Path(place), told["name"], told["revision"])
     try:
-        return find_source(told["name"], told["revision"])
+        return find_source(told["name"], told.get("commit") or told["revision"])
     except UpfitError as error:
-        raise UpfitError(
-            f"{folder / history.FILE} names the source {told['name']}, which is not at {path}; give it with --teacher"
-        ) from error
+        where = f"which is not at {place}" if place else "which is not here"
+        raise UpfitError(f"{folder / history.FILE} names the source {told['name']}, {where}; give it with --teacher") from error
 
 
 def check_output(out: Path, source: Path, needed_bytes: int, overwrite: bool) -> None:

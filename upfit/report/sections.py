@@ -18,7 +18,7 @@ def tell(story: Story) -> list[Section]:
         sections.append(_history(story.steps))
     sections += [_predicted(label, told) for label, told in story.predictions]
     if story.evaluations:
-        sections += _measured(story.evaluations)
+        sections += measured(story.evaluations)
     number = 0
     newest = max((i for i, step in enumerate(story.steps) if step["verb"] == "uptrain"), default=None)
     for index, step in enumerate(story.steps):
@@ -132,7 +132,7 @@ def _uptraining(step: dict[str, Any], lines: list[dict[str, Any]]) -> Section:
 _LOSSES = {"ce": "cross-entropy to the text", "kl": "divergence from the teacher"}
 
 
-def _measured(evaluations: list[tuple[str, dict[str, Any]]]) -> list[Section]:
+def measured(evaluations: list[tuple[str, dict[str, Any]]]) -> list[Section]:
     """One section for all evaluations on the same text, in their order; a difference is always told beside its own source."""
     texts: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for label, told in evaluations:

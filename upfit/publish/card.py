@@ -1,0 +1,240 @@
+"""The model card: a page made of what `recipe.json` records, so that it cannot disagree with the weights it stands beside."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from upfit import __version__
+from upfit.convert.recipe import find_recipes
+from upfit.output import human_bytes, human_count
+from upfit.own import code_files
+from upfit.publish import front
+from upfit.publish.portable import commit_of, portable
+from upfit.report.page import Table
+from upfit.report.sections import measured
+from upfit.report.story import Story
+
+BEGIN, END = "<!-- upfit:begin -->", "<!-- upfit:end -->"
+SAMPLE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))"""
+ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
+
+
+@dataclass(frozen=True)
+class Card:
+    """`told`: the front matter of the folder's README, `body` the rest of it, `readme` all of it."""
+
+    story: Story
+    repo: str
+    readme: str
+    base_model: str | None = None
+    license: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The whole README.md. Raises UpfitError when the folder's README has front matter that is not YAML."""
+        told, body = front.split(self.readme)
+        inherited = is_inherited(self.readme, self.story.steps)
+        block = f"{BEGIN}\n{self._block()}\n{END}"
+        if BEGIN in body and END in body:
+            body = body[: body.index(BEGIN)] + block + body[body.index(END) + len(END) :]
+        elif body.strip():
+            title = "## The card of the model that it was made from\n\n" if inherited else ""
+            body = f"{block}\n\n{title}{body.strip()}\n"
+        else:
+            body = block + "\n"
+        return front.dump(front.merge(told, self._facts(), inherited)) + body
+
+    def _facts(self) -> dict[str, Any]:
+        """What the hub is to know. Raises nothing: what is not known is left out."""
+        verbs = [name for name, _ in conversions(self.story.steps)]
+        tags = ["upfit", *verbs, *(["custom_code"] if self._own() else []), *(f"arxiv:{found}" for found in self._arxiv())]
+        generates = self.story.facts["class"].endswith(("ForCausalLM", "LMHeadModel"))
+        return {
+            "base_model": self.base_model or origin(self.story.steps),
+            "base_model_relation": "finetune" if self.base_model or origin(self.story.steps) else None,
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation" if generates else None,
+            "license": self.license,
+            "tags": tags,
+            "model-index": self._index(),
+        }
+
+    def _index(self) -> list[dict[str, Any]] | None:
+        """Results of these very weights as the hub's `model-index`; None where they were not measured."""
+        newest = newest_evaluation(self.story.steps)
+        if newest is None:
+            return None
+        from huggingface_hub import EvalResult
+        from huggingface_hub.repocard_data import eval_results_to_model_index
+
+        data, loss = newest["data"], newest["model"]["loss"]
+        name = _text_name(data["source"])
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text generation",
+                dataset_type="text",
+                dataset_name=f"{name}, {data['windows']} windows of {data['length']} tokens",
+                dataset_args={"sha256": data["sha256"]},
+                metric_type=kind,
+                metric_name=label,
+                metric_value=round(loss[key]["mean"], 4),
+            )
+            for kind, label, key in (
+                ("perplexity", "Perplexity", "perplexity"),
+                ("loss", "Loss, nats a token", "nats_per_token"),
+                ("bits_per_byte", "Bits per byte", "bits_per_byte"),
+            )
+        ]
+        return eval_results_to_model_index(self.repo.rsplit("/", 1)[-1], results)
+
+    def _block(self) -> str:
+        template = (files("upfit.publish") / "card.md").read_text(encoding="utf-8")
+        environment = Environment(undefined=StrictUndefined, trim_blocks=True)
+        environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
+        facts = self.story.facts
+        rendered = environment.from_string(template).render(
+            name=self.repo.rsplit("/", 1)[-1],
+            lead=self._lead(),
+            columns=["parameters", "query heads", "key/value heads", "KV cache a token"],
+            shape=[["this model", *_shape(facts)]],
+            steps=[_step(step, facts["parameters"]) for step in portable(self.story.steps) if step["verb"] != "evaluate"],
+            tables=[table for section in measured(self._evaluations()) for table in _titled(section)],
+            limits=self._limits(),
+            code=SAMPLE.format(repo=self.repo, trust=", trust_remote_code=True" if self._own() else ""),
+            serving=self._serving(),
+            papers=[recipe.paper for _, recipe in conversions(self.story.steps)],
+            version=__version__,
+        )
+        return re.sub(r"\n{3,}", "\n\n", rendered).strip()
+
+    def _lead(self) -> str:
+        source = self.base_model or origin(self.story.steps)
+        first = portable(self.story.steps)[0]["source"].get("name")
+        named = f"[{source}](https://huggingface.co/{source})" if source else f"`{first}`"
+        what = "; ".join(recipe.summary for _, recipe in conversions(self.story.steps))
+        trained = sum(step["measurements"]["tokens"] for step in self.story.steps if step["verb"] == "uptrain")
+        after = f", then uptrained on {human_count(trained)} tokens" if trained else ", not uptrained"
+        return f"{named} with another attention ({what}){after}."
+
+    def _evaluations(self) -> list[tuple[str, dict[str, Any]]]:
+        return [(label, portable(told)) for label, told in self.story.evaluations]
+
+    def _limits(self) -> list[str]:
+        facts = self.story.facts
+        limits = [
+            "What the source gets wrong, this model gets wrong too, and what it lost in the conversion is only told above."
+        ]
+        if not self.story.evaluations:
+            limits.append("Nothing of it was measured after the conversion.")
+        else:
+            limits.append("Losses say little of tasks, instructions and languages that the text measured on does not hold.")
+            if newest_evaluation(self.story.steps) is None:
+                limits.append("The figures above were taken before the last step; these very weights were not measured.")
+        if self._own():
+            limits.append(f"transformers has no class for it: its code ({facts['model_type']}) comes with the repository.")
+        return limits
+
+    def _serving(self) -> str:
+        if self._own():
+            return "`trust_remote_code=True` runs the code of this repository; where `upfit` is imported it is not needed."
+        return "It is a plain checkpoint of its class: whatever serves that class with these head counts serves it."
+
+    def _own(self) -> bool:
+        return self.story.facts["model_type"] in code_files()
+
+    def _arxiv(self) -> list[str]:
+        return [found for _, recipe in conversions(self.story.steps) for found in ARXIV.findall(recipe.paper)]
+
+
+def conversions(steps: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    """[name, recipe] of every conversion in the history, each once."""
+    known, names = (
+        find_recipes(),
+        [step["verb"].removeprefix("convert ") for step in steps if step["verb"].startswith("convert ")],
+    )
+    return [(name, known[name]) for name in dict.fromkeys(names) if name in known]
+
+
+def origin(steps: list[dict[str, Any]]) -> str | None:
+    """The hub id of the model that all began with; None when it was a folder."""
+    first = steps[0]["source"] if steps else {}
+    return str(first["name"]) if first and commit_of(first) and "/" in str(first["name"]) else None
+
+
+def is_inherited(readme: str, steps: list[dict[str, Any]]) -> bool:
+    """Whether a README is still the source's, byte for byte, as the conversion copied it."""
+    digest = hashlib.sha256(readme.encode()).hexdigest()
+    return any(step.get("readme_sha256") == digest for step in steps)
+
+
+def newest_evaluation(steps: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last evaluation of the weights as they are; None when there is none since they last changed."""
+    return steps[-1]["measurements"] if steps and steps[-1]["verb"] == "evaluate" else None
+
+
+def _shape(facts: dict[str, Any]) -> list[str]:
+    heads = [", ".join(map(str, facts[name])) for name in ("heads", "kv_heads")]
+    return [human_count(facts["parameters"]), *heads, human_bytes(facts["kv_bytes_per_token"])]
+
+
+def _step(step: dict[str, Any], parameters: int) -> dict[str, Any]:
+    told, versions = step["measurements"], step["versions"]
+    texts = [f"`{step['command']}`"] if "command" in step else []
+    before, after = told.get("kv_bytes_per_token", (0, 0))
+    if before != after:
+        texts.append(f"KV cache {human_bytes(before)} → {human_bytes(after)} a token.")
+    if told.get("calibration"):
+        texts.append(f"Calibrated on {told['calibration']['tokens']:,} tokens.")
+    if told.get("verify"):
+        texts.append(f"Verified: {told['verify']['structure']}; {told['verify']['numbers']}.")
+    if step["verb"] == "uptrain":
+        texts.append(_training(step, parameters))
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("upfit", "torch", "transformers") if name in versions)
+    return {"title": step["verb"], "date": step["date"][:10], "versions": packages, "texts": texts}
+
+
+def _training(step: dict[str, Any], parameters: int) -> str:
+    told, options = step["measurements"], step["options"]
+    teacher = (step.get("teacher") or {}).get("name")
+    learns = (
+        f"from `{teacher}` (KL weight {options['kl_weight']:g}, CE weight {options['ce_weight']:g})"
+        if teacher
+        else "from the text"
+    )
+    seconds, processes = told["seconds"], options["resolved"]["processes"]
+    took = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds:.0f} s"
+    text = f"{human_count(told['tokens'])} tokens in {told['steps']:,} steps, {took} on {processes} process(es), {learns}."
+    factor = 8 if teacher else 6
+    text += f" About {factor * parameters * told['tokens']:.1e} FLOPs ({factor} for each parameter and token)."
+    before, after = told["holdout"]["before"], told["holdout"]["after"]
+    return text + (f" Held-out rows: {before['ce']:.3f} → {after['ce']:.3f} nats a token." if before else "")
+
+
+def _titled(section: Any) -> list[dict[str, Any]]:
+    """A section's tables, the first with the section's words."""
+    tables: list[Table] = section.tables
+    return [
+        {
+            "title": table.title,
+            "text": " ".join(section.texts) if not index else "",
+            "columns": table.columns,
+            "rows": table.rows,
+        }
+        for index, table in enumerate(tables)
+    ]
+
+
+def _text_name(source: Any) -> str:
+    if isinstance(source, str):
+        return "Reference and library of Python" if source == "python" else portable(source)
+    return ", ".join(portable(source))

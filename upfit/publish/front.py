@@ -1,0 +1,45 @@
+"""The front matter of a model card: what the hub reads. The user's own words stay; what the records know better is set."""
+
+import re
+from typing import Any
+
+import yaml
+
+from upfit.errors import UpfitError
+
+FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
+ABOUT_THE_SOURCE = ("base_model", "base_model_relation", "model-index", "model_name", "eval_results")
+
+
+def split(text: str) -> tuple[dict[str, Any], str]:
+    """Front matter and body of a README. Raises UpfitError when the front matter is not a YAML mapping."""
+    found = FRONT.match(text)
+    if not found:
+        return {}, text
+    try:
+        told = yaml.safe_load(found[1]) or {}
+        if not isinstance(told, dict):
+            raise ValueError("not a mapping")
+    except (yaml.YAMLError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UpfitError(f"the front matter of README.md is not YAML ({reason}); mend it or remove the README") from error
+    return told, text[found.end() :]
+
+
+def merge(told: dict[str, Any], facts: dict[str, Any], from_source: bool) -> dict[str, Any]:
+    """The user's front matter with ours. `from_source`: it is the source's, so what it says of its own origin and results goes.
+
+    `facts` win, except `license`, which fills a gap, and `tags`, which are added.
+    """
+    kept = {key: value for key, value in told.items() if not (from_source and key in ABOUT_THE_SOURCE)}
+    tags = kept.get("tags") or []
+    tags = [tags] if isinstance(tags, str) else list(tags)
+    merged = kept | {key: value for key, value in facts.items() if value is not None and key not in ("tags", "license")}
+    merged["tags"] = list(dict.fromkeys([*tags, *facts.get("tags", [])]))
+    if facts.get("license") and not kept.get("license"):
+        merged["license"] = facts["license"]
+    return merged
+
+
+def dump(front: dict[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"

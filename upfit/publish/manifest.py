@@ -1,0 +1,70 @@
+"""What of a folder goes to the hub, and whether it may: finished, verified, and nothing that is not the model's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upfit import history
+from upfit.convert.checkpoint import open_checkpoint
+from upfit.convert.folders import NEVER_COPIED, SIDE_FILES, contained
+from upfit.convert.skeleton import load_strictly
+from upfit.errors import UpfitError
+from upfit.own import is_own, shipped
+
+INDEX = "model.safetensors.index.json"
+CARD = "README.md"
+LICENCES = ("LICEN[SC]E*", "COPYING*", "NOTICE*", "USE_POLICY*")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`files`: name in the repository → path here. `left_out`: names of the folder's files that stay here."""
+
+    files: dict[str, Path]
+    left_out: list[str]
+
+
+def check_folder(folder: Path) -> list[dict[str, Any]]:
+    """The steps of a folder that may be published. Raises UpfitError for one that Upfit did not write, or did not finish."""
+    if not folder.is_dir():
+        raise UpfitError(f"no folder at {folder}; give the folder of a converted model")
+    if folder.name.endswith((".partial", ".uptrain", ".fit")):
+        raise UpfitError(f"{folder} is a work folder of an unfinished run; finish it, then push what it writes")
+    steps = history.read(folder)
+    if not steps:
+        raise UpfitError(f"{folder} has no {history.FILE}, so there is nothing to make a model card of; push results of Upfit")
+    try:
+        open_checkpoint(folder).close()  # headers and sizes of every file
+        load_strictly(folder, device_map="meta")
+    except UpfitError as error:
+        raise UpfitError(f"{folder} is not whole: {error}") from error
+    return steps
+
+
+def unverified(steps: list[dict[str, Any]]) -> list[str]:
+    """A question when the weights are a conversion's that was never checked (an uptraining checks what it writes)."""
+    made = [step for step in steps if step["verb"] != "evaluate"]
+    if made and made[-1]["verb"] != "uptrain" and not made[-1]["measurements"].get("verify"):
+        return [
+            f"`{made[-1]['verb']}` was run with --no-verify, so nothing has checked these weights; convert again without it"
+        ]
+    return []
+
+
+def gather(folder: Path) -> Manifest:
+    """Weights, config, tokenizer and the like, the licence, our own code and the records. The card is made, not taken."""
+    with open_checkpoint(folder) as checkpoint:
+        names = ["config.json", *(path.name for path in checkpoint.files)]
+        code = {path.name for path in shipped(checkpoint.config["model_type"])} if is_own(checkpoint.config) else set()
+    names += [name for name in (INDEX, history.FILE, "metrics.jsonl", *sorted(code)) if (folder / name).exists()]
+    for pattern in SIDE_FILES:
+        for found in sorted(folder.glob(pattern)):
+            inside = sorted(found.rglob("*")) if found.is_dir() else [found]
+            names += [str(path.relative_to(folder)) for path in inside if path.is_file() and path.suffix not in NEVER_COPIED]
+    files = {name: contained(folder / name, folder) for name in dict.fromkeys(names) if name != CARD}
+    everything = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return Manifest(files, [name for name in everything if name not in files and name != CARD])
+
+
+def has_licence(folder: Path) -> bool:
+    return any(True for pattern in LICENCES for _ in folder.glob(pattern))

@@ -1,0 +1,137 @@
+"""`upfit push`: look, ask, send, check. Everything a user can mend is found before the hub is asked for anything."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upfit import history
+from upfit.errors import UpfitError
+from upfit.output import Output
+from upfit.publish import front, licence, manifest
+from upfit.publish.card import Card
+from upfit.publish.manifest import CARD
+from upfit.publish.options import Options, check_options
+from upfit.publish.portable import portable
+from upfit.report.story import gather
+
+Ask = Callable[[str], bool]
+OURS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".py",
+)  # of an earlier push; such files that are no longer written are deleted
+HARMLESS = {".gitattributes", CARD, "LICENSE"}
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What goes to the hub: `files`, name → path here or bytes made for it."""
+
+    folder: Path
+    repo: str
+    files: dict[str, Path | bytes]
+    left_out: list[str]
+    doubts: list[str]
+    message: str
+
+    def sizes(self) -> dict[str, int]:
+        return {name: len(part) if isinstance(part, bytes) else part.stat().st_size for name, part in self.files.items()}
+
+
+def push(model: str, repo: str, options: Options, ask: Ask | None, output: Output) -> list[dict[str, Any]]:
+    """Publish the folder `model` as `repo` (with `options.all` each model in it); what was or would be sent, one a model.
+
+    `ask` puts a question to the user; None: nobody is there to answer, and every doubt ends the push unless `options.yes`.
+    Raises UpfitError for a folder that is not whole, a doubt that stays, and whatever the hub refuses.
+    """
+    check_options(options)
+    parcels = [pack(folder, name, options) for folder, name in _places(Path(model), repo, options)]
+    if options.card:
+        card = parcels[0].files[CARD]
+        assert isinstance(card, bytes)
+        options.card.write_bytes(card)
+    if options.dry_run:
+        return [_told(parcel, dry_run=True) | {"doubts": parcel.doubts} for parcel in parcels]
+    for parcel in parcels:
+        settle(parcel.doubts, options, ask)
+    from upfit.publish import hub
+
+    api, user = hub.connect()
+    answers = [_send(api, parcel, options, ask, output) for parcel in parcels]
+    if options.collection:
+        hub.collect(api, repo.split("/")[0] or user, options.collection, [parcel.repo for parcel in parcels])
+    return answers
+
+
+def _places(model: Path, repo: str, options: Options) -> list[tuple[Path, str]]:
+    from upfit.publish.hub import check_name
+
+    if not options.all:
+        check_name(repo)
+        return [(model, repo)]
+    if not model.is_dir():
+        raise UpfitError(f"no folder at {model}; give a folder of converted models with --all")
+    found = sorted(path for path in model.iterdir() if (path / history.FILE).exists() and (path / "config.json").exists())
+    if not found:
+        raise UpfitError(f"{model} holds no folder that Upfit wrote; give the folder above the models with --all")
+    named = [(path, f"{repo}-{path.name}" if "/" in repo else f"{repo}/{path.name}") for path in found]
+    for _, name in named:
+        check_name(name)
+    return named
+
+
+def pack(folder: Path, repo: str, options: Options) -> Parcel:
+    """Everything that will be sent, made and checked here. Raises UpfitError for a folder that may not go."""
+    steps = manifest.check_folder(folder)
+    gathered = manifest.gather(folder)
+    readme = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else ""
+    card = Card(gather(str(folder), []), repo, readme, options.base_model, options.license)
+    text = card.text
+    told, _ = front.split(text)
+    doubts = [*manifest.unverified(steps), *licence.doubts(told, manifest.has_licence(folder))]
+    content: dict[str, Path | bytes] = dict(gathered.files)
+    record = {"format": history.FORMAT, "steps": portable(steps)}
+    content[history.FILE] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+    content[CARD] = text.encode()
+    verbs = ", ".join(dict.fromkeys(step["verb"] for step in steps if step["verb"] != "evaluate"))
+    return Parcel(folder, repo, dict(sorted(content.items())), gathered.left_out, doubts, options.message or f"Upfit: {verbs}")
+
+
+def settle(doubts: list[str], options: Options, ask: Ask | None) -> None:
+    """Raise UpfitError unless every doubt is waved through, by --yes or by an answer."""
+    for doubt in doubts:
+        if options.yes or (ask is not None and ask(f"{doubt}. Publish all the same?")):
+            continue
+        raise UpfitError(f"not published: {doubt}" + ("" if ask else "; --yes publishes all the same"))
+
+
+def _send(api: Any, parcel: Parcel, options: Options, ask: Ask | None, output: Output) -> dict[str, Any]:
+    from upfit.publish import hub
+
+    there = hub.files_of(api, parcel.repo, None)
+    if there is not None and history.FILE not in there and set(there) - HARMLESS:
+        settle([f"{parcel.repo} exists and holds files that Upfit did not write"], options, ask)
+    hub.make(api, parcel.repo, options.private, options.branch)
+    where: dict[str, Any] = {"create_pr": True} if options.pull_request else {"revision": options.branch}
+    there = hub.files_of(api, parcel.repo, options.branch) or {}
+    stale = [name for name in there if name.endswith(OURS) and name not in parcel.files and history.FILE in there]
+    sizes = parcel.sizes()
+    with output.progress(f"sending {parcel.repo}", sum(sizes.values())) as meter:
+        additions = [hub.addition(name, part) for name, part in parcel.files.items()]
+        hub.send(api, parcel.repo, additions, where, meter)
+        done = hub.commit(api, parcel.repo, [*additions, *map(hub.deletion, stale)], parcel.message, where)
+    hub.check(api, parcel.repo, additions, done.pr_revision or options.branch)
+    return _told(parcel, dry_run=False) | {"url": done.pr_url or str(done.repo_url), "commit": done.oid, "deleted": stale}
+
+
+def _told(parcel: Parcel, dry_run: bool) -> dict[str, Any]:
+    return {
+        "folder": str(parcel.folder),
+        "repo": parcel.repo,
+        "dry_run": dry_run,
+        "files": parcel.sizes(),
+        "bytes": sum(parcel.sizes().values()),
+        "left_out": parcel.left_out,
+    }

@@ -1,0 +1,45 @@
+"""`upfit compare`: several folders side by side, from what their recipe.json keeps. Losses on different texts are not mixed."""
+
+from typing import Any
+
+from upfit.evaluate.tables import half_width
+from upfit.output import human_bytes, human_count
+from upfit.report.story import Story, gather
+
+COLUMNS = ("model", "parameters", "KV heads", "KV a token", "trained on", "nats per token", "against source")
+
+
+def compare(models: list[str]) -> list[dict[str, Any]]:
+    """One table for each text that models were measured on, and one for those that were not: `title`, `data`, `rows`.
+
+    A row shows the newest evaluation of a model's weights as they are. Raises UpfitError for a folder that cannot be read.
+    """
+    groups: dict[str | None, dict[str, Any]] = {}
+    for model in models:
+        story = gather(model, [])
+        newest = _newest(story)
+        data = newest["data"] if newest else None
+        title = f"{data['windows']} windows of {data['length']} tokens" if data else "Not measured (evaluate with --record)"
+        group = groups.setdefault(data["sha256"] if data else None, {"title": title, "data": data, "rows": []})
+        group["rows"].append(_row(model, story, newest))
+    return list(groups.values())
+
+
+def _newest(story: Story) -> dict[str, Any] | None:
+    """The evaluation of the weights as they are: only one that no other verb came after."""
+    newest = story.steps[-1] if story.steps else None
+    return newest["measurements"] if newest and newest["verb"] == "evaluate" else None
+
+
+def _row(model: str, story: Story, newest: dict[str, Any] | None) -> list[str]:
+    trained = sum(step["measurements"]["tokens"] for step in story.steps if step["verb"] == "uptrain")
+    apart = (newest or {}).get("difference") or {}
+    return [
+        model.rstrip("/").rsplit("/", 1)[-1],
+        human_count(story.facts["parameters"]),
+        ", ".join(map(str, story.facts["kv_heads"])),
+        human_bytes(story.facts["kv_bytes_per_token"]),
+        human_count(trained) if trained else "",
+        half_width(newest["model"]["loss"]["nats_per_token"], 4) if newest else "",
+        half_width(apart["nats_per_token"], 4) if "nats_per_token" in apart else "",
+    ]
