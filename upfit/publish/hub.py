@@ -11,10 +11,15 @@ from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
 
 from upfit.errors import UpfitError
-from upfit.output import Meter
+from upfit.output import Meter, Output
 
 Result = TypeVar("Result")
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try
@@ -88,6 +93,18 @@ def _asked_wait(error: Exception) -> float:
 def _reason(error: Exception) -> str:
     text = str(error).strip()
     return f"HTTP {status(error)}" if status(error) else (text.splitlines()[0] if text else type(error).__name__)
+
+
+@contextmanager
+def bars(output: Output) -> Iterator[Output]:
+    """The hub library's own bars, which count bytes, on a terminal that wants them, and nothing beside; elsewhere ours."""
+    shown = output.stderr.is_terminal and not output.quiet
+    was_shown = not are_progress_bars_disabled()
+    (enable_progress_bars if shown else disable_progress_bars)()
+    try:
+        yield Output(quiet=True) if shown else output
+    finally:
+        (enable_progress_bars if was_shown else disable_progress_bars)()
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def _send(api: Any, parcel: Parcel, options: Options, ask: Ask | None, output: O
     there = hub.files_of(api, parcel.repo, options.branch) or {}
     stale = [name for name in there if name.endswith(OURS) and name not in parcel.files and history.FILE in there]
     sizes = parcel.sizes()
-    with output.progress(f"sending {parcel.repo}", sum(sizes.values())) as meter:
+    with hub.bars(output) as own, own.progress(f"sending {parcel.repo}", sum(sizes.values())) as meter:
         additions = [hub.addition(name, part) for name, part in parcel.files.items()]
         hub.send(api, parcel.repo, additions, where, meter)
         done = hub.commit(api, parcel.repo, [*additions, *map(hub.deletion, stale)], parcel.message, where)
