@@ -15,18 +15,20 @@ HELD_OUT=${HELD_OUT:-$LIBRARY/json $LIBRARY/logging}
 KV_HEADS=${KV_HEADS:-2}
 TOKENS=${TOKENS:-40k}
 LENGTH=${LENGTH:-512}
+CALIBRATION_TOKENS=${CALIBRATION_TOKENS:-16k}
+WINDOWS=${WINDOWS:-16}
 data=()
 for text in $HELD_OUT; do data+=(--data "$text"); done
 
 mkdir -p "$OUT"
 # shellcheck disable=SC2086  # TEXT is a list of files and folders
-upfit calibrate "$MODEL" $TEXT "$OUT/statistics.safetensors" --calibration-tokens 16k --overwrite
+upfit calibrate "$MODEL" $TEXT "$OUT/statistics.safetensors" --calibration-tokens "$CALIBRATION_TOKENS" --overwrite
 upfit convert gqa "$MODEL" "$OUT/converted" --kv-heads "$KV_HEADS" --calibration "$OUT/statistics.safetensors" --overwrite
-upfit evaluate "$OUT/converted" --against "$MODEL" "${data[@]}" --length "$LENGTH" --windows 16 --record
+upfit evaluate "$OUT/converted" --against "$MODEL" "${data[@]}" --length "$LENGTH" --windows "$WINDOWS" --record
 # shellcheck disable=SC2086
 upfit prepare $TEXT "$OUT/tokens" --tokenizer "$MODEL" --overwrite
 upfit uptrain "$OUT/converted" "$OUT/tokens" "$OUT/uptrained" --tokens "$TOKENS" --length "$LENGTH" --overwrite
-upfit evaluate "$OUT/uptrained" --against "$MODEL" "${data[@]}" --length "$LENGTH" --windows 16 --record
+upfit evaluate "$OUT/uptrained" --against "$MODEL" "${data[@]}" --length "$LENGTH" --windows "$WINDOWS" --record
 upfit compare "$OUT/converted" "$OUT/uptrained"
 upfit report "$OUT/uptrained" "$OUT/report.html" --overwrite
 if [ -n "$REPO" ]; then

@@ -44,10 +44,11 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(run, "CALIBRATION_TOKENS", "6k")
     monkeypatch.setattr(run, "WINDOWS", 16)
+    monkeypatch.setattr(run, "CONVERSIONS", CONVERSIONS[:2])  # aligned and mean; the others take as long and differ in a flag
     result = run_demo(tmp_path / "demo", "20k", False, QUIET)
     show(result, QUIET)
     source = result["source"]
-    assert [row["name"] for row in result["conversions"]] == [conversion.name for conversion in CONVERSIONS]
+    assert [row["name"] for row in result["conversions"]] == ["gqa-2-aligned", "gqa-2-mean"]
     for row in result["conversions"]:
         assert row["converted"]["difference"]["low"] > 0, "merging heads costs something"
         assert row["uptrained"]["loss"]["mean"] < row["converted"]["loss"]["mean"], "uptraining wins some of it back"

@@ -245,7 +245,8 @@ def test_the_example_goes_from_the_checkpoint_to_the_hub(tmp_path: Path) -> None
         (shim / name).chmod(0o755)
     with Hub(TOKENS) as hub:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"HF_TOKEN": TOKEN, "PATH": f"{shim}:/usr/bin:/bin", "OMP_NUM_THREADS": "1", "TOKENS": "10k"}
+        environment |= {"HF_TOKEN": TOKEN, "PATH": f"{shim}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+        environment |= {"TOKENS": "5k", "CALIBRATION_TOKENS": "3k", "LENGTH": "256", "WINDOWS": "4"}
         command = [str(ROOT / "examples" / "end_to_end.sh"), str(tmp_path / "out"), REPO]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
