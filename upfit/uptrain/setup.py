@@ -15,12 +15,12 @@ from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.folders import Source, check_output, find_source, teacher_source
 from upfit.errors import UpfitError
 from upfit.output import Output, human_count
+from upfit.tokenizer import identity, load_tokenizer
 from upfit.uptrain import attention, models
 from upfit.uptrain.config import FREE, Config
 from upfit.uptrain.loop import Run
 from upfit.uptrain.losses import Objective
 from upfit.uptrain.models import Distiller, Traits
-from upfit.uptrain.prepare import identity, load_tokenizer
 from upfit.uptrain.schedule import ADAM_BETAS, Plan, make_plan, peak_rate
 from upfit.uptrain.shards import Rows, Shards
 from upfit.uptrain.state import Counters, Workspace
