@@ -13,6 +13,7 @@ ALLOWED = {
     "uptrain": {"uptrain", "convert"},
     "evaluate": {"evaluate", "convert", "tasks"},
     "tasks": {"tasks"},
+    "longcontext": {"longcontext", "convert"},
     "publish": {"publish", "report", "evaluate", "convert"},
     "report": {"report", "evaluate", "convert"},
     "demo": {"demo", "convert", "uptrain", "evaluate"},

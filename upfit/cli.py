@@ -15,6 +15,7 @@ from upfit import __version__
 from upfit.convert.recipe import Recipe, find_recipes
 from upfit.errors import UpfitError
 from upfit.evaluate.options import Options as EvaluateOptions
+from upfit.longcontext.options import Options as SynthOptions
 from upfit.options import choices, flag
 from upfit.output import Output, human_bytes, human_count
 from upfit.publish.options import Options as PushOptions
@@ -372,6 +373,30 @@ def report(
     answer = run(model, out, results or [], png, overwrite)
     output.json(answer)
     output.line(f"Wrote {answer['out']}" + (f" and {len(answer['plots'])} plots to {png}" if png else ""))
+
+
+def _synth(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Files, folders, or a hub data set id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; work lies in OUT.synth until it is whole.")],
+    flags: dict[str, Any],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Long-context training data: questions whose answers stand anywhere in 4k to 32k tokens (IN2)."""
+    from upfit.longcontext.synth import synth as run
+
+    output = Output(as_json, quiet)
+    answer = run(list(texts), out, SynthOptions(**flags), output)
+    output.json(answer)
+    if not answer["finished"]:
+        output.line(f"This part is done; {len(answer['missing'])} others are not yet, such as {answer['missing'][0]}")
+        return
+    families = ", ".join(f"{name} {count:,}" for name, count in answer["families"].items())
+    recipes = human_bytes(answer["bytes"])
+    output.line(f"Wrote {out}: {answer['items']:,} examples ({families}), their contexts as {recipes} of recipes")
+
+
+app.command("synth")(_with_flags(_synth, SynthOptions, "synth"))
 
 
 def _push(

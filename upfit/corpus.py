@@ -1,5 +1,6 @@
-"""Documents one after the other, of any amount of text: files (a document each), folders of them, JSON lines, parquet, or a data
-set of the hub. The packages that read parquet and the hub are imported only here, and only when such an input is given.
+"""Documents one after the other, of any amount of text: files (a document each), folders, JSON lines, parquet, hub data sets.
+
+The packages that read parquet and the hub are imported only here, and only when such an input is given.
 """
 
 import gzip

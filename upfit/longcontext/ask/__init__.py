@@ -1,0 +1,1 @@
+"""Where questions come from: rules over text and invented facts (`template`), question sets (`dataset`), or language models."""

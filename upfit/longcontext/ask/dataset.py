@@ -1,0 +1,57 @@
+"""Questions out of question sets that people have: files shaped like SQuAD or like HotpotQA.
+
+SQuAD: {"data": [{"paragraphs": [{"context", "qas": [{"question", "answers": [{"text"}]}]}]}]}. HotpotQA: a list of {"question",
+"answer", "context": [[title, [sentences]]], "supporting_facts": [[title, number]]}; paragraphs with supporting facts are the
+pieces, the others decoys.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from upfit.errors import UpfitError
+from upfit.longcontext.items import Item
+
+MOST_DECOYS = 8
+
+
+def read(names: list[str]) -> list[Item]:
+    """All questions of the files, in order. Raises UpfitError for a file of another shape, or when there is no question."""
+    found = [entry for name in names for entry in _entries(Path(name))]
+    if not found:
+        raise UpfitError(f"{', '.join(names)} hold no question with an answer; give SQuAD or HotpotQA files")
+    return [
+        Item(index, "dataset", pattern, question, answer, pieces, keys, decoys, generator=f"dataset/{name}")
+        for index, (name, pattern, question, answer, pieces, keys, decoys) in enumerate(found)
+    ]
+
+
+Entry = tuple[str, str, str, str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+
+
+def _entries(path: Path) -> Iterator[Entry]:
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        yield from (_squad(path.name, told) if isinstance(told, dict) else _hotpot(path.name, told))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UpfitError(f"{path} is not shaped like SQuAD or HotpotQA ({error!r}); see docs/synth.md") from error
+
+
+def _squad(name: str, told: dict[str, Any]) -> Iterator[Entry]:
+    for article in told["data"]:
+        for paragraph in article["paragraphs"]:
+            context = " ".join(paragraph["context"].split())
+            for asked in paragraph["qas"]:
+                if asked.get("answers"):  # SQuAD 2 has questions without one
+                    yield name, "question on text", asked["question"], asked["answers"][0]["text"], (context,), (context,), ()
+
+
+def _hotpot(name: str, told: list[Any]) -> Iterator[Entry]:
+    for row in told:
+        wanted = {title for title, _ in row["supporting_facts"]}
+        texts = {title: " ".join([f"{title}:", *(part.strip() for part in parts)]) for title, parts in row["context"]}
+        pieces = tuple(text for title, text in texts.items() if title in wanted)
+        decoys = tuple(text for title, text in texts.items() if title not in wanted)[:MOST_DECOYS]
+        if pieces:
+            yield name, "question on several texts", row["question"], row["answer"], pieces, pieces, decoys

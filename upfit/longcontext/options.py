@@ -1,0 +1,59 @@
+"""The settings of `upfit synth`, one field a flag. Imports no torch, so that `--help` stays fast."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from upfit.errors import UpfitError
+from upfit.options import check, option
+
+Ask = Literal["template", "dataset"]
+Export = Literal["none", "trl", "messages", "film"]
+SHARD = re.compile(r"(\d+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to ask, of what text, in contexts of what length."""
+
+    tokenizer: str = option(help="model whose tokenizer is used: folder or hub id")
+    items: int = option(10_000, help="how many examples")
+    ask: Ask = option("template", help="where questions come from: rules over the text and invented facts, or question sets")
+    questions: list[str] | None = option(None, help="with --ask dataset: files shaped like SQuAD or HotpotQA")
+    families: list[str] | None = option(None, help="with --ask template: families of questions, in turn; default: all")
+    min_tokens: int = option(4096, help="tokens of the shortest example")
+    max_tokens: int = option(32768, help="tokens of the longest example; lengths are spread evenly between")
+    segment_tokens: int = option(128, help="tokens of a segment, at least")
+    short_share: float = option(0.1, help="share of the questions that are asked of their own text alone")
+    format: Literal["plain", "chat"] = option("plain", help="words around the context: plain, or the tokenizer's chat template")
+    decontaminate: list[str] | None = option(None, help="text to be tested on: what shares ten words in a row is left out")
+    field: str = option("text", help="field of jsonl and parquet rows that holds the text")
+    seed: int = option(0, help="seed of all that is drawn")
+    shard: str = option("0/1", help="this process's part, such as 2/8; all parts share OUT, the last one puts them together")
+    export: Export = option("none", help="also write the examples as text: for TRL, as messages, or as FILM's fields")
+
+
+def check_options(options: Options) -> tuple[int, int]:
+    """The shard as numbers. Raises UpfitError for a setting that is out of its range or goes with another."""
+    check(options)
+    limits = {
+        "--items": (options.items >= 1, options.items, "1 or more"),
+        "--segment-tokens": (options.segment_tokens >= 8, options.segment_tokens, "8 or more"),
+        "--min-tokens": (options.min_tokens >= 64, options.min_tokens, "64 or more"),
+        "--max-tokens": (options.max_tokens >= options.min_tokens, options.max_tokens, "--min-tokens or more"),
+        "--short-share": (0 <= options.short_share <= 1, options.short_share, "a share from 0 to 1"),
+    }
+    for name, (good, got, allowed) in limits.items():
+        if not good:
+            raise UpfitError(f"{name} got {got}; give {allowed}")
+    if (options.ask == "template") == bool(options.questions):
+        wanted = "--questions goes with --ask dataset" if options.questions else f"--ask {options.ask} needs --questions"
+        raise UpfitError(f"{wanted}; see docs/synth.md")
+    for name in options.questions or ():
+        if not Path(name).is_file():
+            raise UpfitError(f"--questions {name} is not here; give files")
+    found = SHARD.fullmatch(options.shard)
+    if not found or not int(found[1]) < int(found[2]):
+        raise UpfitError(f"--shard got {options.shard!r}; give I/N with I from 0 to N - 1, such as 2/8")
+    return int(found[1]), int(found[2])
