@@ -101,7 +101,7 @@ def _looked_at(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "items": len(contexts),
         "families": contexts.settings["families"],
-        "repeated": contexts.settings["repeated"],
+        "rejected": contexts.settings["rejected"],
         "segments": contexts.composer.segments.about,
         "ambiguous": ambiguous,
         "recipe_bytes": (folder / "contexts.jsonl").stat().st_size / len(contexts),

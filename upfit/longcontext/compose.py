@@ -50,10 +50,10 @@ class Composer:
         self.segments, self.wording, self.seed = segments, wording, seed
         self.count, self.least, self.most = count, least, most
 
-    def recipe(self, item: Item, short: bool) -> Recipe:
-        """A length and a depth of a stratum of this item's own, and what must be left out. `short`: the pieces alone."""
+    def recipe(self, item: Item, short_share: float) -> Recipe:
+        """A length and a depth of a stratum of this item's own, and what must be left out; of some items the pieces alone."""
         rng = generator(self.seed, "recipe", item.index)
-        if short:
+        if generator(self.seed, "short", item.index).random() < short_share:
             return Recipe(item.index, 0, 0.0)
         length = (self._stratum("length", item.index) + rng.random()) / self.count
         depth = (self._stratum("depth", item.index) + rng.random()) / self.count

@@ -8,7 +8,8 @@ from typing import Literal
 from upfit.errors import UpfitError
 from upfit.options import check, option
 
-Ask = Literal["template", "dataset"]
+Ask = Literal["template", "dataset", "openai", "hf", "file"]
+MODELS = ("openai", "hf", "file")
 Export = Literal["none", "trl", "messages", "film"]
 SHARD = re.compile(r"(\d+)/(\d+)")
 
@@ -22,6 +23,15 @@ class Options:
     ask: Ask = option("template", help="where questions come from: rules over the text and invented facts, or question sets")
     questions: list[str] | None = option(None, help="with --ask dataset: files shaped like SQuAD or HotpotQA")
     families: list[str] | None = option(None, help="with --ask template: families of questions, in turn; default: all")
+    model: str | None = option(
+        None, help="with --ask openai, hf or file: the model that asks: its name there, or a folder or hub id"
+    )
+    base_url: str | None = option(None, help="with --ask openai: an OpenAI-compatible server, such as http://localhost:8000/v1")
+    responses: list[str] | None = option(None, help="with --ask file: what a batch service answered to OUT.synth/requests-*")
+    concurrency: int = option(8, help="with --ask openai: requests at a time")
+    budget_tokens: int | None = option(None, help="with --ask openai: stop asking after so many tokens, prompts counted")
+    temperature: float = option(0.7, help="temperature of a model's questions")
+    several_share: float = option(0.2, help="share of a model's questions that need several segments")
     min_tokens: int = option(4096, help="tokens of the shortest example")
     max_tokens: int = option(32768, help="tokens of the longest example; lengths are spread evenly between")
     segment_tokens: int = option(128, help="tokens of a segment, at least")
@@ -42,17 +52,25 @@ def check_options(options: Options) -> tuple[int, int]:
         "--segment-tokens": (options.segment_tokens >= 8, options.segment_tokens, "8 or more"),
         "--min-tokens": (options.min_tokens >= 64, options.min_tokens, "64 or more"),
         "--max-tokens": (options.max_tokens >= options.min_tokens, options.max_tokens, "--min-tokens or more"),
+        "--concurrency": (options.concurrency >= 1, options.concurrency, "1 or more"),
+        "--temperature": (options.temperature >= 0, options.temperature, "0 or more"),
+        "--several-share": (0 <= options.several_share <= 1, options.several_share, "a share from 0 to 1"),
         "--short-share": (0 <= options.short_share <= 1, options.short_share, "a share from 0 to 1"),
     }
     for name, (good, got, allowed) in limits.items():
         if not good:
             raise UpfitError(f"{name} got {got}; give {allowed}")
-    if (options.ask == "template") == bool(options.questions):
+    if (options.ask in MODELS) != (options.model is not None):
+        raise UpfitError(f"--ask {options.ask} " + ("needs --model" if options.ask in MODELS else "goes without --model"))
+    if (options.ask == "dataset") != bool(options.questions) and options.ask in MODELS:
+        raise UpfitError("--questions goes with --ask dataset; see docs/synth.md")
+    if options.ask not in MODELS and (options.ask == "template") == bool(options.questions):
         wanted = "--questions goes with --ask dataset" if options.questions else f"--ask {options.ask} needs --questions"
         raise UpfitError(f"{wanted}; see docs/synth.md")
-    for name in options.questions or ():
-        if not Path(name).is_file():
-            raise UpfitError(f"--questions {name} is not here; give files")
+    for flag, names in (("--questions", options.questions), ("--responses", options.responses)):
+        for name in names or ():
+            if not Path(name).is_file():
+                raise UpfitError(f"{flag} {name} is not here; give files")
     found = SHARD.fullmatch(options.shard)
     if not found or not int(found[1]) < int(found[2]):
         raise UpfitError(f"--shard got {options.shard!r}; give I/N with I from 0 to N - 1, such as 2/8")

@@ -7,22 +7,20 @@ a pure function of the corpus, the settings and its number, so the bytes do not 
 import hashlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from upfit import history
 from upfit.convert.folders import check_output, staged
 from upfit.corpus import documents, files_of, local_inputs
 from upfit.errors import UpfitError
-from upfit.longcontext.ask import dataset, template
+from upfit.longcontext.ask import backends, dataset, model, template
+from upfit.longcontext.assemble import put_together
 from upfit.longcontext.compose import Composer
-from upfit.longcontext.contexts import CONTEXTS, ITEMS, SEGMENTS, SETTINGS, Contexts
-from upfit.longcontext.export import write_export
-from upfit.longcontext.items import Item, generator
+from upfit.longcontext.contexts import SEGMENTS, SETTINGS
+from upfit.longcontext.items import Item
 from upfit.longcontext.options import Options, check_options
 from upfit.longcontext.segments import Segments, ten_grams, write_segments
 from upfit.longcontext.wording import Wording
@@ -31,7 +29,14 @@ from upfit.tokenizer import identity, load_tokenizer
 
 FLUSH_EVERY = 256
 POLL_SECONDS = 1.0
-FREE = ("shard", "export")  # settings that change nothing of what is asked
+FREE = (
+    "shard",
+    "export",
+    "responses",
+    "concurrency",
+    "budget_tokens",
+    "base_url",
+)  # settings that change nothing of what is asked
 
 
 def synth(texts: list[str], out: Path, options: Options, output: Output) -> dict[str, Any]:
@@ -51,15 +56,17 @@ def synth(texts: list[str], out: Path, options: Options, output: Output) -> dict
     settings = _settings(texts, options, identity(tokenizer)["sha256"])
     _claim(work, settings)
     segments = _segmented(work, texts, local, options, tokenizer, output)
-    ask = Asker(segments, options)
-    total = ask.total if options.ask != "template" else options.items
+    ask = asker(segments, options)
+    total = len(ask.known) if isinstance(ask, Known) else options.items
     composer = Composer(segments, wording, options.seed, max(1, total), options.min_tokens, options.max_tokens)
+    if isinstance(ask, Model) and (waiting := ask.gather(work, range(shard, total, shards), f"{shard}-of-{shards}", output)):
+        return waiting
     _do_part(work / f"part-{shard}-of-{shards}.jsonl", range(shard, total, shards), ask, composer, options, output)
     parts = [work / f"part-{index}-of-{shards}.jsonl" for index in range(shards)]
     missing = [path.name for path in parts if not _whole(path)]
     if missing:
         return {"finished": False, "missing": missing, "work": str(work)}
-    return _put_together(work, parts, out, composer, settings, options)
+    return put_together(work, parts, out, composer, settings, options)
 
 
 def check_families(options: Options) -> None:
@@ -110,21 +117,73 @@ def _grams(name: str, field: str, output: Output) -> Iterator[int]:
         yield from ten_grams(text)
 
 
-class Asker:
-    """Item number → item, or None where there is none; `total` of them."""
+@dataclass(frozen=True)
+class Known:
+    """Questions that are there already."""
 
-    def __init__(self, segments: Segments, options: Options) -> None:
-        self.known = dataset.read(options.questions or []) if options.ask == "dataset" else []
-        self.total = min(len(self.known), options.items) if options.ask == "dataset" else options.items
-        families = options.families or list(template.FAMILIES)
-        self.ask: Callable[[int], Item | None] = lambda index: template.ask(segments, families, options.seed, index)
+    known: list[Item]
 
-    def __call__(self, index: int) -> Item | None:
-        return self.known[index] if self.known else self.ask(index)
+    def __call__(self, index: int) -> Item | str:
+        return self.known[index]
+
+
+@dataclass(frozen=True)
+class Template:
+    segments: Segments
+    options: Options
+
+    def __call__(self, index: int) -> Item | str:
+        families = self.options.families or list(template.FAMILIES)
+        return template.ask(self.segments, families, self.options.seed, index) or "nothing to ask"
+
+
+@dataclass
+class Model:
+    """Questions of a language model: `gather` has them answered, then they are read one by one."""
+
+    segments: Segments
+    options: Options
+    texts: dict[int, str] = field(default_factory=dict)
+
+    def _request(self, index: int) -> model.Request:
+        return model.request(self.segments, self.options.seed, index, self.options.several_share)
+
+    def gather(self, work: Path, indices: range, part: str, output: Output) -> dict[str, Any] | None:
+        """Ask for what is not answered yet; what is still waited for, as `synth` returns it, or None."""
+        answers = backends.Answers(work / f"answers-{part}.jsonl")
+        if self.options.ask == "file" and self.options.responses:
+            backends.ingest(self.options.responses, set(indices), answers)
+        left = [self._request(index) for index in indices if index not in answers.texts]
+        self.texts = answers.texts
+        if not left:
+            return None
+        if self.options.ask == "file":
+            requests = work / f"requests-{part}.jsonl"
+            backends.write_requests(left, requests, self.options)
+            return {"finished": False, "missing": [f"responses to {len(left)} requests in {requests}"], "work": str(work)}
+        with output.progress("asking", len(indices)) as meter:
+            meter.advance(len(indices) - len(left))
+            backends.BACKENDS[self.options.ask](left, answers, self.options, meter)
+        still = sum(index not in answers.texts for index in indices)
+        if not still:
+            return None
+        return {"finished": False, "missing": [f"{still} questions, for --budget-tokens is used up"], "work": str(work)}
+
+    def __call__(self, index: int) -> Item | str:
+        return model.read(self._request(index), self.texts[index], self.segments, f"{self.options.ask}/{self.options.model}")
+
+
+Asker = Known | Template | Model
+
+
+def asker(segments: Segments, options: Options) -> Asker:
+    if options.ask == "dataset":
+        return Known(dataset.read(options.questions or [])[: options.items])
+    return Template(segments, options) if options.ask == "template" else Model(segments, options)
 
 
 def _do_part(path: Path, indices: range, ask: Asker, composer: Composer, options: Options, output: Output) -> None:
-    """A line for each item of this part, in order: the item and its recipe, or its number alone where nothing could be asked.
+    """A line for each item of this part, in order: the item and its recipe, or why there is none.
 
     What stands in the file already is not done again; a torn last line is cut off.
     """
@@ -135,11 +194,10 @@ def _do_part(path: Path, indices: range, ask: Asker, composer: Composer, options
         meter.advance(done)
         for number, index in enumerate(indices[done:], 1):
             item = ask(index)
-            if item is None:
-                file.write(f"{index}\n")
+            if isinstance(item, str):
+                file.write(f"{index}\t{item}\n")
             else:
-                short = bool(generator(options.seed, "short", index).random() < options.short_share)
-                file.write(f"{index}\t{composer.recipe(item, short).line()}\t{item.line()}\n")
+                file.write(f"{index}\t{composer.recipe(item, options.short_share).line()}\t{item.line()}\n")
             meter.advance(1)
             if number % FLUSH_EVERY == 0:
                 file.flush()
@@ -162,41 +220,3 @@ def _repaired(path: Path) -> int:
 
 def _whole(path: Path) -> bool:
     return path.exists() and path.read_bytes().endswith(b"end\n")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            parts = line.rstrip("\n").split("\t")
-            if len(parts) == 3:
-                yield int(parts[0]), parts[1], parts[2]
-
-
-def _put_together(
-    work: Path, parts: list[Path], out: Path, composer: Composer, settings: dict[str, Any], options: Options
-) -> dict[str, Any]:
-    """All parts as one folder, by item number; of equal questions of a family the first is kept."""
-    found = sorted((line for path in parts for line in _lines(path)), key=lambda line: line[0])
-    asked: set[tuple[str, str]] = set()
-    counts: dict[str, int] = {}
-    patterns: dict[str, str] = {}
-    with staged(out) as folder:
-        with open(folder / ITEMS, "w", encoding="utf-8") as items, open(folder / CONTEXTS, "w", encoding="utf-8") as contexts:
-            for _, recipe, line in found:
-                item = Item.read(line)
-                if (item.family, item.question) in asked:
-                    continue
-                asked.add((item.family, item.question))
-                items.write(line + "\n")
-                contexts.write(recipe + "\n")
-                counts[item.family] = counts.get(item.family, 0) + 1
-                patterns[item.family] = item.pattern
-        shutil.copytree(work / SEGMENTS, folder / SEGMENTS, copy_function=os.link)
-        told = {"items": len(asked), "repeated": len(found) - len(asked), "families": counts, "patterns": patterns}
-        (folder / SETTINGS).write_text(json.dumps(settings | told, indent=2) + "\n", encoding="utf-8")
-        if options.export != "none":
-            write_export(Contexts(folder, composer.wording), options.export)
-        origin = {"name": ", ".join(settings["texts"]), "revision": None, "path": None}
-        history.write(folder, [history.step("synth", origin, asdict(options), told)])
-    shutil.rmtree(work)
-    return {"finished": True, "out": str(out), **told, "bytes": (out / CONTEXTS).stat().st_size}

@@ -1,0 +1,73 @@
+"""The parts of a synthesis, put together: sorted, nothing asked twice, gaps filled with invented facts where wanted."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from upfit import history
+from upfit.convert.folders import staged
+from upfit.longcontext.ask import template
+from upfit.longcontext.compose import Composer, Recipe
+from upfit.longcontext.contexts import CONTEXTS, ITEMS, SEGMENTS, SETTINGS, Contexts
+from upfit.longcontext.export import write_export
+from upfit.longcontext.items import Item
+from upfit.longcontext.options import Options
+
+
+def put_together(
+    work: Path, parts: list[Path], out: Path, composer: Composer, settings: dict[str, Any], options: Options
+) -> dict[str, Any]:
+    """All parts as the folder `out`, by item number; what was written. The work folder goes when that stands."""
+    rejected: Counter[str] = Counter()
+    families: Counter[str] = Counter()
+    patterns: dict[str, str] = {}
+    with staged(out) as folder:
+        with open(folder / ITEMS, "w", encoding="utf-8") as items, open(folder / CONTEXTS, "w", encoding="utf-8") as contexts:
+            for item, recipe in _kept(parts, composer, options, rejected):
+                items.write(item.line() + "\n")
+                contexts.write(recipe.line() + "\n")
+                families[item.family] += 1
+                patterns[item.family] = item.pattern
+        shutil.copytree(work / SEGMENTS, folder / SEGMENTS, copy_function=os.link)
+        told = {"items": families.total(), "rejected": dict(rejected), "families": dict(families), "patterns": patterns}
+        (folder / SETTINGS).write_text(json.dumps(settings | told, indent=2) + "\n", encoding="utf-8")
+        if options.export != "none":
+            write_export(Contexts(folder, composer.wording), options.export)
+        origin = {"name": ", ".join(settings["texts"]), "revision": None, "path": None}
+        history.write(folder, [history.step("synth", origin, asdict(options), told)])
+    shutil.rmtree(work)
+    return {"finished": True, "out": str(out), **told, "bytes": (out / CONTEXTS).stat().st_size}
+
+
+def _kept(parts: list[Path], composer: Composer, options: Options, rejected: Counter[str]) -> Iterator[tuple[Item, Recipe]]:
+    """Items and recipes by number. Of equal questions of a family the first is kept; where the text has given no other, a fact
+    is invented if families that invent are asked for. `rejected` counts what there was no item for."""
+    spare = [name for name in options.families or template.FAMILIES if template.FAMILIES[name].made]
+    asked: set[tuple[str, str]] = set()
+    for index, told in sorted((line for path in parts for line in _lines(path)), key=lambda line: line[0]):
+        item, reason = (Item.read(told[1]), "asked before") if len(told) == 2 else (None, told[0])
+        if item is not None and (item.family, item.question) not in asked:
+            recipe = Recipe.read(told[0])
+        elif options.ask == "template" and spare:
+            item = template.ask(composer.segments, spare, options.seed, index)
+            assert item is not None
+            recipe = composer.recipe(item, options.short_share)
+        else:
+            rejected[reason] += 1
+            continue
+        asked.add((item.family, item.question))
+        yield item, recipe
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number, and recipe and item or a reason."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            number, *rest = line.rstrip("\n").split("\t")
+            if rest:
+                yield int(number), rest
