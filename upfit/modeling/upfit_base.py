@@ -106,6 +106,7 @@ class OwnConfig(PreTrainedConfig):
         key = (cls, stock)
         if key not in _configs:
             body = {"__module__": cls.__module__, "_auto_class": "AutoConfig", "stock": stock, "own_type": cls.model_type}
+            body["base_model_type"] = base_model_type  # transformers before 5.20 writes a config without arguments to compare
             _configs[key] = made = type(cls.__name__, (_Told, stock), body)
             for auto, model in cls.models.items():
                 if stock in auto._model_mapping:
@@ -133,8 +134,8 @@ class OwnModel(PreTrainedModel):
         stock = stock[0] if isinstance(stock, tuple) else stock
         key = (cls, stock)
         if key not in _models:
-
-            def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+            # Without annotations: vLLM asks isinstance() of them.
+            def __init__(self, config, *args, **kwargs):
                 stock.__init__(self, config, *args, **kwargs)
                 cls.swap(self, config)
 
