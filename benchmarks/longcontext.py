@@ -97,7 +97,7 @@ def _looked_at(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ambiguous += any(key.encode() in text for text in texts for key in item.keys)
         if recipe.tokens:
             lengths.append((len(contexts[index][0]) - args.min_tokens) / (args.max_tokens - args.min_tokens))
-            depths.append(context.places[0] / len(context.parts))
+            depths += [place / len(context.parts) for place in context.places]
     return {
         "items": len(contexts),
         "families": contexts.settings["families"],

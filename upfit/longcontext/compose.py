@@ -6,6 +6,7 @@ the place of the first piece, so that a small set is as even as a large one (IN2
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class Composer:
     def __init__(self, segments: Segments, wording: Wording, seed: int, count: int, least: int, most: int) -> None:
         self.segments, self.wording, self.seed = segments, wording, seed
         self.count, self.least, self.most = count, least, most
+        self.tokens = lru_cache(maxsize=1)(wording.tokens)  # a recipe is tried, then used, for one item at a time
 
     def recipe(self, item: Item, short_share: float) -> Recipe:
         """A length and a depth of a stratum of this item's own, and what must be left out; of some items the pieces alone."""
@@ -78,7 +80,7 @@ class Composer:
 
     def _fixed(self, item: Item) -> int:
         """Tokens of everything but fillers."""
-        own = self.wording.tokens(item)
+        own = self.tokens(item)
         used = sum(int(self.segments.lengths[piece]) for piece in item.pieces if isinstance(piece, int))
         return len(self.wording.before) + sum(map(len, own.values())) + used
 
@@ -131,7 +133,7 @@ class Composer:
 
     def example(self, item: Item, recipe: Recipe) -> tuple[np.ndarray, int]:
         """Tokens [tokens] uint32 of prompt and answer, and where the answer begins."""
-        own, parts = self.wording.tokens(item), self.context(item, recipe).parts
+        own, parts = self.tokens(item), self.context(item, recipe).parts
         middle = [self.segments.tokens(part) if isinstance(part, int) else own[part] for part in parts]
         prompt = [self.wording.before, *middle, own[ASKED]]
         return np.concatenate([*prompt, own[ANSWERED]]), sum(map(len, prompt))

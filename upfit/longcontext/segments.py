@@ -38,15 +38,15 @@ class Segments:
     @cached_property
     def table(self) -> np.ndarray:
         """[segments + 1, 3] int64: where tokens and bytes of a segment begin, and its document."""
-        return np.load(self.folder / TABLE, mmap_mode="r")
+        return np.load(self.folder / TABLE)
 
     @cached_property
     def ids(self) -> np.ndarray:
-        return np.memmap(self.folder / IDS, dtype=np.uint32, mode="r")
+        return np.asarray(np.memmap(self.folder / IDS, dtype=np.uint32, mode="r"))  # slices of a memmap itself are slow
 
     @cached_property
     def letters(self) -> np.ndarray:
-        return np.memmap(self.folder / TEXTS, dtype=np.uint8, mode="r")
+        return np.asarray(np.memmap(self.folder / TEXTS, dtype=np.uint8, mode="r"))
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -60,8 +60,13 @@ class Segments:
     def __len__(self) -> int:
         return len(self.table) - 1
 
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where the tokens of each segment begin, and where the last end."""
+        return self.table[:, 0].tolist()
+
     def tokens(self, index: int) -> np.ndarray:
-        return self.ids[self.table[index, 0] : self.table[index + 1, 0]]
+        return self.ids[self.starts[index] : self.starts[index + 1]]
 
     def raw(self, index: int) -> bytes:
         return self.letters[self.table[index, 1] : self.table[index + 1, 1]].tobytes()
