@@ -102,7 +102,7 @@ def _looked_at(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "items": len(contexts),
         "families": contexts.settings["families"],
         "rejected": contexts.settings["rejected"],
-        "segments": contexts.composer.segments.about,
+        "segments": {key: value for key, value in contexts.composer.segments.about.items() if key != "texts"},
         "ambiguous": ambiguous,
         "recipe_bytes": (folder / "contexts.jsonl").stat().st_size / len(contexts),
         "lengths": _even(lengths),
