@@ -183,7 +183,7 @@ def test_an_error_leaves_what_stood_there(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.0, 0.02, 0.1, 0.4, 1.0])
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.4])
 def test_killed_at_any_moment_nothing_looks_finished(tmp_path: Path, delay: float) -> None:
     """SIGKILL `delay` seconds after the work folder appears: OUT is absent or whole, and the next run succeeds."""
     source = save_tiny(tmp_path / "source", tiny_llama(hidden_size=256, intermediate_size=4096, num_hidden_layers=4))

@@ -27,6 +27,7 @@ TOKENS = {"hf_good": ("alice", "write"), "hf_read": ("alice", "read"), "hf_bob":
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     # The environment is read at import, which another test may have done; and the client's waits between attempts are seconds.
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # as the tests of CI are otherwise
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     with Hub(TOKENS) as hub:
         yield hub
@@ -256,7 +257,8 @@ def test_the_client_publishes_through_faults_and_sends_a_finished_file_once(hub:
     assert len(done) == len(files) and set(done.values()) == {1}
 
 
-def test_it_runs_alone() -> None:
+def test_it_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     command = [sys.executable, "-m", "tests.hub", "--token", "hf_x=carol:read"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
         assert process.stdout

@@ -120,6 +120,13 @@ def test_work_of_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
         synth(TEXT[:1], tmp_path / "out", replace(options, seed=1), QUIET)
 
 
+def test_after_a_mistake_other_text_may_be_given(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UpfitError, match="no text is left"):
+        synth([str(tmp_path / "empty.txt")], tmp_path / "out", replace(OPTIONS, items=4), QUIET)
+    assert synth(TEXT[:1], tmp_path / "out", replace(OPTIONS, items=4), QUIET)["items"] == 4
+
+
 def test_what_an_evaluation_holds_is_left_out(tmp_path: Path) -> None:
     options = replace(OPTIONS, items=6, decontaminate=[str(LIBRARY / "decoder.py")])
     synth(TEXT[:1], tmp_path / "out", options, QUIET)

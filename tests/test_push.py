@@ -65,6 +65,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with Hub(TOKENS, lfs_threshold=10_000) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # as the tests of CI are otherwise
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         for place in ("huggingface_hub.utils._http.time.sleep", "upfit.publish.hub.time.sleep"):
             monkeypatch.setattr(place, lambda seconds: None)
@@ -91,7 +92,13 @@ def test_what_is_pushed_loads_from_the_hub_without_upfit(folders: Path, hub: Hub
         [answer] = push(str(folders / name), f"alice/{name}", LICENSED, None, QUIET)
         same(hub, folders / name, repo=f"alice/{name}")
         assert answer["url"].endswith(name) and answer["commit"] == hub.repo(f"alice/{name}").head().id
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "home"),
+    }
     command = [sys.executable, "-c", LOAD, str(tmp_path / "logits.pt"), *VARIANTS]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -228,7 +235,13 @@ def test_refusals_are_one_line(
 
 
 def test_the_token_is_never_told(folders: Path, hub: Hub) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
     environment |= {"HF_TOKEN": "hf_secret_and_wrong"}
     command = [sys.executable, "-m", "upfit", "--debug", "push", str(folders / "gqa"), REPO, "--license", "mit"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -244,7 +257,13 @@ def test_the_example_goes_from_the_checkpoint_to_the_hub(tmp_path: Path) -> None
         (shim / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n', encoding="utf-8")
         (shim / name).chmod(0o755)
     with Hub(TOKENS) as hub:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
         environment |= {"HF_TOKEN": TOKEN, "PATH": f"{shim}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
         environment |= {"TOKENS": "5k", "CALIBRATION_TOKENS": "3k", "LENGTH": "256", "WINDOWS": "4"}
         command = [str(ROOT / "examples" / "end_to_end.sh"), str(tmp_path / "out"), REPO]

@@ -82,10 +82,11 @@ def _settings(texts: list[str], options: Options, tokenizer: str) -> dict[str, A
 
 
 def _claim(work: Path, settings: dict[str, Any]) -> None:
-    """The work folder of these settings. Raises UpfitError when it holds work of others."""
+    """The work folder of these settings. Raises UpfitError when it holds work of others (settings alone are no work)."""
     work.mkdir(parents=True, exist_ok=True)
     path, text = work / SETTINGS, json.dumps(settings, indent=2) + "\n"
-    if not path.exists():
+    begun = any(entry.name != SETTINGS for entry in work.iterdir())
+    if not path.exists() or not begun:
         partial = work / f"{SETTINGS}.{os.getpid()}"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
