@@ -254,19 +254,13 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Architecture, heads, parameters, KV bytes per token, history, and what the model can become."""
-    from upfit.convert.describe import describe
+    from upfit.convert.describe import as_rows, describe
 
     output = Output(as_json)
     told = describe(model, revision)
     output.json(told)
     rows = [
-        ["architecture", f"{told['model_type']} ({told['class']})"],
-        ["parameters", f"{human_count(told['parameters'])} in {human_bytes(told['bytes'])}, {', '.join(told['dtypes'])}"],
-        ["attention layers", str(told["layers"])],
-        ["query heads", ", ".join(map(str, told["heads"]))],
-        ["key/value heads", ", ".join(map(str, told["kv_heads"]))],
-        ["head width", ", ".join(map(str, told["head_dim"]))],
-        ["KV cache", f"{told['kv_bytes_per_token']:,} bytes a token"],
+        *as_rows(told),
         *[["history" if not i else "", f"{s['date']}  {s['verb']}"] for i, s in enumerate(told["history"])],
         *[["can become" if not i else "", line] for i, line in enumerate(told["can_become"])],
     ]

@@ -8,6 +8,7 @@ from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.folders import find_source
 from upfit.convert.recipe import find_recipes
 from upfit.convert.skeleton import model_class_for
+from upfit.output import human_bytes, human_count
 from upfit.own import is_own
 
 
@@ -37,3 +38,16 @@ def describe(model: str, revision: str | None = None) -> dict[str, Any]:
             "history": history.read(source.path),
             "can_become": [f"{name} {offer}".strip() for name, offer in offers.items() if offer],
         }
+
+
+def as_rows(told: dict[str, Any]) -> list[list[str]]:
+    """Name and value, as people read them, of what `describe` tells of the model itself."""
+    return [
+        ["architecture", f"{told['model_type']} ({told['class']})"],
+        ["parameters", f"{human_count(told['parameters'])} in {human_bytes(told['bytes'])}, {', '.join(told['dtypes'])}"],
+        ["attention layers", str(told["layers"])],
+        ["query heads", ", ".join(map(str, told["heads"]))],
+        ["key/value heads", ", ".join(map(str, told["kv_heads"]))],
+        ["head width", ", ".join(map(str, told["head_dim"]))],
+        ["KV cache", f"{told['kv_bytes_per_token']:,} bytes a token"],
+    ]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from upfit.convert.describe import as_rows
 from upfit.evaluate.tables import half_width, interval
 from upfit.output import human_bytes, human_count
 from upfit.report import figures
@@ -31,16 +32,7 @@ def tell(story: Story) -> list[Section]:
 
 
 def _facts(facts: dict[str, Any]) -> Section:
-    rows = [
-        ["architecture", f"{facts['model_type']} ({facts['class']})"],
-        ["parameters", f"{human_count(facts['parameters'])} in {human_bytes(facts['bytes'])}, {', '.join(facts['dtypes'])}"],
-        ["attention layers", str(facts["layers"])],
-        ["query heads", ", ".join(map(str, facts["heads"]))],
-        ["key/value heads", ", ".join(map(str, facts["kv_heads"]))],
-        ["head width", ", ".join(map(str, facts["head_dim"]))],
-        ["KV cache", f"{facts['kv_bytes_per_token']:,} bytes a token"],
-    ]
-    return Section("What it is", tables=[Table("", ["", ""], rows)])
+    return Section("What it is", tables=[Table("", ["", ""], as_rows(facts))])
 
 
 def _history(steps: list[dict[str, Any]]) -> Section:
