@@ -86,7 +86,7 @@ def test_no_place_of_this_machine_is_published(folder: Path) -> None:
         ({"name": "/home/me/model", "path": "/home/me/model", "revision": None}, {"name": "model", "revision": None}),
         ({"command": "upfit convert gqa /home/me/a '/home/m e/b' --calibration ~/c"},
          {"command": "upfit convert gqa a b --calibration c"}),
-        (["/a/b.txt", "C:\\me\\b.txt", "a/b", "3 / 4", "see https://x.y/z", "from ['/root/w/t'] on", 1.5],
+        (["/a/b.txt", "C:\\me\\b.txt", "a/b", "3 / 4", "see https://x.y/z", "from ['/srv/w/t'] on", 1.5],
          ["b.txt", "b.txt", "a/b", "3 / 4", "see https://x.y/z", "from ['t'] on", 1.5]),
     ],
 )  # fmt: skip
