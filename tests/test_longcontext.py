@@ -145,6 +145,8 @@ def test_what_an_evaluation_holds_is_left_out(tmp_path: Path) -> None:
         ({"shard": "3/3"}, "--shard got '3/3'"),
         ({"ask": "dataset"}, "needs --questions"),
         ({"questions": ["a.json"]}, "goes with --ask dataset"),
+        ({"base_url": "http://localhost"}, "--base-url goes with --ask openai"),
+        ({"ask": "hf"}, "needs --model"),
         ({"format": "chat"}, "chat template"),
     ],
 )

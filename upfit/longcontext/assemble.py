@@ -1,7 +1,6 @@
 """The parts of a synthesis, put together: sorted, nothing asked twice, gaps filled with invented facts where wanted."""
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ def put_together(
                 contexts.write(recipe.line() + "\n")
                 families[item.family] += 1
                 patterns[item.family] = item.pattern
-        shutil.copytree(work / SEGMENTS, folder / SEGMENTS, copy_function=os.link)
+        shutil.copytree(work / SEGMENTS, folder / SEGMENTS)
         told = {"items": families.total(), "rejected": dict(rejected), "families": dict(families), "patterns": patterns}
         (folder / SETTINGS).write_text(json.dumps(settings | told, indent=2) + "\n", encoding="utf-8")
         if options.export != "none":

@@ -20,7 +20,7 @@ class Options:
 
     tokenizer: str = option(help="model whose tokenizer is used: folder or hub id")
     items: int = option(10_000, help="how many examples")
-    ask: Ask = option("template", help="where questions come from: rules over the text and invented facts, or question sets")
+    ask: Ask = option("template", help="where questions come from: rules, question sets, or a language model")
     questions: list[str] | None = option(None, help="with --ask dataset: files shaped like SQuAD or HotpotQA")
     families: list[str] | None = option(None, help="with --ask template: families of questions, in turn; default: all")
     model: str | None = option(
@@ -53,6 +53,7 @@ def check_options(options: Options) -> tuple[int, int]:
         "--min-tokens": (options.min_tokens >= 64, options.min_tokens, "64 or more"),
         "--max-tokens": (options.max_tokens >= options.min_tokens, options.max_tokens, "--min-tokens or more"),
         "--concurrency": (options.concurrency >= 1, options.concurrency, "1 or more"),
+        "--budget-tokens": (options.budget_tokens is None or options.budget_tokens >= 1, options.budget_tokens, "1 or more"),
         "--temperature": (options.temperature >= 0, options.temperature, "0 or more"),
         "--several-share": (0 <= options.several_share <= 1, options.several_share, "a share from 0 to 1"),
         "--short-share": (0 <= options.short_share <= 1, options.short_share, "a share from 0 to 1"),
@@ -60,13 +61,19 @@ def check_options(options: Options) -> tuple[int, int]:
     for name, (good, got, allowed) in limits.items():
         if not good:
             raise UpfitError(f"{name} got {got}; give {allowed}")
-    if (options.ask in MODELS) != (options.model is not None):
-        raise UpfitError(f"--ask {options.ask} " + ("needs --model" if options.ask in MODELS else "goes without --model"))
-    if (options.ask == "dataset") != bool(options.questions) and options.ask in MODELS:
-        raise UpfitError("--questions goes with --ask dataset; see docs/synth.md")
-    if options.ask not in MODELS and (options.ask == "template") == bool(options.questions):
-        wanted = "--questions goes with --ask dataset" if options.questions else f"--ask {options.ask} needs --questions"
-        raise UpfitError(f"{wanted}; see docs/synth.md")
+    goes = {
+        "--model": (options.model, MODELS),
+        "--questions": (options.questions, ("dataset",)),
+        "--families": (options.families, ("template",)),
+        "--base-url": (options.base_url, ("openai",)),
+        "--budget-tokens": (options.budget_tokens, ("openai",)),
+        "--responses": (options.responses, ("file",)),
+    }
+    for flag, (given, asks) in goes.items():
+        if given is not None and options.ask not in asks:
+            raise UpfitError(f"{flag} goes with --ask {' or '.join(asks)}, not {options.ask}; see docs/synth.md")
+        if given is None and flag in ("--model", "--questions") and options.ask in asks:
+            raise UpfitError(f"--ask {options.ask} needs {flag}; see docs/synth.md")
     for flag, names in (("--questions", options.questions), ("--responses", options.responses)):
         for name in names or ():
             if not Path(name).is_file():

@@ -29,14 +29,8 @@ from upfit.tokenizer import identity, load_tokenizer
 
 FLUSH_EVERY = 256
 POLL_SECONDS = 1.0
-FREE = (
-    "shard",
-    "export",
-    "responses",
-    "concurrency",
-    "budget_tokens",
-    "base_url",
-)  # settings that change nothing of what is asked
+# Settings that change nothing of what is asked.
+FREE = ("shard", "export", "responses", "concurrency", "budget_tokens", "base_url")
 
 
 def synth(texts: list[str], out: Path, options: Options, output: Output) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from upfit.publish import front
 from upfit.publish.portable import commit_of, portable
 from upfit.report.page import Table
 from upfit.report.sections import measured
-from upfit.report.story import Story
+from upfit.report.story import Story, newest_evaluation
 
 BEGIN, END = "<!-- upfit:begin -->", "<!-- upfit:end -->"
 SAMPLE = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +30,7 @@ ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 @dataclass(frozen=True)
 class Card:
-    """`told`: the front matter of the folder's README, `body` the rest of it, `readme` all of it."""
+    """`readme`: the README.md of the folder as it is; `base_model` and `license`: what the user says of them."""
 
     story: Story
     repo: str
@@ -54,7 +54,7 @@ class Card:
         return front.dump(front.merge(told, self._facts(), inherited)) + body
 
     def _facts(self) -> dict[str, Any]:
-        """What the hub is to know. Raises nothing: what is not known is left out."""
+        """What the hub is to know; what is not known is None."""
         verbs = [name for name, _ in conversions(self.story.steps)]
         tags = ["upfit", *verbs, *(["custom_code"] if self._own() else []), *(f"arxiv:{found}" for found in self._arxiv())]
         generates = self.story.facts["class"].endswith(("ForCausalLM", "LMHeadModel"))
@@ -158,10 +158,8 @@ class Card:
 
 def conversions(steps: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     """[name, recipe] of every conversion in the history, each once."""
-    known, names = (
-        find_recipes(),
-        [step["verb"].removeprefix("convert ") for step in steps if step["verb"].startswith("convert ")],
-    )
+    known = find_recipes()
+    names = [step["verb"].removeprefix("convert ") for step in steps if step["verb"].startswith("convert ")]
     return [(name, known[name]) for name in dict.fromkeys(names) if name in known]
 
 
@@ -175,11 +173,6 @@ def is_inherited(readme: str, steps: list[dict[str, Any]]) -> bool:
     """Whether a README is still the source's, byte for byte, as the conversion copied it."""
     digest = hashlib.sha256(readme.encode()).hexdigest()
     return any(step.get("readme_sha256") == digest for step in steps)
-
-
-def newest_evaluation(steps: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The last evaluation of the weights as they are; None when there is none since they last changed."""
-    return steps[-1]["measurements"] if steps and steps[-1]["verb"] == "evaluate" else None
 
 
 def _shape(facts: dict[str, Any]) -> list[str]:

@@ -28,13 +28,14 @@ NO_ANSWER = {"TransportError", "ConnectionError", "TimeoutError", "JSONDecodeErr
 LONGEST_WAIT = 120.0
 
 
-def connect() -> tuple[HfApi, str]:
-    """The hub and the user's name. Raises UpfitError without a token, with a wrong one, or without a network."""
+def connect() -> HfApi:
+    """The hub, with a token that it knows. Raises UpfitError without a token, with a wrong one, or without a network."""
     if get_token() is None:
         raise UpfitError("no hub token found; run `hf auth login`, or set HF_TOKEN to a token that may write")
     api = HfApi()
     with refusals("the hub does not accept your token; run `hf auth login` again, or mend HF_TOKEN"):
-        return api, str(call(api.whoami, "asking the hub who you are")["name"])
+        call(api.whoami, "asking the hub who you are")
+    return api
 
 
 def check_name(repo: str) -> None:

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from upfit import history
-from upfit.convert.checkpoint import open_checkpoint
+from upfit.convert.checkpoint import INDEX, open_checkpoint
 from upfit.convert.folders import NEVER_COPIED, SIDE_FILES, contained
 from upfit.convert.skeleton import load_strictly
 from upfit.errors import UpfitError
 from upfit.own import is_own, shipped
 
-INDEX = "model.safetensors.index.json"
 CARD = "README.md"
 LICENCES = ("LICEN[SC]E*", "COPYING*", "NOTICE*", "USE_POLICY*")
 

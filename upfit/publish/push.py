@@ -17,11 +17,8 @@ from upfit.publish.portable import portable
 from upfit.report.story import gather
 
 Ask = Callable[[str], bool]
-OURS = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".py",
-)  # of an earlier push; such files that are no longer written are deleted
+# Of an earlier push: such files are deleted when they are no longer part of the model.
+OURS = (".safetensors", ".safetensors.index.json", ".py")
 HARMLESS = {".gitattributes", CARD, "LICENSE"}
 
 
@@ -58,10 +55,10 @@ def push(model: str, repo: str, options: Options, ask: Ask | None, output: Outpu
         settle(parcel.doubts, options, ask)
     from upfit.publish import hub
 
-    api, user = hub.connect()
+    api = hub.connect()
     answers = [_send(api, parcel, options, ask, output) for parcel in parcels]
     if options.collection:
-        hub.collect(api, repo.split("/")[0] or user, options.collection, [parcel.repo for parcel in parcels])
+        hub.collect(api, repo.split("/")[0], options.collection, [parcel.repo for parcel in parcels])
     return answers
 
 

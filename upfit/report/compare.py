@@ -4,7 +4,7 @@ from typing import Any
 
 from upfit.evaluate.tables import half_width
 from upfit.output import human_bytes, human_count
-from upfit.report.story import Story, gather
+from upfit.report.story import Story, gather, newest_evaluation
 
 COLUMNS = ("model", "parameters", "KV heads", "KV a token", "trained on", "nats per token", "against source")
 
@@ -17,18 +17,12 @@ def compare(models: list[str]) -> list[dict[str, Any]]:
     groups: dict[str | None, dict[str, Any]] = {}
     for model in models:
         story = gather(model, [])
-        newest = _newest(story)
+        newest = newest_evaluation(story.steps)
         data = newest["data"] if newest else None
         title = f"{data['windows']} windows of {data['length']} tokens" if data else "Not measured (evaluate with --record)"
         group = groups.setdefault(data["sha256"] if data else None, {"title": title, "data": data, "rows": []})
         group["rows"].append(_row(model, story, newest))
     return list(groups.values())
-
-
-def _newest(story: Story) -> dict[str, Any] | None:
-    """The evaluation of the weights as they are: only one that no other verb came after."""
-    newest = story.steps[-1] if story.steps else None
-    return newest["measurements"] if newest and newest["verb"] == "evaluate" else None
 
 
 def _row(model: str, story: Story, newest: dict[str, Any] | None) -> list[str]:

@@ -69,3 +69,8 @@ def _training(path: Path) -> list[dict[str, Any]]:
         return [line for line in lines if isinstance(line["tokens"], int)]
     except (ValueError, KeyError, TypeError) as error:
         raise UpfitError(f"{path} is not what `upfit uptrain` writes ({error!r}); remove it to report without it") from error
+
+
+def newest_evaluation(steps: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last evaluation of the weights as they are; None when there is none since they last changed."""
+    return steps[-1]["measurements"] if steps and steps[-1]["verb"] == "evaluate" else None
