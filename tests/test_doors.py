@@ -10,7 +10,7 @@ FOUNDATION = {"errors", "output", "history", "options", "environment", "own", "t
 ALLOWED = {
     "modeling": {"modeling"},
     "convert": {"convert", "modeling"},
-    "uptrain": {"uptrain", "convert"},
+    "uptrain": {"uptrain", "convert", "longcontext"},
     "evaluate": {"evaluate", "convert", "tasks"},
     "tasks": {"tasks"},
     "longcontext": {"longcontext", "convert"},

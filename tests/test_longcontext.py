@@ -336,3 +336,14 @@ def test_a_question_on_several_pieces_needs_more_than_one() -> None:
     asked = "Where is the dome of the observatory of Marianne Keller now?"
     assert refused(asked, "The dome of what Keller built was moved to Chur.", pieces) is None
     assert refused(asked, "She built it in Davos.", pieces) == "needs one piece only"
+
+
+def test_a_question_without_room_is_left_out_not_cut(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "letters")  # one token a letter: a table of records alone has more than 1000
+    tokenizer, families = str(tmp_path / "letters"), ["record", "chain"]
+    options = Options(tokenizer, items=6, families=families, min_tokens=64, max_tokens=700, segment_tokens=64)
+    told = synth(TEXT[:1], tmp_path / "out", options, QUIET)
+    assert set(told["rejected"]) == {machine.TOO_LONG}
+    assert told["items"] + told["rejected"][machine.TOO_LONG] == 6
+    contexts = Contexts(tmp_path / "out", Wording(load_tokenizer(str(tmp_path / "letters")), "plain"))
+    assert all(len(ids) <= 700 for ids, _ in contexts)

@@ -13,7 +13,8 @@ from tests.folders import letter_tokenizer
 from tests.uptraining import QUIET, text
 from upfit.errors import UpfitError
 from upfit.uptrain.prepare import prepare
-from upfit.uptrain.shards import IGNORE, MANIFEST, Rows, Shards, ShardWriter
+from upfit.uptrain.rows import IGNORE, TextRows
+from upfit.uptrain.shards import MANIFEST, Shards, ShardWriter
 
 END = 1
 
@@ -139,38 +140,38 @@ def spans(folder: Path, lengths: list[int], **options: Any) -> Shards:
 
 
 def test_rows_restart_positions_and_mask_first_tokens(tmp_path: Path) -> None:
-    rows = Rows(spans(tmp_path / "d", [3, 5, 8, 5], shard_tokens=7), length=10, holdout=0, seed=0)
+    rows = TextRows(spans(tmp_path / "d", [3, 5, 8, 5], shard_tokens=7), length=10, holdout=0, seed=0)
     first, second = rows.at(0), rows.at(1)
     assert first.input_ids.tolist() == list(range(10)) and second.input_ids.tolist() == list(range(10, 20))
     assert first.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1]
     assert second.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
     assert first.labels.tolist() == [1, 2, IGNORE, 4, 5, 6, 7, IGNORE, 9, 10]
     assert second.labels.tolist() == [11, 12, 13, 14, 15, IGNORE, 17, 18, 19, 20]
-    unmasked = Rows(rows.shards, length=10, holdout=0, seed=0, document_mask=False).at(0)
+    unmasked = TextRows(rows.shards, length=10, holdout=0, seed=0, document_mask=False).at(0)
     assert unmasked.position_ids.tolist() == list(range(10)) and unmasked.labels.tolist() == first.labels.tolist()
 
 
 def test_a_document_that_begins_just_behind_a_row_is_nobodys_label(tmp_path: Path) -> None:
-    rows = Rows(spans(tmp_path / "d", [4, 5]), length=4, holdout=0, seed=0)
+    rows = TextRows(spans(tmp_path / "d", [4, 5]), length=4, holdout=0, seed=0)
     assert rows.at(0).labels.tolist() == [1, 2, 3, IGNORE] and rows.at(1).labels.tolist() == [5, 6, 7, 8]
 
 
 def test_an_epoch_takes_every_row_once_and_never_the_held_out(tmp_path: Path) -> None:
-    rows = Rows(spans(tmp_path / "d", [401]), length=4, holdout=5, seed=1)
+    rows = TextRows(spans(tmp_path / "d", [401]), length=4, holdout=5, seed=1)
     assert len(rows.holdout) == 5 and len(rows.training) == 95
     epochs = [[rows.sample(epoch * 95 + place) for place in range(95)] for epoch in range(3)]
     for epoch in epochs:
         assert sorted([*epoch, *rows.holdout]) == list(range(100))
     assert epochs[0] != epochs[1] != epochs[2]
-    again = Rows(rows.shards, length=4, holdout=5, seed=1)
+    again = TextRows(rows.shards, length=4, holdout=5, seed=1)
     assert [again.sample(place) for place in range(95)] == epochs[0]
-    other = Rows(rows.shards, length=4, holdout=5, seed=2)
+    other = TextRows(rows.shards, length=4, holdout=5, seed=2)
     assert [other.sample(place) for place in range(95)] != epochs[0] and other.holdout == rows.holdout
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
 def test_what_a_step_reads_does_not_depend_on_the_processes(tmp_path: Path, world: int) -> None:
-    rows = Rows(spans(tmp_path / "d", [401]), length=4, holdout=0, seed=0)
+    rows = TextRows(spans(tmp_path / "d", [401]), length=4, holdout=0, seed=0)
     shares = [rows.of_step(7, 6, rank, world) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     taken = [tuple(row.input_ids) for share in shares for row in share if (row.labels != IGNORE).any()]
@@ -207,7 +208,7 @@ def test_damaged_shards_are_refused(tmp_path: Path, damage: Callable[[Path], Any
 
 def test_too_little_for_a_row_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UpfitError, match="less than a row"):
-        Rows(spans(tmp_path / "d", [40]), length=40, holdout=0, seed=0)
+        TextRows(spans(tmp_path / "d", [40]), length=40, holdout=0, seed=0)
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.tiny import tiny_model
 from tests.uptraining import pooled, seeded
 from upfit.uptrain.losses import Head, Objective, chunked_loss, dense_loss
 from upfit.uptrain.models import Distiller, configured_head, examine, hidden_states
-from upfit.uptrain.shards import IGNORE
+from upfit.uptrain.rows import IGNORE
 
 N, H, V = 37, 16, 53
 FLOAT32: dict[str, Any] = dict(rtol=2e-5, atol=2e-5)  # sums of 37 · 53 float32 terms
@@ -130,11 +130,11 @@ def test_all_labels_masked_is_zero_with_zero_gradients() -> None:
 def test_an_identical_teacher_has_no_divergence() -> None:
     model = tiny_llama()
     traits = examine(model)
-    distiller = Distiller(model, traits, (tiny_llama(), traits), Objective())
+    distiller = Distiller(model, traits, (tiny_llama(), traits), {"": Objective()})
     ids = torch.arange(3, 67).reshape(2, 32)
     _, ce, kl = distiller(ids, torch.arange(32).expand(2, -1), ids)
     assert abs(kl) / ids.numel() < 1e-6 < ce
-    _, _, other = Distiller(pooled(model), traits, (model, traits), Objective())(ids, torch.arange(32).expand(2, -1), ids)
+    _, _, other = Distiller(pooled(model), traits, (model, traits), {"": Objective()})(ids, torch.arange(32).expand(2, -1), ids)
     assert other / ids.numel() > 1e-3
 
 
@@ -157,7 +157,7 @@ def test_a_head_with_a_bias_is_not_taken_for_a_plain_one() -> None:
     traits = examine(model)
     assert traits.head is None
     ids = torch.arange(3, 35)[None]
-    distiller = Distiller(model, traits, None, Objective(1.0, 0.0))
+    distiller = Distiller(model, traits, None, {"": Objective(1.0, 0.0)})
     wanted = F.cross_entropy(model(ids).logits[0], ids[0], reduction="sum")
     torch.testing.assert_close(distiller(ids, torch.arange(32)[None], ids)[1], wanted.detach())
 

@@ -72,10 +72,11 @@ def test_micro_batches_do_not_change_the_losses(shop: Workshop, tmp_path: Path) 
 
 
 def test_the_loss_is_the_mean_over_all_labels_of_the_step(shop: Workshop, tmp_path: Path) -> None:
-    from upfit.uptrain.shards import IGNORE, Rows, Shards
+    from upfit.uptrain.rows import IGNORE, TextRows
+    from upfit.uptrain.shards import Shards
 
     shop.run(tmp_path / "out", tokens="128", kl_weight=0.0, micro_batch=1)
-    rows = Rows(Shards(shop.data), 32, 4, 0).of_step(0, 4, 0, 1)
+    rows = TextRows(Shards(shop.data), 32, 4, 0).of_step(0, 4, 0, 1)
     student = save_and_load(shop)
     total, count = 0.0, 0
     for row in rows:
@@ -138,7 +139,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Make the loss of these steps (from 0; one micro-batch each) not a number."""
     original, seen = Distiller.forward, [0]
 
-    def forward(self: Distiller, *batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self: Distiller, *batch: Any) -> tuple[torch.Tensor, ...]:
         loss, ce, kl = original(self, *batch)
         if not self.training:
             return loss, ce, kl

@@ -291,7 +291,7 @@ def prepare(
 
 def _uptrain(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model to train: folder or hub id.")],
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Token shards from `upfit prepare`.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Text of `upfit prepare`, or questions of `upfit synth`.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; checkpoints go to OUT.uptrain.")],
     flags: dict[str, Any],
     config: Annotated[Path | None, typer.Option(help="TOML file with these settings; flags go first.")] = None,

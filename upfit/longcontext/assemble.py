@@ -55,6 +55,9 @@ def _kept(parts: list[Path], composer: Composer, options: Options, rejected: Cou
         elif options.ask == "template" and spare:
             item = template.ask(composer.segments, spare, options.seed, index)
             assert item is not None
+            if not composer.fits(item):
+                rejected[reason] += 1
+                continue
             recipe = composer.recipe(item, options.short_share)
         else:
             rejected[reason] += 1

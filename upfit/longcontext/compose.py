@@ -78,6 +78,10 @@ class Composer:
             step = step % self.count + 1
         return (int(rng.integers(self.count)) + index * step) % self.count
 
+    def fits(self, item: Item) -> bool:
+        """Whether pieces, decoys, question and answer have room in the longest example: without room, nothing is cut."""
+        return self._fixed(item) <= self.most
+
     def _fixed(self, item: Item) -> int:
         """Tokens of everything but fillers."""
         own = self.tokens(item)

@@ -29,6 +29,7 @@ from upfit.tokenizer import identity, load_tokenizer
 
 FLUSH_EVERY = 256
 POLL_SECONDS = 1.0
+TOO_LONG = "longer than --max-tokens by itself"
 # Settings that change nothing of what is asked.
 FREE = ("shard", "export", "responses", "concurrency", "budget_tokens", "base_url")
 
@@ -189,6 +190,8 @@ def _do_part(path: Path, indices: range, ask: Asker, composer: Composer, options
         meter.advance(done)
         for number, index in enumerate(indices[done:], 1):
             item = ask(index)
+            if not isinstance(item, str) and not composer.fits(item):
+                item = TOO_LONG
             if isinstance(item, str):
                 file.write(f"{index}\t{item}\n")
             else:

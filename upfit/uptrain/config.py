@@ -16,7 +16,7 @@ from upfit.options import flag, option
 
 DTYPES = Literal["auto", "float32", "bfloat16"]
 # Settings that change how a run is carried out but not what it computes (beyond rounding): a resumed run may change them.
-FREE = frozenset({"micro_batch", "chunk", "save_every", "keep", "max_bad_steps", "track"})
+FREE = frozenset({"micro_batch", "gradient_checkpointing", "chunk", "save_every", "keep", "max_bad_steps", "track"})
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,12 @@ class Config:
     ce_weight: float = option(0.0, help="weight of the cross-entropy with the text; 1 where there is no teacher")
     temperature: float = option(1.0, help="temperature of the KL divergence")
     teacher: str | None = option(None, help="teacher, a folder or hub id; default: the source in recipe.json; none: no teacher")
+    mix: str | None = option(None, help="with answers as DATA: token shards of general text, learned from in every step too")
+    mix_share: float = option(0.25, help="with --mix: share of a step's tokens that are general text")
+    mix_weight: float = option(1.0, help="with --mix: weight of the text's mean loss beside the answers' mean loss")
+    gradient_checkpointing: bool = option(
+        False, help="keep only the borders of layers for the backward pass and compute the rest again: slower, far less memory"
+    )
     document_mask: bool = option(True, help="keep documents packed in one row from seeing each other")
     dtype: DTYPES = option("auto", help="compute dtype; auto: bfloat16 on CUDA and on CPUs with AMX, else float32")
     chunk: int = option(512, help="token positions whose logits are in memory at once")
@@ -77,6 +83,8 @@ def check(config: Config) -> Config:
         "kl_weight": (config.kl_weight >= 0, "0 or more"),
         "ce_weight": (config.ce_weight >= 0, "0 or more"),
         "temperature": (config.temperature > 0, "a number above 0"),
+        "mix_share": (0 < config.mix_share < 1, "a share above 0 and below 1"),
+        "mix_weight": (config.mix_weight > 0, "a number above 0"),
         "chunk": (config.chunk >= 1, "1 or more"),
         "keep": (config.keep >= 1, "1 or more"),
         "holdout": (config.holdout >= 0, "0 or more"),

@@ -24,9 +24,10 @@ from upfit.errors import UpfitError
 from upfit.output import Meter, Output
 from upfit.uptrain import attention
 from upfit.uptrain.config import Config, save_interval
+from upfit.uptrain.feed import Feed, Part, micro_batches
 from upfit.uptrain.models import Distiller
+from upfit.uptrain.rows import IGNORE, Row
 from upfit.uptrain.schedule import Plan, learning_rate
-from upfit.uptrain.shards import Row, Rows
 from upfit.uptrain.state import METRICS, Counters, Workspace
 
 MEASURE_EVERY = 10  # steps
@@ -40,10 +41,10 @@ class Run:
     distiller: Distiller
     module: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    rows: Rows
+    feed: Feed
     plan: Plan
     peak: float
-    micro_batch: int
+    micro_tokens: int
     config: Config
     counters: Counters
     workspace: Workspace
@@ -56,9 +57,13 @@ class Run:
     def world(self) -> int:
         return self.accelerator.num_processes
 
+    def batches(self, rows: list[Row]) -> Iterator[list[Row]]:
+        return micro_batches(rows, self.config.micro_batch, self.micro_tokens)
+
     def total(self, values: list[float] | Tensor) -> Tensor:
-        """The sum over all processes."""
-        tensor = torch.as_tensor(values, dtype=torch.float32, device=self.accelerator.device)
+        """The sum over all processes; whole numbers up to 2^53 are exact where the device has float64."""
+        dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        tensor = torch.as_tensor(values, dtype=dtype, device=self.accelerator.device)
         return self.accelerator.reduce(tensor, "sum")
 
 
@@ -89,16 +94,18 @@ def train(run: Run) -> bool:
         meter.advance(first)
         while counters.step < plan.steps:
             start = time.monotonic()
-            window = run.rows.of_step(counters.step, plan.rows, run.accelerator.process_index, run.world)
-            labels, stopping, saving = run.total([labels_in(window), stop.is_set(), save_due(run)]).tolist()
+            parts = run.feed.of_step(counters.step, run.accelerator.process_index, run.world)
+            here = [sum(part.tokens for part in parts), *(part.labels for part in parts)]
+            stopping, saving, tokens, *labels = run.total([stop.is_set(), save_due(run), *here]).tolist()
             if stopping or saving:
                 save(run)
             if stopping:
                 return False
-            line = one_step(run, window, labels)
+            counters.tokens += round(tokens)
+            line = one_step(run, parts, labels)
             seconds = time.monotonic() - start
             counters.seconds += seconds
-            line |= {"tokens_per_second": plan.tokens_a_step / seconds, "seconds": counters.seconds}
+            line |= {"tokens_per_second": tokens / seconds, "seconds": counters.seconds}
             if counters.step % MEASURE_EVERY == 0 or counters.step == plan.steps:
                 line |= attention.measures(run.distiller.student)
             record(run, metrics, line)
@@ -106,10 +113,6 @@ def train(run: Run) -> bool:
             check_health(run)
     save(run)
     return True
-
-
-def labels_in(window: list[Row]) -> int:
-    return sum(int((row.labels >= 0).sum()) for row in window)
 
 
 def save_due(run: Run) -> bool:
@@ -130,11 +133,11 @@ def save(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def one_step(run: Run, window: list[Row], labels: float) -> dict[str, Any]:
+def one_step(run: Run, parts: list[Part], labels: list[float]) -> dict[str, Any]:
     """Gradients of this process's rows, summed over all, and one update; the step's line for metrics.jsonl.
 
-    The loss is the sum over all labels of the step divided by their number, whatever the processes and micro-batches:
-    data-parallel training averages gradients over processes, hence the factor `world`.
+    The loss of a part is the sum over all its `labels` in the step divided by their number, whatever the processes and
+    micro-batches: data-parallel training averages gradients over processes, hence the factor `world`.
     """
     counters, config = run.counters, run.config
     # Seeded by the step, so that dropout after a resume is what it would have been.
@@ -144,15 +147,17 @@ def one_step(run: Run, window: list[Row], labels: float) -> dict[str, Any]:
         group["lr"] = rate * group["scale"]
     attention.set_progress(run.distiller.student, counters.step, run.plan.steps)
     run.optimizer.zero_grad(set_to_none=True)
-    sums = torch.zeros(3, device=run.accelerator.device)
-    for at in range(0, len(window), run.micro_batch):
-        last = at + run.micro_batch >= len(window)
-        with contextlib.nullcontext() if last else run.accelerator.no_sync(run.module):
-            loss, ce, kl = run.module(*tensors(window[at : at + run.micro_batch], run.accelerator.device))
-            run.accelerator.backward(loss * (run.world / max(1.0, labels)))
-        sums += torch.stack([loss.detach(), ce, kl]).float()
+    counts = [max(1.0, count) for count in labels]
+    sums = torch.zeros(len(parts), 3, device=run.accelerator.device)
+    work = [(at, batch) for at, part in enumerate(parts) for batch in run.batches(part.rows)]
+    for number, (at, batch) in enumerate(work, 1):
+        with contextlib.nullcontext() if number == len(work) else run.accelerator.no_sync(run.module):
+            loss, ce, kl = run.module(*tensors(batch, run.accelerator.device), parts[at].name)
+            run.accelerator.backward(loss * (run.world * parts[at].weight / counts[at]))
+        sums[at] += torch.stack([loss.detach(), ce, kl]).float()
     norm = run.accelerator.clip_grad_norm_(run.distiller.parameters(), config.clip)
-    loss_mean, ce_mean, kl_mean = (run.total(sums) / max(1.0, labels)).tolist()
+    means = [[value / count for value in row] for row, count in zip(run.total(sums).tolist(), counts, strict=True)]
+    loss_mean = sum(part.weight * mean[0] for part, mean in zip(parts, means, strict=True))
     # The sums are everybody's and the gradients are averaged, so every process comes to the same answer.
     fine = math.isfinite(loss_mean) and math.isfinite(float(norm))
     if fine:
@@ -162,21 +167,35 @@ def one_step(run: Run, window: list[Row], labels: float) -> dict[str, Any]:
     counters.skipped += not fine
     return {
         "step": counters.step,
-        "tokens": counters.step * run.plan.tokens_a_step,
+        "tokens": counters.tokens,
         "loss": loss_mean,
-        "ce": ce_mean,
-        "kl": kl_mean,
+        **by_name(parts, [mean[1:] for mean in means]),
         "lr": rate,
         "grad_norm": float(norm),
         "skipped": counters.skipped,
     }
 
 
+def by_name(parts: list[Part], means: list[list[float]]) -> dict[str, float]:
+    """CE and KL of each part, by the part's name."""
+    told: dict[str, float] = {}
+    for part, (ce, kl) in zip(parts, means, strict=True):
+        told |= {f"{part.name}ce": ce, f"{part.name}kl": kl}
+    return told
+
+
 def tensors(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, positions and labels of some rows, [B, T] each."""
-    stacked = (np.stack([getattr(row, name) for row in rows]) for name in ("input_ids", "position_ids", "labels"))
-    ids, positions, labels = (torch.from_numpy(array).to(device, non_blocking=True) for array in stacked)
-    return ids, positions, labels
+    """Ids, positions and labels of some rows, [B, T] each. Shorter rows are filled up at their end, where a causal model's
+    real tokens do not look, with positions that go on and labels that do not count."""
+    longest = max(len(row.labels) for row in rows)
+    ids = np.zeros((len(rows), longest), dtype=np.int64)
+    positions, labels = np.zeros_like(ids), np.full_like(ids, IGNORE)
+    for at, row in enumerate(rows):
+        size = len(row.labels)
+        ids[at, :size], labels[at, :size], positions[at, :size] = row.input_ids, row.labels, row.position_ids
+        positions[at, size:] = row.position_ids[-1] + 1 + np.arange(longest - size)
+    moved = (torch.from_numpy(array).to(device, non_blocking=True) for array in (ids, positions, labels))
+    return next(moved), next(moved), next(moved)
 
 
 def record(run: Run, metrics: IO[str], line: dict[str, Any]) -> None:
@@ -198,7 +217,7 @@ def record(run: Run, metrics: IO[str], line: dict[str, Any]) -> None:
 def show(run: Run, meter: Meter, line: dict[str, Any], seconds_a_step: float) -> None:
     left = round(seconds_a_step * (run.plan.steps - run.counters.step))
     hours, rest = divmod(left, 3600)
-    rate = run.plan.tokens_a_step / seconds_a_step
+    rate = run.plan.tokens_a_step / seconds_a_step  # of answers about: their lengths differ
     meter.advance(1, f"loss {line['loss']:.4f}, {rate:.0f} tokens/s, {hours}:{rest // 60:02d}:{rest % 60:02d} left")
 
 
@@ -212,17 +231,16 @@ def check_health(run: Run) -> None:
 
 @torch.no_grad()
 def measure(run: Run, distiller: Distiller) -> dict[str, float]:
-    """Mean CE and KL of `distiller` over the held-out rows, in nats a token; empty without such rows."""
-    if not run.rows.holdout:
-        return {}
-    mine = run.rows.share(run.rows.holdout, run.accelerator.process_index, run.world)
+    """Mean CE and KL of `distiller` over the held-out rows of each part, in nats a token; empty without such rows."""
+    parts = run.feed.held_out(run.accelerator.process_index, run.world)
     was_training = distiller.training
     distiller.eval()
-    sums = torch.zeros(3, device=run.accelerator.device)
-    for at in range(0, len(mine), run.micro_batch):
-        batch = mine[at : at + run.micro_batch]
-        _, ce, kl = distiller(*tensors(batch, run.accelerator.device))
-        sums += torch.stack([ce.float(), kl.float(), torch.tensor(float(labels_in(batch)), device=ce.device)])
+    sums = torch.zeros(len(parts), 3, device=run.accelerator.device)
+    for at, part in enumerate(parts):
+        sums[at, 2] = part.labels
+        for batch in run.batches(part.rows):
+            _, ce, kl = distiller(*tensors(batch, run.accelerator.device), part.name)
+            sums[at, :2] += torch.stack([ce.float(), kl.float()])
     distiller.train(was_training)
-    ce_sum, kl_sum, labels = run.total(sums).tolist()
-    return {"ce": ce_sum / max(1.0, labels), "kl": kl_sum / max(1.0, labels)}
+    told = [(part, row) for part, row in zip(parts, run.total(sums).tolist(), strict=True) if row[2]]
+    return by_name([part for part, _ in told], [[ce / labels, kl / labels] for _, (ce, kl, labels) in told])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upfit.uptrain.shards import IGNORE
+from upfit.uptrain.rows import IGNORE
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from upfit.convert.checkpoint import open_checkpoint, torch_dtype
 from upfit.convert.skeleton import load_strictly
 from upfit.errors import UpfitError
 from upfit.uptrain.losses import Head, Objective, chunked_loss, dense_loss
+from upfit.uptrain.rows import IGNORE
 
 PROBE_TOKENS = 16
 EXACT, ROUNDED = 1e-4, 2e-2  # largest relative difference of two ways to the same numbers, in float32 and in shorter types
@@ -33,6 +34,9 @@ class Traits:
     takes_positions: bool
     separates_documents: bool
     head: Head | None
+
+
+Tutor = tuple[PreTrainedModel, Traits]
 
 
 def load(folder: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
@@ -76,10 +80,13 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, traits
     return model.base_model(input_ids=ids, use_cache=False, **given).last_hidden_state
 
 
-def full_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, traits: Traits) -> Tensor:
-    """The model's own logits [B, T, V]."""
+def full_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, traits: Traits, places: Tensor | None = None) -> Tensor:
+    """The model's own logits [B, T, V], or [B, P, V] at the `places` [P] of every row."""
     given = {"position_ids": positions} if traits.takes_positions else {}
-    return model(input_ids=ids, use_cache=False, **given).logits
+    if places is not None and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(input_ids=ids, use_cache=False, logits_to_keep=places, **given).logits
+    logits = model(input_ids=ids, use_cache=False, **given).logits
+    return logits if places is None else logits[:, places]
 
 
 def embedding(model: PreTrainedModel) -> Tensor:
@@ -145,41 +152,51 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 
 class Distiller(nn.Module):
-    """A student and, unseen by its parameters, a teacher: (ids, positions, labels), all [B, T] → (loss, CE, KL), summed."""
+    """A student and, unseen by its parameters, a teacher: (ids, positions, labels), all [B, T] → (loss, CE, KL), summed.
+
+    `objectives` by the name of what the rows are of; logits are made only where a label counts.
+    """
 
     def __init__(
         self,
         student: PreTrainedModel,
         traits: Traits,
-        teacher: tuple[PreTrainedModel, Traits] | None,
-        objective: Objective,
+        teacher: Tutor | None,
+        objectives: dict[str, Objective],
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.student, self.traits, self.objective, self.autocast = student, traits, objective, autocast
+        self.student, self.traits, self.objectives, self.autocast = student, traits, objectives, autocast
         self._teacher = teacher  # in a tuple, so that it is no submodule: neither trained, wrapped, nor saved
         self.whole_logits = traits.head is None or (teacher is not None and teacher[1].head is None)
 
-    def forward(self, ids: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, ids: Tensor, positions: Tensor, labels: Tensor, name: str = "") -> tuple[Tensor, Tensor, Tensor]:
+        objective = self.objectives[name]
+        teacher = self._teacher if objective.kl_weight else None
         with torch.autocast(ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             compute = self._dense if self.whole_logits else self._chunked
-            return compute(ids, positions, labels)
+            return compute(ids, positions, labels, teacher, objective)
 
-    def _chunked(self, ids: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        teacher = None
-        if self._teacher is not None:
-            model, traits = self._teacher
+    def _chunked(
+        self, ids: Tensor, positions: Tensor, labels: Tensor, teacher: Tutor | None, objective: Objective
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kept = (labels.flatten() != IGNORE).nonzero()[:, 0]
+        learned = None
+        if teacher is not None:
             with torch.no_grad():
-                states = hidden_states(model, ids, positions, traits).flatten(0, 1)
-            teacher = (states, *plain_head(model, traits))
-        hidden = hidden_states(self.student, ids, positions, self.traits).flatten(0, 1)
+                states = hidden_states(teacher[0], ids, positions, teacher[1]).flatten(0, 1)[kept]
+            learned = (states, *plain_head(*teacher))
+        hidden = hidden_states(self.student, ids, positions, self.traits).flatten(0, 1)[kept]
         weight, head = plain_head(self.student, self.traits)
-        return chunked_loss(hidden, weight, labels.flatten(), head, teacher, self.objective)
+        return chunked_loss(hidden, weight, labels.flatten()[kept], head, learned, objective)
 
-    def _dense(self, ids: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        teacher = None
-        if self._teacher is not None:
+    def _dense(
+        self, ids: Tensor, positions: Tensor, labels: Tensor, teacher: Tutor | None, objective: Objective
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        places = (labels != IGNORE).any(0).nonzero()[:, 0]
+        learned = None
+        if teacher is not None:
             with torch.no_grad():
-                teacher = full_logits(self._teacher[0], ids, positions, self._teacher[1]).flatten(0, 1)
-        student = full_logits(self.student, ids, positions, self.traits).flatten(0, 1)
-        return dense_loss(student, teacher, labels.flatten(), self.objective)
+                learned = full_logits(teacher[0], ids, positions, teacher[1], places).flatten(0, 1)
+        student = full_logits(self.student, ids, positions, self.traits, places).flatten(0, 1)
+        return dense_loss(student, learned, labels[:, places].flatten(), objective)

@@ -16,15 +16,18 @@ ADAM_BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of a run: `length` tokens a row, `rows` a step (over all processes), `steps` steps."""
+    """The size of a run: `length` tokens a row (of answers: on average), `rows` a step (over all processes), `steps` steps; and
+    rows of general text mixed in."""
 
     length: int
     rows: int
     steps: int
+    mix_length: int = 0
+    mix_rows: int = 0
 
     @property
     def tokens_a_step(self) -> int:
-        return self.rows * self.length
+        return self.rows * self.length + self.mix_rows * self.mix_length
 
     @property
     def tokens(self) -> int:
@@ -36,20 +39,44 @@ def make_plan(config: Config, longest: int | None) -> Plan:
 
     Raises UpfitError when the budget is missing or the row is longer than the model takes.
     """
-    tokens = budget(config)
+    tokens, length = budget(config), row_length(config, longest)
+    if config.batch_tokens is not None and options.parse_count(config.batch_tokens, "--batch-tokens") < length:
+        short = f"--batch-tokens {config.batch_tokens} is less than one row of {length} tokens"
+        raise UpfitError(f"{short}; raise it or lower --length")
+    rows = max(1, step_tokens(config, tokens) // length)
+    return Plan(length, rows, max(1, math.ceil(tokens / (rows * length))))
+
+
+def row_length(config: Config, longest: int | None) -> int:
+    """Tokens of a row of text, for a model that takes at most `longest`. Raises UpfitError when it takes fewer."""
     length = config.length or min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
     if longest is not None and length > longest:
         raise UpfitError(f"--length {length} is longer than the model's {longest} positions; choose {longest} or less")
-    if config.batch_tokens is None:
-        # Small batches are better than few steps, and a hundred steps better than a batch of one row.
-        wanted = min(max(tokens // DEFAULT_STEPS, min(MIN_BATCH_TOKENS, tokens // FEWEST_STEPS)), MAX_BATCH_TOKENS)
-        rows = max(1, wanted // length)
-    else:
-        wanted = options.parse_count(config.batch_tokens, "--batch-tokens")
-        if wanted < length:
-            raise UpfitError(f"--batch-tokens {wanted} is less than one row of {length} tokens; raise it or lower --length")
-        rows = wanted // length
-    return Plan(length, rows, max(1, math.ceil(tokens / (rows * length))))
+    return length
+
+
+def step_tokens(config: Config, tokens: int) -> int:
+    """Tokens of a step of a run of `tokens`."""
+    if config.batch_tokens is not None:
+        return options.parse_count(config.batch_tokens, "--batch-tokens")
+    # Small batches are better than few steps, and a hundred steps better than a batch of one row.
+    return min(max(tokens // DEFAULT_STEPS, min(MIN_BATCH_TOKENS, tokens // FEWEST_STEPS)), MAX_BATCH_TOKENS)
+
+
+def make_answers_plan(config: Config, examples: int, mean_length: int, longest: int | None) -> Plan:
+    """The plan for `examples` questions of `mean_length` tokens: once over all of them where no budget is given.
+
+    With `--mix`, rows of text make up `mix_share` of a step's tokens, at least one row.
+    """
+    mixed = config.mix is not None
+    share = config.mix_share if mixed else 0.0
+    told = config.tokens is not None or config.share is not None
+    tokens = budget(config) if told else round(examples * mean_length / (1 - share))
+    length = row_length(config, longest) if mixed else 0
+    wanted = step_tokens(config, tokens)
+    rows = min(examples, max(1, round(wanted * (1 - share) / mean_length)))
+    mix_rows = max(1, round(rows * mean_length * share / (1 - share) / length)) if mixed else 0
+    return Plan(mean_length, rows, max(1, math.ceil(tokens / (rows * mean_length + mix_rows * length))), length, mix_rows)
 
 
 def peak_rate(config: Config, hidden_size: int) -> float:

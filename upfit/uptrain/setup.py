@@ -15,14 +15,16 @@ from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.folders import Source, check_output, find_source, teacher_source
 from upfit.errors import UpfitError
 from upfit.output import Output, human_count
-from upfit.tokenizer import identity, load_tokenizer
 from upfit.uptrain import attention, models
+from upfit.uptrain.answers import AnswerRows
 from upfit.uptrain.config import FREE, Config
+from upfit.uptrain.data import Data, lay_out
+from upfit.uptrain.feed import MAIN, MIX, Feed
 from upfit.uptrain.loop import Run
 from upfit.uptrain.losses import Objective
-from upfit.uptrain.models import Distiller, Traits
-from upfit.uptrain.schedule import ADAM_BETAS, Plan, make_plan, peak_rate
-from upfit.uptrain.shards import Rows, Shards
+from upfit.uptrain.models import Distiller, Traits, Tutor
+from upfit.uptrain.preflight import preflight
+from upfit.uptrain.schedule import ADAM_BETAS, Plan, peak_rate
 from upfit.uptrain.state import Counters, Workspace
 
 MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_CPU = 8192, 2048
@@ -30,9 +32,12 @@ CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments
 TIMEOUT = timedelta(hours=2)  # other processes wait while the first one writes a large model
 
 
-def find_teacher(config: Config, source: Source, output: Output) -> Source | None:
-    """The model to learn from; None (said in a note) when the run is to do without. Raises UpfitError when it is gone."""
-    if config.kl_weight == 0 or config.teacher == "none":
+def find_teacher(config: Config, source: Source, data: Data, output: Output) -> Source | None:
+    """The model to learn from; None (said in a note) when the run is to do without. Raises UpfitError when it is gone.
+
+    Answers are learned from the data: only text has a teacher.
+    """
+    if config.kl_weight == 0 or config.teacher == "none" or not data.texts:
         return None
     if config.teacher is not None:
         return find_source(config.teacher)
@@ -42,23 +47,13 @@ def find_teacher(config: Config, source: Source, output: Output) -> Source | Non
     return teacher
 
 
-def check_places(out: Path, source: Source, shards: Shards, teacher: Source | None, config: Config, overwrite: bool) -> None:
+def check_places(out: Path, source: Source, data: Data, teacher: Source | None, config: Config, overwrite: bool) -> None:
     """Raise UpfitError when `out` overlaps what is read or the disk cannot hold it and the checkpoints."""
     with open_checkpoint(source.path) as checkpoint:
         result, parameters = checkpoint.nbytes, checkpoint.numel
     needed = result + parameters * (4 + CHECKPOINT_BYTES * (config.keep + 1))
-    for place in (source.path, shards.folder, *([teacher.path] if teacher else [])):
+    for place in (source.path, *data.folders, *([teacher.path] if teacher else [])):
         check_output(out, place, needed, overwrite)
-
-
-def check_tokenizer(source: Source, shards: Shards) -> None:
-    """Raise UpfitError when the shards were not cut by the model's tokenizer."""
-    told = shards.manifest["tokenizer"]
-    if identity(load_tokenizer(str(source.path)))["sha256"] != told["sha256"]:
-        raise UpfitError(
-            f"{shards.folder} was made with the tokenizer of {told['name']}, which is not that of {source.name}; "
-            f"run upfit prepare again with --tokenizer {source.name}"
-        )
 
 
 def make_accelerator(config: Config, out: Path) -> Accelerator:
@@ -92,7 +87,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def load_models(
     source: Source, teacher: Source | None, dtype: torch.dtype, device: torch.device, output: Output
-) -> tuple[PreTrainedModel, Traits, tuple[PreTrainedModel, Traits] | None]:
+) -> tuple[PreTrainedModel, Traits, Tutor | None]:
     """The student in float32 and the teacher, frozen, in the type it is stored in (float32 where that is computed in)."""
     student = models.load(source.path, torch.float32, device)
     traits = models.examine(student)
@@ -109,7 +104,8 @@ def load_models(
             )
     if traits.head is None or (pair is not None and pair[1].head is None):
         output.note("the logits are more than hidden states times a matrix: they are computed whole, which needs more memory")
-    return student.train(), traits, pair
+    student.train()
+    return student, traits, pair
 
 
 def make_optimizer(student: PreTrainedModel, config: Config) -> torch.optim.AdamW:
@@ -131,48 +127,50 @@ def make_optimizer(student: PreTrainedModel, config: Config) -> torch.optim.Adam
     return torch.optim.AdamW(listed, lr=0.0, betas=ADAM_BETAS, eps=1e-8, fused=True)
 
 
-def make_objective(config: Config, with_teacher: bool) -> Objective:
+def make_objectives(config: Config, data: Data, with_teacher: bool) -> dict[str, Objective]:
+    """What is minimised on the rows of each part: on answers their cross-entropy, on text what the settings say."""
     if with_teacher:
-        return Objective(config.ce_weight, config.kl_weight, config.temperature, config.chunk)
-    return Objective(config.ce_weight or 1.0, 0.0, 1.0, config.chunk)
+        text = Objective(config.ce_weight, config.kl_weight, config.temperature, config.chunk)
+    else:
+        text = Objective(config.ce_weight or 1.0, 0.0, 1.0, config.chunk)
+    answers = Objective(1.0, 0.0, 1.0, config.chunk)
+    return {MAIN: text} if data.contexts is None else {MAIN: answers, MIX: text}
 
 
 def set_up(
-    source: Source, shards: Shards, teacher: Source | None, out: Path, config: Config, accelerator: Accelerator, output: Output
+    source: Source, data: Data, teacher: Source | None, out: Path, config: Config, accelerator: Accelerator, output: Output
 ) -> Run:
     """Everything the loop needs. Raises UpfitError when data, budget and model do not fit together."""
     dtype = compute_dtype(config, accelerator.device)
     student, traits, pair = load_models(source, teacher, dtype, accelerator.device, output)
     text_config, known = student.config.get_text_config(), len(models.embedding(student))
-    if shards.manifest["largest_id"] >= known:
-        unknown = f"{shards.folder} holds token {shards.manifest['largest_id']}, the model knows {known} tokens"
+    if data.largest_id >= known:
+        unknown = f"{data.folders[-1]} holds token {data.largest_id}, the model knows {known} tokens"
         raise UpfitError(f"{unknown}; add rows to its embedding first")
-    plan = make_plan(config, getattr(text_config, "max_position_embeddings", None))
-    rows = Rows(shards, plan.length, config.holdout, config.seed, config.document_mask)
-    if len(rows.training) < plan.rows:
-        raise UpfitError(
-            f"{shards.folder} has {len(rows.training)} rows of {plan.length} tokens to train on, a step takes {plan.rows}; "
-            "add text or lower --batch-tokens"
-        )
-    if config.document_mask and not all(seen.separates_documents for seen in (traits, *([pair[1]] if pair else []))):
+    plan, feed = lay_out(data, config, getattr(text_config, "max_position_embeddings", None))
+    if (
+        data.texts
+        and config.document_mask
+        and not all(seen.separates_documents for seen in (traits, *([pair[1]] if pair else [])))
+    ):
         output.note(f"{student.__class__.__name__} cannot keep packed documents apart: those in one row see each other")
-    distiller = Distiller(
-        student, traits, pair, make_objective(config, pair is not None), None if dtype == torch.float32 else dtype
-    )
+    objectives = make_objectives(config, data, pair is not None)
+    distiller = Distiller(student, traits, pair, objectives, None if dtype == torch.float32 else dtype)
+    preflight(distiller, feed, config, accelerator.device, output)
     optimizer = make_optimizer(student, config)
     module, prepared = accelerator.prepare(distiller, optimizer)
     on_cpu = accelerator.device.type == "cpu"
-    micro = config.micro_batch or max(1, (MICRO_BATCH_TOKENS_CPU if on_cpu else MICRO_BATCH_TOKENS) // plan.length)
+    micro = MICRO_BATCH_TOKENS_CPU if on_cpu else MICRO_BATCH_TOKENS
     peak = peak_rate(config, text_config.hidden_size)
-    same = run_identity(config, plan, source, shards, teacher, dtype)
-    announce(plan, rows, peak, student, teacher, dtype, output)
+    same = run_identity(config, plan, source, data, teacher, dtype)
+    announce(plan, feed, peak, student, teacher, dtype, output)
     return Run(
-        accelerator, distiller, module, prepared, rows, plan, peak, micro, config, Counters(), Workspace(out), same, output
+        accelerator, distiller, module, prepared, feed, plan, peak, micro, config, Counters(), Workspace(out), same, output
     )
 
 
 def run_identity(
-    config: Config, plan: Plan, source: Source, shards: Shards, teacher: Source | None, dtype: torch.dtype
+    config: Config, plan: Plan, source: Source, data: Data, teacher: Source | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What must be the same for a checkpoint to be gone on from."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
@@ -181,18 +179,22 @@ def run_identity(
         **asdict(plan),
         "dtype": str(dtype),
         "model's fingerprint": models.fingerprint(source.path),
-        "data's fingerprint": shards.fingerprint,
+        "data's fingerprint": data.fingerprint,
         "teacher's fingerprint": models.fingerprint(teacher.path) if teacher else None,
     }
 
 
 def announce(
-    plan: Plan, rows: Rows, peak: float, student: PreTrainedModel, teacher: Source | None, dtype: torch.dtype, output: Output
+    plan: Plan, feed: Feed, peak: float, student: PreTrainedModel, teacher: Source | None, dtype: torch.dtype, output: Output
 ) -> None:
-    passes = plan.steps * plan.rows / len(rows.training)
+    passes = plan.steps * plan.rows / len(feed.main.training)
+    what = f"{plan.rows} rows of {plan.length} tokens"
+    if isinstance(feed.main, AnswerRows):
+        what = f"{plan.rows} questions on {plan.length} tokens, on average"
+    beside = f" and {plan.mix_rows} rows of {plan.mix_length} tokens of text" if plan.mix_rows else ""
     output.note(
         f"{human_count(student.num_parameters())} parameters, teacher {teacher.name if teacher else 'none'}, "
-        f"{plan.steps} steps of {plan.rows} rows of {plan.length} tokens "
+        f"{plan.steps} steps of {what}{beside} "
         f"({human_count(plan.tokens)} tokens, {passes:.2f} passes over the data), "
         f"learning rate {peak:.2g}, {str(dtype).removeprefix('torch.')}"
     )

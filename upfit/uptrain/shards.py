@@ -4,15 +4,12 @@
     documents.bin         int64, the position of the first token of each document, then the number of tokens
     manifest.json         what made them: tokenizer, counts, dtype, size and sha256 of every file
 
-Row k is the tokens k·length … (k+1)·length: every row has the same length, nothing is padded. There is no state: which rows a
-step takes follows from the step's number, so a resumed run reads on exactly where it stopped.
+There is no state and nothing is padded: `rows.py` tells which tokens a step takes.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ import numpy as np
 
 from upfit.errors import UpfitError
 
-IGNORE = -100  # a label that counts nothing, as in torch
 MANIFEST, DOCUMENTS = "manifest.json", "documents.bin"
 FORMAT = 1
 SHARD_TOKENS = 2**28
@@ -135,66 +131,3 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not known:
         raise UpfitError(f"{path} is not a manifest of format {FORMAT}; run upfit prepare again")
     return manifest
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of training data; the three arrays are int64 [length]."""
-
-    input_ids: np.ndarray
-    position_ids: np.ndarray
-    labels: np.ndarray
-
-
-class Rows:
-    """The rows of `shards` in the order of training, without `holdout` rows spread evenly over the data."""
-
-    def __init__(self, shards: Shards, length: int, holdout: int, seed: int, document_mask: bool = True) -> None:
-        self.shards, self.length, self.seed, self.document_mask = shards, length, seed, document_mask
-        total = (shards.tokens - 1) // length
-        held = min(holdout, total // 10)
-        self.holdout = [(2 * index + 1) * total // (2 * held) for index in range(held)]
-        self.training = np.delete(np.arange(total, dtype=np.uint32 if total < 2**32 else np.int64), self.holdout)
-        if len(self.training) == 0:
-            raise UpfitError(f"{shards.folder} holds {shards.tokens} tokens, less than a row of {length}; add text")
-
-    def at(self, row: int) -> Row:
-        """Row `row` of the data: labels are the next tokens; the first token of a document is nobody's label."""
-        start = row * self.length
-        tokens = self.shards.read(start, start + self.length + 1)
-        begins = self.shards.document_starts(start, start + self.length + 1)
-        labels = tokens[1:].copy()
-        labels[begins[begins > 0] - 1] = IGNORE
-        positions = np.arange(self.length)
-        if self.document_mask:
-            first = np.zeros(self.length, dtype=np.int64)
-            inside = begins[begins < self.length]
-            first[inside] = inside
-            positions = positions - np.maximum.accumulate(first)
-        return Row(tokens[:-1], positions, labels)
-
-    def empty(self) -> Row:
-        """A row without labels: fills up a process that has fewer rows than others."""
-        ids = np.zeros(self.length, dtype=np.int64)
-        return Row(ids, np.arange(self.length), np.full(self.length, IGNORE))
-
-    def sample(self, index: int) -> int:
-        """The row that is the `index`-th of training, counted over epochs; each epoch is its own permutation."""
-        epoch, place = divmod(index, len(self.training))
-        return int(_permuted(self, epoch)[place])
-
-    def of_step(self, step: int, rows: int, rank: int, world: int) -> list[Row]:
-        """Process `rank`'s share of the `rows` rows of step `step`.
-
-        Which rows a step takes does not depend on `world`. Every process gets the same number; some may be empty.
-        """
-        return self.share([self.sample(step * rows + place) for place in range(rows)], rank, world)
-
-    def share(self, rows: list[int], rank: int, world: int) -> list[Row]:
-        mine = [self.at(row) for row in rows[rank::world]]
-        return mine + [self.empty()] * (-(-len(rows) // world) - len(mine))
-
-
-@lru_cache(maxsize=2)
-def _permuted(rows: Rows, epoch: int) -> np.ndarray:
-    return np.random.default_rng([rows.seed, epoch]).permutation(rows.training)

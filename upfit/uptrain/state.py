@@ -34,6 +34,7 @@ class Counters:
     """How far a run is. `bad` counts the steps in a row that were skipped, `seconds` the time spent in steps of all starts."""
 
     step: int = 0
+    tokens: int = 0
     skipped: int = 0
     bad: int = 0
     seconds: float = 0.0

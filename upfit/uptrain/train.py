@@ -1,10 +1,10 @@
-"""The verb `uptrain`: a model folder and token shards in, the trained model folder out."""
+"""The verb `uptrain`: a model folder and text or questions in, the trained model folder out."""
 
 import contextlib
 import gc
 import shlex
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,21 @@ from upfit.convert.folders import Source, find_source, staged
 from upfit.options import as_flags
 from upfit.output import Output
 from upfit.uptrain.config import Config, check, dump
+from upfit.uptrain.data import Data, open_data
 from upfit.uptrain.export import export
 from upfit.uptrain.loop import Run, measure, train
 from upfit.uptrain.models import Distiller
-from upfit.uptrain.setup import check_places, check_tokenizer, find_teacher, make_accelerator, set_up
-from upfit.uptrain.shards import Shards
+from upfit.uptrain.setup import check_places, find_teacher, make_accelerator, set_up
 from upfit.uptrain.state import METRICS, restore
 
 CONFIG_FILE = "uptrain.toml"
 
 
 def uptrain(model: str, data: str, out: Path, config: Config, resume: bool, overwrite: bool, output: Output) -> dict[str, Any]:
-    """Train the model in folder (or hub id) `model` on the shards in `data` and write the result to `out`; a report.
+    """Train the model in folder (or hub id) `model` on the folder `data` and write the result to `out`; a report.
+
+    `data` is text, as `upfit prepare` writes it, or questions on long contexts, as `upfit synth` does: of those, the answers
+    alone are learned.
 
     The report has `stopped` (a SIGTERM ended the run early: a checkpoint was written, `out` was not), `step`, `steps`,
     `tokens`, `skipped`, `seconds`, `tokens_per_second`, and `holdout` with the losses before and after in nats a token.
@@ -37,9 +40,10 @@ def uptrain(model: str, data: str, out: Path, config: Config, resume: bool, over
     """
     check(config)
     out = out.expanduser().resolve()
-    source, shards = find_source(model), Shards(Path(data).expanduser().resolve())
+    source = find_source(model)
+    opened = open_data(Path(data).expanduser().resolve(), source, config)
     accelerator = make_accelerator(config, out)
-    report = _uptrain(accelerator, source, shards, out, config, resume, overwrite, output)
+    report = _uptrain(accelerator, source, opened, out, config, resume, overwrite, output)
     leave(accelerator)
     return report
 
@@ -58,7 +62,7 @@ def leave(accelerator: Accelerator) -> None:
 def _uptrain(
     accelerator: Accelerator,
     source: Source,
-    shards: Shards,
+    data: Data,
     out: Path,
     config: Config,
     resume: bool,
@@ -67,18 +71,19 @@ def _uptrain(
 ) -> dict[str, Any]:
     if not accelerator.is_main_process:
         output = Output(quiet=True)
-    teacher = find_teacher(config, source, output)
-    check_places(out, source, shards, teacher, config, overwrite)
-    check_tokenizer(source, shards)
-    run = set_up(source, shards, teacher, out, config, accelerator, output)
+    teacher = find_teacher(config, source, data, output)
+    check_places(out, source, data, teacher, config, overwrite)
+    run = set_up(source, data, teacher, out, config, accelerator, output)
     with run.workspace.held() if accelerator.is_main_process else contextlib.nullcontext():
-        report = carry_out(run, source, teacher, out, resume, overwrite)
+        report = carry_out(run, source, data, teacher, out, resume, overwrite)
     if accelerator.is_main_process and not report["stopped"]:
         run.workspace.remove()
     return report
 
 
-def carry_out(run: Run, source: Source, teacher: Source | None, out: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
+def carry_out(
+    run: Run, source: Source, data: Data, teacher: Source | None, out: Path, resume: bool, overwrite: bool
+) -> dict[str, Any]:
     """Start or go on, train, measure, and write `out` unless a signal ended the run."""
     start(run, resume, overwrite)
     if run.config.track is not None:
@@ -91,7 +96,7 @@ def carry_out(run: Run, source: Source, teacher: Source | None, out: Path, resum
     after = measure(run, run.distiller)
     report = report_of(run, {"before": run.counters.before, "after": after}, stopped=False)
     if run.accelerator.is_main_process:
-        write(run, source, teacher, out, report)
+        write(run, source, data, teacher, out, report)
     run.accelerator.wait_for_everyone()
     return report
 
@@ -115,15 +120,16 @@ def start(run: Run, resume: bool, overwrite: bool) -> None:
 def losses_before(run: Run) -> dict[str, float]:
     """Held-out losses of the student before the first step, and of the teacher on the same rows."""
     losses = measure(run, run.distiller)
-    pair = run.distiller._teacher
+    pair, objectives = run.distiller._teacher, run.distiller.objectives
     if losses and pair is not None:
-        alone = Distiller(pair[0], pair[1], None, run.distiller.objective, run.distiller.autocast)
-        losses["teacher_ce"] = measure(run, alone)["ce"]
+        plain = {name: replace(objective, kl_weight=0.0) for name, objective in objectives.items()}
+        alone = measure(run, Distiller(pair[0], pair[1], None, plain, run.distiller.autocast))
+        losses |= {f"teacher_{name}ce": alone[f"{name}ce"] for name in objectives if objectives[name].kl_weight}
     return losses
 
 
 def report_of(run: Run, holdout: dict[str, Any], stopped: bool) -> dict[str, Any]:
-    tokens = run.counters.step * run.plan.tokens_a_step
+    tokens = run.counters.tokens
     return {
         "stopped": stopped,
         "step": run.counters.step,
@@ -133,19 +139,18 @@ def report_of(run: Run, holdout: dict[str, Any], stopped: bool) -> dict[str, Any
         "seconds": round(run.counters.seconds, 3),
         "tokens_per_second": round(tokens / run.counters.seconds, 1) if run.counters.seconds else None,
         "holdout": holdout,
-        "holdout_rows": len(run.rows.holdout),
+        "holdout_rows": len(run.feed.main.holdout),
     }
 
 
-def write(run: Run, source: Source, teacher: Source | None, out: Path, report: dict[str, Any]) -> None:
+def write(run: Run, source: Source, data: Data, teacher: Source | None, out: Path, report: dict[str, Any]) -> None:
     """The finished folder: weights, metrics, the config in force, and the history with one step more."""
     chosen = {"length": run.plan.length, "rows_a_step": run.plan.rows, "peak_learning_rate": run.peak, "processes": run.world}
     options = {**asdict(run.config), "resolved": {**chosen, "compute_dtype": run.identity["dtype"]}}
     measurements = {name: value for name, value in report.items() if name != "stopped"}
-    data = {"folder": str(run.rows.shards.folder), "fingerprint": run.rows.shards.fingerprint}
     entry = history.step("uptrain", source.record(), options, measurements)
-    entry |= {"teacher": teacher.record() if teacher else None, "data": data}
-    words = ["upfit", "uptrain", source.name, data["folder"], str(out), *as_flags(run.config)]
+    entry |= {"stage": data.stage, "teacher": teacher.record() if teacher else None, "data": data.record()}
+    words = ["upfit", "uptrain", source.name, entry["data"]["folder"], str(out), *as_flags(run.config)]
     entry["command"] = shlex.join(words)
     with staged(out) as folder:
         export(run.distiller.student, source.path, folder)

@@ -1,0 +1,131 @@
+"""The folder to train on, opened: token shards of `upfit prepare`, or questions of `upfit synth`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from upfit.convert.folders import Source
+from upfit.errors import UpfitError
+from upfit.longcontext.contexts import CONTEXTS, Contexts
+from upfit.longcontext.wording import Wording
+from upfit.options import flag
+from upfit.tokenizer import identity, load_tokenizer
+from upfit.uptrain.answers import AnswerRows, fingerprint
+from upfit.uptrain.config import Config
+from upfit.uptrain.feed import Feed
+from upfit.uptrain.rows import TextRows
+from upfit.uptrain.schedule import Plan, make_answers_plan, make_plan
+from upfit.uptrain.shards import Shards
+
+OF_TEXT = ("length", "kl_weight", "ce_weight", "temperature", "teacher", "document_mask")
+OF_MIX = ("mix_share", "mix_weight")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on: `shards` of text, or `contexts` with questions; `mix` is text beside questions."""
+
+    shards: Shards | None
+    contexts: Contexts | None
+    mix: Shards | None
+
+    @property
+    def stage(self) -> str:
+        """`answers`: only those are learned; `text`: every token is."""
+        return "text" if self.contexts is None else "answers"
+
+    @property
+    def texts(self) -> list[Shards]:
+        return [shards for shards in (self.shards, self.mix) if shards is not None]
+
+    @property
+    def folders(self) -> list[Path]:
+        return [*(shards.folder for shards in self.texts), *([self.contexts.folder] if self.contexts else [])]
+
+    @property
+    def largest_id(self) -> int:
+        questions = [int(self.contexts.composer.segments.ids.max())] if self.contexts else []
+        return max([*questions, *(shards.manifest["largest_id"] for shards in self.texts)])
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal data."""
+        found = [*(shards.fingerprint for shards in self.texts), *([fingerprint(self.contexts)] if self.contexts else [])]
+        return " ".join(found)
+
+    def record(self) -> dict[str, Any]:
+        """As recipe.json keeps it: `patterns` are what was asked, so that a probe of the same kind is known for one."""
+        told: dict[str, Any] = {"folder": str(self.folders[-1]), "fingerprint": self.fingerprint}
+        if self.contexts is not None:
+            told |= {"items": len(self.contexts), "patterns": sorted(set(self.contexts.settings["patterns"].values()))}
+        return told | ({"mix": str(self.mix.folder)} if self.mix is not None else {})
+
+
+def open_data(folder: Path, source: Source, config: Config) -> Data:
+    """The data in `folder` and in `config.mix`, for the model in `source`.
+
+    Raises UpfitError when there is none, it was made with another tokenizer, or a setting would mean nothing for it.
+    """
+    mix = None if config.mix is None else Shards(Path(config.mix).expanduser().resolve())
+    if not (folder / CONTEXTS).exists():
+        _refuse_changed(config, ("mix", *OF_MIX), f"goes with answers, and {folder} holds text")
+        data = Data(Shards(folder), None, None)
+    else:
+        if mix is None:
+            _refuse_changed(config, (*OF_TEXT, *OF_MIX), "is for text, which --mix adds to answers")
+        data = Data(None, _contexts(folder, source), mix)
+    for shards in data.texts:
+        check_tokenizer(source, shards.folder, shards.manifest["tokenizer"]["sha256"], shards.manifest["tokenizer"]["name"])
+    return data
+
+
+def _contexts(folder: Path, source: Source) -> Contexts:
+    tokenizer = load_tokenizer(str(source.path))
+    contexts = Contexts(folder, Wording(tokenizer, "plain"))
+    check_tokenizer(source, folder, contexts.settings["tokenizer_sha256"], contexts.settings["options"]["tokenizer"])
+    return Contexts(folder, Wording(tokenizer, contexts.settings["options"]["format"]))
+
+
+def check_tokenizer(source: Source, folder: Path, sha256: str, name: str) -> None:
+    """Raise UpfitError when the data in `folder`, made by the tokenizer `name`, was not cut by the model's."""
+    if identity(load_tokenizer(str(source.path)))["sha256"] != sha256:
+        raise UpfitError(
+            f"{folder} was made with the tokenizer of {name}, which is not that of {source.name}; "
+            f"make it again with --tokenizer {source.name}"
+        )
+
+
+def _refuse_changed(config: Config, names: Iterable[str], reason: str) -> None:
+    defaults = {field.name: field.default for field in fields(Config)}
+    for name in names:
+        if getattr(config, name) != defaults[name]:
+            raise UpfitError(f"{flag(name)} {reason}; leave it out")
+
+
+def lay_out(data: Data, config: Config, longest: int | None) -> tuple[Plan, Feed]:
+    """How many steps of which rows, for a model that takes `longest` tokens (None: no limit known).
+
+    Raises UpfitError when data, budget and model do not fit together.
+    """
+    if data.contexts is not None:
+        answers = AnswerRows(data.contexts, config.holdout, config.seed)
+        if longest is not None and answers.longest > longest:
+            raise UpfitError(
+                f"{data.contexts.folder} has examples of up to {answers.longest} tokens, the model takes {longest}; "
+                f"make shorter ones with upfit synth --max-tokens {longest}"
+            )
+        plan = make_answers_plan(config, len(answers.training), answers.mean_length, longest)
+        mix = None
+        if data.mix is not None:
+            mix = TextRows(data.mix, plan.mix_length, config.holdout, config.seed, config.document_mask)
+        return plan, Feed(answers, plan.rows, mix, plan.mix_rows, config.mix_weight)
+    assert data.shards is not None
+    plan = make_plan(config, longest)
+    rows = TextRows(data.shards, plan.length, config.holdout, config.seed, config.document_mask)
+    if len(rows.training) < plan.rows:
+        raise UpfitError(
+            f"{data.shards.folder} has {len(rows.training)} rows of {plan.length} tokens to train on, "
+            f"a step takes {plan.rows}; add text or lower --batch-tokens"
+        )
+    return plan, Feed(rows, plan.rows)
