@@ -55,7 +55,7 @@ def test_every_verb_has_a_page() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["convert gqa", "calibrate", "merge", "prepare", "uptrain", "evaluate", "report", "push", "synth", "demo"]
+    "verb", ["convert gqa", "calibrate", "merge", "prepare", "plan", "uptrain", "evaluate", "report", "push", "synth", "demo"]
 )
 def test_flags_in_a_page_exist(verb: str) -> None:
     """Every --flag that a verb's page mentions is one of the verb's (or named as another program's)."""

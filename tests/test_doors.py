@@ -16,6 +16,7 @@ ALLOWED = {
     "longcontext": {"longcontext", "convert"},
     "publish": {"publish", "report", "evaluate", "convert"},
     "report": {"report", "evaluate", "convert"},
+    "plan": {"plan", "convert"},
     "demo": {"demo", "convert", "uptrain", "evaluate"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if not path.name.startswith("test_"))

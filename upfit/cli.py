@@ -18,6 +18,7 @@ from upfit.evaluate.options import Options as EvaluateOptions
 from upfit.longcontext.options import Options as SynthOptions
 from upfit.options import choices, flag
 from upfit.output import Output, human_bytes, human_count
+from upfit.plan.options import Options as PlanOptions
 from upfit.publish.options import Options as PushOptions
 from upfit.uptrain.config import Config as UptrainConfig
 
@@ -287,6 +288,25 @@ def prepare(
     output.json(manifest)
     output.line(f"Wrote {out}: {human_count(manifest['tokens'])} tokens of {manifest['documents']} documents")
     output.note(f"Next: upfit uptrain MODEL {out} OUT --tokens {human_count(manifest['tokens']).replace(' ', '')}")
+
+
+def _plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model to train: folder or hub id.")],
+    flags: dict[str, Any],
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """FLOPs, memory and GPU-hours of an uptraining, before anything runs."""
+    from upfit.plan.plan import plan as run
+    from upfit.plan.show import show as show_plan
+
+    output = Output(as_json)
+    told = run(model, PlanOptions(**flags), revision)
+    output.json(told)
+    show_plan(told, output)
+
+
+app.command("plan")(_with_flags(_plan, PlanOptions, "plan"))
 
 
 def _uptrain(

@@ -1,0 +1,106 @@
+"""What a plan tells is what training does: FLOPs and bytes are those of the model's own code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.folders import save_tiny, tiny_llama
+from upfit import history
+from upfit.errors import UpfitError
+from upfit.plan.options import Options
+from upfit.plan.plan import plan
+from upfit.plan.trace import trace
+from upfit.uptrain.losses import Objective
+from upfit.uptrain.models import Distiller, examine
+from upfit.uptrain.preflight import _kept
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def config(folder: Path, **changes: Any) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text()) | changes
+
+
+def test_flops_are_those_of_the_matrices_and_of_half_a_map(folder: Path) -> None:
+    told = trace(config(folder), 64, "float32")
+    hidden, mlp, layers, heads, width, vocabulary = 32, 48, 2, 4, 8, 100
+    assert told.matrices == layers * 2 * (4 * hidden * heads * width + 3 * hidden * mlp)
+    assert told.attention == layers * 2 * heads * (64 * 65 / 2) / 64 * 2 * width
+    assert told.head == 2 * hidden * vocabulary
+    model = tiny_llama(attn_implementation="eager")
+    with FlopCounterMode(display=False) as counted:
+        model(torch.zeros(1, 64, dtype=torch.long))
+    whole_map = layers * 2 * heads * 64 * 2 * width
+    assert counted.get_total_flops() / 64 == told.matrices + told.head + whole_map
+
+
+def test_a_window_looks_at_no_more_than_it_holds(folder: Path) -> None:
+    kind = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    full, windowed = (trace(config(folder, **kind, sliding_window=size), 64, "float32").attention for size in (None, 8))
+    pairs = sum(min(8, row + 1) for row in range(64))
+    assert windowed / full == pairs / (64 * 65 / 2)
+
+
+@pytest.mark.parametrize("length", [64, 128])
+def test_kept_bytes_are_those_that_training_keeps(folder: Path, length: int) -> None:
+    model = tiny_llama().train()
+    distiller = Distiller(model, examine(model), None, {"": Objective(1.0, 0.0)})
+    head = 4 * 8 * 32 + 4 * 100 * 32 + 4 * length * 32  # its gradients, for the eight labels that are looked at
+    assert trace(config(folder), length, "float32").kept == pytest.approx(_kept(distiller, length) - head, rel=0.05)
+
+
+def test_a_share_of_the_compute_pays_for_the_teacher(folder: Path) -> None:
+    with_teacher = plan(str(folder), Options(share="5%", original_tokens="1M"))
+    alone = plan(str(folder), Options(share="5%", original_tokens="1M", teacher="none"))
+    assert alone["tokens"] == 50_000 and with_teacher["tokens"] == 37_500
+    assert with_teacher["share_of_original"] == pytest.approx(0.05) and alone["teacher_parameters"] is None
+    assert with_teacher["flops"] == pytest.approx(alone["flops"])
+
+
+def test_the_teacher_is_the_source_of_the_recipe(folder: Path, tmp_path: Path) -> None:
+    student = save_tiny(tmp_path / "student", tiny_llama(num_key_value_heads=1))
+    history.write(student, [history.step("convert mqa", {"name": "tiny", "revision": None, "path": str(folder)}, {})])
+    told = plan(str(student), Options(tokens="1M"))
+    assert told["teacher_parameters"] == tiny_llama().num_parameters() > told["parameters"]
+    assert told["flops_a_token"]["teacher"] > told["flops_a_token"]["forward"]
+
+
+def test_recomputed_layers_save_memory_and_cost_time(folder: Path) -> None:
+    plain, again = (plan(str(folder), Options(tokens="1M", gradient_checkpointing=on)) for on in (False, True))
+    assert again["memory"]["activations"] < plain["memory"]["activations"] and again["flops"] == plain["flops"]
+    assert again["gpu_hours"] == pytest.approx(plain["gpu_hours"] * 5 / 4)
+
+
+def test_what_cannot_fit_is_refused_with_what_would_help(folder: Path) -> None:
+    with pytest.raises(UpfitError, match="are needed on each GPU, NVIDIA A100 .* give --gradient-checkpointing"):
+        plan(str(folder), Options(tokens="1M", gpu="a100", micro_batch=10_000_000))
+
+
+WRONG: dict[str, tuple[Options, str]] = {
+    "no budget": (Options(), "the budget is missing"),
+    "two budgets": (Options(tokens="1M", share="5%"), "--tokens got company"),
+    "unknown GPU": (Options(tokens="1M", gpu="rtx"), "--gpu rtx is not known; give one of a100"),
+    "all of the peak and more": (Options(tokens="1M", mfu=1.2), "--mfu got 1.2"),
+    "longer than the model": (Options(tokens="1M", length=4096), "longer than the model's 128 positions"),
+}
+
+
+@pytest.mark.parametrize("options, words", WRONG.values(), ids=WRONG)
+def test_bad_settings_are_one_clear_line(folder: Path, options: Options, words: str) -> None:
+    with pytest.raises(UpfitError, match=words):
+        plan(str(folder), options)
+
+
+def test_code_that_looks_at_numbers_is_refused() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50, "intermediate_size": 32}
+    with pytest.raises(UpfitError, match="cannot be planned for: its code looks at numbers"):
+        trace(
+            {"model_type": "gpt_oss", "num_local_experts": 4, "num_key_value_heads": 2, "head_dim": 8, **sizes}, 32, "float32"
+        )

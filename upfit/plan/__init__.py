@@ -1,0 +1,1 @@
+"""What an uptraining will cost, before anything runs: FLOPs, memory, hours."""

@@ -1,0 +1,44 @@
+"""The settings of `upfit plan`, one field a flag. Imports no torch, so that `--help` stays fast."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from upfit.errors import UpfitError
+from upfit.options import check, flag, option
+
+
+@dataclass(frozen=True)
+class Options:
+    """The uptraining that is asked about; names are those of `upfit uptrain`."""
+
+    tokens: str | None = option(None, help="tokens to train on, such as 200k or 50M")
+    share: str | None = option(
+        None, help="instead of --tokens: the share of the original compute to spend, the teacher's counted, such as 5%"
+    )
+    original_tokens: str | None = option(None, help="tokens the model was pretrained on, such as 2T; goes with --share")
+    length: int | None = option(None, help="tokens a row; default: what the model can take, at most 2048")
+    micro_batch: int | None = option(None, help="rows at once on each GPU; default: as many as hold 8192 tokens")
+    teacher: Literal["self", "none"] = option("self", help="learn from a model of the same size, or from the text alone")
+    gradient_checkpointing: bool = option(False, help="as in upfit uptrain: layers are computed again in the backward pass")
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", help="type of the computation")
+    gpu: str = option("h200", help="kind of GPU: a100, h100, h200 or b200")
+    gpus: int = option(1, help="GPUs; each holds the whole model and a share of the rows")
+    mfu: float = option(0.4, help="share of the GPU's peak that is reached; an assumption, told as one")
+
+
+def check_options(options: Options) -> None:
+    """Raise UpfitError for a value of the wrong type or out of range."""
+    check(options)
+    limits = {
+        "length": (options.length is None or options.length >= 2, "2 or more"),
+        "micro_batch": (options.micro_batch is None or options.micro_batch >= 1, "1 or more"),
+        "gpus": (options.gpus >= 1, "1 or more"),
+        "mfu": (0 < options.mfu <= 1, "a share above 0, at most 1"),
+    }
+    for name, (good, allowed) in limits.items():
+        if not good:
+            raise UpfitError(f"{flag(name)} got {getattr(options, name)}; give {allowed}")
+    if options.tokens is not None and (options.share is not None or options.original_tokens is not None):
+        raise UpfitError("--tokens got company; give either --tokens, or --share with --original-tokens")
+    if options.tokens is None and (options.share is None or options.original_tokens is None):
+        raise UpfitError("the budget is missing; give --tokens 50M, or --share 5% with --original-tokens 2T")

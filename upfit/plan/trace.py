@@ -1,0 +1,155 @@
+"""What a model computes and keeps for a row of tokens: counted by running its own code on tensors that hold no numbers.
+
+Nothing is worked out from the shape of some known architecture, so whatever transformers can build can be planned for. The
+attention itself is stood in for: training keeps queries, keys, values, the output and one number a query (FlashAttention's
+and SDPA's fused kernels), and a causal map costs half of a full one.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, PreTrainedModel
+
+from upfit.convert.skeleton import skeleton
+from upfit.errors import UpfitError
+
+NAME = "upfit_traced"  # of our function in transformers' attention interface
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Of one model and one row of `length` tokens. FLOPs are of a forward pass, a token: those of `matrices` without the head,
+    of the `attention` (causal), and of the `head`. `kept` are bytes that autograd keeps below the head, copies of weights in
+    the type of the computation not counted; those are `cast`. `hidden` and `vocabulary` are sizes."""
+
+    length: int
+    parameters: int
+    embedding: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    matrices: float
+    attention: float
+    head: float
+    kept: int
+    cast: int
+
+    @property
+    def forward(self) -> float:
+        """FLOPs of a forward pass, a token."""
+        return self.matrices + self.attention + self.head
+
+
+class _Attention(torch.autograd.Function):
+    """Shapes alone: what a fused kernel returns and keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        ctx.save_for_backward(q, k, v, output, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("a trace has no backward pass")
+
+
+class _Counter:
+    """FLOPs of the attention calls of one trace."""
+
+    flops = 0.0
+
+    def __call__(
+        self, _: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, sliding_window: int | None = None, **__: Any
+    ) -> tuple[Tensor, None]:
+        rows, keys = q.shape[2], k.shape[2]
+        window = min(keys, sliding_window or keys)
+        pairs = rows * window - window * (window - 1) / 2  # what a causal map, cut to a window, looks at
+        self.flops += 2 * q.shape[0] * q.shape[1] * pairs * (q.shape[3] + v.shape[3])
+        return _Attention.apply(q, k, v), None
+
+
+def trace(config: dict[str, Any], length: int, dtype: str) -> Trace:
+    """Trace the class of this `config.json` on a row of `length` tokens, computing in `dtype` (weights are float32).
+
+    Raises UpfitError when the model's code cannot be run without numbers.
+    """
+    counter = _Counter()
+    AttentionInterface.register(NAME, counter)
+    with FakeTensorMode():
+        model = skeleton(_plain(config) | {"dtype": "float32"}, meta=False).train()
+        model.set_attn_implementation(NAME)
+        weights = {parameter.untyped_storage()._cdata: parameter for parameter in model.parameters()}
+        with _kept(weights) as found, FlopCounterMode(display=False) as flops, _autocast(dtype):
+            states = _run(model, length)
+        sizes = sum(parameter.numel() for parameter in weights.values())
+        embedding = next(model.get_input_embeddings().parameters()).numel()
+        vocabulary = _vocabulary(model)
+        casts = _casts(model, dtype)
+    kept = sum(size for size in found.values()) - casts
+    text = model.config.get_text_config()
+    return Trace(
+        length=length,
+        parameters=sizes,
+        embedding=embedding,
+        layers=text.num_hidden_layers,
+        hidden=states.shape[-1],
+        vocabulary=vocabulary,
+        matrices=flops.get_total_flops() / length,
+        attention=counter.flops / length,
+        head=2.0 * states.shape[-1] * vocabulary,
+        kept=kept,
+        cast=casts,
+    )
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("torch_dtype", "quantization_config")}
+
+
+def _autocast(dtype: str) -> Any:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def _run(model: PreTrainedModel, length: int) -> Tensor:
+    ids, positions = torch.zeros(1, length, dtype=torch.long), torch.arange(length)[None]
+    try:
+        return model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    except Exception as error:  # code that looks at numbers, such as routers of experts, fails in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UpfitError(f"{type(model).__name__} cannot be planned for: its code looks at numbers ({reason})") from error
+
+
+@contextmanager
+def _kept(weights: dict[int, Any]) -> Iterator[dict[int, int]]:
+    """Sizes of the storages that autograd keeps inside the block, weights themselves aside."""
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found
+
+
+def _casts(model: PreTrainedModel, dtype: str) -> int:
+    """Bytes of the weights of linear layers in the type of the computation, kept until the backward pass is done."""
+    if dtype == "float32":
+        return 0
+    head = model.get_output_embeddings()
+    linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
+    return sum(2 * weight.numel() for weight in linear)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    head = model.get_output_embeddings()
+    return head.weight.shape[0] if isinstance(head, nn.Linear) else model.config.get_text_config().vocab_size
