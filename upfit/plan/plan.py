@@ -112,21 +112,24 @@ def memory_by_part(student: Trace, teacher: Trace | None, options: Options, leng
     rows = options.micro_batch or max(1, MICRO_TOKENS // length)
     short = options.dtype == "bfloat16"
     kept = float(rows * student.kept)
+    layer = kept / student.layers  # gradients of about as many numbers, while a layer's backward pass runs
     if options.gradient_checkpointing:
-        kept = kept / student.layers + 4.0 * rows * length * student.hidden * student.layers
+        kept = layer + 4.0 * rows * length * student.hidden * student.layers
     parts = {
         "weights": 4.0 * student.parameters,
         "moments": 8.0 * student.parameters,
         "weights_in_bfloat16": float(student.cast),
         "teacher": (2.0 if short else 4.0) * teacher.parameters if teacher else 0.0,
         "activations": kept,
+        "one_layer_backward": layer,
+        "mask": rows * length**2 * (3.0 if short else 5.0),  # keeps packed documents apart: as bool, and as it is added
         # the gradient of the head is made with the loss, and its weight is cast for it
         "head": (4.0 + 2.0 * short) * student.vocabulary * student.hidden + 4.0 * rows * length * student.hidden,
         "logits": (6.0 if teacher else 4.0) * 4.0 * min(CHUNK, rows * length) * student.vocabulary,
         "gradients": 4.0 * student.parameters,
     }
     always = parts["weights"] + parts["moments"] + parts["weights_in_bfloat16"] + parts["teacher"]
-    forward = parts["activations"] + parts["head"] + parts["logits"]
+    forward = sum(parts[name] for name in ("activations", "one_layer_backward", "mask", "head", "logits"))
     return parts | {"rows": float(rows), "peak": always + max(forward, parts["gradients"])}
 
 

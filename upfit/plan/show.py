@@ -4,7 +4,12 @@ from typing import Any
 
 from upfit.output import Output, human_bytes, human_count
 
-PARTS = ("weights", "moments", "gradients", "weights_in_bfloat16", "teacher", "activations", "head", "logits")
+# fmt: off
+PARTS = (
+    "weights", "moments", "gradients", "weights_in_bfloat16", "teacher", "activations", "one_layer_backward", "mask", "head",
+    "logits",
+)
+# fmt: on
 
 
 def show(told: dict[str, Any], output: Output) -> None:

@@ -1,0 +1,95 @@
+"""Is the memory that `upfit plan` tells the memory that `upfit uptrain` takes?
+
+    python benchmarks/plan_memory.py SCRATCH --models MODEL... [--lengths 256 512] [--rows 2 4] --results RESULTS.json
+
+Each model is uptrained for two steps in float32 on this CPU, by itself as teacher, and the largest anonymous memory (RssAnon)
+of the process is told, less what it has before it loads a model, beside the plan's peak.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from convert_scale import anonymous_bytes
+
+from upfit.environment import environment
+from upfit.output import Output
+from upfit.plan.options import Options
+from upfit.plan.plan import plan
+from upfit.uptrain.prepare import prepare
+
+TEXT = Path(json.__file__).parent.parent / "argparse.py"
+IMPORTS = "import torch, transformers, accelerate, upfit.uptrain.train, time; time.sleep(2)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--models", nargs="+", required=True)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512])
+    parser.add_argument("--rows", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--results", type=Path, required=True)
+    args = parser.parse_args()
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    before = _peak([sys.executable, "-c", IMPORTS])
+    rows = []
+    for model in args.models:
+        data = args.scratch / f"tokens-{Path(model).name}"
+        if not data.exists():
+            prepare([str(TEXT)], data, model, "text", Output(quiet=True))
+        for length in args.lengths:
+            for micro in args.rows:
+                rows.append(_row(args.scratch, model, data, length, micro, before))
+                print(json.dumps(rows[-1]), flush=True)
+    told = {"before_models": before, "rows": rows, "environment": environment()}
+    args.results.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def _row(scratch: Path, model: str, data: Path, length: int, micro: int, before: int) -> dict[str, Any]:
+    out, step = scratch / "out", length * micro
+    shutil.rmtree(out, ignore_errors=True)
+    settings = ["--length", length, "--micro-batch", micro, "--batch-tokens", step, "--tokens", 2 * step, "--holdout", 0]
+    words = [
+        "-m",
+        "upfit",
+        "uptrain",
+        model,
+        data,
+        out,
+        "--teacher",
+        model,
+        "--dtype",
+        "float32",
+        "--overwrite",
+        "-q",
+        *settings,
+    ]
+    measured = _peak([sys.executable, *map(str, words)]) - before
+    options = Options(tokens="1M", length=length, micro_batch=micro, dtype="float32", teacher="self")
+    memory = plan(model, options)["memory"]
+    name = Path(model).name
+    return {"model": name, "length": length, "rows": micro, "measured": measured, "planned": memory["peak"],
+            "ratio": memory["peak"] / measured, "parts": memory}  # fmt: skip
+
+
+def _peak(command: list[str]) -> int:
+    """The largest anonymous memory that `command` has while it runs."""
+    process = subprocess.Popen(command)
+    most = 0
+    while process.poll() is None:
+        most = max(most, anonymous_bytes(process.pid))
+        try:
+            process.wait(0.02)
+        except subprocess.TimeoutExpired:
+            continue
+    if process.returncode:
+        raise SystemExit(f"{command} ended with {process.returncode}")
+    return most
+
+
+if __name__ == "__main__":
+    main()
