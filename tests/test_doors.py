@@ -11,7 +11,7 @@ ALLOWED = {
     "modeling": {"modeling"},
     "convert": {"convert", "modeling"},
     "uptrain": {"uptrain", "convert", "longcontext"},
-    "evaluate": {"evaluate", "convert", "tasks"},
+    "evaluate": {"evaluate", "convert", "tasks", "longcontext"},
     "tasks": {"tasks"},
     "longcontext": {"longcontext", "convert"},
     "publish": {"publish", "report", "evaluate", "convert"},

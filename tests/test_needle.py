@@ -96,7 +96,9 @@ def test_who_finds_it_is_told_apart(tokenizer: Any) -> None:
 
 
 def test_the_verb_tells_it() -> None:
-    options = Options(against=str(embedded_model()), windows=2, probe=["needle"], probe_samples=5, probe_length=128, length=64)
+    options = Options(
+        against=str(embedded_model()), windows=2, probe=["needle"], probe_samples=5, probe_length=[128], length=64
+    )
     told = evaluate(str(embedded_model()), options, Output(quiet=True))
     needle = told["model"]["probes"]["needle"]
     shares = [needle[f"attention_on_{name}"]["mean"] for name in ("answer", "first_token", "rest")]

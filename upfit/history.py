@@ -81,3 +81,9 @@ def teacher(folder: Path) -> dict[str, Any] | None:
         if entry["verb"].startswith("convert"):
             return entry["source"]
     return None
+
+
+def patterns(folder: Path) -> set[str]:
+    """The patterns of questions that uptraining on long contexts has taught the model in this folder."""
+    data = [entry.get("data") or {} for entry in read(folder) if entry["verb"] == "uptrain"]
+    return {name for some in data for name in some.get("patterns", ())}

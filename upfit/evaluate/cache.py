@@ -33,20 +33,28 @@ class CacheGrowth:
 
 
 class CachedModel:
-    """Calls a causal language model with its cache, whatever it calls it, and asks for the last logits only."""
+    """Calls a causal language model with its cache, whatever it calls it, and asks only for the logits that are wanted."""
 
     def __init__(self, model: Any) -> None:
         parameters = inspect.signature(model.forward).parameters
         self.model = model
         self.cache_name = "past_key_values" if "past_key_values" in parameters else "cache_params"
-        self.settings: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.keeps = "logits_to_keep" in parameters
 
     @torch.inference_mode()
     def __call__(self, ids_BT: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
         """Feed `ids_BT` after what `cache` holds. Returns the last logits [B, V] and the cache (None: the model has none)."""
-        given = {} if cache is None else {self.cache_name: cache}
-        result = self.model(input_ids=ids_BT, use_cache=True, **given, **self.settings)
-        return result.logits[:, -1], result.get(self.cache_name)
+        logits_BTV, cache = self.logits(ids_BT, cache, 1)
+        return logits_BTV[:, -1], cache
+
+    @torch.inference_mode()
+    def logits(self, ids_BT: torch.Tensor, cache: Any, last: int) -> tuple[torch.Tensor, Any]:
+        """The same with the logits of the `last` tokens [B, last, V]. A cache that is given is changed."""
+        given: dict[str, Any] = {} if cache is None else {self.cache_name: cache}
+        if self.keeps:
+            given["logits_to_keep"] = last
+        result = self.model(input_ids=ids_BT, use_cache=True, **given)
+        return result.logits[:, -last:], result.get(self.cache_name)
 
 
 def cache_tensors(cache: Any) -> list[torch.Tensor]:

@@ -2,9 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,15 +11,15 @@ import torch
 from upfit import history
 from upfit.convert.folders import Source, find_source
 from upfit.errors import UpfitError
-from upfit.evaluate import needle, tasks
 from upfit.evaluate.ablate import ablated
 from upfit.evaluate.cache import CacheGrowth, measure_cache
 from upfit.evaluate.load import check_model, free, load_config, load_model, load_tokenizer, most_positions, pick_device
 from upfit.evaluate.loss import Losses, difference, window_losses
 from upfit.evaluate.options import Options, check_options
+from upfit.evaluate.probes import PROBES, make_samples
 from upfit.evaluate.speed import hardware, measure_speed, settle_lengths
 from upfit.options import as_flags
-from upfit.output import Meter, Output
+from upfit.output import Output
 from upfit.text import Document, file_documents, python_documents
 from upfit.windows import Window, digest, make_windows, retokenised, same_tokens
 
@@ -29,29 +27,6 @@ DEFAULT_LENGTH = 512
 READ_BYTES = 4_000_000  # of text, at most, unless the windows asked for need more
 BYTES_PER_TOKEN = 16  # read per token wanted: about four times what it takes, so that the choice is a choice
 CAUSAL_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One `--probe`. `make` (tokenizers, documents, samples, length): samples for each tokenizer; `ask`: what a model does with
-    them; `record`: both as JSON can hold them; `compared`: a first model's minus a second's."""
-
-    make: Callable[[list[Any], list[Document], int, int], list[list[Any]]]
-    ask: Callable[[Any, list[Any], Meter], Any]
-    record: Callable[[Any, list[Any]], dict[str, Any]]
-    compared: Callable[[Any, Any], dict[str, Any]]
-
-
-def _needles(tokenizers: list[Any], documents: list[Document], count: int, length: int) -> list[list[Any]]:
-    return [needle.make_samples(documents, tokenizer, count, length) for tokenizer in tokenizers]
-
-
-def _questions(name: str, tokenizers: list[Any], documents: list[Document], count: int, length: int) -> list[list[Any]]:
-    return tasks.make_questions(name, tokenizers, count, length)
-
-
-PROBES = {"needle": Probe(_needles, needle.probe, needle.record, needle.compared)}
-PROBES |= {name: Probe(partial(_questions, name), tasks.probe, tasks.record, tasks.compared) for name in tasks.TASKS}
 
 
 @dataclass
@@ -81,8 +56,13 @@ class Subject:
             **self.facts,
             "loss": self.losses.record(),
             "cache": None if self.cache is None else self.cache.record(),
-            "probes": {name: PROBES[name].record(found, self.samples[name]) for name, found in self.found.items()} or None,
+            "probes": {name: self._probe(name) for name in self.found} or None,
         }
+
+    def _probe(self, name: str) -> dict[str, Any]:
+        """What a probe found, and whether the model's recipe says that it was trained on the probe's pattern."""
+        told = PROBES[name].record(self.found[name], self.samples[name])
+        return told | ({"trained_on": told["pattern"] in history.patterns(self.source.path)} if "pattern" in told else {})
 
 
 def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
@@ -176,10 +156,10 @@ def _lay_windows(subjects: list[Subject], options: Options, output: Output) -> t
             )
     if not same:
         output.note("the two tokenizers differ: losses per token are not comparable, the difference is in bits per byte")
-    tokenizers, probe_length = [subject.tokenizer for subject in subjects], options.probe_length or length
+    lengths = options.probe_length or [length]
     for name in options.probe or ():
-        made = PROBES[name].make(tokenizers, documents, options.probe_samples, probe_length)
-        for subject, samples in zip(subjects, made, strict=True):
+        readers = [(subject.source.name, subject.tokenizer, subject.most) for subject in subjects]
+        for subject, samples in zip(subjects, make_samples(name, readers, documents, options, lengths), strict=True):
             subject.samples[name] = samples
     return same, _describe(first.windows, options, length)
 

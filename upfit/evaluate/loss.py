@@ -104,9 +104,9 @@ def token_losses(model: Any, ids_BT: torch.Tensor) -> np.ndarray:
     return torch.cat(parts).cpu().double().numpy().reshape(ids_BT.shape[0], -1)
 
 
-def by_position(losses_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums [B, PARTS] and counts [PARTS] of the losses in equal parts of the window, first to last."""
+def by_position(losses_BT: np.ndarray, parts: int = PARTS) -> tuple[np.ndarray, np.ndarray]:
+    """Sums [B, parts] and counts [parts] of the losses in equal parts of the window, first to last."""
     length = losses_BT.shape[1]
-    part = np.arange(length) * PARTS // length
-    sums = np.stack([losses_BT[:, part == p].sum(1) for p in range(PARTS)], axis=1)
-    return sums, np.bincount(part, minlength=PARTS)
+    part = np.arange(length) * parts // length
+    sums = np.stack([losses_BT[:, part == p].sum(1) for p in range(parts)], axis=1)
+    return sums, np.bincount(part, minlength=parts)

@@ -22,22 +22,35 @@ class Options:
     speed_steps: int = option(32, help="tokens decoded in one timing")
     speed_repeats: int = option(5, help="timings of each kind, at least 3; the median is told")
     probe: list[str] | None = option(
-        None, help="also ask for a sentence hidden in text (needle), or to do counting, flipflop or selective-copy; repeatable"
+        None,
+        help="also ask of long contexts (val-document, val-code, val-database, key-value, multi-needle, variable-tracking), "
+        "tell the loss by position, ask for a needle, or to do counting, flipflop or selective-copy; repeatable",
     )
     ablate: str | None = option(
         None, help="also measure MODEL without a part that a conversion added, such as cope: is it of any use?"
     )
     record: bool = option(False, help="keep the result in MODEL's recipe.json, for its report and its model card")
-    probe_samples: int = option(50, help="samples of a probe: of the needle in all, of another one in each of its rows")
-    probe_length: int | None = option(None, help="tokens of a probe's text, at most; default: that of the windows")
+    probe_samples: int = option(
+        50, help="samples of a probe: questions or windows at each length, needles in all, of counting and the like in each row"
+    )
+    probe_length: list[int] | None = option(
+        None, help="tokens of a probe's text, at most; repeatable for long contexts; default: that of the windows"
+    )
+    probe_depths: int = option(5, help="depths of a long context that are asked about, one question each")
+    probe_asked: int = option(1, help="needles that one question of multi-needle asks for")
+    probe_format: Literal["plain", "chat"] = option("plain", help="words around a long context: plain, or the chat template")
+    probe_pieces: str | None = option(None, help="folder of FILM's pieces, to make the val- probes of; default: own ones")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", help="type to load the weights in")
     device: str = option("auto", help="cpu, cuda, cuda:1, ...; auto takes the accelerator if there is one")
     revision: str | None = option(None, help="revision of MODEL on the hub")
 
 
 SMALLEST = {"length": 8, "windows": 1, "batch": 1, "speed_batch": 1, "speed_steps": 1, "speed_repeats": 3}
-SMALLEST |= {"probe_samples": 1, "probe_length": 64}
-PROBES = ("needle", "counting", "flipflop", "selective-copy")
+SMALLEST |= {"probe_samples": 1, "probe_depths": 2, "probe_asked": 1}
+LEAST_PROBE_LENGTH = 64
+CONTEXT_PROBES = ("val-document", "val-code", "val-database", "key-value", "multi-needle", "variable-tracking")
+SEVERAL_LENGTHS = (*CONTEXT_PROBES, "position")
+PROBES = (*SEVERAL_LENGTHS, "needle", "counting", "flipflop", "selective-copy")
 
 
 def check_options(options: Options) -> None:
@@ -49,6 +62,22 @@ def check_options(options: Options) -> None:
             raise UpfitError(f"{flag(name)} got {value}; give at least {smallest}")
     if options.speed_lengths is not None and (not options.speed_lengths or min(options.speed_lengths) < 1):
         raise UpfitError(f"--speed-lengths got {options.speed_lengths}; give context lengths of at least 1 token")
-    for name in options.probe or ():
+    _check_probes(options)
+
+
+def _check_probes(options: Options) -> None:
+    lengths, asked_for = options.probe_length, options.probe or []
+    for name in asked_for:
         if name not in PROBES:
             raise UpfitError(f"--probe got {name!r}; give one of {', '.join(PROBES)}")
+        if lengths and len(lengths) > 1 and name not in SEVERAL_LENGTHS:
+            raise UpfitError(f"--probe {name} takes one --probe-length, not {len(lengths)}; measure it by itself")
+    if lengths is not None and (not lengths or min(lengths) < LEAST_PROBE_LENGTH):
+        raise UpfitError(f"--probe-length got {lengths}; give at least {LEAST_PROBE_LENGTH} tokens")
+    if options.probe_asked > options.probe_depths:
+        raise UpfitError(f"--probe-asked {options.probe_asked} is more than the needles; give at most {options.probe_depths}")
+    goes = {"probe_depths": CONTEXT_PROBES, "probe_asked": ("multi-needle",), "probe_format": CONTEXT_PROBES}
+    goes["probe_pieces"] = CONTEXT_PROBES[:3]
+    for name, probes in goes.items():
+        if getattr(options, name) != getattr(Options, name) and not set(probes) & set(asked_for):
+            raise UpfitError(f"{flag(name)} does nothing here; it goes with --probe {', '.join(probes)}")

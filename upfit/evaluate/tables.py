@@ -19,6 +19,10 @@ def show(result: dict[str, Any], output: Output) -> None:
     for name in subjects[0]["probes"] or ():
         if name == "needle":
             _show_needle(subjects, output)
+        elif name == "position":
+            _show_position(subjects, output)
+        elif "lengths" in subjects[0]["probes"][name]:
+            _show_depths(name, subjects, output)
         else:
             _show_task(name, subjects, output)
     if result["speed"]:
@@ -124,6 +128,40 @@ def _show_needle(subjects: list[dict[str, Any]], output: Output) -> None:
         rows.append([subject["name"], *found, *masses, logit, f"{told['largest_hidden']:.0f}"])
     head = ["model", "found", "nats per answer token", "attention on answer", "on first token", "top logit", "top hidden"]
     output.table(head, rows, "A needle in text, 95 % intervals")
+
+
+def _show_depths(name: str, subjects: list[dict[str, Any]], output: Output) -> None:
+    """Scores and nats with the gaps between depths, each beside what no effect of depth would show."""
+    first = subjects[0]["probes"][name]
+    rows = []
+    for length in first["lengths"]:
+        for subject in subjects:
+            told = subject["probes"][name]
+            row = told["lengths"][length]
+            measured = [half_width(row["average"], 3), f"{row['floor']:.3f}", *_gap(row, "")]
+            measured += [half_width(row["answer_nats_per_token"], 3), *_gap(row, "nats_")]
+            rows.append([length, subject["name"], *measured, "yes" if told["trained_on"] else "no"])
+    head = ["length", "model", "score", "floor", "gap (null 95 %)", "p", "nats a token", "gap (null 95 %)", "p", "trained on"]
+    row = next(iter(first["lengths"].values()))
+    title = f"{name.capitalize()}, {row['contexts']} contexts, {len(row['depths'])} depths, 95 % intervals over contexts"
+    output.table(head, rows, title)
+
+
+def _gap(row: dict[str, Any], prefix: str) -> list[str]:
+    gap, null = row[f"{prefix}gap"]["mean"], row[f"{prefix}null_gap"]["p95"]
+    return [f"{gap:.3f} ({null:.3f})", f"{row[f'{prefix}p_value']:.3f}"]
+
+
+def _show_position(subjects: list[dict[str, Any]], output: Output) -> None:
+    """The whole curve is in the JSON; here every fourth part of it."""
+    rows = []
+    for length in subjects[0]["probes"]["position"]["lengths"]:
+        for subject in subjects:
+            row = subject["probes"]["position"]["lengths"][length]
+            parts = [half_width(part, 3) for part in row["intervals"][3::4]]
+            rows.append([length, subject["name"], half_width(row["nats_per_token"], 4), *parts, str(row["windows"])])
+    shares = [f"to {depth + 1 / 32:.0%}" for depth in row["depths"][3::4]]
+    output.table(["length", "model", "nats per token", *shares, "windows"], rows, "Loss by position, 16 parts, every fourth")
 
 
 def _show_task(name: str, subjects: list[dict[str, Any]], output: Output) -> None:

@@ -182,9 +182,10 @@ def _probes(subjects: list[tuple[str, dict[str, Any], dict[str, Any] | None]]) -
         some = [(label, subject["probes"][name]) for label, subject, _ in subjects if name in (subject["probes"] or ())]
         rows = []
         for label, told in some:
-            for split, row in told.get("splits", {"": told}).items():
-                loss = row.get("answer_nats_per_token") or row["nats_per_answer"]
-                rows.append([f"{label} {split}".strip(), half_width(row["accuracy"], 3), half_width(loss, 3)])
+            for split, row in (told.get("splits") or told.get("lengths") or {"": told}).items():
+                loss = row.get("answer_nats_per_token") or row.get("nats_per_answer") or row["nats_per_token"]
+                right = row.get("accuracy") or row.get("average")
+                rows.append([f"{label} {split}".strip(), half_width(right, 3) if right else "", half_width(loss, 3)])
         tables.append(Table(f"Probe: {name}", ["model", "right", "nats per answer"], rows))
     return tables
 

@@ -44,7 +44,7 @@ def _code(rng: np.random.Generator) -> str:
     return "".join(rng.choice(LETTERS, 3)) + "-" + str(rng.integers(1000, 10_000))
 
 
-def _names(rng: np.random.Generator, count: int) -> list[str]:
+def new_words(rng: np.random.Generator, count: int) -> list[str]:
     """Distinct words that no language has."""
     found: dict[str, None] = {}
     while len(found) < count:
@@ -72,7 +72,7 @@ def record(rng: np.random.Generator) -> Fact:
 def chain(rng: np.random.Generator) -> Fact:
     """A number is handed from name to name; a second chain leads elsewhere."""
     hops = int(rng.integers(2, 5))
-    names = _names(rng, 2 * (hops + 1))
+    names = new_words(rng, 2 * (hops + 1))
     ours, other = names[: hops + 1], names[hops + 1 :]
     first, second = (str(number) for number in rng.choice(90_000, 2, replace=False) + 10_000)
 
@@ -87,7 +87,7 @@ def chain(rng: np.random.Generator) -> Fact:
 def world(rng: np.random.Generator) -> Fact:
     """Somebody takes a thing and walks about; where the thing is at the end follows from all of it, in order."""
     who, other = rng.choice(PEOPLE, 2, replace=False)
-    thing, name = rng.choice(THINGS), _names(rng, 1)[0]
+    thing, name = rng.choice(THINGS), new_words(rng, 1)[0]
     places = [str(place) for place in rng.choice(PLACES, 4, replace=False)]
     thing = f"{thing} of {name}"
     steps = [f"{who} went to the {places[0]} and took the {thing}.", f"{who}, still with the {thing}, went to the {places[1]}."]
@@ -101,7 +101,7 @@ def world(rng: np.random.Generator) -> Fact:
 
 def compare(rng: np.random.Generator) -> Fact:
     """Two of many measured things: which is more?"""
-    names = _names(rng, _some(rng, DECOYS))
+    names = new_words(rng, _some(rng, DECOYS))
     values = rng.choice(9000, len(names), replace=False) + 1000
     lines = [f"Mount {name} is {value} feet high." for name, value in zip(names, values, strict=True)]
     higher = names[0] if values[0] > values[1] else names[1]
@@ -112,7 +112,7 @@ def compare(rng: np.random.Generator) -> Fact:
 
 def count(rng: np.random.Generator) -> Fact:
     """How many things bear one of several marks: every one of them has to be found."""
-    name = _names(rng, 1)[0]
+    name = new_words(rng, 1)[0]
     ours, other = rng.choice(COLOURS, 2, replace=False)
     marked, rest = int(rng.integers(2, 8)), int(rng.integers(2, 8))
     numbers = rng.choice(900, marked + rest, replace=False) + 100

@@ -1,0 +1,86 @@
+"""A long text read once, in chunks, and asked about many times: every question gets a copy of the cache that the text filled.
+
+Memory is bounded by the cache and one chunk; logits are made only where they are wanted.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from upfit.errors import UpfitError
+from upfit.evaluate.cache import CachedModel
+from upfit.evaluate.load import LEAK_SHARE, LEAK_SHARE_COARSE
+from upfit.longcontext.probes.contexts import SPARE
+
+CHUNK = 512  # tokens fed together
+CHECKED = 48  # tokens that the check reads in one piece and in three
+
+
+@dataclass(frozen=True)
+class Reply:
+    """`said`: the tokens of the greedy answer, without what ended it. `nats`: loss of the true answer, a token."""
+
+    said: list[int]
+    nats: float
+
+
+class Reader:
+    """Reads contexts and answers questions with one model; `ends` are tokens that end an answer, as the end of a line does.
+
+    Raises UpfitError when the model does not go on from its cache as if it had read everything at once.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, ids: np.ndarray) -> None:
+        self.run, self.device, self.tokenizer = CachedModel(model), model.device, tokenizer
+        told = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        self.ends = {tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])}
+        self._check(self._row(ids[:CHECKED]), LEAK_SHARE.get(model.dtype, LEAK_SHARE_COARSE))
+
+    def _row(self, ids: np.ndarray | list[int]) -> torch.Tensor:
+        return torch.as_tensor(ids, dtype=torch.long, device=self.device)[None]
+
+    def _check(self, ids: torch.Tensor, share: float) -> None:
+        whole, cache = self.run(ids)
+        pieced, held = whole, None
+        for part in ids.split(-(-ids.shape[1] // 3), 1):
+            pieced, held = self.run(part, copy.deepcopy(held))
+        if cache is None or (pieced - whole).abs().max() > share * whole.abs().max():
+            raise UpfitError(
+                "long-context probes read a text once and ask after its cache, and this model does not go on from its cache "
+                "as if it had read all at once; leave these probes out"
+            )
+
+    def read(self, ids: np.ndarray) -> Any:
+        """The cache that the tokens [T] fill."""
+        cache = None
+        for part in self._row(ids).split(CHUNK, 1):
+            _, cache = self.run(part, cache)
+        return cache
+
+    def answer(self, cache: Any, asks: np.ndarray, answer: np.ndarray) -> Reply:
+        """What the model says after what was read and `asks`, greedily, at most as long as `answer` and SPARE tokens more.
+
+        The true answer is fed as a whole, for its loss. As far as the model's first choices agree with it, it is the greedy
+        answer too, and only what comes after has to be made token by token.
+        """
+        first, asked = self.run(self._row(asks), copy.deepcopy(cache))
+        wanted = self._row(answer)
+        rest, _ = self.run.logits(wanted, copy.deepcopy(asked), len(answer))
+        logits = torch.cat([first[:, None], rest], 1)[0].float()
+        nats = float(torch.nn.functional.cross_entropy(logits[:-1], wanted[0]))
+        choices = logits.argmax(-1).tolist()
+        pairs = zip(choices, answer.tolist(), strict=False)
+        agreed = next((index for index, (own, true) in enumerate(pairs) if own != true), len(answer))
+        return Reply(self._go_on(asked, choices[: agreed + 1], len(answer) + SPARE), nats)
+
+    def _go_on(self, cache: Any, said: list[int], most: int) -> list[int]:
+        """Greedy from what is said on, up to an end token, the end of a line or `most` tokens; without the end token."""
+        following = self._row(said)
+        while len(said) < most and said[-1] not in self.ends and "\n" not in self.tokenizer.decode(said).lstrip():
+            logits, cache = self.run(following, cache)
+            following = logits.argmax(-1, keepdim=True)
+            said = [*said, int(following)]
+        return said[:-1] if said[-1] in self.ends else said

@@ -1,0 +1,129 @@
+"""`--probe val-document|val-code|val-database|key-value|multi-needle|variable-tracking`: what is within a model's reach?
+
+`upfit/longcontext/probes` makes the contexts, one question for each depth of each; here a model answers them, and the answers
+are told by length and depth. Two measures: the score of the greedy answer, and the loss of the true one, which tells depths
+apart long before a small model says a whole answer right.
+
+Legend: C contexts of one length, D depths.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from upfit.evaluate import depths
+from upfit.evaluate.reading import Reader
+from upfit.longcontext.probes import scores
+from upfit.longcontext.probes.contexts import Laid
+from upfit.longcontext.probes.families import FAMILIES
+from upfit.output import Meter
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model made of one context: the text said at each depth, and its scores and nats a token of the true answer [D]."""
+
+    length: int
+    said: tuple[str, ...]
+    relaxed: np.ndarray
+    strict: np.ndarray
+    nats: np.ndarray
+
+
+@torch.inference_mode()
+def probe(model: Any, samples: list[Laid], meter: Meter) -> list[Answered]:
+    """Read each context once and ask its questions."""
+    reader = Reader(model, samples[0].tokenizer, samples[0].ids)
+    found = []
+    for laid in samples:
+        cache = reader.read(laid.ids)
+        replies = [reader.answer(cache, asks, answer) for asks, answer in zip(laid.asks, laid.answers, strict=True)]
+        said = tuple(_line(laid.tokenizer.decode(reply.said)) for reply in replies)
+        found.append(Answered(laid.length, said, *_scored(laid, said), np.array([reply.nats for reply in replies])))
+        meter.advance(1)
+    return found
+
+
+def _line(text: str) -> str:
+    """The first line of what was said that holds anything."""
+    return text.strip().split("\n")[0].strip()
+
+
+def _scored(laid: Laid, said: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    family, pairs = FAMILIES[laid.name], list(zip(laid.questions, said, strict=True))
+    relaxed = [family.relaxed(question.key, question.parts, text) for question, text in pairs]
+    strict = [scores.strict(question.answer, text) for question, text in pairs]
+    return np.array(relaxed), np.array(strict)
+
+
+def record(found: list[Answered], samples: list[Laid]) -> dict[str, Any]:
+    """As JSON can hold it, for each length: averages, gaps with their null, floors, and everything by depth."""
+    first = samples[0]
+    lengths = {}
+    for length in dict.fromkeys(laid.length for laid in samples):
+        some = [(answered, laid) for answered, laid in zip(found, samples, strict=True) if laid.length == length]
+        lengths[str(length)] = _one_length([answered for answered, _ in some], [laid for _, laid in some])
+    return {"pattern": FAMILIES[first.name].pattern, "pieces": first.source, "lengths": lengths}
+
+
+def _one_length(found: list[Answered], samples: list[Laid]) -> dict[str, Any]:
+    relaxed, strict, nats = (np.array([getattr(one, name) for one in found]) for name in ("relaxed", "strict", "nats"))
+    average, lowest = depths.average(relaxed), floor(samples)
+    at = np.array([[question.depth for question in laid.questions] for laid in samples])
+    told = {
+        "contexts": len(samples),
+        "tokens": float(np.mean([len(laid.ids) for laid in samples])),
+        "average": average.record(),
+        **depths.gap(relaxed).record(),
+        "floor": lowest,
+        "normalised": (average.value - lowest) / (1 - lowest),
+        "strict": depths.average(strict).record(),
+        "answer_nats_per_token": depths.average(nats).record(),
+        **depths.gap(nats).record("nats_"),
+        "depths": at.mean(0).tolist(),
+        "scores": relaxed.mean(0).tolist(),
+        "strict_scores": strict.mean(0).tolist(),
+        "nats": nats.mean(0).tolist(),
+    }
+    film = _film(found, samples)
+    return told | ({} if film is None else {"film": film})
+
+
+def floor(samples: list[Laid]) -> float:
+    """The mean score of who answers with the question's own key, or, where that is more, with another answer of the context."""
+    relaxed = FAMILIES[samples[0].name].relaxed
+    echo, other = [], []
+    for laid in samples:
+        for own in laid.questions:
+            echo.append(relaxed(own.key, own.parts, own.key))
+            other += [relaxed(own.key, own.parts, one.answer) for one in laid.questions if one is not own]
+    return float(max(np.mean(echo), np.mean(other)))
+
+
+def _film(found: list[Answered], samples: list[Laid]) -> dict[str, Any] | None:
+    """The same answers as FILM scores and bins them, contexts as its sets; None for a probe that FILM has not."""
+    score = FAMILIES[samples[0].name].film
+    if score is None:
+        return None
+    rows = [
+        [score(question.parts, text) for question, text in zip(laid.questions, one.said, strict=True)]
+        for laid, one in zip(samples, found, strict=True)
+    ]
+    positions = np.array([[question.position for question in laid.questions] for laid in samples])
+    bins = scores.film_bins(positions, np.array(rows))
+    means = [float(values.mean()) for values in bins]
+    return {"average": float(np.mean(means)), "gap": max(means) - min(means), "bins": means} if means else None
+
+
+def compared(first: list[Answered], second: list[Answered]) -> dict[str, Any]:
+    """First minus second at each length, paired by context."""
+    told = {}
+    for length in dict.fromkeys(one.length for one in first):
+        pairs = [(a, b) for a, b in zip(first, second, strict=True) if a.length == length]
+        told[str(length)] = {
+            name: depths.compared(*(np.array([getattr(one, field) for one in side]) for side in zip(*pairs, strict=True)))
+            for name, field in (("score", "relaxed"), ("answer_nats_per_token", "nats"))
+        }
+    return {"lengths": told}
