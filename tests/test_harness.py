@@ -90,7 +90,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny Llama, and what our own classes make of it, away from where they are equal to it."""
     root = tmp_path_factory.mktemp("models")
     folders = {"llama": save_tiny(root / "llama")}
-    for name, settings in {"diff": {"variant": "v2"}, "cope": {"gates": "constant", "positions": 6, "span": 20}}.items():
+    made: dict[str, dict[str, Any]] = {"diff": {"variant": "v2"}, "cope": {"gates": "constant", "positions": 6, "span": 20}}
+    for name, settings in made.items():
         recipe, out = find_recipes()[name], root / name
         convert(recipe, str(folders["llama"]), out, recipe.options(**settings), Settings(verify=False), QUIET)
         model: Any = AutoModelForCausalLM.from_pretrained(out)
