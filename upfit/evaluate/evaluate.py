@@ -11,6 +11,7 @@ import torch
 from upfit import history
 from upfit.convert.folders import Source, find_source
 from upfit.errors import UpfitError
+from upfit.evaluate import harness, harness_scores
 from upfit.evaluate.ablate import ablated
 from upfit.evaluate.cache import CacheGrowth, measure_cache
 from upfit.evaluate.load import check_model, free, load_config, load_model, load_tokenizer, most_positions, pick_device
@@ -44,6 +45,8 @@ class Subject:
     cache: CacheGrowth | None = None
     samples: dict[str, list[Any]] = field(default_factory=dict)  # of each probe
     found: dict[str, Any] = field(default_factory=dict)
+    asked: list[harness.Asked] = field(default_factory=list)
+    scores: dict[str, harness_scores.Scores] = field(default_factory=dict)
 
     def ids(self) -> torch.Tensor:
         """The text of all windows, as one row of tokens [tokens]."""
@@ -57,6 +60,7 @@ class Subject:
             "loss": self.losses.record(),
             "cache": None if self.cache is None else self.cache.record(),
             "probes": {name: self._probe(name) for name in self.found} or None,
+            "tasks": {label: scores.record() for label, scores in self.scores.items()} or None,
         }
 
     def _probe(self, name: str) -> dict[str, Any]:
@@ -83,6 +87,10 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
         subjects.append(_subject(find_source(options.against)))
     lengths = settle_lengths(options.speed_lengths, options.speed_steps, _least(subjects)) if options.speed else []
     same, data = _lay_windows(subjects, options, output)
+    if options.tasks:
+        asked = harness.load(options, subjects[0].tokenizer, _least(subjects), output)
+        for subject in subjects:
+            subject.asked = asked
     speed = _measure(subjects, options, lengths, device, output)
     first, second = subjects[0], subjects[1] if len(subjects) > 1 else None
     if second and first.facts["dtype"] != second.facts["dtype"]:
@@ -96,6 +104,7 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
         "probe_differences": {name: PROBES[name].compared(first.found[name], second.found[name]) for name in first.found}
         if second and first.found
         else None,
+        "task_differences": harness_scores.differences(first.scores, second.scores) if second and first.scores else None,
         "ablation": None if first.ablated is None else difference(first.ablated, _losses(first), True) | {"part": first.ablate},
         "speed": speed,
         "data": data,
@@ -218,3 +227,5 @@ def _measure_one(subject: Subject, model: Any, options: Options, output: Output)
     for probe, samples in subject.samples.items():
         with output.progress(f"{probe} of {name}", len(samples)) as meter:
             subject.found[probe] = PROBES[probe].ask(model, samples, meter)
+    if subject.asked:
+        subject.scores = harness.ask(model, subject.tokenizer, subject.most, subject.asked, options, name, output)

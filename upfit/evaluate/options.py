@@ -1,6 +1,7 @@
 """The settings of `upfit evaluate`, one field a flag. Imports no torch, so that `--help` stays fast."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from upfit.errors import UpfitError
@@ -15,7 +16,7 @@ class Options:
     data: list[str] | None = option(None, help="text files, .jsonl files or folders of them; default: text of this Python")
     length: int | None = option(None, help="tokens in a window; default: 512, or what the model takes if that is less")
     windows: int = option(64, help="how many windows at most, spread over all the text")
-    batch: int = option(4, help="windows in one forward pass")
+    batch: int = option(4, help="windows, or prompts of --tasks, in one forward pass")
     speed: bool = option(False, help="also time prefill and decode with the cache")
     speed_lengths: list[int] | None = option(None, help="context lengths to time; default: 128, 512 and 2048 where they fit")
     speed_batch: int = option(1, help="sequences decoded at once while timing")
@@ -40,17 +41,24 @@ class Options:
     probe_asked: int = option(1, help="needles that one question of multi-needle asks for")
     probe_format: Literal["plain", "chat"] = option("plain", help="words around a long context: plain, or the chat template")
     probe_pieces: str | None = option(None, help="folder of FILM's pieces, to make the val- probes of; default: own ones")
+    tasks: list[str] | None = option(
+        None, help="also run tasks of lm-evaluation-harness, such as hellaswag or ruler-offline (no network); repeatable"
+    )
+    task_path: str | None = option(None, help="folder with task files (YAML) of your own for --tasks")
+    task_lengths: list[int] | None = option(None, help="tokens of RULER's texts, one run each; default: 4096")
+    task_limit: int | None = option(None, help="documents of a task, at most; default: all")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", help="type to load the weights in")
     device: str = option("auto", help="cpu, cuda, cuda:1, ...; auto takes the accelerator if there is one")
     revision: str | None = option(None, help="revision of MODEL on the hub")
 
 
 SMALLEST = {"length": 8, "windows": 1, "batch": 1, "speed_batch": 1, "speed_steps": 1, "speed_repeats": 3}
-SMALLEST |= {"probe_samples": 1, "probe_depths": 2, "probe_asked": 1}
+SMALLEST |= {"probe_samples": 1, "probe_depths": 2, "probe_asked": 1, "task_limit": 1}
 LEAST_PROBE_LENGTH = 64
 CONTEXT_PROBES = ("val-document", "val-code", "val-database", "key-value", "multi-needle", "variable-tracking")
 SEVERAL_LENGTHS = (*CONTEXT_PROBES, "position")
 PROBES = (*SEVERAL_LENGTHS, "needle", "counting", "flipflop", "selective-copy")
+LEAST_TASK_LENGTH = 512
 
 
 def check_options(options: Options) -> None:
@@ -63,6 +71,7 @@ def check_options(options: Options) -> None:
     if options.speed_lengths is not None and (not options.speed_lengths or min(options.speed_lengths) < 1):
         raise UpfitError(f"--speed-lengths got {options.speed_lengths}; give context lengths of at least 1 token")
     _check_probes(options)
+    _check_tasks(options)
 
 
 def _check_probes(options: Options) -> None:
@@ -81,3 +90,13 @@ def _check_probes(options: Options) -> None:
     for name, probes in goes.items():
         if getattr(options, name) != getattr(Options, name) and not set(probes) & set(asked_for):
             raise UpfitError(f"{flag(name)} does nothing here; it goes with --probe {', '.join(probes)}")
+
+
+def _check_tasks(options: Options) -> None:
+    for name in ("task_path", "task_lengths", "task_limit"):
+        if getattr(options, name) is not None and not options.tasks:
+            raise UpfitError(f"{flag(name)} goes with --tasks; name one, such as --tasks ruler-offline")
+    if options.task_path is not None and not Path(options.task_path).is_dir():
+        raise UpfitError(f"--task-path {options.task_path} is not a folder; give one that holds the task's YAML file")
+    if options.task_lengths is not None and min(options.task_lengths, default=0) < LEAST_TASK_LENGTH:
+        raise UpfitError(f"--task-lengths got {options.task_lengths}; give lengths of at least {LEAST_TASK_LENGTH} tokens")

@@ -25,6 +25,8 @@ def show(result: dict[str, Any], output: Output) -> None:
             _show_depths(name, subjects, output)
         else:
             _show_task(name, subjects, output)
+    if subjects[0]["tasks"]:
+        _show_harness(subjects, result["task_differences"] or {}, output)
     if result["speed"]:
         _show_speed(result["speed"], output)
 
@@ -174,3 +176,19 @@ def _show_task(name: str, subjects: list[dict[str, Any]], output: Output) -> Non
             rows.append([split, subject["name"], *measured, f"{told['commonest_answer']:.3f}", str(told["answers"])])
     head = ["", "model", "right", "nats per answer", "commonest answer", "answers"]
     output.table(head, rows, f"{name.capitalize()}, {task['size']} {task['unit']} in distribution, 95 % intervals")
+
+
+def _show_harness(subjects: list[dict[str, Any]], differences: dict[str, Any], output: Output) -> None:
+    rows = []
+    for label, first in subjects[0]["tasks"].items():
+        for metric in first["metrics"]:
+            for subject in subjects:
+                told = subject["tasks"][label]
+                shots = str(told["few_shot"] or 0)
+                measured = interval(told["metrics"][metric], 3)
+                rows.append([f"{label}: {metric}", subject["name"], measured, str(told["documents"]), shots])
+        for metric, apart in differences.get(label, {}).items():
+            kind = "ratio" if metric.endswith("_ratio") else "difference"
+            rows.append([f"{label}: {metric}", kind, interval(apart, 3), "", ""])
+    head = ["task", "model", "value", "documents", "shots"]
+    output.table(head, rows, "Tasks of lm-evaluation-harness, 95 % intervals, differences paired by document")

@@ -154,7 +154,8 @@ def _one_text(evaluations: list[tuple[str, dict[str, Any]]], number: int) -> Sec
     words = f"{data['windows']} windows of {data['length']} tokens from {data['documents']} documents ({where}). {INTERVALS} "
     words += "Differences are paired on the same windows."
     labels = [label for label, _, _ in subjects]
-    tables = [Table("Loss", columns, rows), *_probes(subjects), *_speeds(evaluations), *_ablations(evaluations)]
+    tables = [Table("Loss", columns, rows), *_probes(subjects), *_tasks(subjects)]
+    tables += [*_speeds(evaluations), *_ablations(evaluations)]
     apart = [(label, told["nats_per_token"]) for label, _, told in subjects if told and "nats_per_token" in told]
     alone = [(label, subject["loss"]["nats_per_token"]) for label, subject, _ in subjects]
     shown, what = (apart, "nats a token above the source, paired") if apart else (alone, "nats a token")
@@ -188,6 +189,17 @@ def _probes(subjects: list[tuple[str, dict[str, Any], dict[str, Any] | None]]) -
                 rows.append([f"{label} {split}".strip(), half_width(right, 3) if right else "", half_width(loss, 3)])
         tables.append(Table(f"Probe: {name}", ["model", "right", "nats per answer"], rows))
     return tables
+
+
+def _tasks(subjects: list[tuple[str, dict[str, Any], dict[str, Any] | None]]) -> list[Table]:
+    """One table of all tasks of lm-evaluation-harness; evaluations of an older Upfit have none."""
+    rows = []
+    for label, subject, _ in subjects:
+        for task, told in (subject.get("tasks") or {}).items():
+            about = [str(told["documents"]), str(told["few_shot"] or 0), str(told["version"])]
+            rows += [[f"{label}: {task}", name, interval(value, 3), *about] for name, value in told["metrics"].items()]
+    columns = ["model: task", "metric", "value", "documents", "few-shot", "version"]
+    return [Table("Tasks of lm-evaluation-harness", columns, rows)] if rows else []
 
 
 def _speeds(evaluations: list[tuple[str, dict[str, Any]]]) -> list[Table]:
