@@ -161,7 +161,7 @@ def set_up(
     module, prepared = accelerator.prepare(distiller, optimizer)
     on_cpu = accelerator.device.type == "cpu"
     micro = MICRO_BATCH_TOKENS_CPU if on_cpu else MICRO_BATCH_TOKENS
-    peak = peak_rate(config, text_config.hidden_size)
+    peak = peak_rate(config, text_config.hidden_size, data.stage == "answers")
     same = run_identity(config, plan, source, data, teacher, dtype)
     announce(plan, feed, peak, student, teacher, dtype, output)
     return Run(
