@@ -21,7 +21,7 @@ from upfit.longcontext.probes.hidden import HOPS
 from upfit.text import Document, python_documents
 
 DEPTHS = 4
-LONG = 1200  # tokens of the embedded tokenizer, which makes many of a word
+SHORT, LONG = 1000, 1600  # tokens of the embedded tokenizer, which makes many of a word
 HIDDEN = [name for name, family in FAMILIES.items() if family.hide is not None]
 FILM = [name for name, family in FAMILIES.items() if family.film is not None]
 
@@ -42,13 +42,14 @@ def documents() -> list[Document]:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def laid(request: pytest.FixtureRequest, tokenizer: Any, documents: list[Document]) -> list[Laid]:
-    (made,) = make_contexts(request.param, [tokenizer], documents, [LONG // 2, LONG], 3, Settings(DEPTHS, 2))
+    (made,) = make_contexts(request.param, [tokenizer], documents, [SHORT, LONG], 3, Settings(DEPTHS, 2))
     return made
 
 
 def test_every_question_has_one_answer_at_its_depth(laid: list[Laid]) -> None:
     for one in laid:
-        text = one.tokenizer.decode(one.ids)
+        text = one.tokenizer.decode(one.ids).split("\n### Question")[0]
+        assert one.example not in one.questions and all(part in text for part in one.example.parts)
         stands = Counter(question.key for question in one.questions)
         assert len(one.questions) == DEPTHS and max(stands.values()) == 1
         places = []
@@ -72,7 +73,7 @@ def test_the_length_is_used_and_kept(laid: list[Laid]) -> None:
     for one in laid:
         longest = len(one.ids) + SPARE + max(len(a) + len(b) for a, b in zip(one.asks, one.answers, strict=True))
         assert 0.6 * one.length < longest <= one.length
-    assert Counter(one.length for one in laid) == {LONG // 2: 3, LONG: 3}
+    assert Counter(one.length for one in laid) == {SHORT: 3, LONG: 3}
     assert len({one.ids.tobytes() for one in laid}) == 6
 
 
@@ -183,7 +184,7 @@ def test_strict_and_relaxed_differ_where_they_should() -> None:
 
 def test_chains_name_every_variable(tokenizer: Any, documents: list[Document]) -> None:
     (made,) = make_contexts("variable-tracking", [tokenizer], documents, [LONG], 1, Settings(2))
-    text = tokenizer.decode(made[0].ids)
+    text = tokenizer.decode(made[0].ids).split("\n### Question")[0]
     for question in made[0].questions:
         assert len(question.parts) == HOPS + 1
         held = {question.key}

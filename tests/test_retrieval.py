@@ -205,24 +205,24 @@ def test_the_verb_tells_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     step = history.step("uptrain", {}, {}) | {"data": {"patterns": ["key and value, both ways"]}}
     history.write(model, [history.step("convert cope", {}, {}), step])
     text.write_text("\n".join(f"Line {i} says that there are {i * i} of them." for i in range(300)))
-    asked: dict[str, Any] = {"probe": NAMES, "probe_samples": 4, "probe_depths": 2, "probe_length": [400, 300]}
+    asked: dict[str, Any] = {"probe": NAMES, "probe_samples": 4, "probe_depths": 2, "probe_length": [500, 450]}
     options = Options(against=str(embedded_model()), data=[str(text)], windows=1, length=64, **asked)
     result = evaluate(str(model), options, QUIET)
     told = json.loads(json.dumps(result))["model"]["probes"]
     assert list(told) == NAMES
     for name in NAMES[:-1]:
-        assert list(told[name]["lengths"]) == ["300", "400"]
+        assert list(told[name]["lengths"]) == ["450", "500"]
         for row in told[name]["lengths"].values():
             assert len(row["depths"]) == len(row["scores"]) == len(row["strict_scores"]) == len(row["nats"]) == 2
             assert row["contexts"] == 2 and ("film" in row) == (name == "val-code")
             assert set(row["null_gap"]) == {"mean", "p95"} and 0 < row["nats_p_value"] <= 1
         assert told[name]["trained_on"] is (name == "key-value")
         assert result["against"]["probes"][name]["trained_on"] is False
-        same = result["probe_differences"][name]["lengths"]["400"]
+        same = result["probe_differences"][name]["lengths"]["500"]
         assert same["score"]["average"]["mean"] == same["answer_nats_per_token"]["gap"]["mean"] == 0.0
-    curve = told["position"]["lengths"]["300"]
+    curve = told["position"]["lengths"]["450"]
     assert len(curve["depths"]) == len(curve["nats"]) == len(curve["intervals"]) == position.PARTS
-    assert result["probe_differences"]["position"]["lengths"]["400"]["nats_per_token"]["mean"] == 0.0
+    assert result["probe_differences"]["position"]["lengths"]["500"]["nats_per_token"]["mean"] == 0.0
     monkeypatch.setenv("COLUMNS", "250")
     show(result, Output())
     shown = capsys.readouterr().out

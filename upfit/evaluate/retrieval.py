@@ -92,13 +92,15 @@ def _one_length(found: list[Answered], samples: list[Laid]) -> dict[str, Any]:
 
 
 def floor(samples: list[Laid]) -> float:
-    """The mean score of who answers with the question's own key, or, where that is more, with another answer of the context."""
+    """The mean score of who answers with the question's own key, or, where that is more, with another answer of the context,
+    the example's among them."""
     relaxed = FAMILIES[samples[0].name].relaxed
     echo, other = [], []
     for laid in samples:
         for own in laid.questions:
             echo.append(relaxed(own.key, own.parts, own.key))
-            other += [relaxed(own.key, own.parts, one.answer) for one in laid.questions if one is not own]
+            others = [one for one in (*laid.questions, laid.example) if one is not own]
+            other += [relaxed(own.key, own.parts, one.answer) for one in others]
     return float(max(np.mean(echo), np.mean(other)))
 
 
@@ -114,7 +116,8 @@ def _film(found: list[Answered], samples: list[Laid]) -> dict[str, Any] | None:
     positions = np.array([[question.position for question in laid.questions] for laid in samples])
     bins = scores.film_bins(positions, np.array(rows))
     means = [float(values.mean()) for values in bins]
-    return {"average": float(np.mean(means)), "gap": max(means) - min(means), "bins": means} if means else None
+    gap = max(means) - min(means) if len(means) > 1 else None
+    return {"average": float(np.mean(means)), "gap": gap, "bins": means} if means else None
 
 
 def compared(first: list[Answered], second: list[Answered]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ Format = Literal["plain", "chat"]
 BEFORE = "Read the text. A question about it follows.\n\n### Text\n\n"
 CONTEXT, QUESTION = "<|upfit context|>", "<|upfit question|>"  # stand for them
 AFTER = f"\n### Question\n\n{QUESTION}\n\n### Answer\n\n"
+EXAMPLE = "{question}\n\n### Answer\n\n{answer}\n\n### Question\n\n"  # in front of a question, to show how one is answered
 CHAT_AFTER = f"\n### Question\n\n{QUESTION}"
 ASKED, ANSWERED = "\0asked", "\0answered"  # keys of an item's tokens; no text holds a zero byte
 

@@ -1,7 +1,9 @@
 """Contexts of a given length with one question for each of equally many stretches of them, for one or several tokenizers.
 
-A context is asked about at all its depths, so that a model has to read it only once. Nothing is cut to fit: a context is made
-of as many whole pieces or lines as there is room for, and what does not fit is refused. All tokenizers get the same text.
+A context is asked about at all its depths, so that a model has to read it only once. It ends with one more question, about some
+place in it, that is answered: so a model that knows no instructions sees what an answer looks like. Nothing is cut to fit: a
+context is made of as many whole pieces or lines as there is room for, and what does not fit is refused. All tokenizers get the
+same text.
 
 Legend: T tokens of a context, D depths (stretches, questions).
 """
@@ -20,7 +22,7 @@ from upfit.longcontext.probes.families import FAMILIES, Family
 from upfit.longcontext.probes.hidden import running_lines
 from upfit.longcontext.probes.pieces import Piece
 from upfit.longcontext.segments import JOIN
-from upfit.longcontext.wording import QUESTION, Format, Wording
+from upfit.longcontext.wording import EXAMPLE, QUESTION, Format, Wording
 from upfit.text import Document
 from upfit.windows import encode
 
@@ -42,7 +44,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Laid:
-    """One context in tokens: `ids` [T], and for each of its D questions what is asked and what has to be answered.
+    """One context with its example in tokens: `ids` [T], and for each of its D questions what is asked and has to be answered.
 
     Prompt, answer and SPARE tokens together are never more than `length`. `source`: text, invented or pieces.
     """
@@ -53,6 +55,7 @@ class Laid:
     tokenizer: Any
     ids: np.ndarray
     questions: tuple[Question, ...]
+    example: Question
     asks: tuple[np.ndarray, ...]
     answers: tuple[np.ndarray, ...]
 
@@ -137,8 +140,7 @@ def _fitted(name: str, supply: Supply, wordings: list[Wording], length: int, num
         drawn = _drawn(name, supply, room, f"{name} {length}", number, settings)
         if drawn is None:
             break
-        text, questions = drawn
-        laid = [_lay(name, length, supply.source, wording, text, questions) for wording in wordings]
+        laid = [_lay(name, length, supply.source, wording, *drawn) for wording in wordings]
         over = max(_longest(one) for one in laid) - length
         if over <= 0:
             return laid
@@ -153,11 +155,11 @@ def _longest(laid: Laid) -> int:
     return len(laid.ids) + SPARE + max(len(a) + len(b) for a, b in zip(laid.asks, laid.answers, strict=True))
 
 
-Drawn = tuple[str, tuple[Question, ...]]
+Drawn = tuple[str, tuple[Question, ...], Question]
 
 
 def _drawn(name: str, supply: Supply, room: int, purpose: str, number: int, settings: Settings) -> Drawn | None:
-    """A context of about `room` tokens and its questions; None when none of several has an unambiguous one at each depth."""
+    """A context of about `room` tokens, its questions and the example; None when none of several has unambiguous ones."""
     draw = _of_statements if FAMILIES[name].hide is not None else _of_stretches
     for attempt in range(TRIES):
         found = draw(FAMILIES[name], supply, room, generator(settings.seed, f"{purpose} {attempt}", number), settings)
@@ -167,47 +169,51 @@ def _drawn(name: str, supply: Supply, room: int, purpose: str, number: int, sett
 
 
 def _of_stretches(family: Family, supply: Supply, room: int, rng: np.random.Generator, settings: Settings) -> Drawn | None:
-    """Pieces in a random order; of each stretch one, at random, whose key and answer stand in the context once."""
+    """Pieces in a random order; of each stretch one, at random, whose key and answer stand in the context once, and of all of
+    them one more."""
     used = _filling(supply, rng.permutation(len(supply.texts)), room)
     texts = [supply.texts[index] for index in used]
     text, starts = JOIN.join(texts), _starts(texts)
-    questions = []
-    for low, high in _stretches(len(used), settings.depths):
+    questions: list[Question] = []
+    for low, high in [*_stretches(len(used), settings.depths), (0, len(used))]:
+        taken = {question.position for question in questions}
         for place in map(int, low + rng.permutation(high - low)):
             piece = supply.pieces[used[place]]
-            if all(text.count(key) == 1 for key in piece.once):
+            if place not in taken and all(text.count(key) == 1 for key in piece.once):
                 questions.append(Question(starts[place] / len(text), place, piece.key, piece.answer, piece.parts))
                 break
         else:
             return None
-    return text, tuple(questions)
+    return text, tuple(questions[:-1]), questions[-1]
 
 
 def _of_statements(family: Family, supply: Supply, room: int, rng: np.random.Generator, settings: Settings) -> Drawn | None:
-    """Lines of the text from a random one on, and in each stretch of them one hidden fact, its statements in order."""
+    """Lines of the text from a random one on, in each stretch of them one hidden fact, its statements in order, and one more
+    fact anywhere."""
     assert family.hide is not None
-    facts = family.hide(rng, settings.depths, settings.asked)
+    facts = family.hide(rng, settings.depths + 1, settings.asked)
     start = int(rng.integers(len(supply.texts)))
     used = _filling(supply, np.roll(np.arange(len(supply.texts)), -start), room)
     lines = [supply.texts[index] for index in used]
     if len(lines) < settings.depths:
         return None
     inserts = []
-    for fact, (low, high) in zip(facts, _stretches(len(lines), settings.depths), strict=True):
+    for fact, (low, high) in zip(facts, [*_stretches(len(lines), settings.depths), (0, len(lines))], strict=True):
         places = sorted(int(place) for place in rng.integers(low, high, len(fact.statements)))
         inserts += list(zip(places, fact.statements, strict=True))
     texts = list(lines)
-    for place, statement in reversed(inserts):  # those in front of it stay where they are
+    for place, statement in reversed(sorted(inserts, key=lambda insert: insert[0])):  # those in front stay where they are
         texts.insert(place, statement)
     text, starts = JOIN.join(texts), _starts(texts)
     told = "\n".join(statement for fact in facts for statement in fact.statements)
     if any(text.count(key) != told.count(key) for fact in facts for key in fact.once):
         return None
     positions = [texts.index(fact.statements[0]) for fact in facts]
-    return text, tuple(
+    *questions, example = [
         Question(starts[place] / len(text), place, fact.key, fact.answer, fact.parts)
         for fact, place in zip(facts, positions, strict=True)
-    )
+    ]
+    return text, tuple(questions), example
 
 
 def _filling(supply: Supply, order: np.ndarray, room: int) -> np.ndarray:
@@ -225,14 +231,15 @@ def _stretches(count: int, depths: int) -> list[tuple[int, int]]:
     return [(count * depth // depths, count * (depth + 1) // depths) for depth in range(depths)]
 
 
-def _lay(name: str, length: int, source: str, wording: Wording, text: str, questions: tuple[Question, ...]) -> Laid:
+def _lay(
+    name: str, length: int, source: str, wording: Wording, text: str, questions: tuple[Question, ...], example: Question
+) -> Laid:
     """In the tokens of one model. Raises UpfitError when its tokenizer joins the answer with what stands before it."""
     family = FAMILIES[name]
-    ((context, _),) = encode(wording.tokenizer, [text + JOIN])
-    befores = [
-        wording.after.replace(QUESTION, family.question.format(key=question.key)) + family.lead.format(key=question.key)
-        for question in questions
-    ]
+    head, _, tail = wording.after.partition(QUESTION)
+    shown = f"{family.lead.format(key=example.key)} {example.answer}"
+    read = text + JOIN + head + EXAMPLE.format(question=family.question.format(key=example.key), answer=shown)
+    befores = [family.question.format(key=one.key) + tail + family.lead.format(key=one.key) for one in questions]
     whole = [f"{before} {question.answer}" for before, question in zip(befores, questions, strict=True)]
     asks, answers = [], []
     for before, (ids, ends) in zip(befores, encode(wording.tokenizer, whole), strict=True):
@@ -241,5 +248,6 @@ def _lay(name: str, length: int, source: str, wording: Wording, text: str, quest
             raise UpfitError(f"--probe {name} needs a tokenizer that begins a token at a space")
         asks.append(np.array(ids[:split], dtype=np.int64))
         answers.append(np.array(ids[split:], dtype=np.int64))
-    read = np.array([*wording.before.tolist(), *context], dtype=np.int64)
-    return Laid(name, length, source, wording.tokenizer, read, questions, tuple(asks), tuple(answers))
+    ((context, _),) = encode(wording.tokenizer, [read])
+    fed = np.array([*wording.before.tolist(), *context], dtype=np.int64)
+    return Laid(name, length, source, wording.tokenizer, fed, questions, example, tuple(asks), tuple(answers))
