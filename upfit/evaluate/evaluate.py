@@ -13,7 +13,7 @@ import torch
 from upfit import history
 from upfit.convert.folders import Source, find_source
 from upfit.errors import UpfitError
-from upfit.evaluate import needle, tasks
+from upfit.evaluate import attention, needle, tasks
 from upfit.evaluate.ablate import ablated
 from upfit.evaluate.cache import CacheGrowth, measure_cache
 from upfit.evaluate.load import check_model, free, load_config, load_model, load_tokenizer, most_positions, pick_device
@@ -69,6 +69,8 @@ class Subject:
     cache: CacheGrowth | None = None
     samples: dict[str, list[Any]] = field(default_factory=dict)  # of each probe
     found: dict[str, Any] = field(default_factory=dict)
+    short: needle.Sample | None = None  # the text whose attention maps are kept
+    maps: list[torch.Tensor] = field(default_factory=list)  # of every layer on it [H, T, T]
 
     def ids(self) -> torch.Tensor:
         """The text of all windows, as one row of tokens [tokens]."""
@@ -105,13 +107,16 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
     same, data = _lay_windows(subjects, options, output)
     speed = _measure(subjects, options, lengths, device, output)
     first, second = subjects[0], subjects[1] if len(subjects) > 1 else None
+    records = [subject.record() for subject in subjects]
+    if options.attention_maps:
+        _keep_maps(subjects, records, options.attention_maps)
     if second and first.facts["dtype"] != second.facts["dtype"]:
         output.note(
             f"the models run in {first.facts['dtype']} and {second.facts['dtype']}; give --dtype to compare in one type"
         )
     result = {
-        "model": first.record(),
-        "against": second.record() if second else None,
+        "model": records[0],
+        "against": records[1] if second else None,
         "difference": difference(_losses(first), _losses(second), same) if second else None,
         "probe_differences": {name: PROBES[name].compared(first.found[name], second.found[name]) for name in first.found}
         if second and first.found
@@ -127,6 +132,19 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
         history.append(source.path, entry)
         output.note(f"kept in {source.path / history.FILE}")
     return result | {key: entry[key] for key in ("command", "options", "versions", "date")}
+
+
+def _keep_maps(subjects: list[Subject], records: list[dict[str, Any]], count: int) -> None:
+    """Put the maps of `count` heads into the needle's records: those that look at the answer most in the source (the last of
+    the subjects), the same in every model."""
+    told = [record["probes"]["needle"] for record in records]
+    chosen = attention.choose(
+        next((one["attention_by_head"] for one in reversed(told) if "attention_by_head" in one), []), count
+    )
+    for subject, one in zip(subjects, told, strict=True):
+        if subject.maps and subject.short:
+            shown = needle.record_shown(subject.short, subject.tokenizer)
+            one["maps"] = shown | {"heads": attention.record_maps(subject.maps, chosen)}
 
 
 def _check_recordable(source: Source) -> None:
@@ -181,6 +199,8 @@ def _lay_windows(subjects: list[Subject], options: Options, output: Output) -> t
         made = PROBES[name].make(tokenizers, documents, options.probe_samples, probe_length)
         for subject, samples in zip(subjects, made, strict=True):
             subject.samples[name] = samples
+    for subject in subjects if options.attention_maps else ():
+        subject.short = needle.short_sample(documents, subject.tokenizer, probe_length)
     return same, _describe(first.windows, options, length)
 
 
@@ -238,3 +258,5 @@ def _measure_one(subject: Subject, model: Any, options: Options, output: Output)
     for probe, samples in subject.samples.items():
         with output.progress(f"{probe} of {name}", len(samples)) as meter:
             subject.found[probe] = PROBES[probe].ask(model, samples, meter)
+    if subject.short is not None:
+        subject.maps = attention.all_maps(model, subject.short.ids)

@@ -30,13 +30,16 @@ class Options:
     record: bool = option(False, help="keep the result in MODEL's recipe.json, for its report and its model card")
     probe_samples: int = option(50, help="samples of a probe: of the needle in all, of another one in each of its rows")
     probe_length: int | None = option(None, help="tokens of a probe's text, at most; default: that of the windows")
+    attention_maps: int = option(
+        0, help="with --probe needle: keep the whole attention maps, on one short text, of this many heads that find it"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", help="type to load the weights in")
     device: str = option("auto", help="cpu, cuda, cuda:1, ...; auto takes the accelerator if there is one")
     revision: str | None = option(None, help="revision of MODEL on the hub")
 
 
 SMALLEST = {"length": 8, "windows": 1, "batch": 1, "speed_batch": 1, "speed_steps": 1, "speed_repeats": 3}
-SMALLEST |= {"probe_samples": 1, "probe_length": 64}
+SMALLEST |= {"probe_samples": 1, "probe_length": 64, "attention_maps": 0}
 PROBES = ("needle", "counting", "flipflop", "selective-copy")
 
 
@@ -52,3 +55,5 @@ def check_options(options: Options) -> None:
     for name in options.probe or ():
         if name not in PROBES:
             raise UpfitError(f"--probe got {name!r}; give one of {', '.join(PROBES)}")
+    if options.attention_maps and "needle" not in (options.probe or ()):
+        raise UpfitError("--attention-maps shows the heads that find a needle; add --probe needle")
