@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.folders import save_tiny
 from tests.tiny import tiny_model
+from upfit import history
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
-from upfit.evaluate.attention import all_maps, choose, record_by_head, record_maps
+from upfit.evaluate.attention import all_maps, choose, places, record_by_head, record_maps
 from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options
 from upfit.output import Output, to_json
@@ -76,7 +77,38 @@ def test_the_heads_with_most_are_chosen_and_kept_to_the_diagonal() -> None:
     assert by_head == [[0.2, 0.6], [0.3, 0.3, 0.0]]
     assert choose(by_head, 3) == [(0, 1), (1, 0), (1, 1)]
     maps = [torch.tensor([[[1.0, 0.0], [-0.000001, 0.123456]]])]
-    assert record_maps(maps, [(0, 0), (0, 1), (1, 0)]) == [{"layer": 0, "head": 0, "weights": [[1.0], [0.0, 0.1235]]}]
+    told = {"layer": 0, "head": 0, "own_head": 0, "weights": [[1.0], [0.0, 0.1235]]}
+    assert record_maps(maps, [(0, 0), (0, 1), (1, 0)], [[0]]) == [told]
+
+
+def test_heads_are_followed_through_merging(tmp_path: Path) -> None:
+    """Aligned merging sorts heads by groups: where one went, the history says; a head's number stays that of the source."""
+    step = {"verb": "convert gqa", "measurements": {"layers": [{"groups": [[0, 2], [1, 3]]}, {"groups": None}]}}
+    by_head = [[0.0] * 8, [0.0] * 8]
+    assert places([step], by_head) == [[0, 1, 4, 5, 2, 3, 6, 7], list(range(8))]
+    again = {"verb": "convert mqa", "measurements": {"layers": [{"groups": [[1, 0]]}, {}]}}
+    assert places([step, {"verb": "uptrain", "measurements": {}}, again], by_head)[0] == [4, 5, 0, 1, 6, 7, 2, 3]
+    source, out = converted(tmp_path, *FORMS[0])
+    model: Any = AutoModelForCausalLM.from_pretrained(source)
+    steps = history.read(out)
+    for layer in model.model.layers:  # the same function, its key/value heads and their query heads in another order
+        for name in ("q_proj", "k_proj", "v_proj"):
+            weight = getattr(layer.self_attn, name).weight
+            weight.data = weight.data.view(4, 8, -1)[[0, 2, 1, 3]].flatten(0, 1)
+        weight = layer.self_attn.o_proj.weight
+        weight.data = weight.data.view(-1, 4, 8)[:, [0, 2, 1, 3]].flatten(1)
+    save_tiny(out, model)
+    steps[0]["measurements"]["layers"] = [{"groups": [[0, 2], [1, 3]]}] * 2
+    history.write(out, steps)
+    text = tmp_path / "text.txt"
+    text.write_text("some words and more of them, again and again. " * 40, encoding="utf-8")
+    asked = Options(against=str(source), data=[str(text)], length=64, windows=2, probe=["needle"], attention_maps=4)
+    told = evaluate(str(out), Options(**{**vars(asked), "probe_samples": 2, "probe_length": 90}), QUIET)
+    after, before = (told[key]["probes"]["needle"] for key in ("model", "against"))
+    assert np.allclose(after["attention_by_head"], before["attention_by_head"], atol=2e-4)
+    for ours, theirs in zip(after["maps"]["heads"], before["maps"]["heads"], strict=True):
+        assert [0, 2, 1, 3][theirs["head"]] == ours["own_head"] and ours["head"] == theirs["head"] == theirs["own_head"]
+        assert np.allclose(np.concatenate(ours["weights"]), np.concatenate(theirs["weights"]), atol=2e-4)
 
 
 @pytest.mark.parametrize("recipe, options", [FORMS[0], FORMS[2]])

@@ -1,7 +1,8 @@
 """What single heads look at: their shares on a place in a text, and the whole maps of a few.
 
 Weights are taken as they reach the values: a differential layer's maps are differences, and a share is of the sum of absolute
-weights. Layers are counted as the model calls its attention, from 0; heads are those of the output, from 0.
+weights. Layers are counted as the model calls its attention, from 0; heads are those of the output, from 0, by the numbers that
+they had in the model that was converted: aligned merging sorts query heads by the groups it makes.
 
 Legend: H heads, R query positions, T tokens.
 """
@@ -62,13 +63,35 @@ def choose(by_head: list[list[float]], count: int) -> list[tuple[int, int]]:
     return [(layer, head) for _, layer, head in ranked[:count]]
 
 
-def record_maps(maps: list[Tensor], heads: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """As JSON can hold it: of those of `heads` that there are, row i of the weights has the i + 1 tokens it may look at."""
+def places(steps: list[dict[str, Any]], by_head: list[list[float]]) -> list[list[int]]:
+    """Where in each layer [layer][source's head] a head of the source is now, by the groups that the conversions in a model's
+    history noted; `by_head` [layer][head] says how many there are."""
+    was = [list(range(len(heads))) for heads in by_head]
+    for step in steps:
+        rows = step["measurements"].get("layers") or []
+        if not step["verb"].startswith("convert") or len(rows) != len(was):
+            continue
+        for layer, row in enumerate(rows):
+            groups = (row.get("groups") if isinstance(row, dict) else None) or []
+            old = sum(map(len, groups))
+            if old and len(was[layer]) % old == 0:
+                per = len(was[layer]) // old  # query heads of one old key/value head
+                moved = [head for group in groups for one in group for head in range(one * per, (one + 1) * per)]
+                was[layer] = [was[layer][head] for head in moved]
+    return [[heads.index(head) for head in range(len(heads))] for heads in was]
+
+
+def record_maps(maps: list[Tensor], heads: list[tuple[int, int]], now: list[list[int]]) -> list[dict[str, Any]]:
+    """As JSON can hold it, of those of `heads` that there are (`now`: see `places`); row i has the i + 1 tokens it may see."""
     return [
-        {"layer": layer, "head": head, "weights": [_rounded(row[: i + 1]) for i, row in enumerate(maps[layer][head].tolist())]}
+        {"layer": layer, "head": head, "own_head": now[layer][head], "weights": _rows(maps[layer][now[layer][head]])}
         for layer, head in heads
-        if layer < len(maps) and head < len(maps[layer])
+        if layer < len(maps) and head < len(now[layer])
     ]
+
+
+def _rows(weights: Tensor) -> list[list[float]]:
+    return [_rounded(row[: index + 1]) for index, row in enumerate(weights.tolist())]
 
 
 def record_by_head(samples: list[list[list[float]]]) -> list[list[float]]:

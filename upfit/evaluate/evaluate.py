@@ -108,8 +108,8 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
     speed = _measure(subjects, options, lengths, device, output)
     first, second = subjects[0], subjects[1] if len(subjects) > 1 else None
     records = [subject.record() for subject in subjects]
-    if options.attention_maps:
-        _keep_maps(subjects, records, options.attention_maps)
+    if "needle" in first.found:
+        _tell_heads(subjects, records, options.attention_maps)
     if second and first.facts["dtype"] != second.facts["dtype"]:
         output.note(
             f"the models run in {first.facts['dtype']} and {second.facts['dtype']}; give --dtype to compare in one type"
@@ -134,17 +134,21 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
     return result | {key: entry[key] for key in ("command", "options", "versions", "date")}
 
 
-def _keep_maps(subjects: list[Subject], records: list[dict[str, Any]], count: int) -> None:
-    """Put the maps of `count` heads into the needle's records: those that look at the answer most in the source (the last of
-    the subjects), the same in every model."""
-    told = [record["probes"]["needle"] for record in records]
-    chosen = attention.choose(
-        next((one["attention_by_head"] for one in reversed(told) if "attention_by_head" in one), []), count
-    )
-    for subject, one in zip(subjects, told, strict=True):
-        if subject.maps and subject.short:
+def _tell_heads(subjects: list[Subject], records: list[dict[str, Any]], count: int) -> None:
+    """Number the heads in the needle's records as in the source, and keep the maps of the `count` that look at the answer most
+    there (in the last of the subjects), the same heads of every model."""
+    watched = [(s, r["probes"]["needle"]) for s, r in zip(subjects, records, strict=True) if s.found["needle"].heads]
+    found = []
+    for subject, told in watched:
+        own = told["attention_by_head"]
+        now = attention.places(history.read(subject.source.path), own)
+        told["attention_by_head"] = [[layer[at] for at in places] for layer, places in zip(own, now, strict=True)]
+        found.append((subject, told, now))
+    for subject, told, now in found:
+        if subject.short is not None:
+            chosen = attention.choose(found[-1][1]["attention_by_head"], count)
             shown = needle.record_shown(subject.short, subject.tokenizer)
-            one["maps"] = shown | {"heads": attention.record_maps(subject.maps, chosen)}
+            told["maps"] = shown | {"heads": attention.record_maps(subject.maps, chosen, now)}
 
 
 def _check_recordable(source: Source) -> None:
