@@ -66,9 +66,9 @@ def test_it_tells_what_was_done_and_measured(shop: Workshop, tmp_path: Path) -> 
     after = steps[2]["measurements"]["holdout"]["after"]["kl"]
     for value in (*(f"{loss:.4f}" for loss in losses), f"{after:.4f}", "after convert gqa", "after uptrain", "1.234"):
         assert value in page
-    sections = ["What it is", "What was done", "What fewer heads would cost", "What was measured", "Uptraining"]
-    assert answer["sections"] == sections
-    assert len(answer["plots"]) == 4 and all(Path(path).read_bytes().startswith(b"\x89PNG") for path in answer["plots"])
+    sections = ["What was lost, what was won", "What it is", "What was done", "What fewer heads would cost"]
+    assert answer["sections"] == [*sections, "What was measured", "Uptraining"]
+    assert len(answer["plots"]) == 5 and all(Path(path).read_bytes().startswith(b"\x89PNG") for path in answer["plots"])
 
 
 def test_a_conversion_tells_what_it_measured_and_what_it_left_out() -> None:
@@ -85,14 +85,25 @@ def test_a_conversion_tells_what_it_measured_and_what_it_left_out() -> None:
 
 
 def test_the_page_asks_for_nothing_and_every_plot_is_a_picture(shop: Workshop, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some words and more of them, again and again. " * 40, encoding="utf-8")
+    options = Options(against=str(shop.teacher), data=[str(text)], length=32, windows=2, probe=["needle"], attention_maps=2)
+    told = evaluate(str(shop.student), Options(**{**vars(options), "probe_length": 80, "probe_samples": 2}), QUIET)
+    results = tmp_path / "heads.json"
+    results.write_text(json.dumps(told), encoding="utf-8")
     for name in ("one.html", "two.html"):
-        report(str(shop.student.parent / "better"), tmp_path / name, [], None, False)
+        report(str(shop.student.parent / "better"), tmp_path / name, [results], None, False)
     page = (tmp_path / "one.html").read_text(encoding="utf-8")
     assert page == (tmp_path / "two.html").read_text(encoding="utf-8"), "the same folder, the same page"
     wanted = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)|@import""", page)
     assert wanted and all(source.startswith("data:image/svg+xml;base64,") for source, _ in wanted)
+    assert len(wanted) == len(re.findall(r"""<img alt="[^"]{10,}" """, page)) >= 7
     for source, _ in wanted:
-        assert ElementTree.fromstring(base64.b64decode(source.split(",")[1])).tag.endswith("svg")
+        picture = ElementTree.fromstring(base64.b64decode(source.split(",")[1]))
+        assert picture.tag.endswith("svg")
+        asked = [value for part in picture.iter() for name, value in part.attrib.items() if name.endswith(("href", "src"))]
+        asked += re.findall(r"url\(([^)]*)", ElementTree.tostring(picture, encoding="unicode"))
+        assert all(value.startswith(("#", "data:image/png;base64,")) for value in asked)
 
 
 def test_a_name_is_no_markup(shop: Workshop, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit.errors import UpfitError
+from upfit.output import to_json
 
 FILE = "recipe.json"
 FORMAT = 1
@@ -64,7 +65,7 @@ def step(
 
 def write(folder: Path, steps: list[dict[str, Any]]) -> None:
     """All of the file or nothing of it, so that a killed `append` loses no earlier step."""
-    text = json.dumps({"format": FORMAT, "steps": steps}, indent=2, ensure_ascii=False)
+    text = to_json({"format": FORMAT, "steps": steps})
     partial = folder / f"{FILE}.partial"
     partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, folder / FILE)

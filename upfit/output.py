@@ -4,6 +4,7 @@ Imports neither torch nor transformers, so that `upfit --help` stays fast.
 """
 
 import json
+import re
 import sys
 import threading
 import time
@@ -17,6 +18,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 PLAIN_LINE_SECONDS = 30.0
+NUMBERS = re.compile(r"\[\n\s+(-?\d[^\[\]{}\"]*?)\n\s+\]")  # JSON has no line break inside a string
+
+
+def to_json(value: Any) -> str:
+    """JSON to read: one thing a line, but a list of numbers, such as a row of a map, on one line."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
 
 
 class Meter:
@@ -59,7 +67,7 @@ class Output:
     def json(self, value: Any) -> None:
         """The answer of the command as JSON; does nothing without `--json`."""
         if self.as_json:
-            sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            sys.stdout.write(to_json(value) + "\n")
             sys.stdout.flush()
 
     def table(self, columns: list[str], rows: list[list[str]], title: str = "") -> None:

@@ -11,7 +11,7 @@ import torch
 from upfit import history
 from upfit.convert.folders import Source, find_source
 from upfit.errors import UpfitError
-from upfit.evaluate import harness, harness_scores
+from upfit.evaluate import attention, harness, harness_scores, needle
 from upfit.evaluate.ablate import ablated
 from upfit.evaluate.cache import CacheGrowth, measure_cache
 from upfit.evaluate.load import check_model, free, load_config, load_model, load_tokenizer, most_positions, pick_device
@@ -47,6 +47,8 @@ class Subject:
     found: dict[str, Any] = field(default_factory=dict)
     asked: list[harness.Asked] = field(default_factory=list)
     scores: dict[str, harness_scores.Scores] = field(default_factory=dict)
+    short: needle.Sample | None = None  # the text whose attention maps are kept
+    maps: list[torch.Tensor] = field(default_factory=list)  # of every layer on it [H, T, T]
 
     def ids(self) -> torch.Tensor:
         """The text of all windows, as one row of tokens [tokens]."""
@@ -93,13 +95,16 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
             subject.asked = asked
     speed = _measure(subjects, options, lengths, device, output)
     first, second = subjects[0], subjects[1] if len(subjects) > 1 else None
+    records = [subject.record() for subject in subjects]
+    if "needle" in first.found:
+        _tell_heads(subjects, records, options.attention_maps)
     if second and first.facts["dtype"] != second.facts["dtype"]:
         output.note(
             f"the models run in {first.facts['dtype']} and {second.facts['dtype']}; give --dtype to compare in one type"
         )
     result = {
-        "model": first.record(),
-        "against": second.record() if second else None,
+        "model": records[0],
+        "against": records[1] if second else None,
         "difference": difference(_losses(first), _losses(second), same) if second else None,
         "probe_differences": {name: PROBES[name].compared(first.found[name], second.found[name]) for name in first.found}
         if second and first.found
@@ -116,6 +121,23 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
         history.append(source.path, entry)
         output.note(f"kept in {source.path / history.FILE}")
     return result | {key: entry[key] for key in ("command", "options", "versions", "date")}
+
+
+def _tell_heads(subjects: list[Subject], records: list[dict[str, Any]], count: int) -> None:
+    """Number the heads in the needle's records as in the source, and keep the maps of the `count` that look at the answer most
+    there (in the last of the subjects), the same heads of every model."""
+    watched = [(s, r["probes"]["needle"]) for s, r in zip(subjects, records, strict=True) if s.found["needle"].heads]
+    found = []
+    for subject, told in watched:
+        own = told["attention_by_head"]
+        now = attention.places(history.read(subject.source.path), own)
+        told["attention_by_head"] = [[layer[at] for at in places] for layer, places in zip(own, now, strict=True)]
+        found.append((subject, told, now))
+    for subject, told, now in found:
+        if subject.short is not None:
+            chosen = attention.choose(found[-1][1]["attention_by_head"], count)
+            shown = needle.record_shown(subject.short, subject.tokenizer)
+            told["maps"] = shown | {"heads": attention.record_maps(subject.maps, chosen, now)}
 
 
 def _check_recordable(source: Source) -> None:
@@ -170,6 +192,8 @@ def _lay_windows(subjects: list[Subject], options: Options, output: Output) -> t
         readers = [(subject.source.name, subject.tokenizer, subject.most) for subject in subjects]
         for subject, samples in zip(subjects, make_samples(name, readers, documents, options, lengths), strict=True):
             subject.samples[name] = samples
+    for subject in subjects if options.attention_maps else ():
+        subject.short = needle.short_sample(documents, subject.tokenizer, max(lengths))
     return same, _describe(first.windows, options, length)
 
 
@@ -229,3 +253,5 @@ def _measure_one(subject: Subject, model: Any, options: Options, output: Output)
             subject.found[probe] = PROBES[probe].ask(model, samples, meter)
     if subject.asked:
         subject.scores = harness.ask(model, subject.tokenizer, subject.most, subject.asked, options, name, output)
+    if subject.short is not None:
+        subject.maps = attention.all_maps(model, subject.short.ids)

@@ -5,7 +5,7 @@ and the model has to go on. Told are the share of samples whose every answer tok
 loss, and for the position that has to predict the answer's first token the attention mass on the answer in the needle, on the
 text's first token (where idle heads look), and on the rest; further the largest attention logit and hidden state (top-1), the
 outliers that make quantisation hard. Attention mass is as in the Differential Transformer's table 3 (arXiv 2410.05258), with
-maps as they reach the values: a differential layer's are differences, and a share is of the sum of absolute weights.
+maps as they reach the values (see `attention.py`), which tells each head's share on the answer too.
 
 Legend: N samples, T tokens, L layers, H heads.
 """
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upfit.convert.stream import NAME, Seen, listening, register
+from upfit.convert.stream import Seen
 from upfit.errors import UpfitError
+from upfit.evaluate.attention import MAP_TOKENS, record_by_head, shares, watching
 from upfit.evaluate.statistics import difference_interval, mean_interval
 from upfit.output import Meter
 from upfit.text import Document
@@ -39,6 +40,11 @@ class Sample:
     needle: tuple[int, int]
     answer: int
     depth: float
+
+    @property
+    def asks(self) -> int:
+        """The position that has to predict the answer's first token."""
+        return len(self.ids) - self.answer - 1
 
 
 def make_samples(documents: list[Document], tokenizer: Any, count: int, length: int, seed: int = 0) -> list[Sample]:
@@ -74,14 +80,20 @@ def make_samples(documents: list[Document], tokenizer: Any, count: int, length: 
     return samples
 
 
+def short_sample(documents: list[Document], tokenizer: Any, length: int) -> Sample:
+    """A text short enough to keep whole attention maps of, at most `length` tokens, with the needle in its middle."""
+    return make_samples(documents, tokenizer, DEPTHS.index(0.5) + 1, min(MAP_TOKENS, length))[-1]
+
+
 @dataclass
 class Found:
     """What one model did, a number a sample: `right` and `loss` (nats an answer token) [N], `mass` [N, 3] (answer, first token,
-    the rest) and the largest logit and hidden state."""
+    the rest; means over heads), `heads` (mass on the answer) [N][layer][head], and the largest logit and hidden state."""
 
     right: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     mass: list[list[float]] = field(default_factory=list)
+    heads: list[list[list[float]]] = field(default_factory=list)
     logit: float = 0.0
     hidden: float = 0.0
 
@@ -89,32 +101,27 @@ class Found:
 @torch.inference_mode()
 def probe(model: Any, samples: list[Sample], meter: Meter) -> Found:
     """Run the samples one by one, with attention that can be watched."""
-    register()
-    before = model.config._attn_implementation
-    found, masses = Found(), list[list[float]]()
-    model.set_attn_implementation(NAME)
-    try:
-        for sample in samples:
-            asks = len(sample.ids) - sample.answer - 1  # the position that has to predict the answer's first token
-            masses.clear()
+    found, masses = Found(), list[Tensor]()
+    for sample in samples:
+        asks = sample.asks
+        masses.clear()
 
-            def watch(seen: Seen, sample: Sample = sample, asks: int = asks) -> None:
-                found.logit = max(found.logit, largest_logit(seen))
-                masses.append(mass(seen, sample, asks))
+        def watch(seen: Seen, sample: Sample = sample) -> None:
+            found.logit = max(found.logit, largest_logit(seen))
+            masses.append(mass(seen, sample))
 
-            ids = torch.from_numpy(sample.ids)[None].to(model.device)
-            with listening(watch):
-                told = model(input_ids=ids, use_cache=False, output_hidden_states=True)
-            logits = told.logits[0, asks:-1].float()
-            wanted = ids[0, asks + 1 :]
-            found.right.append(float((logits.argmax(-1) == wanted).all()))
-            found.loss.append(float(torch.nn.functional.cross_entropy(logits, wanted)))
-            if masses:
-                found.mass.append(np.mean(masses, 0).tolist())
-            found.hidden = max(found.hidden, *(float(state.abs().max()) for state in told.hidden_states))
-            meter.advance(1)
-    finally:
-        model.set_attn_implementation(before)
+        ids = torch.from_numpy(sample.ids)[None].to(model.device)
+        with watching(model, watch):
+            told = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        logits = told.logits[0, asks:-1].float()
+        wanted = ids[0, asks + 1 :]
+        found.right.append(float((logits.argmax(-1) == wanted).all()))
+        found.loss.append(float(torch.nn.functional.cross_entropy(logits, wanted)))
+        if masses:
+            found.mass.append(torch.stack([layer.mean(0) for layer in masses]).mean(0).tolist())
+            found.heads.append([layer[:, 0].tolist() for layer in masses])
+        found.hidden = max(found.hidden, *(float(state.abs().max()) for state in told.hidden_states))
+        meter.advance(1)
     return found
 
 
@@ -128,15 +135,11 @@ def largest_logit(seen: Seen) -> float:
     return most
 
 
-def mass(seen: Seen, sample: Sample, asks: int) -> list[float]:
-    """Shares of the position `asks`, mean over heads: on the needle's answer, on the first token, on everything else."""
-    _, weights = seen.scores(torch.tensor([asks], device=seen.q.device), seen.k.shape[2])
-    combine = getattr(seen.module, "combine_maps", None)
-    maps: Tensor = (weights if combine is None else combine(weights, asks))[0, :, 0].float().abs()  # [H, T]
-    shares = maps / maps.sum(-1, keepdim=True).clamp_min(1e-12)
-    answer = shares[:, sample.needle[0] : sample.needle[1]].sum(-1).mean()
-    first = shares[:, 0].mean()
-    return [float(answer), float(first), float(1 - answer - first)]
+def mass(seen: Seen, sample: Sample) -> Tensor:
+    """[H, 3], of the position that asks: each head's shares on the needle's answer, on the first token, on everything else."""
+    looked = shares(seen, sample.asks)
+    answer, first = looked[:, sample.needle[0] : sample.needle[1]].sum(-1), looked[:, 0]
+    return torch.stack([answer, first, 1 - answer - first], -1).cpu()
 
 
 def record(found: Found, samples: list[Sample]) -> dict[str, Any]:
@@ -156,7 +159,14 @@ def record(found: Found, samples: list[Sample]) -> dict[str, Any]:
     if found.mass:
         for name, column in zip(("answer", "first_token", "rest"), np.array(found.mass).T, strict=True):
             told[f"attention_on_{name}"] = mean_interval(column, ones).record()
+        told["attention_by_head"] = record_by_head(found.heads)
     return told
+
+
+def record_shown(sample: Sample, tokenizer: Any) -> dict[str, Any]:
+    """The text whose maps are kept: its tokens, where the needle's answer stands (first, last + 1), which position asks."""
+    tokens = [tokenizer.decode([int(one)]) for one in sample.ids]
+    return {"tokens": tokens, "needle": list(sample.needle), "asks": sample.asks}
 
 
 def compared(first: Found, second: Found) -> dict[str, Any]:

@@ -47,13 +47,16 @@ class Options:
     task_path: str | None = option(None, help="folder with task files (YAML) of your own for --tasks")
     task_lengths: list[int] | None = option(None, help="tokens of RULER's texts, one run each; default: 4096")
     task_limit: int | None = option(None, help="documents of a task, at most; default: all")
+    attention_maps: int = option(
+        0, help="with --probe needle: keep the whole attention maps, on one short text, of this many heads that find it"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", help="type to load the weights in")
     device: str = option("auto", help="cpu, cuda, cuda:1, ...; auto takes the accelerator if there is one")
     revision: str | None = option(None, help="revision of MODEL on the hub")
 
 
 SMALLEST = {"length": 8, "windows": 1, "batch": 1, "speed_batch": 1, "speed_steps": 1, "speed_repeats": 3}
-SMALLEST |= {"probe_samples": 1, "probe_depths": 2, "probe_asked": 1, "task_limit": 1}
+SMALLEST |= {"probe_samples": 1, "probe_depths": 2, "probe_asked": 1, "task_limit": 1, "attention_maps": 0}
 LEAST_PROBE_LENGTH = 64
 CONTEXT_PROBES = ("val-document", "val-code", "val-database", "key-value", "multi-needle", "variable-tracking")
 SEVERAL_LENGTHS = (*CONTEXT_PROBES, "position")
@@ -90,6 +93,8 @@ def _check_probes(options: Options) -> None:
     for name, probes in goes.items():
         if getattr(options, name) != getattr(Options, name) and not set(probes) & set(asked_for):
             raise UpfitError(f"{flag(name)} does nothing here; it goes with --probe {', '.join(probes)}")
+    if options.attention_maps and "needle" not in asked_for:
+        raise UpfitError("--attention-maps shows the heads that find a needle; add --probe needle")
 
 
 def _check_tasks(options: Options) -> None:

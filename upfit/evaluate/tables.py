@@ -130,6 +130,21 @@ def _show_needle(subjects: list[dict[str, Any]], output: Output) -> None:
         rows.append([subject["name"], *found, *masses, logit, f"{told['largest_hidden']:.0f}"])
     head = ["model", "found", "nats per answer token", "attention on answer", "on first token", "top logit", "top hidden"]
     output.table(head, rows, "A needle in text, 95 % intervals")
+    if any("maps" in subject["probes"]["needle"] for subject in subjects):
+        _show_heads(subjects, output)
+
+
+def _show_heads(subjects: list[dict[str, Any]], output: Output) -> None:
+    """The heads whose maps were kept, and what share of their attention the answer has in each model."""
+    told = [subject["probes"]["needle"] for subject in subjects]
+    heads = dict.fromkeys((one["layer"], one["head"]) for each in told for one in each.get("maps", {"heads": []})["heads"])
+    rows = [[f"layer {layer}, head {head}", *(_at(each, layer, head) for each in told)] for layer, head in heads]
+    output.table(["", *(subject["name"] for subject in subjects)], rows, "Heads with most attention on the answer, mean share")
+
+
+def _at(told: dict[str, Any], layer: int, head: int) -> str:
+    kept = any((one["layer"], one["head"]) == (layer, head) for one in told.get("maps", {"heads": []})["heads"])
+    return f"{told['attention_by_head'][layer][head]:.3f}" if kept else ""
 
 
 def _show_depths(name: str, subjects: list[dict[str, Any]], output: Output) -> None:

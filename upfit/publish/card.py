@@ -14,8 +14,8 @@ from upfit.output import human_bytes, human_count
 from upfit.own import code_files
 from upfit.publish import front
 from upfit.publish.portable import commit_of, portable
+from upfit.report.measured import measured
 from upfit.report.page import Table
-from upfit.report.sections import measured
 from upfit.report.story import Story, newest_evaluation
 
 BEGIN, END = "<!-- upfit:begin -->", "<!-- upfit:end -->"

@@ -1,6 +1,5 @@
 """`upfit push`: look, ask, send, check. Everything a user can mend is found before the hub is asked for anything."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from upfit import history
 from upfit.errors import UpfitError
-from upfit.output import Output
+from upfit.output import Output, to_json
 from upfit.publish import front, licence, manifest
 from upfit.publish.card import Card
 from upfit.publish.manifest import CARD
@@ -90,7 +89,7 @@ def pack(folder: Path, repo: str, options: Options) -> Parcel:
     doubts = [*manifest.unverified(steps), *licence.doubts(told, manifest.has_licence(folder))]
     content: dict[str, Path | bytes] = dict(gathered.files)
     record = {"format": history.FORMAT, "steps": portable(steps)}
-    content[history.FILE] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+    content[history.FILE] = (to_json(record) + "\n").encode()
     content[CARD] = text.encode()
     verbs = ", ".join(dict.fromkeys(step["verb"] for step in steps if step["verb"] != "evaluate"))
     return Parcel(folder, repo, dict(sorted(content.items())), gathered.left_out, doubts, options.message or f"Upfit: {verbs}")

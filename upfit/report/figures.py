@@ -15,9 +15,19 @@ STEPS = {
     "tokens_per_second": "tokens/s",
 }
 LOGARITHMIC = ("ce", "kl", "grad_norm")
+COLOURS = (
+    "#000000",
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # Okabe and Ito: all eyes tell them apart
+MARKERS = "osD^vPX*"
 
 
-def _panels(count: int, columns: int = 2) -> tuple[Figure, list[Any]]:
+def panels(count: int, columns: int = 2) -> tuple[Figure, list[Any]]:
     """`count` panels, `columns` a row."""
     rows, across = -(-count // columns), min(count, columns)
     figure = Figure(figsize=(WIDTH * across, HEIGHT * rows), layout="constrained")
@@ -30,10 +40,16 @@ def _panels(count: int, columns: int = 2) -> tuple[Figure, list[Any]]:
     return figure, axes[:count]
 
 
+def series(label: str, labels: list[str]) -> dict[str, Any]:
+    """How the line of one of the models `labels` looks, the same in every plot of a page; told apart without colours too."""
+    index = labels.index(label) if label in labels else len(labels)
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
+
+
 def losses(models: list[tuple[str, dict[str, Any]]], what: str) -> Figure:
     """One dot with its interval for each [label, {mean, low, high}] (None without an interval); `what` the axis says."""
     labels, estimates = [label for label, _ in models], [estimate for _, estimate in models]
-    figure, [axes] = _panels(1)
+    figure, [axes] = panels(1)
     figure.set_size_inches(2 * WIDTH, 0.9 + 0.36 * len(labels))
     means = [estimate["mean"] for estimate in estimates]
     ends = [[0 if e["low"] is None else abs(e["mean"] - e[end]) for e in estimates] for end in ("low", "high")]
@@ -47,21 +63,26 @@ def losses(models: list[tuple[str, dict[str, Any]]], what: str) -> Figure:
 
 def positions(labels: list[str], parts: list[list[float]], length: int) -> Figure:
     """Loss by position: `parts` holds for each model the loss of equal parts of a window of `length` tokens."""
-    figure, [axes] = _panels(1)
+    figure, [axes] = panels(1)
     for label, values in zip(labels, parts, strict=True):
         middles = (np.arange(len(values)) + 0.5) * length / len(values)
-        axes.plot(middles, values, "o-", label=label)
+        axes.plot(middles, values, label=label, **series(label, labels))
     axes.set_xlabel("position in the window")
     axes.set_ylabel("nats a token")
     axes.legend(fontsize=8)
     return figure
 
 
-def training(lines: list[dict[str, Any]], teacher: float | None) -> Figure:
-    """Losses, learning rate, gradient norm and speed over tokens, of the lines of metrics.jsonl. `teacher`: its loss, nats."""
-    found = {key: _points(lines, key) for key in STEPS}
-    figure, panels = _panels(sum(map(_says_something, found.values())))
-    for axes, (key, points) in zip(panels, ((k, p) for k, p in found.items() if _says_something(p)), strict=True):
+def training(lines: list[dict[str, Any]], teacher: float | None) -> Figure | None:
+    """Losses, learning rate, gradient norm and speed over tokens, of the lines of metrics.jsonl. `teacher`: its loss, nats.
+
+    None when the lines say nothing of these.
+    """
+    found = {key: points for key in STEPS if _says_something(points := _points(lines, key))}
+    if not found:
+        return None
+    figure, drawn = panels(len(found))
+    for axes, (key, points) in zip(drawn, found.items(), strict=True):
         axes.plot(*zip(*points, strict=True), linewidth=1)
         axes.set_title(STEPS[key], fontsize=9)
         axes.set_xlabel("tokens")
@@ -90,8 +111,8 @@ def watched(lines: list[dict[str, Any]]) -> Figure | None:
     names = sorted({key for line in lines for key, value in line.items() if isinstance(value, list)})
     if not names:
         return None
-    figure, panels = _panels(len(names))
-    for axes, name in zip(panels, names, strict=True):
+    figure, drawn = panels(len(names))
+    for axes, name in zip(drawn, names, strict=True):
         told = [(line["tokens"], line[name]) for line in lines if name in line]
         values = np.array([row for _, row in told], dtype=float).T
         shown = axes.pcolormesh(np.array([at for at, _ in told]), np.arange(len(values)), values, shading="nearest")
@@ -113,8 +134,8 @@ def layers(rows: list[dict[str, Any]]) -> Figure | None:
     groups = ([errors] if errors else []) + [[key] for key in others]
     if not groups:
         return None
-    figure, panels = _panels(len(groups))
-    for axes, group in zip(panels, groups, strict=True):
+    figure, drawn = panels(len(groups))
+    for axes, group in zip(drawn, groups, strict=True):
         for key in group:
             points = [(index, value) for index, row in enumerate(rows) for value in _numbers(row.get(key))]
             style = "o-" if len(points) == len({index for index, _ in points}) else "o"

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from dataclasses import dataclass, field
 from importlib.resources import files
 
@@ -12,6 +13,11 @@ from matplotlib.figure import Figure
 from upfit import __version__
 
 PNG_DPI = 150
+
+
+def file_name(label: str) -> str:
+    """A label as a part of a file's name, on any system."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-")
 
 
 @dataclass(frozen=True)

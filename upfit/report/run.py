@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from upfit.convert.folders import find_source, staged
 from upfit.errors import UpfitError
 from upfit.report.page import render
 from upfit.report.sections import tell
@@ -13,28 +14,51 @@ from upfit.report.story import gather
 def report(model: str, out: Path | None, results: list[Path], png: Path | None, overwrite: bool) -> dict[str, Any]:
     """Write the story of `model` to `out` (default: the model's name with .html, here) and each plot as `png`/NAME.png.
 
-    Returns what was written. Raises UpfitError for a model or a file that cannot be read, and, unless `overwrite`, before it
-    would replace a file.
+    Returns what was written. The folder `png` is whole or absent. Raises UpfitError, before anything is written, for a model or
+    a file that cannot be read and for an output that is taken (with `overwrite`: by anything but a page, or pictures).
     """
     name = model.rstrip("/").rsplit("/", 1)[-1]
     out = out or Path(f"{name}.html")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UpfitError(f"OUT is {out}; give a name that ends in .html")
+    _check_free(out, overwrite)
+    if png is not None:
+        _check_pictures(png, out, find_source(model).path, overwrite)
     sections = tell(gather(model, results))
     plots = [plot for section in sections for plot in section.plots]
-    pictures = {} if png is None else {png / f"{plot.name}.png": plot for plot in plots}
-    for path in (out, *pictures):
-        if path.exists() and not overwrite:
-            raise UpfitError(f"{path} exists; choose another name or pass --overwrite")
-    for path, plot in pictures.items():
-        _write(path, plot.png())
-    _write(out, render(f"{name}: the story of a model", sections, [str(path) for path in results]).encode())
-    return {"out": str(out), "sections": [section.title for section in sections], "plots": [str(path) for path in pictures]}
+    page = render(f"{name}: the story of a model", sections, [str(path) for path in results]).encode()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        partial.write_bytes(page)
+        if png is not None:
+            with staged(png) as folder:
+                for plot in plots:
+                    (folder / f"{plot.name}.png").write_bytes(plot.png())
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    pictures = [] if png is None else [str(png / f"{plot.name}.png") for plot in plots]
+    return {"out": str(out), "sections": [section.title for section in sections], "plots": pictures}
 
 
-def _write(path: Path, content: bytes) -> None:
-    """All of the file or nothing of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.is_dir():
+        raise UpfitError(f"OUT {out} is a folder; give the name of a file that ends in .html")
+    if out.exists() and not overwrite:
+        raise UpfitError(f"{out} exists; choose another name or pass --overwrite")
+
+
+def _check_pictures(png: Path, out: Path, model: Path, overwrite: bool) -> None:
+    """The folder for pictures is replaced as a whole, so nothing but pictures may be in it."""
+    place = png.expanduser().resolve()
+    if place in (*out.resolve().parents, model) or model in place.parents:
+        raise UpfitError(f"--png {png} would hold the page or lie in the model; choose a folder for the pictures alone")
+    if place.exists() and not place.is_dir():
+        raise UpfitError(f"--png {png} is a file; choose a folder")
+    held = sorted(place.iterdir()) if place.is_dir() else []
+    if held and not overwrite:
+        raise UpfitError(f"--png {png} exists and is not empty; choose another folder or pass --overwrite")
+    other = next((path.name for path in held if path.is_dir() or path.suffix != ".png"), None)
+    if other is not None:
+        raise UpfitError(f"--png {png} holds {other}, which is no picture of a report; choose another folder")

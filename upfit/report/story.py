@@ -31,21 +31,44 @@ def gather(model: str, results: list[Path]) -> Story:
 
     Raises UpfitError for a file that none of the verbs wrote, or a folder that `upfit show` cannot tell of.
     """
-    kept = [_result(path) for path in results]
+    kept = list(zip(_names(results), map(_result, results), strict=True))
     facts, folder = describe(model), find_source(model).path
     steps = history.read(folder)
+    given = [(label, answer) for label, answer in kept if "sensitivity" not in answer]
+    twice = [answer["model"] for _, answer in given]  # what is recorded and given too stands under the name that was given
     told = [(_label(steps, index), step["measurements"]) for index, step in enumerate(steps) if step["verb"] == "evaluate"]
-    told += [(path.stem, answer) for path, answer in zip(results, kept, strict=True) if "sensitivity" not in answer]
-    predictions = [
-        (path.stem, answer["sensitivity"]) for path, answer in zip(results, kept, strict=True) if "sensitivity" in answer
+    told = [(label, one) for label, one in told if one["model"] not in twice]
+    predictions = [(label, answer["sensitivity"]) for label, answer in kept if "sensitivity" in answer]
+    return Story(facts, steps, _training(folder / METRICS), told + given, predictions)
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The files' names without endings; with the folder's name in front where two would be the same.
+
+    Raises UpfitError when a file is given twice.
+    """
+    again = next((path for index, path in enumerate(paths) if path in paths[:index]), None)
+    if again is not None:
+        raise UpfitError(f"--results {again} is given twice; give each file once")
+    stems = [path.stem for path in paths]
+    names = [
+        stem if stems.count(stem) == 1 else f"{path.resolve().parent.name}/{stem}"
+        for path, stem in zip(paths, stems, strict=True)
     ]
-    return Story(facts, steps, _training(folder / METRICS), told, predictions)
+    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
 
 def _label(steps: list[dict[str, Any]], index: int) -> str:
-    """`after uptrain`: the verb that made what the evaluation at `index` measured."""
-    made = [step["verb"] for step in steps[:index] if step["verb"] != "evaluate"]
-    return f"after {made[-1]}" if made else "as it was"
+    """`after uptrain`: the step that made what the evaluation at `index` measured; with a number from its second time on."""
+    made = [_what(step) for step in steps[:index] if step["verb"] != "evaluate"]
+    if not made:
+        return "as it was"
+    times = made.count(made[-1])
+    return f"after {made[-1]}" + (f" {times}" if times > 1 else "")
+
+
+def _what(step: dict[str, Any]) -> str:
+    return f"{step['verb']} on answers" if step.get("stage") == "answers" else str(step["verb"])
 
 
 def _result(path: Path) -> dict[str, Any]:

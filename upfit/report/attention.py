@@ -1,0 +1,130 @@
+"""What the heads look at, before and after: each head's attention on a needle's answer, and the whole maps of a few heads.
+
+Reads `attention_by_head` and `maps` of the needle probe of `upfit evaluate`.
+"""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import FuncNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from upfit.report.page import Plot, Section
+from upfit.report.subjects import Measured
+
+Told = list[tuple[str, dict[str, Any]]]  # label of a model, its needle probe
+ACROSS = 3
+PANEL = 3.1  # inches
+TEXT = "In the maps below, models read: “{}” The dashed lines stand at the answer in the needle and at the position that asks."
+
+
+def sections(models: list[Measured], number: int) -> list[Section]:
+    """A section where a model tells of its heads; else none."""
+    needles = [(model.label, (model.subject.get("probes") or {}).get("needle") or {}) for model in models]
+    shares = [(label, told["attention_by_head"]) for label, told in needles if told.get("attention_by_head")]
+    kept = [(label, told["maps"]) for label, told in needles if (told.get("maps") or {}).get("heads")]
+    plots, texts = [], list[str]()
+    if shares:
+        caption = "Share of each head's attention that goes to the needle's answer, from the position that has to say it"
+        plots.append(Plot(f"heads-{number}", caption + "; one colour scale", _heads(shares)))
+    if kept:
+        texts.append(TEXT.format("".join(kept[0][1]["tokens"]).strip()))
+        caption = (
+            "Attention maps of the heads that look at the answer most: rows read, columns are read; one colour scale, each "
+        )
+        caption += "row as a share of its absolute sum" + (", below 0 where heads are subtracted" if _signed(kept) else "")
+        plots.append(Plot(f"maps-{number}", caption, _maps(kept)))
+    return [Section("Attention", texts, plots=plots)] if plots else []
+
+
+def _norm(low: float, high: float) -> FuncNorm:
+    """Colours by the square root, sign kept: most weights are small."""
+    return FuncNorm((lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2), low, high)
+
+
+def _heads(models: list[tuple[str, list[list[float]]]]) -> Figure:
+    """Layers by heads, a panel for each model; where layers have different numbers of heads the rest is grey."""
+    high = max(max(layer) for _, layers in models for layer in layers) or 1.0
+    down, across = -(-len(models) // ACROSS), min(len(models), ACROSS)
+    deepest = max(len(layers) for _, layers in models)
+    size = (max(5.0, PANEL * across), (1.1 + min(4.0, 0.2 * deepest + 0.6)) * down)
+    figure = Figure(figsize=size, layout="constrained")
+    found = figure.subplots(down, across, squeeze=False).flatten().tolist()
+    norm = _norm(0.0, high)
+    for axes, (label, layers) in zip(found, models, strict=False):
+        grid = np.full((len(layers), max(map(len, layers))), np.nan)
+        for index, layer in enumerate(layers):
+            grid[index, : len(layer)] = layer
+        axes.set_facecolor("#cccccc")
+        drawn = axes.pcolormesh(grid, norm=norm, cmap="viridis")
+        axes.set_xlim(0, grid.shape[1])
+        axes.set_ylim(len(layers), 0)
+        _count(axes.xaxis, grid.shape[1])
+        _count(axes.yaxis, len(layers))
+        axes.set_title(label, fontsize=9)
+        axes.set_xlabel("head, by the source's numbers")
+        axes.set_ylabel("layer")
+    for axes in found[len(models) :]:
+        figure.delaxes(axes)
+    figure.colorbar(drawn, ax=found[: len(models)], label="share on the answer", ticks=_ticks(0.0, high))
+    return figure
+
+
+def _count(axis: Any, count: int) -> None:
+    """Numbers from 0 in the middle of the cells, about eight of them."""
+    step = max(1, -(-count // 8))
+    axis.set_ticks(np.arange(0, count, step) + 0.5, [str(one) for one in range(0, count, step)])
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    return [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+
+
+def _signed(kept: Told) -> bool:
+    return any(weight < 0 for _, maps in kept for one in maps["heads"] for row in one["weights"] for weight in row)
+
+
+def _square(weights: list[list[float]]) -> np.ndarray:
+    """[T, T] of rows that end at the diagonal, each a share of its absolute sum; NaN beyond it."""
+    square = np.full((len(weights), len(weights)), np.nan)
+    for index, row in enumerate(weights):
+        square[index, : index + 1] = np.array(row) / (np.abs(row).sum() or 1.0)
+    return square
+
+
+def _maps(kept: Told) -> Figure:
+    """A row for each (layer, head), a column for each model."""
+    heads = list(dict.fromkeys((one["layer"], one["head"]) for _, maps in kept for one in maps["heads"]))
+    squares = {(label, one["layer"], one["head"]): _square(one["weights"]) for label, maps in kept for one in maps["heads"]}
+    signed = _signed(kept)
+    norm, colours = _norm(-1.0 if signed else 0.0, 1.0), "PuOr" if signed else "viridis"
+    figure = Figure(figsize=(max(5.0, PANEL * len(kept) + 0.8), PANEL * len(heads)), layout="constrained")
+    found = figure.subplots(len(heads), len(kept), squeeze=False)
+    for row, head in enumerate(heads):
+        for column, (label, maps) in enumerate(kept):
+            axes = found[row][column]
+            own = next((one.get("own_head") for one in maps["heads"] if (one["layer"], one["head"]) == head), None)
+            moved = "" if own in (None, head[1]) else f" (here {own})"
+            axes.set_title(f"{label}\nlayer {head[0]}, head {head[1]}{moved}", fontsize=9)
+            if (label, *head) not in squares:
+                axes.text(0.5, 0.5, "not kept", ha="center", va="center", transform=axes.transAxes)
+                axes.set_xticks([])
+                axes.set_yticks([])
+                continue
+            drawn = axes.imshow(squares[label, *head], norm=norm, cmap=colours, interpolation="nearest")
+            _mark(axes, maps)
+    figure.colorbar(
+        drawn, ax=found.ravel().tolist(), label="share of the attention", shrink=0.6, ticks=_ticks(norm.vmin or 0, 1)
+    )
+    return figure
+
+
+def _mark(axes: Any, maps: dict[str, Any]) -> None:
+    first, last = maps["needle"]
+    colour = {"color": "#D55E00", "linestyle": "--", "linewidth": 0.8}
+    for edge in (first - 0.5, last - 0.5):
+        axes.axvline(edge, **colour)
+    axes.axhline(maps["asks"], **colour)
+    axes.set_xticks([0, (first + last - 1) / 2], ["first token", "answer"], fontsize=7)
+    axes.set_yticks([0, maps["asks"]], ["first", "asks"], fontsize=7)

@@ -1,0 +1,137 @@
+"""What was measured, in tables and plots: the chain of models from the source on, side by side on the same text."""
+
+from typing import Any
+
+from upfit.evaluate.tables import half_width, interval
+from upfit.output import human_bytes
+from upfit.report import attention, figures, probes, speed
+from upfit.report.page import Plot, Section, Table
+from upfit.report.subjects import Evaluation, Measured, Text, texts
+
+INTERVALS = "Intervals are of 95 %."
+
+
+def summary(evaluations: list[Evaluation], origin: dict[str, Any] | None = None) -> Section:
+    """One row a model: its loss, how far from the source's, its cache, and each probe's average and gap."""
+    tables = []
+    for text in texts(evaluations, origin):
+        columns = probes.columns(text.models)
+        rows = [
+            [
+                model.label,
+                half_width(model.subject["loss"]["nats_per_token"], 4),
+                _apart(model, text),
+                _cache(model),
+                *(cells[index] for _, cells in columns),
+            ]
+            for index, model in enumerate(text.models)
+        ]
+        head = ["model", "nats a token", "from the source", "cache a token", *(title for title, _ in columns)]
+        tables.append(Table(_where(text.data), head, rows))
+    words = (
+        f"{INTERVALS} Loss: lower is better. Probes: the mean score over depths, and the gap between the best and the worst."
+    )
+    return Section("What was lost, what was won", [words], tables=tables)
+
+
+def measured(evaluations: list[Evaluation], origin: dict[str, Any] | None = None) -> list[Section]:
+    """For each text a section of losses, cache and speed, one for each probe, and one of attention, models in their order."""
+    found = []
+    for index, text in enumerate(texts(evaluations, origin)):
+        number = index + 1
+        found += [_losses(text, number), *probes.sections(text.models, number), *attention.sections(text.models, number)]
+    return found
+
+
+def _losses(text: Text, number: int) -> Section:
+    rows = []
+    for model in text.models:
+        loss = model.subject["loss"]
+        measures = [
+            half_width(loss["nats_per_token"], 4),
+            interval(loss["perplexity"], 2),
+            half_width(loss["bits_per_byte"], 4),
+        ]
+        rows.append([model.label, *measures, _apart(model, text), _cache(model)])
+    columns = ["model", "nats per token", "perplexity", "bits per byte", "against the source", "cache per token"]
+    words = f"{_where(text.data)}. {INTERVALS} Differences are paired on the same windows, unless the table says otherwise."
+    tables = [Table("Loss", columns, rows), *_tasks(text.models), *speed.tables(text), *_ablations(text.evaluations)]
+    shown, what = _shown(text)
+    parts = [model.subject["loss"]["nats_per_token_by_position"] for model in text.models]
+    plots = [
+        Plot(f"losses-{number}", f"Loss: {what}, 95 % intervals", figures.losses(shown, what)),
+        Plot(
+            f"positions-{number}", "Loss by position in the window", figures.positions(text.labels, parts, text.data["length"])
+        ),
+        *speed.plots(text, number),
+    ]
+    return Section("What was measured", [words], tables=tables, plots=plots)
+
+
+def _where(data: dict[str, Any]) -> str:
+    source = data["source"] if isinstance(data["source"], str) else ", ".join(data["source"])
+    return f"{data['windows']} windows of {data['length']} tokens from {data['documents']} documents ({source})"
+
+
+def _shown(text: Text) -> tuple[list[tuple[str, dict[str, Any]]], str]:
+    """What the plot of losses is of: differences where any is paired, else the losses themselves."""
+    if not any(model.difference and "nats_per_token" in model.difference for model in text.models):
+        return [(model.label, model.subject["loss"]["nats_per_token"]) for model in text.models], "nats a token"
+    found = []
+    for model in text.models:
+        if model.difference and "nats_per_token" in model.difference:
+            found.append((model.label + _beside(model, text), model.difference["nats_per_token"]))
+        elif (far := _unpaired(model, text)) is not None:
+            found.append((f"{model.label} (not paired)", {"mean": far, "low": None, "high": None}))
+    return found, "nats a token above the source"
+
+
+def _apart(model: Measured, text: Text) -> str:
+    """How far the loss is from the source's."""
+    if model.difference is None:
+        far = _unpaired(model, text)
+        return "" if far is None else f"{far:.4f}, not paired"
+    told = model.difference
+    if "nats_per_token" in told:
+        return half_width(told["nats_per_token"], 4) + _beside(model, text)
+    return f"{half_width(told['bits_per_byte'], 4)} bits a byte{_beside(model, text)}"
+
+
+def _beside(model: Measured, text: Text) -> str:
+    """Says what a difference is from, where that is not the one source."""
+    return "" if model.against == text.source else f" (from {model.against})"
+
+
+def _unpaired(model: Measured, text: Text) -> float | None:
+    """Of a model that was measured alone: its mean less the source's, on the same windows; None where that means nothing."""
+    others_tokens = any(one.difference and "nats_per_token" not in one.difference for one in text.models)
+    if model.difference or text.source in (None, model.label) or others_tokens:
+        return None
+    source = next(one for one in text.models if one.label == text.source)
+    mine, its = (one.subject["loss"]["nats_per_token"]["mean"] for one in (model, source))
+    return float(mine - its)
+
+
+def _cache(model: Measured) -> str:
+    cache = model.subject["cache"]
+    return "none" if cache is None else human_bytes(cache["bytes_per_token"])
+
+
+def _tasks(models: list[Measured]) -> list[Table]:
+    """One table of all tasks of lm-evaluation-harness; evaluations of an older Upfit have none."""
+    rows = []
+    for model in models:
+        for task, told in (model.subject.get("tasks") or {}).items():
+            about = [str(told["documents"]), str(told["few_shot"] or 0), str(told["version"])]
+            rows += [[f"{model.label}: {task}", name, interval(value, 3), *about] for name, value in told["metrics"].items()]
+    columns = ["model: task", "metric", "value", "documents", "few-shot", "version"]
+    return [Table("Tasks of lm-evaluation-harness", columns, rows)] if rows else []
+
+
+def _ablations(evaluations: list[Evaluation]) -> list[Table]:
+    rows = [
+        [f"{label}, without {told['ablation']['part']}", half_width(told["ablation"]["nats_per_token"], 4)]
+        for label, told in evaluations
+        if told["ablation"]
+    ]
+    return [Table("What an added part is worth", ["", "nats a token more"], rows)] if rows else []

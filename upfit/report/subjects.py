@@ -1,0 +1,106 @@
+"""Who was measured: the models of all evaluations on one text, each once, those that others were measured against first."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+Evaluation = tuple[str, dict[str, Any]]  # label, answer of `upfit evaluate`
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on one text. `subject`: what `upfit evaluate` tells of it. `difference`: of its loss from that of the model
+    labelled `against`, paired by window; None where it was measured alone."""
+
+    label: str
+    subject: dict[str, Any]
+    difference: dict[str, Any] | None = None
+    against: str | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that was measured on (`data` of the answers): the models, and the evaluations by the labels of their models.
+
+    `source`: the label of the one model that the others came from; None where that is not known.
+    """
+
+    data: dict[str, Any]
+    models: list[Measured]
+    evaluations: list[Evaluation]
+    source: str | None
+
+    @property
+    def labels(self) -> list[str]:
+        return [model.label for model in self.models]
+
+
+def texts(evaluations: list[Evaluation], origin: dict[str, Any] | None = None) -> list[Text]:
+    """The texts in the order in which they come up. `origin`: what the history remembers of the source, if anything."""
+    found: dict[str, list[Evaluation]] = {}
+    for label, told in evaluations:
+        found.setdefault(told["data"]["sha256"], []).append((label, told))
+    return [_text(some, origin) for some in found.values()]
+
+
+def _text(evaluations: list[Evaluation], origin: dict[str, Any] | None) -> Text:
+    sources, others = _sources(evaluations, origin), dict[str, Measured]()
+    names = {key: model.label for key, model in sources.items()}
+    names |= {key_of(told["model"]): label for label, told in evaluations if key_of(told["model"]) not in names}
+    for label, told in evaluations:
+        if key_of(told["model"]) in sources:
+            continue
+        against = None if told["against"] is None else names[key_of(told["against"])]
+        made = Measured(label, told["model"], told["difference"], against)
+        others[label] = _joined(others[label], made) if label in others else made
+    models = [*sources.values(), *others.values()]
+    source = next(iter(sources.values())).label if len(sources) == 1 else None
+    return Text(evaluations[0][1]["data"], models, evaluations, source)
+
+
+def _sources(evaluations: list[Evaluation], origin: dict[str, Any] | None) -> dict[Key, Measured]:
+    """Models that others were measured against, or that the history names, and that were measured against none themselves."""
+    measured = [(label, told["model"]) for label, told in evaluations if told["against"] is None]
+    compared = {key_of(told["model"]) for _, told in evaluations if told["against"] is not None}
+    found: dict[Key, Measured] = {}
+    for _, told in evaluations:
+        if told["against"] is not None and key_of(told["against"]) not in compared:
+            _put(found, Measured(f"source: {_short(told['against']['name'])}", told["against"]))
+    for label, subject in measured:
+        if key_of(subject) in found or (_is(subject, origin) and key_of(subject) not in compared):
+            _put(found, Measured(label, subject))
+    labels = [model.label for model in found.values()]
+    return {
+        key: model if labels.count(model.label) == 1 else replace(model, label=f"{model.label}, {model.subject.get('dtype')}")
+        for key, model in found.items()
+    }
+
+
+def _put(found: dict[Key, Measured], model: Measured) -> None:
+    key = key_of(model.subject)
+    found[key] = _joined(found[key], model) if key in found else model
+
+
+def _joined(older: Measured, newer: Measured) -> Measured:
+    """One model measured twice: what the newer says, and what only the older has."""
+    told = {name: value for name, value in newer.subject.items() if value is not None}
+    probes = {**(older.subject.get("probes") or {}), **(newer.subject.get("probes") or {})} or None
+    subject = {**older.subject, **told, "probes": probes}
+    return Measured(newer.label, subject, newer.difference or older.difference, newer.against or older.against)
+
+
+def key_of(subject: dict[str, Any]) -> Key:
+    """Two records with the same key are of the same model in the same type."""
+    return subject.get("path") or subject["name"], subject.get("revision"), subject.get("dtype")
+
+
+def _is(subject: dict[str, Any], origin: dict[str, Any] | None) -> bool:
+    if origin is None:
+        return False
+    place = origin.get("path")
+    return subject.get("path") == place if place and subject.get("path") else subject["name"] == origin.get("name")
+
+
+def _short(name: str) -> str:
+    """A folder by its own name, a hub id as it is."""
+    return name.rstrip("/").rsplit("/", 1)[-1] if name.startswith(("/", ".", "~")) else name
