@@ -290,7 +290,7 @@ def test_intervals_belong_to_what_the_harness_tells() -> None:
 def test_other_aggregations_have_a_value_and_no_interval() -> None:
     one, two = (Metric(value) for value in (0.75, 0.5))
     assert metric([(0, 1), (1, 1)], "f1", 0.75) == one and metric(["a"], "mean", 0.5) == two
-    scores = [{"t": Scores("t", None, 1, 0, ["x"], {"f1": found})} for found in (one, two)]
+    scores = [{"t": Scores("0", "t", None, 1, 0, ["x"], {"f1": found})} for found in (one, two)]
     assert differences(*scores) == {"t": {"f1": {"mean": 0.25, "low": None, "high": None}}}
 
 

@@ -70,6 +70,10 @@ def load(options: Options, tokenizer: Any, most: int | None, output: Output) -> 
     return list({one.label: one for one in asked}.values())
 
 
+def harness_version() -> str:
+    return importlib.metadata.version("lm_eval")
+
+
 def ruler() -> Path:
     """The harness's folder of RULER, whose few files are read at once; those of all tasks take some 10 s."""
     return Path(str(importlib.import_module("lm_eval.tasks").__file__)).parent / "ruler"
@@ -85,7 +89,7 @@ def _lengths(name: str, manager: Any, options: Options, most: int | None) -> lis
     """The lengths to make a task of RULER in; [None] for any other task."""
     if name not in manager.all_tasks:
         raise UpfitError(
-            f"--tasks {name} is neither in --task-path nor in lm-evaluation-harness {importlib.metadata.version('lm_eval')}; "
+            f"--tasks {name} is neither in --task-path nor in lm-evaluation-harness {harness_version()}; "
             "`lm_eval ls tasks` lists its tasks"
         )
     path = manager.task_index[name].yaml_path
@@ -197,7 +201,7 @@ def _scores(asked: Asked, told: dict[str, Any]) -> Scores:
                 hits = rescored(name, values)
                 metrics["string_match"] = metric(hits, "mean", float(np.mean(hits)))
     documents = [sample["doc_hash"] for sample in samples if sample["filter"] == samples[0]["filter"]]
-    return Scores(name, asked.length, told["versions"][name], told["n-shot"].get(name), documents, metrics)
+    return Scores(harness_version(), name, asked.length, told["versions"][name], told["n-shot"].get(name), documents, metrics)
 
 
 def rescored(name: str, values: list[float]) -> list[float]:

@@ -36,8 +36,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class Scores:
-    """One task: `documents` are digests of what was asked, in order."""
+    """One task, of a version of the `harness`: `documents` are digests of what was asked, in order."""
 
+    harness: str
     task: str
     length: int | None
     version: Any
@@ -48,6 +49,7 @@ class Scores:
     def record(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {
+            "harness": self.harness,
             "task": self.task,
             "length": self.length,
             "version": self.version,
