@@ -23,7 +23,7 @@ from upfit.evaluate.harness_scores import MEANS, Metric, Scores, differences, me
 from upfit.evaluate.options import Options, check_options
 from upfit.evaluate.tables import show
 from upfit.output import Meter, Output
-from upfit.report.sections import measured
+from upfit.report.measured import measured
 
 QUIET = Output(quiet=True)
 POSITIONS = 128

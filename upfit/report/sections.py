@@ -107,7 +107,8 @@ def _uptraining(step: dict[str, Any], lines: list[dict[str, Any]]) -> Section:
     tables, plots, teacher = [], [], None
     holdout = told.get("holdout") or {}
     before, after = holdout.get("before") or {}, holdout.get("after") or {}
-    rows = [[_LOSSES[key], f"{before[key]:.4f}", f"{after[key]:.4f}"] for key in _LOSSES if key in before and key in after]
+    told_of = [key for key in _LOSSES if key in before and key in after and (before[key] or after[key])]
+    rows = [[_LOSSES[key], f"{before[key]:.4f}", f"{after[key]:.4f}"] for key in told_of]
     if rows:
         title = f"Held-out loss, {told['holdout_rows']} rows of the training data, nats a token"
         tables.append(Table(title, ["", "before", "after"], rows))
