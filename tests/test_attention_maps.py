@@ -103,7 +103,7 @@ def test_heads_are_followed_through_merging(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some words and more of them, again and again. " * 40, encoding="utf-8")
     asked = Options(against=str(source), data=[str(text)], length=64, windows=2, probe=["needle"], attention_maps=4)
-    told = evaluate(str(out), Options(**{**vars(asked), "probe_samples": 2, "probe_length": 90}), QUIET)
+    told = evaluate(str(out), Options(**{**vars(asked), "probe_samples": 2, "probe_length": [90]}), QUIET)
     after, before = (told[key]["probes"]["needle"] for key in ("model", "against"))
     assert np.allclose(after["attention_by_head"], before["attention_by_head"], atol=2e-4)
     for ours, theirs in zip(after["maps"]["heads"], before["maps"]["heads"], strict=True):
@@ -117,7 +117,7 @@ def test_the_verb_keeps_the_same_heads_before_and_after(tmp_path: Path, recipe: 
     text = tmp_path / "text.txt"
     text.write_text("some words and more of them, again and again. " * 40, encoding="utf-8")
     asked = Options(against=str(source), data=[str(text)], length=64, windows=2, probe=["needle"], probe_samples=3)
-    asked = Options(**{**vars(asked), "probe_length": 100, "attention_maps": 3})
+    asked = Options(**{**vars(asked), "probe_length": [100], "attention_maps": 3})
     told = evaluate(str(out), asked, QUIET)
     after, before = (told[key]["probes"]["needle"] for key in ("model", "against"))
     heads = [[(one["layer"], one["head"]) for one in side["maps"]["heads"]] for side in (after, before)]

@@ -88,7 +88,7 @@ def test_the_page_asks_for_nothing_and_every_plot_is_a_picture(shop: Workshop, t
     text = tmp_path / "text.txt"
     text.write_text("some words and more of them, again and again. " * 40, encoding="utf-8")
     options = Options(against=str(shop.teacher), data=[str(text)], length=32, windows=2, probe=["needle"], attention_maps=2)
-    told = evaluate(str(shop.student), Options(**{**vars(options), "probe_length": 80, "probe_samples": 2}), QUIET)
+    told = evaluate(str(shop.student), Options(**{**vars(options), "probe_length": [80], "probe_samples": 2}), QUIET)
     results = tmp_path / "heads.json"
     results.write_text(json.dumps(told), encoding="utf-8")
     for name in ("one.html", "two.html"):
