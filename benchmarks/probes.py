@@ -81,7 +81,8 @@ def _measure(args: argparse.Namespace, windowed: Path, probe: str, length: int, 
         kept["lengths"] |= new["lengths"]
         row = new["lengths"][str(length)]
         nats, gap, null = row["answer_nats_per_token"]["mean"], row["nats_gap"]["mean"], row["nats_null_gap"]["p95"]
-        print(f"{probe} {length} {key}: score {row['average']['mean']:.3f}, {nats:.3f} nats, gap {gap:.2f}, null {null:.2f}")
+        said = f"score {row['average']['mean']:.3f}, {nats:.3f} nats, gap of nats {gap:.2f}, null {null:.2f}"
+        print(f"{probe} {length} {key}: {said}", flush=True)
     told["differences"].setdefault(probe, {})[str(length)] = result["probe_differences"][probe]["lengths"][str(length)]
     wall, processor = time.monotonic() - began[0], time.process_time() - began[1]
     told["seconds"][f"{probe} {length}"] = {"wall": wall, "processor": processor}
