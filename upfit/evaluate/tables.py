@@ -199,11 +199,9 @@ def _show_harness(subjects: list[dict[str, Any]], differences: dict[str, Any], o
         for metric in first["metrics"]:
             for subject in subjects:
                 told = subject["tasks"][label]
-                shots = str(told["few_shot"] or 0)
-                measured = interval(told["metrics"][metric], 3)
-                rows.append([f"{label}: {metric}", subject["name"], measured, str(told["documents"]), shots])
+                rows.append([label, metric, subject["name"], interval(told["metrics"][metric], 3), str(told["documents"])])
         for metric, apart in differences.get(label, {}).items():
             kind = "ratio" if metric.endswith("_ratio") else "difference"
-            rows.append([f"{label}: {metric}", kind, interval(apart, 3), "", ""])
-    head = ["task", "model", "value", "documents", "shots"]
+            rows.append([label, metric.removesuffix("_ratio"), kind, interval(apart, 3), ""])
+    head = ["task", "metric", "model", "value", "documents"]
     output.table(head, rows, "Tasks of lm-evaluation-harness, 95 % intervals, differences paired by document")

@@ -17,6 +17,8 @@ from upfit.output import Meter
 
 MOST_TOKENS = 256  # of an answer
 RETRIES = 8  # of one request, by the client library, with growing waits
+# A slow server that is given up goes on with what it was asked, and is asked it again behind that: waiting is faster.
+ANSWER_SECONDS, CONNECT_SECONDS = 6 * 3600, 60
 BATCH = 8  # requests at once in this process
 KEYS = "OPENAI_API_KEY"
 
@@ -43,7 +45,7 @@ class Answers:
 def ask_server(requests: list[Request], answers: Answers, options: Options, meter: Meter) -> None:
     """Ask a server with `--concurrency` requests at a time. Raises UpfitError when it stays away, or the budget is used up."""
     try:
-        from openai import APIError, AsyncOpenAI
+        from openai import APIError, AsyncOpenAI, Timeout
     except ImportError as error:
         raise UpfitError("--ask openai needs the package openai; install it with: pip install 'upfit[synth]'") from error
     if not options.base_url and not os.environ.get(KEYS):
@@ -52,7 +54,8 @@ def ask_server(requests: list[Request], answers: Answers, options: Options, mete
     async def run() -> None:
         gate = asyncio.Semaphore(options.concurrency)
         key = os.environ.get(KEYS) or "none"
-        async with AsyncOpenAI(base_url=options.base_url, api_key=key, max_retries=RETRIES, timeout=600) as client:
+        patience = Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
+        async with AsyncOpenAI(base_url=options.base_url, api_key=key, max_retries=RETRIES, timeout=patience) as client:
             with open(answers.path, "a", encoding="utf-8") as file:
 
                 async def one(request: Request) -> None:
