@@ -13,7 +13,7 @@ from upfit import history
 from upfit.errors import UpfitError
 from upfit.report import attention, depths, probes
 from upfit.report.measured import measured, summary
-from upfit.report.page import Section
+from upfit.report.page import Section, unbroken
 from upfit.report.run import report
 from upfit.report.sections import tell
 from upfit.report.story import Story, gather
@@ -149,6 +149,7 @@ def test_several_lengths_are_a_map_one_is_a_curve_and_a_position_is_always_one()
     [section] = probes.sections([Measured("m", subject("/m", 3.0, position=told))], 1)
     [plot] = section.plots
     lines: list[Any] = [axes.lines[0].get_ydata() for axes in plot.figure.axes]
+    assert section.tables[0].columns == ["model", "nats a token", "windows"]
     assert [list(line) for line in lines] == [[3.0, 2.0], [3.0, 2.0]] and section.tables[0].rows[0][1:3] == [
         "3.0000 ± 0.1000",
         "5",
@@ -203,6 +204,12 @@ def step(verb: str, **more: Any) -> dict[str, Any]:
 def trained(**more: Any) -> dict[str, Any]:
     counts = {"tokens": 1000, "steps": 2, "seconds": 1.0, "tokens_per_second": 1000.0, "skipped": 0, "holdout_rows": 0}
     return step("uptrain", measurements=counts | {"holdout": {"before": None, "after": None}}, **more)
+
+
+def test_a_figure_and_its_interval_are_not_torn_apart() -> None:
+    assert unbroken("0.62 [0.5, 0.7], gap 0.31").split(" ") == ["0.62", "[0.5,\u00a00.7],", "gap", "0.31"]
+    words = ["1.5\u00a0±\u00a00.1", "(from", "a", "b),", "8.2\u00a0kB", "a", "token"]
+    assert unbroken("1.5 ± 0.1 (from a b), 8.2 kB a token").split(" ") == words
 
 
 def test_training_on_answers_is_told_with_its_patterns() -> None:

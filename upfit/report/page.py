@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from upfit import __version__
 
 PNG_DPI = 150
+TOGETHER = re.compile(r"\[[^\[\]]*\]|\d ± \d|\d [kMGT]?B\b")
 
 
 def file_name(label: str) -> str:
@@ -59,8 +60,14 @@ class Section:
     plots: list[Plot] = field(default_factory=list)
 
 
+def unbroken(cell: str) -> str:
+    """No line break inside `1.5 ± 0.1`, `[1.4, 1.6]` or `8.2 kB`."""
+    return TOGETHER.sub(lambda found: found[0].replace(" ", "\u00a0"), cell)
+
+
 def render(title: str, sections: list[Section], results: list[str]) -> str:
     """The page. Whatever comes from a folder is escaped: a model's name cannot become markup."""
     template = (files("upfit.report") / "page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["unbroken"] = unbroken
     return environment.from_string(template).render(title=title, sections=sections, results=results, version=__version__)

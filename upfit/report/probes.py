@@ -83,7 +83,10 @@ def _by_length(name: str, told: Told, labels: list[str], number: int) -> Section
     probe = told[0][1]
     texts = [_pattern(probe["pattern"], told)] if "pattern" in probe else []
     scored = any("average" in row for _, one in told for row in one["lengths"].values())
-    table = Table(f"Probe: {name}", *(_scores(told) if scored else _losses(told)))
+    columns, rows = _scores(told) if scored else _losses(told)
+    if not any(cells[-1] for cells in rows):  # nobody tells whether it was trained on
+        columns, rows = columns[:-1], [cells[:-1] for cells in rows]
+    table = Table(f"Probe: {name}", columns, rows)
     return Section(f"Probe: {name}", texts, tables=[table], plots=_plots(name, told, labels, number))
 
 

@@ -82,7 +82,8 @@ def _speeds(timed: list[Evaluation], text: Text) -> Figure:
     for axes in found:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("context, tokens")
-        axes.legend(fontsize=8, loc="lower right")
+    lines, names = found[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper center", ncols=4, fontsize=8)
     return figure
 
 
