@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+@lru_cache
 def help_of(*words: str) -> str:
     environment = {"COLUMNS": "200", "TERM": "dumb", "PATH": "/usr/bin:/bin"}
     command = [sys.executable, "-m", "upfit", *words, "--help"]
