@@ -67,7 +67,8 @@ def test_flags_in_a_page_exist(verb: str) -> None:
     attentions = [help_of("convert", name) for name in ("gqa", "diff", "cope")]
     known = set(
         re.findall(
-            r"--[a-z][a-z-]+", " ".join([*(help_of(*words.split()) for words in (verb, "uptrain", "evaluate")), *attentions])
+            r"--[a-z][a-z-]+",
+            " ".join([*(help_of(*words.split()) for words in (verb, "uptrain", "evaluate", "synth")), *attentions]),
         )
     )
     assert mentioned - others <= known
