@@ -347,3 +347,11 @@ def test_a_question_without_room_is_left_out_not_cut(tmp_path: Path) -> None:
     assert told["items"] + told["rejected"][machine.TOO_LONG] == 6
     contexts = Contexts(tmp_path / "out", Wording(load_tokenizer(str(tmp_path / "letters")), "plain"))
     assert all(len(ids) <= 700 for ids, _ in contexts)
+
+
+def test_no_question_at_all_is_told_and_nothing_is_written(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "letters")
+    options = Options(str(tmp_path / "letters"), items=3, families=["record"], min_tokens=64, max_tokens=300)
+    with pytest.raises(UpfitError, match="no question was kept: longer than --max-tokens by itself"):
+        synth(TEXT[:1], tmp_path / "out", options, QUIET)
+    assert not (tmp_path / "out").exists()

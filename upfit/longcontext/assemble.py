@@ -10,6 +10,7 @@ from typing import Any
 
 from upfit import history
 from upfit.convert.folders import staged
+from upfit.errors import UpfitError
 from upfit.longcontext.ask import template
 from upfit.longcontext.compose import Composer, Recipe
 from upfit.longcontext.contexts import CONTEXTS, ITEMS, SEGMENTS, SETTINGS, Contexts
@@ -32,6 +33,9 @@ def put_together(
                 contexts.write(recipe.line() + "\n")
                 families[item.family] += 1
                 patterns[item.family] = item.pattern
+        if not families:
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in rejected.most_common())
+            raise UpfitError(f"no question was kept: {reasons}; ask another model, other --families, or with more --max-tokens")
         shutil.copytree(work / SEGMENTS, folder / SEGMENTS)
         told = {"items": families.total(), "rejected": dict(rejected), "families": dict(families), "patterns": patterns}
         (folder / SETTINGS).write_text(json.dumps(settings | told, indent=2) + "\n", encoding="utf-8")
