@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.folders import save_tiny
-from upfit.cli import parse_size
+from upfit.cli.conversions import parse_size
 from upfit.errors import UpfitError
 from upfit.options import as_flags, parse_count, parse_share
 

@@ -5,7 +5,7 @@
         kv_heads: int = option(help="key/value heads of the result")            # required: --kv-heads N
         method: Literal["mean", "first"] = option("mean", help="how to merge")  # --method mean|first
 
-`cli.py` turns the fields into flags; `check` refuses a value that its field's type does not allow.
+`cli/` turns the fields into flags; `check` refuses a value that its field's type does not allow.
 """
 
 import dataclasses

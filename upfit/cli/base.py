@@ -1,0 +1,80 @@
+"""What all commands share: the program itself, common flags, and how the fields of an options dataclass become flags."""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from upfit import __version__
+from upfit.options import choices, flag
+
+app = typer.Typer(
+    name="upfit",
+    help="Give a pretrained language model a new attention, and make it good again.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Answer as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that Upfit wrote.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model (also MODEL@REVISION).")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"upfit {__version__}")
+        raise typer.Exit
+
+
+def flags_of(settings: type, unset: bool = False) -> list[inspect.Parameter]:
+    """One keyword parameter for every field of an options dataclass: the field is the flag.
+
+    With `unset` every flag may be left out and is then None, so that the caller can tell what the user gave.
+    """
+    hints = typing.get_type_hints(settings)
+    parameters = []
+    for field in dataclasses.fields(settings):
+        annotation, default, text = hints[field.name], field.default, field.metadata["help"]
+        allowed = choices(annotation)
+        if allowed:
+            annotation, text = str, f"{text} ({', '.join(map(str, allowed))})"
+        if unset:
+            text += "" if default is None else f" [default: {str(default).lower() if annotation is bool else default}]"
+            annotation, default = annotation | None, None
+        names = (
+            (f"{flag(field.name)}/{flag('no_' + field.name)}",) if annotation in (bool, bool | None) else (flag(field.name),)
+        )
+        names = (flag(field.name),) if default is False else names
+        declared = typer.Option(*names, help=text.replace("[", "\\["))
+        given = inspect.Parameter.empty if default is dataclasses.MISSING else default
+        kind = Annotated[annotation, declared]  # type: ignore[valid-type]
+        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=given, annotation=kind))
+    return parameters
+
+
+def with_flags(command: Callable[..., None], settings: type, name: str, unset: bool = False) -> Callable[..., None]:
+    """`command(..., flags: dict)` as a function that has the flags of `settings` in its signature."""
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in inspect.signature(command).parameters.values()]
+    own = [p for p in own if p.name != "flags"]
+    fields = {field.name for field in dataclasses.fields(settings)}
+    positional = [p for p in own if p.default is inspect.Parameter.empty]
+    rest = [p for p in own if p.default is not inspect.Parameter.empty]
+
+    def run(**values: Any) -> None:
+        flags = {key: value for key, value in values.items() if key in fields}
+        command(**{key: value for key, value in values.items() if key not in fields}, flags=flags)
+
+    run.__name__, run.__doc__ = name, command.__doc__
+    run.__signature__ = inspect.Signature([*positional, *flags_of(settings, unset), *rest])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    return run

@@ -1,0 +1,74 @@
+"""`upfit list`, `show`, `demo` and `env`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from upfit.cli.base import Json, Quiet, Revision, app
+from upfit.convert.recipe import find_recipes
+from upfit.output import Output
+
+
+@app.command("list")
+def list_command(as_json: Json = False) -> None:
+    """Recipes, and the architectures they apply to."""
+    from upfit.convert.architectures import table
+
+    output, known = Output(as_json), table()
+    recipes = [{"name": r.name, "summary": r.summary, "paper": r.paper} for r in find_recipes().values()]
+    output.json({"recipes": recipes, "architectures": sorted(known.entries), "refused": dict(sorted(known.refused.items()))})
+    for recipe in recipes:
+        output.line(f"{recipe['name']:6} {recipe['summary']}\n       {recipe['paper']}")
+    output.line(f"\n{len(known.entries)} architectures: {', '.join(sorted(known.entries))}")
+    output.line(f"\n{len(known.refused)} model types are refused, each with its reason (--json lists them).")
+
+
+@app.command()
+def show(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or hub id (id@revision).")],
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Architecture, heads, parameters, KV bytes per token, history, and what the model can become."""
+    from upfit.convert.describe import as_rows, describe
+
+    output = Output(as_json)
+    told = describe(model, revision)
+    output.json(told)
+    rows = [
+        *as_rows(told),
+        *[["history" if not i else "", f"{s['date']}  {s['verb']}"] for i, s in enumerate(told["history"])],
+        *[["can become" if not i else "", line] for i, line in enumerate(told["can_become"])],
+    ]
+    for name, value in rows:
+        output.line(f"{name:17} {value}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")] = Path("upfit-demo"),
+    tokens: Annotated[str, typer.Option(help="Tokens to uptrain each conversion on.")] = "70k",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """All of it on the embedded model, on a CPU, in minutes: convert, uptrain, evaluate, table and plot."""
+    from upfit.demo.run import run_demo
+    from upfit.demo.show import show as show_demo
+
+    output = Output(as_json, quiet)
+    result = run_demo(out, tokens, overwrite, output)
+    output.json(result)
+    show_demo(result, output)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Versions and hardware, for bug reports."""
+    from upfit.environment import environment
+
+    output, told = Output(as_json), environment()
+    output.json(told)
+    for name, value in told.items():
+        output.line(f"{name:17} {value}")

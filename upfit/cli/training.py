@@ -1,0 +1,118 @@
+"""`upfit prepare`, `synth`, `plan` and `uptrain`: data, what training costs, and training."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from upfit.cli.base import Json, Overwrite, Quiet, Revision, app, with_flags
+from upfit.longcontext.options import Options as SynthOptions
+from upfit.output import Output, human_bytes, human_count
+from upfit.plan.options import Options as PlanOptions
+from upfit.uptrain.config import Config as UptrainConfig
+
+
+@app.command()
+def prepare(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Files, folders, or a hub data set id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer is used: folder or hub id.")],
+    field: Annotated[str, typer.Option(help="Field of jsonl and parquet rows that holds the text.")] = "text",
+    tokens: Annotated[str | None, typer.Option(help="Stop after so many tokens, such as 100M; default: all.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn text into token shards for uptraining (txt, jsonl, parquet, hub data set)."""
+    from upfit.uptrain.prepare import prepare as run
+
+    output = Output(as_json, quiet)
+    manifest = run(list(texts), out, tokenizer, field, output, overwrite, tokens)
+    output.json(manifest)
+    output.line(f"Wrote {out}: {human_count(manifest['tokens'])} tokens of {manifest['documents']} documents")
+    output.note(f"Next: upfit uptrain MODEL {out} OUT --tokens {human_count(manifest['tokens']).replace(' ', '')}")
+
+
+def _synth(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Files, folders, or a hub data set id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; work lies in OUT.synth until it is whole.")],
+    flags: dict[str, Any],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Long-context training data: questions whose answers stand anywhere in 4k to 32k tokens (IN2)."""
+    from upfit.longcontext.synth import synth as run
+
+    output = Output(as_json, quiet)
+    answer = run(list(texts), out, SynthOptions(**flags), output)
+    output.json(answer)
+    if not answer["finished"]:
+        output.line(f"This part is done; {len(answer['missing'])} others are not yet, such as {answer['missing'][0]}")
+        return
+    families = ", ".join(f"{name} {count:,}" for name, count in answer["families"].items())
+    recipes = human_bytes(answer["bytes"])
+    output.line(f"Wrote {out}: {answer['items']:,} examples ({families}), their contexts as {recipes} of recipes")
+
+
+app.command("synth")(with_flags(_synth, SynthOptions, "synth"))
+
+
+def _plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model to train: folder or hub id.")],
+    flags: dict[str, Any],
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """FLOPs, memory and GPU-hours of an uptraining, before anything runs."""
+    from upfit.plan.plan import plan as run
+    from upfit.plan.show import show as show_plan
+
+    output = Output(as_json)
+    told = run(model, PlanOptions(**flags), revision)
+    output.json(told)
+    show_plan(told, output)
+
+
+app.command("plan")(with_flags(_plan, PlanOptions, "plan"))
+
+
+def _uptrain(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model to train: folder or hub id.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Text of `upfit prepare`, or questions of `upfit synth`.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; checkpoints go to OUT.uptrain.")],
+    flags: dict[str, Any],
+    config: Annotated[Path | None, typer.Option(help="TOML file with these settings; flags go first.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of OUT.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a converted model to be good again, with its former self as teacher."""
+    from upfit.uptrain.config import resolve
+    from upfit.uptrain.train import uptrain as run
+
+    output = Output(as_json, quiet)
+    resolved = resolve(config, {name: value for name, value in flags.items() if value is not None})
+    report = run(model, data, out, resolved, resume, overwrite, output)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun every process comes here, one tells
+        output.json(report)
+        _show_uptraining(report, out, output)
+
+
+def _show_uptraining(report: dict[str, Any], out: Path, output: Output) -> None:
+    if report["stopped"]:
+        output.line(f"Stopped at step {report['step']} of {report['steps']}; the same command with --resume goes on")
+        return
+    output.line(
+        f"Wrote {out}: {human_count(report['tokens'])} tokens in {report['seconds']:.0f} s, "
+        f"{report['tokens_per_second']:.0f} tokens/s, {report['skipped']} steps skipped"
+    )
+    before, after = report["holdout"]["before"], report["holdout"]["after"]
+    if before:
+        line = f"Held-out loss of {report['holdout_rows']} rows of DATA: {before['ce']:.3f} → {after['ce']:.3f} nats a token"
+        output.line(line + (f" (teacher {before['teacher_ce']:.3f})" if "teacher_ce" in before else ""))
+    output.note(f"Next: upfit evaluate {out} --against SOURCE")
+
+
+app.command("uptrain")(with_flags(_uptrain, UptrainConfig, "uptrain", unset=True))
