@@ -24,7 +24,7 @@ from upfit.evaluate.options import Options
 from upfit.evaluate.tables import show
 from upfit.longcontext.probes import contexts
 from upfit.output import Meter, Output
-from upfit.report.sections import measured
+from upfit.report.measured import measured
 from upfit.text import python_documents
 from upfit.windows import make_windows
 
@@ -228,8 +228,7 @@ def test_the_verb_tells_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert all(name.capitalize() in shown for name in NAMES[:-1])
     assert "Loss by position" in shown and "trained on" in shown and "yes" in shown
-    (section,) = measured([("it", result)])
-    assert {table.title for table in section.tables} >= {f"Probe: {name}" for name in NAMES}
+    assert {section.title for section in measured([("it", result)])} >= {f"Probe: {name}" for name in NAMES}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 Memory is not guessed from sizes: what autograd keeps is counted on short rows, and follows a + b·T + c·T² in their length T.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from upfit.uptrain.answers import AnswerRows
 from upfit.uptrain.config import Config
 from upfit.uptrain.feed import Feed
 from upfit.uptrain.models import Distiller, vocabulary_size
+from upfit.uptrain.rows import IGNORE
 
 TRIED = 256  # tokens of the longest row that is tried
 SUPERVISED = 8  # labels of such a row
@@ -117,13 +117,12 @@ def _kept(distiller: Distiller, length: int) -> int:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    same: Callable[[Tensor], Tensor] = lambda tensor: tensor  # noqa: E731
     device = next(distiller.parameters()).device
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(vocabulary_size(distiller.student), (1, length), generator=generator).to(device)
-    labels = torch.full_like(ids, -100)
+    labels = torch.full_like(ids, IGNORE)
     labels[:, -SUPERVISED:] = ids[:, -SUPERVISED:]
-    with torch.autograd.graph.saved_tensors_hooks(keep, same):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         distiller(ids, torch.arange(length, device=device)[None], labels)  # the graph goes with the result
     return sum(found.values())
 

@@ -138,7 +138,7 @@ def evaluated(folder: Path) -> float:
 @pytest.mark.parametrize("variant", ["split", "diffllama"])
 def test_calibration_gains(tmp_path: Path, variant: str) -> None:
     """On the embedded model both lossy variants stay near the source's loss, where the naive cut does not."""
-    options = Options(variant=variant, calibration_tokens="8k", calibration_length=512)  # type: ignore[arg-type]
+    options = Options(variant=variant, calibration_tokens="4k", calibration_length=512)  # type: ignore[arg-type]
     convert(RECIPE, str(embedded_model()), tmp_path / "fitted", options, Settings(verify=False), QUIET)
     convert(
         RECIPE, str(embedded_model()), tmp_path / "naive", Options(variant="split", naive=True), Settings(verify=False), QUIET
