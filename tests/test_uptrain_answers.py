@@ -1,6 +1,7 @@
 """Questions on long contexts: everything is read, the answer alone is learned, each label of a step counts alike."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from upfit.longcontext.wording import Wording
 from upfit.output import Output
 from upfit.tokenizer import load_tokenizer
 from upfit.uptrain import preflight
-from upfit.uptrain.answers import AnswerRows
+from upfit.uptrain.answers import AnswerRows, fingerprint
 from upfit.uptrain.config import Config
 from upfit.uptrain.feed import Feed, Part, micro_batches
 from upfit.uptrain.loop import tensors
@@ -158,6 +159,15 @@ def test_text_beside_answers_has_a_mean_and_a_teacher_of_its_own(home: Path, tmp
     assert before["teacher_mix_ce"] == pytest.approx(before["mix_ce"], rel=1e-4) and "teacher_ce" not in before
     resolved = history.read(tmp_path / "out")[-1]
     assert resolved["data"]["mix"] == str(home / "shards") and resolved["teacher"]["path"] == str(home / "model")
+
+
+def test_another_corpus_is_other_data(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "data", tmp_path / "data")
+    wording = rows_of(home).contexts.wording
+    assert fingerprint(Contexts(tmp_path / "data", wording)) == fingerprint(rows_of(home).contexts)
+    about = tmp_path / "data" / "segments" / "about.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"sha256": "of another text"}))
+    assert fingerprint(Contexts(tmp_path / "data", wording)) != fingerprint(rows_of(home).contexts)
 
 
 def test_every_process_takes_its_share_of_a_step(home: Path) -> None:

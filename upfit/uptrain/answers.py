@@ -6,7 +6,8 @@ from functools import cached_property
 import numpy as np
 
 from upfit.errors import UpfitError
-from upfit.longcontext.contexts import CONTEXTS, ITEMS, SETTINGS, Contexts
+from upfit.longcontext.contexts import CONTEXTS, ITEMS, SEGMENTS, SETTINGS, Contexts
+from upfit.longcontext.segments import ABOUT
 from upfit.uptrain.rows import IGNORE, Row, Rows
 
 LOOKED_AT = 256  # examples whose lengths stand for all
@@ -49,8 +50,8 @@ class AnswerRows(Rows):
 
 
 def fingerprint(contexts: Contexts) -> str:
-    """Equal for equal examples; the settings hold the hashes of text and tokenizer."""
+    """Equal for equal examples: the segments are told with the hash of their text, the settings with that of the tokenizer."""
     digest = hashlib.sha256()
-    for name in (SETTINGS, ITEMS, CONTEXTS):
+    for name in (SETTINGS, ITEMS, CONTEXTS, f"{SEGMENTS}/{ABOUT}"):
         digest.update((contexts.folder / name).read_bytes())
     return digest.hexdigest()
