@@ -2,8 +2,15 @@
 
 import os
 
+import pytest
+
 # Two workers share two cores: more threads would only spin against each other. Subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Kernels run in Triton's interpreter, on any machine.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first, so that at the end no worker waits for the other's long test."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from tests.folders import letter_tokenizer, logits, save_tiny, tiny_llama
+from tests.warm_python import warm_python
 from upfit import history
 from upfit.convert import folders, writer
 from upfit.convert.checkpoint import open_checkpoint
@@ -182,12 +184,19 @@ def test_an_error_leaves_what_stood_there(tmp_path: Path, monkeypatch: pytest.Mo
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+@pytest.fixture(scope="module")
+def python() -> Iterator[str]:
+    with warm_python(dict(os.environ)) as program:
+        yield program
+
+
 @pytest.mark.slow
+@pytest.mark.xdist_group("killed conversions")
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.4])
-def test_killed_at_any_moment_nothing_looks_finished(tmp_path: Path, delay: float) -> None:
+def test_killed_at_any_moment_nothing_looks_finished(tmp_path: Path, python: str, delay: float) -> None:
     """SIGKILL `delay` seconds after the work folder appears: OUT is absent or whole, and the next run succeeds."""
     source = save_tiny(tmp_path / "source", tiny_llama(hidden_size=256, intermediate_size=4096, num_hidden_layers=4))
-    command = [sys.executable, "-m", "upfit", "convert", "gqa", str(source), str(tmp_path / "out"), "-q"]
+    command = [python, "-m", "upfit", "convert", "gqa", str(source), str(tmp_path / "out"), "-q"]
     command += ["--kv-heads", "2", "--method", "mean"]
     process = subprocess.Popen(command)
     while not (tmp_path / "out.partial").exists() and process.poll() is None:

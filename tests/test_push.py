@@ -14,6 +14,7 @@ from huggingface_hub import close_session, constants
 from tests.folders import logits, save_tiny, tiny_llama
 from tests.hub import Hub
 from tests.uptraining import QUIET
+from tests.warm_python import warm_python
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
@@ -253,9 +254,6 @@ def test_the_token_is_never_told(folders: Path, hub: Hub) -> None:
 def test_the_example_goes_from_the_checkpoint_to_the_hub(tmp_path: Path) -> None:
     shim = tmp_path / "bin"
     shim.mkdir()
-    for name, words in (("upfit", "-m upfit"), ("python", "")):
-        (shim / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n', encoding="utf-8")
-        (shim / name).chmod(0o755)
     with Hub(TOKENS) as hub:
         environment = {
             **os.environ,
@@ -267,7 +265,11 @@ def test_the_example_goes_from_the_checkpoint_to_the_hub(tmp_path: Path) -> None
         environment |= {"HF_TOKEN": TOKEN, "PATH": f"{shim}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
         environment |= {"TOKENS": "5k", "CALIBRATION_TOKENS": "3k", "LENGTH": "256", "WINDOWS": "4"}
         command = [str(ROOT / "examples" / "end_to_end.sh"), str(tmp_path / "out"), REPO]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        with warm_python(environment) as python:
+            for name, words in (("upfit", "-m upfit"), ("python", "")):
+                (shim / name).write_text(f'#!/bin/sh\nexec "{python}" {words} "$@"\n', encoding="utf-8")
+                (shim / name).chmod(0o755)
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         same(hub, tmp_path / "out" / "uptrained")
         assert b"after uptrain" in hub.files(REPO)["README.md"] and (tmp_path / "out" / "report.html").exists()

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from tests.uptraining import BASE, Workshop, make_workshop, metrics, weights
+from tests.warm_python import warm_python
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
 from upfit.uptrain.state import Workspace
@@ -182,9 +182,15 @@ def command(shop: Workshop, tmp_path: Path, out: Path, resume: bool = False, **c
     return [str(driver(tmp_path)), str(shop.student), str(shop.data), str(out), "resume" if resume else "new", settings]
 
 
+@pytest.fixture(scope="module")
+def python() -> Iterator[str]:
+    with warm_python(ENVIRONMENT) as program:
+        yield program
+
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 PATIENCE = 300.0  # seconds; a busy machine takes long to import torch
-LONG: dict[str, Any] = {"tokens": "25600", "save_every": "10"}
+LONG: dict[str, Any] = {"tokens": "12800", "save_every": "10"}
 
 
 @contextmanager
@@ -205,34 +211,34 @@ def running(command: list[str], place: Path, lines: int) -> Iterator[subprocess.
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_resumed_ends_with_the_same_bytes(shop: Workshop, tmp_path: Path) -> None:
-    whole = [sys.executable, *command(shop, tmp_path, tmp_path / "whole", **LONG)]
+def test_killed_at_any_moment_and_resumed_ends_with_the_same_bytes(shop: Workshop, python: str, tmp_path: Path) -> None:
+    whole = [python, *command(shop, tmp_path, tmp_path / "whole", **LONG)]
     subprocess.run(whole, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-    for count, resume in ((15, False), (100, True)):
-        broken = [sys.executable, *command(shop, tmp_path, tmp_path / "broken", resume, **LONG)]
+    for count, resume in ((15, False), (60, True)):
+        broken = [python, *command(shop, tmp_path, tmp_path / "broken", resume, **LONG)]
         with running(broken, tmp_path / "broken.uptrain", count) as process:
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL and not (tmp_path / "broken").exists()
-    final = [sys.executable, *command(shop, tmp_path, tmp_path / "broken", True, **LONG)]
+    final = [python, *command(shop, tmp_path, tmp_path / "broken", True, **LONG)]
     subprocess.run(final, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
     assert untimed(tmp_path / "broken") == untimed(tmp_path / "whole")
 
 
-def torchrun(shop: Workshop, tmp_path: Path, out: Path, resume: bool = False, **changes: Any) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def torchrun(python: str, shop: Workshop, tmp_path: Path, out: Path, resume: bool = False, **changes: Any) -> list[str]:
+    launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return [*launcher, *command(shop, tmp_path, out, resume, **changes)]
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(shop: Workshop, tmp_path: Path) -> None:
+def test_two_processes_have_the_losses_of_one(shop: Workshop, python: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "batch_tokens": "160",
         "tokens": "1600",
         "micro_batch": 2,
     }  # 5 rows a step: one process has an empty one
     subprocess.run(
-        torchrun(shop, tmp_path, tmp_path / "two", **settings), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL
+        torchrun(python, shop, tmp_path, tmp_path / "two", **settings), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL
     )
     report = shop.run(tmp_path / "one", **settings)
     pairs = zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True)
@@ -245,15 +251,17 @@ def test_two_processes_have_the_losses_of_one(shop: Workshop, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun_saves_and_resumes_bit_exactly(shop: Workshop, tmp_path: Path) -> None:
-    subprocess.run(torchrun(shop, tmp_path, tmp_path / "whole", **LONG), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-    with running(torchrun(shop, tmp_path, tmp_path / "broken", **LONG), tmp_path / "broken.uptrain", 13) as process:
+def test_sigterm_to_torchrun_saves_and_resumes_bit_exactly(shop: Workshop, python: str, tmp_path: Path) -> None:
+    def run(out: str, resume: bool = False) -> None:
+        words = torchrun(python, shop, tmp_path, tmp_path / out, resume, **LONG)
+        subprocess.run(words, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+
+    run("whole")
+    with running(torchrun(python, shop, tmp_path, tmp_path / "broken", **LONG), tmp_path / "broken.uptrain", 13) as process:
         process.send_signal(signal.SIGTERM)
         process.wait()
     assert not (tmp_path / "broken").exists() and not list((tmp_path / "broken.uptrain").glob("*.tmp"))
     saved = Workspace(tmp_path / "broken").checkpoints()
     assert int(saved[-1].name[5:]) == len(metrics(tmp_path / "broken.uptrain"))
-    subprocess.run(
-        torchrun(shop, tmp_path, tmp_path / "broken", True, **LONG), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL
-    )
+    run("broken", resume=True)
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
