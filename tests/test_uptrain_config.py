@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 
 from upfit.errors import UpfitError
-from upfit.uptrain.config import Config, budget, check, dump, resolve, save_interval
+from upfit.uptrain.config import Config, budget, check, dump, resolve, save_interval, tables
 from upfit.uptrain.schedule import MAX_BATCH_TOKENS, learning_rate, make_plan, peak_rate
 
 
 def test_a_dumped_config_is_read_back_the_same(tmp_path: Path) -> None:
     config = Config(tokens="50M", learning_rate=1e-4, document_mask=False, track='a "name"')
-    (tmp_path / "c.toml").write_text(dump(config))
+    of_stages = {"layerwise": {"learning_rate": 1e-3, "save_every": "20"}}
+    (tmp_path / "c.toml").write_text(dump(config, of_stages))
     assert resolve(tmp_path / "c.toml", {}) == config
+    assert tables(tmp_path / "c.toml") == of_stages
 
 
 def test_flags_override_the_file(tmp_path: Path) -> None:
@@ -27,7 +29,14 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content,names",
-    [("sede = 1", "'sede'"), ("seed = [", "TOML"), ('seed = "x"', "--seed"), ('dtype = "float16"', "bfloat16")],
+    [
+        ("sede = 1", "'sede'"),
+        ("seed = [", "TOML"),
+        ("[distill]\nsede = 1", "'sede'"),
+        ("[distil]\nseed = 1", "'distil'"),
+        ('seed = "x"', "--seed"),
+        ('dtype = "float16"', "bfloat16"),
+    ],
 )
 def test_a_bad_file_is_one_line(tmp_path: Path, content: str, names: str) -> None:
     (tmp_path / "c.toml").write_text(content)
@@ -92,8 +101,8 @@ def test_the_learning_rate_warms_up_stays_and_decays() -> None:
 def test_schedules_at_their_edges() -> None:
     assert learning_rate(0, 1, 1.0, 0.0, 0.0, 0.0) == 1.0
     assert learning_rate(0, 1, 1.0, 0.02, 0.2, 0.0) > 0
-    assert peak_rate(Config(learning_rate=0.5), 64) == 0.5
-    assert peak_rate(Config(), 64) > peak_rate(Config(), 4096) > 0
+    assert peak_rate(Config(learning_rate=0.5), 64, "lm") == 0.5
+    assert peak_rate(Config(), 64, "lm") > peak_rate(Config(), 4096, "lm") > peak_rate(Config(), 4096, "answers") > 0
 
 
 def test_config_does_not_import_torch() -> None:

@@ -89,12 +89,12 @@ def _uptrain(
     quiet: Quiet = False,
 ) -> None:
     """Train a converted model to be good again, with its former self as teacher."""
-    from upfit.uptrain.config import resolve
+    from upfit.uptrain.config import resolve, tables
     from upfit.uptrain.train import uptrain as run
 
     output = Output(as_json, quiet)
     resolved = resolve(config, {name: value for name, value in flags.items() if value is not None})
-    report = run(model, data, out, resolved, resume, overwrite, output)
+    report = run(model, data, out, resolved, resume, overwrite, output, tables(config))
     if os.environ.get("RANK", "0") == "0":  # under torchrun every process comes here, one tells
         output.json(report)
         _show_uptraining(report, out, output)
@@ -102,17 +102,29 @@ def _uptrain(
 
 def _show_uptraining(report: dict[str, Any], out: Path, output: Output) -> None:
     if report["stopped"]:
-        output.line(f"Stopped at step {report['step']} of {report['steps']}; the same command with --resume goes on")
+        where = f"step {report['step']} of {report['steps']}" + (f" of {report['stage']}" if "stages" in report else "")
+        output.line(f"Stopped at {where}; the same command with --resume goes on")
         return
+    for one in report.get("stages", [report]):
+        _show_stage(one, f"{one['stage'].capitalize()}" if "stages" in report else f"Wrote {out}", output)
+    if "stages" in report:
+        output.line(f"Wrote {out}")
+    output.note(f"Next: upfit evaluate {out} --against SOURCE")
+
+
+def _show_stage(report: dict[str, Any], title: str, output: Output) -> None:
     output.line(
-        f"Wrote {out}: {human_count(report['tokens'])} tokens in {report['seconds']:.0f} s, "
+        f"{title}: {human_count(report['tokens'])} tokens in {report['seconds']:.0f} s, "
         f"{report['tokens_per_second']:.0f} tokens/s, {report['skipped']} steps skipped"
     )
     before, after = report["holdout"]["before"], report["holdout"]["after"]
-    if before:
-        line = f"Held-out loss of {report['holdout_rows']} rows of DATA: {before['ce']:.3f} → {after['ce']:.3f} nats a token"
+    rows = f"of {report['holdout_rows']} rows of DATA"
+    if "attention_error" in before:
+        errors = f"{before['attention_error']:.4f} → {after['attention_error']:.4f}"
+        output.line(f"Held-out error of attention outputs {rows}: {errors} of the teacher's mean square")
+    elif before:
+        line = f"Held-out loss {rows}: {before['ce']:.3f} → {after['ce']:.3f} nats a token"
         output.line(line + (f" (teacher {before['teacher_ce']:.3f})" if "teacher_ce" in before else ""))
-    output.note(f"Next: upfit evaluate {out} --against SOURCE")
 
 
 app.command("uptrain")(with_flags(_uptrain, UptrainConfig, "uptrain", unset=True))

@@ -15,6 +15,9 @@ from upfit.errors import UpfitError
 from upfit.options import flag, option
 
 DTYPES = Literal["auto", "float32", "bfloat16"]
+NAMES = ("layerwise", "distill", "lm", "answers")  # of the stages
+OF_TEXT = ("length", "kl_weight", "ce_weight", "temperature", "teacher", "document_mask")
+OF_ANSWERS = ("mix", "mix_share", "mix_weight")
 # Settings that change how a run is carried out but not what it computes (beyond rounding): a resumed run may change them.
 FREE = frozenset({"micro_batch", "gradient_checkpointing", "chunk", "save_every", "keep", "max_bad_steps", "track"})
 
@@ -26,6 +29,12 @@ class Config:
     tokens: str | None = option(None, help="tokens to train on, such as 200k or 50M")
     share: str | None = option(None, help="instead of --tokens: the share of --original-tokens to train on, such as 5%")
     original_tokens: str | None = option(None, help="tokens the model was pretrained on, such as 2T; goes with --share")
+    stages: str | None = option(
+        None,
+        help="what to do, in order, with shares of the budget: layerwise, distill, lm, answers, such as layerwise=10%,distill; "
+        "default: distill, lm where there is no teacher, answers where DATA holds questions",
+    )
+    questions: str | None = option(None, help="with answers among several stages: the folder of upfit synth that they are in")
     length: int | None = option(None, help="tokens a row; default: what the model can take, at most 2048")
     batch_tokens: str | None = option(
         None, help="tokens an optimiser step, over all processes; default: what makes about a hundred steps, at most 524288"
@@ -66,6 +75,11 @@ class Config:
     max_bad_steps: int = option(5, help="steps in a row with a loss or gradient that is not finite before the run ends")
     seed: int = option(0, help="seed of the order of the rows and of dropout")
     track: str | None = option(None, help="tracker that accelerate knows, such as trackio, tensorboard or wandb")
+
+
+def default(name: str) -> Any:
+    """The default of the setting `name`."""
+    return next(field.default for field in dataclasses.fields(Config) if field.name == name)
 
 
 def check(config: Config) -> Config:
@@ -125,7 +139,7 @@ def resolve(file: Path | None, given: dict[str, Any]) -> Config:
 
     `--tokens` on the command line replaces a `share` of the file, and the other way round.
     """
-    told = read(file) if file is not None else {}
+    told = {name: value for name, value in (read(file) if file is not None else {}).items() if name not in NAMES}
     if given.get("tokens") is not None:
         told = {name: value for name, value in told.items() if name not in ("share", "original_tokens")}
     elif given.get("share") is not None:
@@ -133,8 +147,16 @@ def resolve(file: Path | None, given: dict[str, Any]) -> Config:
     return check(Config(**{**told, **given}))
 
 
+def tables(file: Path | None) -> dict[str, dict[str, Any]]:
+    """What a config file says of single stages, by their names."""
+    return {name: value for name, value in (read(file) if file is not None else {}).items() if name in NAMES}
+
+
 def read(file: Path) -> dict[str, Any]:
-    """The settings in a TOML file. Raises UpfitError when it cannot be read or has a key that is no setting."""
+    """The settings in a TOML file, and a table of settings for each stage that has some of its own.
+
+    Raises UpfitError when it cannot be read or has a key that is no setting.
+    """
     try:
         told = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -142,18 +164,22 @@ def read(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UpfitError(f"--config {file} is not valid TOML: {error}") from error
     allowed = [field.name for field in dataclasses.fields(Config)]
-    for name in told:
+    of_stages = [(name, table) for name, table in told.items() if name in NAMES and isinstance(table, dict)]
+    keys = [name for name, _ in told.items() if name not in dict(of_stages)] + [key for _, table in of_stages for key in table]
+    for name in keys:
         if name not in allowed:
             raise UpfitError(f"--config {file} has an unknown key {name!r}; allowed are {', '.join(allowed)}")
     return told
 
 
-def dump(config: Config) -> str:
-    """The config as TOML with each field's help above it; a setting that is None stands as a comment."""
+def dump(config: Config, of_stages: dict[str, dict[str, Any]]) -> str:
+    """The config as TOML with each field's help above it, and the tables of stages; a setting that is None is a comment."""
     lines = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         lines.append(f"# {field.metadata['help']}")
         # JSON's spelling of strings, numbers and booleans is valid TOML.
         lines.append(f"# {field.name} =" if value is None else f"{field.name} = {json.dumps(value, ensure_ascii=False)}")
+    for name, table in of_stages.items():
+        lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items())]
     return "\n".join(lines) + "\n"

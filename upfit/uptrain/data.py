@@ -1,7 +1,7 @@
 """The folder to train on, opened: token shards of `upfit prepare`, or questions of `upfit synth`."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,11 @@ from upfit.longcontext.wording import Wording
 from upfit.options import flag
 from upfit.tokenizer import identity, load_tokenizer
 from upfit.uptrain.answers import AnswerRows, fingerprint
-from upfit.uptrain.config import Config
+from upfit.uptrain.config import OF_ANSWERS, OF_TEXT, Config, default
 from upfit.uptrain.feed import Feed
 from upfit.uptrain.rows import TextRows
 from upfit.uptrain.schedule import Plan, make_answers_plan, make_plan
 from upfit.uptrain.shards import Shards
-
-OF_TEXT = ("length", "kl_weight", "ce_weight", "temperature", "teacher", "document_mask")
-OF_MIX = ("mix_share", "mix_weight")
 
 
 @dataclass(frozen=True)
@@ -29,11 +26,6 @@ class Data:
     shards: Shards | None
     contexts: Contexts | None
     mix: Shards | None
-
-    @property
-    def stage(self) -> str:
-        """`answers`: only those are learned; `text`: every token is."""
-        return "text" if self.contexts is None else "answers"
 
     @property
     def texts(self) -> list[Shards]:
@@ -69,11 +61,11 @@ def open_data(folder: Path, source: Source, config: Config) -> Data:
     """
     mix = None if config.mix is None else Shards(Path(config.mix).expanduser().resolve())
     if not (folder / CONTEXTS).exists():
-        _refuse_changed(config, ("mix", *OF_MIX), f"goes with answers, and {folder} holds text")
+        _refuse_changed(config, OF_ANSWERS, f"goes with answers, and {folder} holds text")
         data = Data(Shards(folder), None, None)
     else:
         if mix is None:
-            _refuse_changed(config, (*OF_TEXT, *OF_MIX), "is for text, which --mix adds to answers")
+            _refuse_changed(config, (*OF_TEXT, *OF_ANSWERS), "is for text, which --mix adds to answers")
         data = Data(None, _contexts(folder, source), mix)
     for shards in data.texts:
         check_tokenizer(source, shards.folder, shards.manifest["tokenizer"]["sha256"], shards.manifest["tokenizer"]["name"])
@@ -97,9 +89,8 @@ def check_tokenizer(source: Source, folder: Path, sha256: str, name: str) -> Non
 
 
 def _refuse_changed(config: Config, names: Iterable[str], reason: str) -> None:
-    defaults = {field.name: field.default for field in fields(Config)}
     for name in names:
-        if getattr(config, name) != defaults[name]:
+        if getattr(config, name) != default(name):
             raise UpfitError(f"{flag(name)} {reason}; leave it out")
 
 

@@ -15,8 +15,10 @@ from upfit.convert.skeleton import quiet_transformers
 from upfit.uptrain.models import load
 
 
-def export(student: PreTrainedModel, source: Path, folder: Path) -> None:
+def export(student: PreTrainedModel, source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write `student` (float32, on any device) into the empty `folder`, laid out as `source`; config.json stays byte for byte.
+
+    Tensors have the types that they have in `source`, or `dtype` where one is given.
 
     The folder is loaded again afterwards and compared with the student: every weight must be the trained one, rounded.
     """
@@ -28,7 +30,7 @@ def export(student: PreTrainedModel, source: Path, folder: Path) -> None:
     with open_checkpoint(source) as old, open_checkpoint(raw) as new:
         for path in old.files:
             names = [info.name for info in old.tensors.values() if info.file == path]
-            shard = {name: trained(name, old, new, weights) for name in names}
+            shard = {name: trained(name, old, new, weights, dtype) for name in names}
             save_file(shard, folder / path.name, metadata=metadata_of(path))
     shutil.rmtree(raw)
     for name in ("config.json", INDEX):
@@ -44,10 +46,10 @@ def metadata_of(path: Path) -> dict[str, str] | None:
         return file.metadata()
 
 
-def trained(name: str, old: Checkpoint, new: Checkpoint, weights: dict[str, Tensor]) -> Tensor:
-    """The tensor that belongs at `name`, in the dtype it had: as saved, else the parameter of that name (a tied one), else as
-    it was (a tensor the class does not read)."""
-    dtype = torch_dtype(old.tensors[name].dtype)
+def trained(name: str, old: Checkpoint, new: Checkpoint, weights: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+    """The tensor that belongs at `name`, in `dtype` or the one it had: as saved, else the parameter of that name (a tied one),
+    else as it was (a tensor the class does not read)."""
+    dtype = dtype or torch_dtype(old.tensors[name].dtype)
     if name in new.tensors:
         return new.read(name).to(dtype)
     return weights[name].to(dtype).clone() if name in weights else old.read(name)

@@ -25,6 +25,7 @@ from upfit.output import Meter, Output
 from upfit.uptrain import attention
 from upfit.uptrain.config import Config, save_interval
 from upfit.uptrain.feed import Feed, Part, micro_batches
+from upfit.uptrain.layerwise import Layerwise
 from upfit.uptrain.models import Distiller
 from upfit.uptrain.rows import IGNORE, Row
 from upfit.uptrain.schedule import Plan, learning_rate
@@ -32,13 +33,15 @@ from upfit.uptrain.state import METRICS, Counters, Workspace
 
 MEASURE_EVERY = 10  # steps
 
+Learner = Distiller | Layerwise  # from rows to a loss and what is told of it
+
 
 @dataclass
 class Run:
-    """A run in progress. `module` is the distiller as wrapped for several processes, `distiller` the same without wrapper."""
+    """A run in progress. `module` is the learner as wrapped for several processes, `learner` the same without wrapper."""
 
     accelerator: Accelerator
-    distiller: Distiller
+    learner: Learner
     module: torch.nn.Module
     optimizer: torch.optim.Optimizer
     feed: Feed
@@ -50,6 +53,7 @@ class Run:
     workspace: Workspace
     identity: dict[str, Any]
     output: Output
+    stage: str
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = -1
 
@@ -107,7 +111,7 @@ def train(run: Run) -> bool:
             counters.seconds += seconds
             line |= {"tokens_per_second": tokens / seconds, "seconds": counters.seconds}
             if counters.step % MEASURE_EVERY == 0 or counters.step == plan.steps:
-                line |= attention.measures(run.distiller.student)
+                line |= attention.measures(run.learner.student)
             record(run, metrics, line)
             show(run, meter, line, (time.monotonic() - began) / (counters.step - first))
             check_health(run)
@@ -128,7 +132,7 @@ def save_due(run: Run) -> bool:
 def save(run: Run) -> None:
     """Write a checkpoint of the steps done so far, unless there is one already."""
     if run.accelerator.is_main_process and run.counters.step != run.saved_step:
-        run.workspace.save(run.distiller.student, run.optimizer, run.counters, run.identity, run.config.keep)
+        run.workspace.save(run.learner.student, run.optimizer, run.counters, run.identity, run.config.keep)
     run.saved_at, run.saved_step = time.monotonic(), run.counters.step
     run.accelerator.wait_for_everyone()
 
@@ -145,17 +149,17 @@ def one_step(run: Run, parts: list[Part], labels: list[float]) -> dict[str, Any]
     rate = learning_rate(counters.step, run.plan.steps, run.peak, config.warmup, config.decay, config.min_rate)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["scale"]
-    attention.set_progress(run.distiller.student, counters.step, run.plan.steps)
+    attention.set_progress(run.learner.student, counters.step, run.plan.steps)
     run.optimizer.zero_grad(set_to_none=True)
     counts = [max(1.0, count) for count in labels]
-    sums = torch.zeros(len(parts), 3, device=run.accelerator.device)
+    sums = torch.zeros(len(parts), 1 + run.learner.values, device=run.accelerator.device)
     work = [(at, batch) for at, part in enumerate(parts) for batch in run.batches(part.rows)]
     for number, (at, batch) in enumerate(work, 1):
         with contextlib.nullcontext() if number == len(work) else run.accelerator.no_sync(run.module):
-            loss, ce, kl = run.module(*tensors(batch, run.accelerator.device), parts[at].name)
+            loss, *values = run.module(*tensors(batch, run.accelerator.device), parts[at].name)
             run.accelerator.backward(loss * (run.world * parts[at].weight / counts[at]))
-        sums[at] += torch.stack([loss.detach(), ce, kl]).float()
-    norm = run.accelerator.clip_grad_norm_(run.distiller.parameters(), config.clip)
+        sums[at] += torch.stack([loss.detach(), *values]).float()
+    norm = run.accelerator.clip_grad_norm_(run.learner.parameters(), config.clip)
     means = [[value / count for value in row] for row, count in zip(run.total(sums).tolist(), counts, strict=True)]
     loss_mean = sum(part.weight * mean[0] for part, mean in zip(parts, means, strict=True))
     # The sums are everybody's and the gradients are averaged, so every process comes to the same answer.
@@ -166,22 +170,22 @@ def one_step(run: Run, parts: list[Part], labels: list[float]) -> dict[str, Any]
     counters.bad = 0 if fine else counters.bad + 1
     counters.skipped += not fine
     return {
+        "stage": run.stage,
         "step": counters.step,
         "tokens": counters.tokens,
         "loss": loss_mean,
-        **by_name(parts, [mean[1:] for mean in means]),
+        **by_name(run.learner, parts, [mean[1:] for mean in means]),
         "lr": rate,
         "grad_norm": float(norm),
         "skipped": counters.skipped,
     }
 
 
-def by_name(parts: list[Part], means: list[list[float]]) -> dict[str, float]:
-    """CE and KL of each part, by the part's name."""
-    told: dict[str, float] = {}
-    for part, (ce, kl) in zip(parts, means, strict=True):
-        told |= {f"{part.name}ce": ce, f"{part.name}kl": kl}
-    return told
+def by_name(learner: Learner, parts: list[Part], means: list[list[float]]) -> dict[str, Any]:
+    """What the learner measured of each part, by the part's name."""
+    return {
+        f"{part.name}{key}": value for part, mean in zip(parts, means, strict=True) for key, value in learner.told(mean).items()
+    }
 
 
 def tensors(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,15 +207,19 @@ def record(run: Run, metrics: IO[str], line: dict[str, Any]) -> None:
 
     A list holds one number a layer; trackers get each as a series of its own.
     """
-    layers = {name: value for name, value in line.items() if isinstance(value, list)}
-    line = {name: value for name, value in line.items() if name not in layers}
-    finite: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in line.items()}
-    finite |= {name: [value if math.isfinite(value) else None for value in values] for name, values in layers.items()}
-    line |= {f"{name}/{layer}": value for name, values in layers.items() for layer, value in enumerate(values)}
-    metrics.write(json.dumps(finite) + "\n")
+    metrics.write(json.dumps({name: finite(value) for name, value in line.items()}) + "\n")
     metrics.flush()
     if run.config.track is not None:
-        run.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+        layers = {name: value for name, value in line.items() if isinstance(value, list)}
+        told = {name: value for name, value in line.items() if name not in ("step", *layers)}
+        told |= {f"{name}/{layer}": value for name, values in layers.items() for layer, value in enumerate(values)}
+        run.accelerator.log(told, step=line["step"])
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(run: Run, meter: Meter, line: dict[str, Any], seconds_a_step: float) -> None:
@@ -230,17 +238,17 @@ def check_health(run: Run) -> None:
 
 
 @torch.no_grad()
-def measure(run: Run, distiller: Distiller) -> dict[str, float]:
-    """Mean CE and KL of `distiller` over the held-out rows of each part, in nats a token; empty without such rows."""
+def measure(run: Run, learner: Learner) -> dict[str, Any]:
+    """What `learner` measures of the held-out rows of each part, on average over their labels; empty without such rows."""
     parts = run.feed.held_out(run.accelerator.process_index, run.world)
-    was_training = distiller.training
-    distiller.eval()
-    sums = torch.zeros(len(parts), 3, device=run.accelerator.device)
+    was_training = learner.training
+    learner.eval()
+    sums = torch.zeros(len(parts), 1 + learner.values, device=run.accelerator.device)
     for at, part in enumerate(parts):
-        sums[at, 2] = part.labels
+        sums[at, -1] = part.labels
         for batch in run.batches(part.rows):
-            _, ce, kl = distiller(*tensors(batch, run.accelerator.device), part.name)
-            sums[at, :2] += torch.stack([ce.float(), kl.float()])
-    distiller.train(was_training)
-    told = [(part, row) for part, row in zip(parts, run.total(sums).tolist(), strict=True) if row[2]]
-    return by_name([part for part, _ in told], [[ce / labels, kl / labels] for _, (ce, kl, labels) in told])
+            _, *values = learner(*tensors(batch, run.accelerator.device), part.name)
+            sums[at, :-1] += torch.stack(values).float()
+    learner.train(was_training)
+    told = [(part, row) for part, row in zip(parts, run.total(sums).tolist(), strict=True) if row[-1]]
+    return by_name(learner, [part for part, _ in told], [[value / row[-1] for value in row[:-1]] for _, row in told])

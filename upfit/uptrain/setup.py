@@ -20,28 +20,42 @@ from upfit.uptrain.answers import AnswerRows
 from upfit.uptrain.config import FREE, Config
 from upfit.uptrain.data import Data, lay_out
 from upfit.uptrain.feed import MAIN, MIX, Feed
-from upfit.uptrain.loop import Run
+from upfit.uptrain.layerwise import Layerwise, attention_paths, converted_paths
+from upfit.uptrain.loop import Learner, Run, tensors
 from upfit.uptrain.losses import Objective
 from upfit.uptrain.models import Distiller, Traits, Tutor
 from upfit.uptrain.preflight import preflight
 from upfit.uptrain.schedule import ADAM_BETAS, Plan, peak_rate
+from upfit.uptrain.stages import Stage
 from upfit.uptrain.state import Counters, Workspace
 
 MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_CPU = 8192, 2048
+UNIT_ROWS = 8  # of the text, on which the size of attention outputs is measured
 CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments
 TIMEOUT = timedelta(hours=2)  # other processes wait while the first one writes a large model
 
 
-def find_teacher(config: Config, source: Source, data: Data, output: Output) -> Source | None:
-    """The model to learn from; None (said in a note) when the run is to do without. Raises UpfitError when it is gone.
+def find_teacher(stage: Stage, source: Source, data: Data, output: Output) -> Source | None:
+    """The model to learn from; None (said in a note) when the run is to do without. Raises UpfitError when it is gone, or the
+    stage is nothing without one.
 
     Answers are learned from the data: only text has a teacher.
     """
-    if config.kl_weight == 0 or config.teacher == "none" or not data.texts:
+    config, needed = stage.config, stage.name in ("layerwise", "distill")
+    unwanted = config.kl_weight == 0 and stage.name != "layerwise"
+    if unwanted or config.teacher == "none" or not data.texts:
+        if needed:
+            without = "--kl-weight 0" if unwanted else "--teacher none" if data.texts else f"{data.folders[0]} with questions"
+            raise UpfitError(
+                f"the stage {stage.name} learns from a teacher on text, and {without} leaves none; name another stage"
+            )
         return None
     if config.teacher is not None:
         return find_source(config.teacher)
     teacher = teacher_source(source.path)
+    if teacher is None and needed:
+        told = f"the stage {stage.name} learns from a teacher, and {source.name} has no recipe.json that names one"
+        raise UpfitError(f"{told}; give it with --teacher")
     if teacher is None:
         output.note(f"{source.name} has no recipe.json that names a source: training on the text alone (cross-entropy)")
     return teacher
@@ -137,10 +151,21 @@ def make_objectives(config: Config, data: Data, with_teacher: bool) -> dict[str,
     return {MAIN: text} if data.contexts is None else {MAIN: answers, MIX: text}
 
 
+def stage_name(stage: Stage, data: Data, teacher: Source | None) -> str:
+    """What is done, where the user has not said it: what the data and the teacher allow."""
+    if stage.name is None:
+        return "answers" if data.contexts is not None else "lm" if teacher is None else "distill"
+    if (stage.name == "answers") != (data.contexts is not None):
+        kind, wanted = ("questions", "text of upfit prepare") if data.contexts else ("text", "questions of upfit synth")
+        raise UpfitError(f"the stage {stage.name} needs {wanted}, and {data.folders[-1]} holds {kind}; give another folder")
+    return stage.name
+
+
 def set_up(
-    source: Source, data: Data, teacher: Source | None, out: Path, config: Config, accelerator: Accelerator, output: Output
+    stage: Stage, source: Source, data: Data, teacher: Source | None, out: Path, accelerator: Accelerator, output: Output
 ) -> Run:
     """Everything the loop needs. Raises UpfitError when data, budget and model do not fit together."""
+    config, name = stage.config, stage_name(stage, data, teacher)
     dtype = compute_dtype(config, accelerator.device)
     student, traits, pair = load_models(source, teacher, dtype, accelerator.device, output)
     text_config, known = student.config.get_text_config(), len(models.embedding(student))
@@ -154,18 +179,24 @@ def set_up(
         and not all(seen.separates_documents for seen in (traits, *([pair[1]] if pair else [])))
     ):
         output.note(f"{student.__class__.__name__} cannot keep packed documents apart: those in one row see each other")
-    objectives = make_objectives(config, data, pair is not None)
-    distiller = Distiller(student, traits, pair, objectives, None if dtype == torch.float32 else dtype)
-    preflight(distiller, feed, config, accelerator.device, output)
+    autocast = None if dtype == torch.float32 else dtype
+    learner: Learner
+    if name == "layerwise":
+        assert teacher is not None and pair is not None, "the stage has refused to do without"
+        learner = Layerwise(student, pair, converted_paths(student, pair[0], attention_paths(teacher)), autocast)
+        learner.take_units(*tensors([feed.main.at(row) for row in feed.main.training[:UNIT_ROWS]], accelerator.device)[:2])
+    else:
+        learner = Distiller(student, traits, pair, make_objectives(config, data, pair is not None), autocast)
+        preflight(learner, feed, config, accelerator.device, output)
     optimizer = make_optimizer(student, config)
-    module, prepared = accelerator.prepare(distiller, optimizer)
+    module, prepared = accelerator.prepare(learner, optimizer)
     on_cpu = accelerator.device.type == "cpu"
     micro = MICRO_BATCH_TOKENS_CPU if on_cpu else MICRO_BATCH_TOKENS
-    peak = peak_rate(config, text_config.hidden_size, data.stage == "answers")
+    peak = peak_rate(config, text_config.hidden_size, name)
     same = run_identity(config, plan, source, data, teacher, dtype)
     announce(plan, feed, peak, student, teacher, dtype, output)
     return Run(
-        accelerator, distiller, module, prepared, feed, plan, peak, micro, config, Counters(), Workspace(out), same, output
+        accelerator, learner, module, prepared, feed, plan, peak, micro, config, Counters(), Workspace(out), same, output, name
     )
 
 

@@ -3,11 +3,11 @@
 import contextlib
 import gc
 import shlex
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -20,32 +20,72 @@ from upfit.uptrain.data import Data, open_data
 from upfit.uptrain.export import export
 from upfit.uptrain.loop import Run, measure, train
 from upfit.uptrain.models import Distiller
+from upfit.uptrain.places import Place, clear_up, finished, make_way
 from upfit.uptrain.setup import check_places, find_teacher, make_accelerator, set_up
+from upfit.uptrain.stages import Stage, split
 from upfit.uptrain.state import METRICS, restore
 
 CONFIG_FILE = "uptrain.toml"
 
 
-def uptrain(model: str, data: str, out: Path, config: Config, resume: bool, overwrite: bool, output: Output) -> dict[str, Any]:
+def uptrain(
+    model: str,
+    data: str,
+    out: Path,
+    config: Config,
+    resume: bool,
+    overwrite: bool,
+    output: Output,
+    tables: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Train the model in folder (or hub id) `model` on the folder `data` and write the result to `out`; a report.
 
     `data` is text, as `upfit prepare` writes it, or questions on long contexts, as `upfit synth` does: of those, the answers
-    alone are learned.
+    alone are learned. `config.stages` names several stages, each a run that starts from the result of the one before; `tables`
+    are settings of single stages, by their names.
 
-    The report has `stopped` (a SIGTERM ended the run early: a checkpoint was written, `out` was not), `step`, `steps`,
-    `tokens`, `skipped`, `seconds`, `tokens_per_second`, and `holdout` with the losses before and after in nats a token.
+    The report has `stopped` (a SIGTERM ended the run early: a checkpoint was written, `out` was not), `stage`, `step`, `steps`,
+    `tokens`, `skipped`, `seconds`, `tokens_per_second`, and `holdout` with the losses before and after in nats a token; of
+    several stages it is that of the last one, with those of all in `stages`.
     Runs in one process or under torchrun; only the first process writes and tells.
 
     Raises UpfitError for anything a user can put right: see the messages.
     """
-    check(config)
+    stages = split(check(config), tables or {}, data)
     out = out.expanduser().resolve()
     source = find_source(model)
-    opened = open_data(Path(data).expanduser().resolve(), source, config)
+    opened = [open_data(Path(stage.data).expanduser().resolve(), source, stage.config) for stage in stages]
     accelerator = make_accelerator(config, out)
-    report = _uptrain(accelerator, source, opened, out, config, resume, overwrite, output)
+    if config.track is not None:
+        accelerator.init_trackers("upfit", config={k: v for k, v in asdict(config).items() if v is not None})
+    job = Job(source, out, config, tables or {}, resume, overwrite)
+    if accelerator.is_main_process:
+        make_way(job, stages)
+    accelerator.wait_for_everyone()
+    reports: list[dict[str, Any]] = []
+    for number, (stage, folder) in enumerate(zip(stages, opened, strict=True), 1):
+        if reports and reports[-1]["stopped"]:
+            break
+        reports.append(one_stage(accelerator, job, stage, folder, Place(out, stages, number), output))
     leave(accelerator)
-    return report
+    if accelerator.is_main_process and not reports[-1]["stopped"]:
+        clear_up(out)
+    return reports[-1] if len(stages) == 1 else reports[-1] | {"stages": reports}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user asked for: `source` is the model that the first stage starts from."""
+
+    source: Source
+    out: Path
+    config: Config
+    tables: dict[str, dict[str, Any]]
+    resume: bool
+    overwrite: bool
+
+    def command(self, data: str) -> str:
+        return shlex.join(["upfit", "uptrain", self.source.name, data, str(self.out), *as_flags(self.config)])
 
 
 def leave(accelerator: Accelerator) -> None:
@@ -59,44 +99,42 @@ def leave(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def _uptrain(
-    accelerator: Accelerator,
-    source: Source,
-    data: Data,
-    out: Path,
-    config: Config,
-    resume: bool,
-    overwrite: bool,
-    output: Output,
-) -> dict[str, Any]:
+def one_stage(accelerator: Accelerator, job: Job, stage: Stage, data: Data, place: Place, output: Output) -> dict[str, Any]:
+    """Train stage `place.number` and write its folder, or take the report of the one that is finished already."""
     if not accelerator.is_main_process:
         output = Output(quiet=True)
-    teacher = find_teacher(config, source, data, output)
-    check_places(out, source, data, teacher, config, overwrite)
-    run = set_up(source, data, teacher, out, config, accelerator, output)
+    done = finished(place, stage) if job.resume else None
+    if done is not None:
+        output.note(f"stage {place.title} is finished")
+        return done
+    if len(place.stages) > 1:
+        output.note(f"stage {place.title}")
+    start = job.source if place.before is None else replace(job.source, path=place.before)
+    teacher = find_teacher(stage, start, data, output)
+    check_places(job.out, job.source, data, teacher, stage.config, job.overwrite)
+    run = set_up(stage, start, data, teacher, place.folder, accelerator, output)
     with run.workspace.held() if accelerator.is_main_process else contextlib.nullcontext():
-        report = carry_out(run, source, data, teacher, out, resume, overwrite)
+        report = carry_out(run, job, data, teacher, place)
     if accelerator.is_main_process and not report["stopped"]:
         run.workspace.remove()
+    del run
+    accelerator.free_memory()
+    gc.collect()
     return report
 
 
-def carry_out(
-    run: Run, source: Source, data: Data, teacher: Source | None, out: Path, resume: bool, overwrite: bool
-) -> dict[str, Any]:
-    """Start or go on, train, measure, and write `out` unless a signal ended the run."""
-    start(run, resume, overwrite)
-    if run.config.track is not None:
-        run.accelerator.init_trackers("upfit", config={k: v for k, v in asdict(run.config).items() if v is not None})
+def carry_out(run: Run, job: Job, data: Data, teacher: Source | None, place: Place) -> dict[str, Any]:
+    """Start or go on, train, measure, and write the stage's folder unless a signal ended the run."""
+    start(run, job.resume, job.overwrite)
     if run.counters.before is None:
         run.counters.before = losses_before(run)
     if not train(run):
         run.output.note(f"stopped at step {run.counters.step} of {run.plan.steps}; go on with --resume")
         return report_of(run, {}, stopped=True)
-    after = measure(run, run.distiller)
+    after = measure(run, run.learner)
     report = report_of(run, {"before": run.counters.before, "after": after}, stopped=False)
     if run.accelerator.is_main_process:
-        write(run, source, data, teacher, out, report)
+        write(run, job, data, teacher, place, report)
     run.accelerator.wait_for_everyone()
     return report
 
@@ -111,19 +149,19 @@ def start(run: Run, resume: bool, overwrite: bool) -> None:
     checkpoint = broadcast_object_list(found)[0]
     if checkpoint is None:
         return
-    run.counters = restore(checkpoint, run.distiller.student, run.optimizer, run.identity)
+    run.counters = restore(checkpoint, run.learner.student, run.optimizer, run.identity)
     if run.accelerator.is_main_process:
         run.workspace.truncate_metrics(run.counters.step)
     run.output.note(f"going on from step {run.counters.step} of {run.plan.steps}")
 
 
-def losses_before(run: Run) -> dict[str, float]:
-    """Held-out losses of the student before the first step, and of the teacher on the same rows."""
-    losses = measure(run, run.distiller)
-    pair, objectives = run.distiller._teacher, run.distiller.objectives
-    if losses and pair is not None:
+def losses_before(run: Run) -> dict[str, Any]:
+    """What is measured of the held-out rows before the first step, and the losses of the teacher on the same rows."""
+    losses, learner = measure(run, run.learner), run.learner
+    if losses and isinstance(learner, Distiller) and learner._teacher is not None:
+        pair, objectives = learner._teacher, learner.objectives
         plain = {name: replace(objective, kl_weight=0.0) for name, objective in objectives.items()}
-        alone = measure(run, Distiller(pair[0], pair[1], None, plain, run.distiller.autocast))
+        alone = measure(run, Distiller(pair[0], pair[1], None, plain, learner.autocast))
         losses |= {f"teacher_{name}ce": alone[f"{name}ce"] for name in objectives if objectives[name].kl_weight}
     return losses
 
@@ -132,6 +170,7 @@ def report_of(run: Run, holdout: dict[str, Any], stopped: bool) -> dict[str, Any
     tokens = run.counters.tokens
     return {
         "stopped": stopped,
+        "stage": run.stage,
         "step": run.counters.step,
         "steps": run.plan.steps,
         "tokens": tokens,
@@ -143,17 +182,23 @@ def report_of(run: Run, holdout: dict[str, Any], stopped: bool) -> dict[str, Any
     }
 
 
-def write(run: Run, source: Source, data: Data, teacher: Source | None, out: Path, report: dict[str, Any]) -> None:
-    """The finished folder: weights, metrics, the config in force, and the history with one step more."""
+def write(run: Run, job: Job, data: Data, teacher: Source | None, place: Place, report: dict[str, Any]) -> None:
+    """The finished folder: weights, metrics, the config in force, and the history with one step more.
+
+    The last stage writes the types of the model that was given; what lies between two stages is float32, so that nothing is
+    rounded there.
+    """
     chosen = {"length": run.plan.length, "rows_a_step": run.plan.rows, "peak_learning_rate": run.peak, "processes": run.world}
     options = {**asdict(run.config), "resolved": {**chosen, "compute_dtype": run.identity["dtype"]}}
-    measurements = {name: value for name, value in report.items() if name != "stopped"}
-    entry = history.step("uptrain", source.record(), options, measurements)
-    entry |= {"stage": data.stage, "teacher": teacher.record() if teacher else None, "data": data.record()}
-    words = ["upfit", "uptrain", source.name, entry["data"]["folder"], str(out), *as_flags(run.config)]
-    entry["command"] = shlex.join(words)
-    with staged(out) as folder:
-        export(run.distiller.student, source.path, folder)
-        shutil.copyfile(run.workspace.path / METRICS, folder / METRICS)
-        (folder / CONFIG_FILE).write_text(dump(run.config), encoding="utf-8")
-        history.write(folder, [*history.read(source.path), entry])
+    measurements = {name: value for name, value in report.items() if name not in ("stopped", "stage")}
+    entry = history.step("uptrain", job.source.record(), options, measurements)
+    entry |= {"stage": run.stage, "teacher": teacher.record() if teacher else None, "data": data.record()}
+    entry["command"] = job.command(entry["data"]["folder"])
+    before = place.before or job.source.path
+    with staged(place.folder) as folder:
+        export(run.learner.student, job.source.path, folder, None if place.last else torch.float32)
+        with open(folder / METRICS, "wb") as metrics:
+            for path in ([place.before / METRICS] if place.before else []) + [run.workspace.path / METRICS]:
+                metrics.write(path.read_bytes())
+        (folder / CONFIG_FILE).write_text(dump(job.config, job.tables), encoding="utf-8")
+        history.write(folder, [*history.read(before), entry])
