@@ -38,7 +38,7 @@ def export(student: PreTrainedModel, source: Path, folder: Path, dtype: torch.dt
             shutil.copyfile(source / name, folder / name)
     copy_side_files(source, folder)
     copy_code(read_config(source), folder)
-    check_export(student, folder)
+    check_export(student, folder, dtype)
 
 
 def metadata_of(path: Path) -> dict[str, str] | None:
@@ -56,9 +56,9 @@ def trained(name: str, old: Checkpoint, new: Checkpoint, weights: dict[str, Tens
 
 
 @torch.no_grad()
-def check_export(student: PreTrainedModel, folder: Path) -> None:
-    """Load `folder` as anybody would and compare; what differs by more than rounding is a defect of ours."""
-    written = dict(load(folder, "auto", torch.device("cpu")).named_parameters())
+def check_export(student: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
+    """Load `folder` as anybody would (in `dtype`, where config.json tells of another) and compare; what differs by more than rounding is a defect of ours."""
+    written = dict(load(folder, dtype or "auto", torch.device("cpu")).named_parameters())
     with open_checkpoint(folder) as checkpoint:
         dtypes = {torch_dtype(info.dtype) for info in checkpoint.tensors.values()}
     finfo = max((torch.finfo(dtype) for dtype in dtypes if dtype.is_floating_point), key=lambda info: info.eps)
