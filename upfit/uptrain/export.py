@@ -57,7 +57,8 @@ def trained(name: str, old: Checkpoint, new: Checkpoint, weights: dict[str, Tens
 
 @torch.no_grad()
 def check_export(student: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
-    """Load `folder` as anybody would (in `dtype`, where config.json tells of another) and compare; what differs by more than rounding is a defect of ours."""
+    """Load `folder` as anybody would (in `dtype`, where config.json tells of another) and compare; what differs by more than
+    rounding is a defect of ours."""
     written = dict(load(folder, dtype or "auto", torch.device("cpu")).named_parameters())
     with open_checkpoint(folder) as checkpoint:
         dtypes = {torch_dtype(info.dtype) for info in checkpoint.tensors.values()}
