@@ -17,7 +17,7 @@ from upfit.evaluate.options import Options
 from upfit.report import figures
 from upfit.report.run import report
 from upfit.report.sections import tell
-from upfit.report.story import Story
+from upfit.report.story import Story, gather
 
 PREDICTED: dict[str, Any] = {
     "kv_heads": [1, 2],
@@ -69,6 +69,18 @@ def test_it_tells_what_was_done_and_measured(shop: Workshop, tmp_path: Path) -> 
     sections = ["What was lost, what was won", "What it is", "What was done", "What fewer heads would cost"]
     assert answer["sections"] == [*sections, "What was measured", "Uptraining"]
     assert len(answer["plots"]) == 5 and all(Path(path).read_bytes().startswith(b"\x89PNG") for path in answer["plots"])
+
+
+def test_a_run_of_several_stages_is_told_stage_by_stage(shop: Workshop, tmp_path: Path) -> None:
+    shop.run(tmp_path / "out", stages="layerwise=50%,distill", tokens="1024")
+    story = gather(str(tmp_path / "out"), [])
+    first, second = tell(story)[-2:]
+    assert (first.title, second.title) == ("Uptraining, layer by layer", "Uptraining")
+    assert [plot.name for plot in first.plots] == ["training-layerwise", "watched-layerwise"]
+    assert [plot.name for plot in second.plots] == ["training"]
+    assert [row[0][:9] for row in first.tables[0].rows] == ["attention"]
+    history.append(tmp_path / "out", {**history.step("evaluate", {}, {}), "measurements": {"model": {"loss": {}}}})
+    assert [label for label, _ in gather(str(tmp_path / "out"), []).evaluations] == ["after convert gqa", "after uptrain"]
 
 
 def test_a_conversion_tells_what_it_measured_and_what_it_left_out() -> None:

@@ -207,6 +207,10 @@ def _training(step: dict[str, Any], parameters: int) -> str:
     seconds, processes = told["seconds"], options["resolved"]["processes"]
     took = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds:.0f} s"
     text = f"{human_count(told['tokens'])} tokens in {told['steps']:,} steps, {took} on {processes} process(es), {learns}."
+    if step.get("stage") == "layerwise":
+        errors = [told["holdout"].get(when, {}).get("attention_error") for when in ("before", "after")]
+        text += " Each converted attention learned the teacher's outputs on the teacher's inputs; nothing else was trained."
+        return text + (f" Error on held-out rows: {errors[0]:.4f} → {errors[1]:.4f}." if None not in errors else "")
     factor = 8 if teacher else 6
     text += f" About {factor * parameters * told['tokens']:.1e} FLOPs ({factor} for each parameter and token)."
     before, after = told["holdout"]["before"], told["holdout"]["after"]

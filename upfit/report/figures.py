@@ -8,13 +8,15 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 WIDTH, HEIGHT = 4.8, 3.1  # inches of one panel
 STEPS = {
+    "attention_error": "error of attention outputs",
     "ce": "cross-entropy to the text, nats a token",
     "kl": "divergence from the teacher, nats a token",
+    "recovery": "share of the divergence that is closed",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens/s",
 }
-LOGARITHMIC = ("ce", "kl", "grad_norm")
+LOGARITHMIC = ("attention_error", "ce", "kl", "grad_norm")
 COLOURS = (
     "#000000",
     "#0072B2",
@@ -73,11 +75,14 @@ def positions(labels: list[str], parts: list[list[float]], length: int) -> Figur
     return figure
 
 
-def training(lines: list[dict[str, Any]], teacher: float | None) -> Figure | None:
-    """Losses, learning rate, gradient norm and speed over tokens, of the lines of metrics.jsonl. `teacher`: its loss, nats.
+def training(lines: list[dict[str, Any]], teacher: float | None, apart: float | None) -> Figure | None:
+    """Losses, what of them is won back, learning rate, gradient norm and speed over tokens, of the lines of metrics.jsonl.
 
+    `teacher` is its loss and `apart` the divergence from it before the first step, both in nats a token on held-out rows.
     None when the lines say nothing of these.
     """
+    if apart:
+        lines = [line | {"recovery": 1 - line["kl"] / apart} if isinstance(line.get("kl"), float) else line for line in lines]
     found = {key: points for key in STEPS if _says_something(points := _points(lines, key))}
     if not found:
         return None
@@ -91,6 +96,8 @@ def training(lines: list[dict[str, Any]], teacher: float | None) -> Figure | Non
         if key == "ce" and teacher is not None:
             axes.axhline(teacher, color="black", linestyle="--", linewidth=1, label="teacher, held-out rows")
             axes.legend(fontsize=8)
+        elif key == "recovery":
+            axes.set_ylim(min(0.0, min(value for _, value in points)), 1)
         elif key not in LOGARITHMIC:
             axes.set_ylim(bottom=0)
         elif all(value > 0 for _, value in points):
@@ -116,7 +123,7 @@ def watched(lines: list[dict[str, Any]]) -> Figure | None:
         told = [(line["tokens"], line[name]) for line in lines if name in line]
         values = np.array([row for _, row in told], dtype=float).T
         shown = axes.pcolormesh(np.array([at for at, _ in told]), np.arange(len(values)), values, shading="nearest")
-        figure.colorbar(shown, ax=axes, label=name.replace("_", "/"))
+        figure.colorbar(shown, ax=axes, label={"position_content": "position/content"}.get(name, name.replace("_", " ")))
         axes.set_xlabel("tokens")
         axes.set_ylabel("layer")
         axes.xaxis.set_major_formatter(EngFormatter())

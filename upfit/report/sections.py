@@ -7,7 +7,7 @@ from upfit.output import human_bytes, human_count
 from upfit.report import figures
 from upfit.report.measured import measured, summary
 from upfit.report.page import Plot, Section, Table, file_name
-from upfit.report.story import Story
+from upfit.report.story import Story, same_run
 
 
 def tell(story: Story) -> list[Section]:
@@ -20,13 +20,15 @@ def tell(story: Story) -> list[Section]:
     sections += [_predicted(label, told) for label, told in story.predictions]
     sections += measured(story.evaluations, origin)
     number = 0
-    newest = max((i for i, step in enumerate(story.steps) if step["verb"] == "uptrain"), default=None)
-    for index, step in enumerate(story.steps):
+    newest = next((step for step in reversed(story.steps) if step["verb"] == "uptrain"), None)
+    for step in story.steps:
         if step["verb"].startswith("convert"):
             number += 1
             sections += _conversion(step, number)
         elif step["verb"] == "uptrain":
-            sections.append(_uptraining(step, story.training if index == newest else []))
+            stages = newest is not None and step is not newest and same_run(step, newest)
+            lines = [line for line in story.training if line.get("stage", step.get("stage")) == step.get("stage")]
+            sections.append(_uptraining(step, lines if step is newest or stages else []))
     return sections
 
 
@@ -110,7 +112,8 @@ def _uptraining(step: dict[str, Any], lines: list[dict[str, Any]]) -> Section:
     told_of = [key for key in _LOSSES if key in before and key in after and (before[key] or after[key])]
     rows = [[_LOSSES[key], f"{before[key]:.4f}", f"{after[key]:.4f}"] for key in told_of]
     if rows:
-        title = f"Held-out loss, {told['holdout_rows']} rows of the training data, nats a token"
+        unit = "error" if "attention_error" in before else "loss, nats a token"
+        title = f"Held-out {unit}, {told['holdout_rows']} rows of the training data"
         tables.append(Table(title, ["", "before", "after"], rows))
         teacher = before.get("teacher_ce")
     if teacher is not None and "ce" in after and before["ce"] > teacher:
@@ -119,17 +122,21 @@ def _uptraining(step: dict[str, Any], lines: list[dict[str, Any]]) -> Section:
             f"The teacher has {teacher:.4f}: {closed:.0%} of the gap to it is closed. (Cross-entropy also learns the "
             "text, which the teacher did not: above 100 % does not mean better elsewhere.)"
         )
-    drawn = figures.training(lines, teacher)
+    stage = step.get("stage")
+    suffix = f"-{stage}" if stage in TITLES else ""
+    drawn = figures.training(lines, teacher, before.get("kl"))
     if drawn is not None:
-        plots.append(Plot("training", "Every step of the uptraining", drawn))
+        plots.append(Plot(f"training{suffix}", "Every step of the uptraining", drawn))
     drawn = figures.watched(lines)
     if drawn is not None:
-        plots.append(Plot("watched", "What the converted attention said of itself while training", drawn))
-    title = "Uptraining on answers" if step.get("stage") == "answers" else "Uptraining"
+        plots.append(Plot(f"watched{suffix}", "What was measured of each layer while training", drawn))
+    title = "Uptraining" + TITLES.get(stage or "", "")
     return Section(title, texts, tables=tables, plots=plots)
 
 
+TITLES = {"answers": " on answers", "layerwise": ", layer by layer", "lm": " on the text alone"}
 _LOSSES = {
+    "attention_error": "attention outputs, squared distance in units of the teacher's mean square",
     "ce": "cross-entropy to the text",
     "kl": "divergence from the teacher",
     "mix_ce": "cross-entropy to the text mixed in",

@@ -60,11 +60,19 @@ def _names(paths: list[Path]) -> list[str]:
 
 def _label(steps: list[dict[str, Any]], index: int) -> str:
     """`after uptrain`: the step that made what the evaluation at `index` measured; with a number from its second time on."""
-    made = [_what(step) for step in steps[:index] if step["verb"] != "evaluate"]
+    done = [step for step in steps[:index] if step["verb"] != "evaluate"]
+    made = [_what(step) for step, after in zip(done, [*done[1:], None], strict=True) if not same_run(step, after)]
     if not made:
         return "as it was"
     times = made.count(made[-1])
     return f"after {made[-1]}" + (f" {times}" if times > 1 else "")
+
+
+def same_run(step: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    """Whether both are stages of one uptraining: they then tell the same command."""
+    if other is None or step["verb"] != "uptrain" or other["verb"] != "uptrain":
+        return False
+    return step.get("command") is not None and step["command"] == other.get("command")
 
 
 def _what(step: dict[str, Any]) -> str:
