@@ -268,3 +268,12 @@ def test_the_written_config_is_plain_toml(shop: Workshop, tmp_path: Path) -> Non
     shop.run(tmp_path / "out", tokens="128")
     told = tomllib.loads((tmp_path / "out" / "uptrain.toml").read_text())
     assert told["tokens"] == "128" and told["length"] == 32 and "teacher" not in told
+
+
+def test_measuring_on_the_way_changes_nothing(shop: Workshop, tmp_path: Path) -> None:
+    shop.run(tmp_path / "plain")
+    report = shop.run(tmp_path / "measured", measure_every=4)
+    assert weights(tmp_path / "plain") == weights(tmp_path / "measured")
+    lines = metrics(tmp_path / "measured")
+    assert [line["step"] for line in lines if "holdout_kl" in line] == [4, 8, 12]
+    assert lines[-1]["holdout_kl"] == pytest.approx(report["holdout"]["after"]["kl"])

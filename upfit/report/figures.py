@@ -89,6 +89,9 @@ def training(lines: list[dict[str, Any]], teacher: float | None, apart: float | 
     figure, drawn = panels(len(found))
     for axes, (key, points) in zip(drawn, found.items(), strict=True):
         axes.plot(*zip(*points, strict=True), linewidth=1)
+        if measured := _points(lines, f"holdout_{key}"):
+            axes.plot(*zip(*measured, strict=True), "o-", color="black", markersize=3, label="held-out rows")
+            axes.legend(fontsize=8)
         axes.set_title(STEPS[key], fontsize=9)
         axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(EngFormatter())

@@ -19,7 +19,9 @@ NAMES = ("layerwise", "distill", "lm", "answers")  # of the stages
 OF_TEXT = ("length", "kl_weight", "ce_weight", "temperature", "teacher", "document_mask")
 OF_ANSWERS = ("mix", "mix_share", "mix_weight")
 # Settings that change how a run is carried out but not what it computes (beyond rounding): a resumed run may change them.
-FREE = frozenset({"micro_batch", "gradient_checkpointing", "chunk", "save_every", "keep", "max_bad_steps", "track"})
+FREE = frozenset(
+    {"micro_batch", "gradient_checkpointing", "chunk", "save_every", "keep", "measure_every", "max_bad_steps", "track"}
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Config:
     save_every: str = option("15m", help="time or steps between checkpoints, such as 15m or 200")
     keep: int = option(2, help="checkpoints to keep")
     holdout: int = option(32, help="rows of DATA never trained on, to measure the loss before and after (at most a tenth)")
+    measure_every: int | None = option(None, help="steps between measurements of those rows; default: only before and after")
     max_bad_steps: int = option(5, help="steps in a row with a loss or gradient that is not finite before the run ends")
     seed: int = option(0, help="seed of the order of the rows and of dropout")
     track: str | None = option(None, help="tracker that accelerate knows, such as trackio, tensorboard or wandb")
@@ -104,6 +107,7 @@ def check(config: Config) -> Config:
         "chunk": (config.chunk >= 1, "1 or more"),
         "keep": (config.keep >= 1, "1 or more"),
         "holdout": (config.holdout >= 0, "0 or more"),
+        "measure_every": (config.measure_every is None or config.measure_every >= 1, "1 or more"),
         "max_bad_steps": (config.max_bad_steps >= 1, "1 or more"),
         "seed": (config.seed >= 0, "0 or more"),
     }

@@ -112,6 +112,8 @@ def train(run: Run) -> bool:
             line |= {"tokens_per_second": tokens / seconds, "seconds": counters.seconds}
             if counters.step % MEASURE_EVERY == 0 or counters.step == plan.steps:
                 line |= attention.measures(run.learner.student)
+            if run.config.measure_every is not None and counters.step % run.config.measure_every == 0:
+                line |= {f"holdout_{name}": value for name, value in measure(run, run.learner).items()}
             record(run, metrics, line)
             show(run, meter, line, (time.monotonic() - began) / (counters.step - first))
             check_health(run)
