@@ -1,11 +1,14 @@
-"""Tokens to recover: the same uptraining from different merges, by objective, each at its best learning rate; and the source.
+"""What it takes to recover: the same conversions uptrained by each method at equal FLOPs, beside the source on the same text.
 
-    python benchmarks/recovery_curves.py SOURCE DATA SCRATCH --starts aligned=FOLDER mean=FOLDER --tokens 2M \
-        --learning-rates 3e-4 1e-3 3e-3 --choose-at 200k --results benchmarks/results/NAME.json
+    python benchmarks/recovery_curves.py SOURCE DATA SCRATCH --starts aligned=FOLDER mean=FOLDER --budget 2M --choose-at 200k \
+        --learning-rates 3e-4 1e-3 3e-3 --seeds 3 --results benchmarks/results/NAME.json
 
-SOURCE trained on the same text with cross-entropy is the control: what it gains is adaptation, not recovery. Each
-learning rate is tried for --choose-at tokens, the best one then runs all of --tokens from the start. Losses are of rows of
-DATA that no run trains on. Runs whose folder stands in SCRATCH already are not done again. A plot goes beside the results.
+--budget is in tokens of distillation; what another method costs less or more it gets more or fewer tokens for (forward pass of
+the model counted as `upfit plan` does, backward twice that, the teacher's forward pass counted). Each method runs --choose-at
+with each learning rate and one seed, and the best of them by held-out loss runs the whole budget with every seed. The control
+is SOURCE trained on the same text with cross-entropy: what it gains is adaptation to the text, not recovery, so the gap of a
+conversion is to the control at equal FLOPs. Losses are of rows of DATA that no run trains on, measured --points times on the
+way. Runs whose folder stands in SCRATCH already are not done again. A plot goes beside the results.
 """
 
 import argparse
@@ -13,17 +16,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from upfit import history
+from upfit.convert.architectures import bind
+from upfit.convert.checkpoint import open_checkpoint, read_config
 from upfit.environment import environment
 from upfit.output import Output
+from upfit.plan.trace import trace
 from upfit.uptrain.config import resolve
 from upfit.uptrain.train import uptrain
 
-SMOOTH = 0.9  # of the curves in the plot
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "kl": {"kl_weight": 1.0, "ce_weight": 0.0},
-    "ce": {"kl_weight": 0.0, "ce_weight": 1.0},
-}
+LAYERWISE_SHARE = 0.2  # of the FLOPs
+METHODS = ("ce", "kl", "layerwise+kl")
+SHARES = (0.5, 0.8, 0.9)  # of the gap
 
 
 def main() -> None:
@@ -32,69 +38,132 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--starts", nargs="+", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--tokens", default="2M")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--budget", type=_count, default="2M")
+    parser.add_argument("--choose-at", type=_count, default="200k", help="budget with which each learning rate is tried")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--learning-rates", type=float, nargs="+", required=True)
-    parser.add_argument("--choose-at", default="200k", help="tokens for which each learning rate is tried")
+    parser.add_argument("--layerwise-rate", type=float, default=None, help="of that stage; default: what upfit chooses")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--points", type=int, default=10, help="measurements of the held-out rows on the way")
     parser.add_argument("--holdout", type=int, default=32, help="rows kept back from training, on which losses are told")
     parser.add_argument("--results", type=Path, required=True)
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
     starts = dict(start.split("=", 1) for start in args.starts)
-    runs = [(name, folder, objective) for name, folder in starts.items() for objective in OBJECTIVES]
-    runs.append(("source", args.source, "ce"))
-    rows = []
-    for name, folder, objective in runs:
-        tried = [_run(args, name, folder, objective, rate, args.choose_at) for rate in args.learning_rates]
-        best = min(tried, key=lambda row: float(row["after"]["ce"]))
-        rows.append(_run(args, name, folder, objective, best["learning_rate"], args.tokens) | {"tried": _told(tried)})
-        print(name, objective, best["learning_rate"], rows[-1]["before"], rows[-1]["after"], flush=True)
-    told = {"tokens": args.tokens, "choose_at": args.choose_at, "length": args.length, "holdout": args.holdout, "runs": rows}
+    control = _best(args, "source", args.source, "ce")
+    told: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k in KEPT}, "control": control, "runs": []}
+    for name, folder in starts.items():
+        for method in args.methods:
+            row = _best(args, name, folder, method)
+            row["gaps"] = [_gaps(run, control["runs"][0]) for run in row["runs"]]
+            told["runs"].append(row)
+            ends = [f"{run['curve'][-1][1]:.4f}" for run in row["runs"]]
+            print(name, method, row["learning_rate"], "ends at", *ends, "closed", row["gaps"], flush=True)
     args.results.write_text(json.dumps(told | {"environment": environment()}, indent=1) + "\n", encoding="utf-8")
-    _plot(rows, args.results.with_suffix(".png"))
+    _plot(told, args.results.with_suffix(".png"))
 
 
-def _told(tried: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"learning_rate": row["learning_rate"], "after": row["after"]} for row in tried]
+KEPT = ("budget", "choose_at", "length", "learning_rates", "layerwise_rate", "seeds", "holdout")
 
 
-def _run(args: argparse.Namespace, name: str, folder: str, objective: str, rate: float, tokens: str) -> dict[str, Any]:
-    out = args.scratch / f"{name}-{objective}-{rate:g}-{tokens}"
-    if not out.exists():
-        teacher = {"teacher": args.source} if objective == "kl" else {}
-        settings = {"tokens": tokens, "length": args.length, "learning_rate": rate, "holdout": args.holdout, **teacher}
-        uptrain(folder, args.data, out, resolve(None, settings | OBJECTIVES[objective]), True, False, Output(quiet=True))
-    measured = history.read(out)[-1]["measurements"]["holdout"]
-    lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    curve = [[line["tokens"], line["ce"]] for line in lines]
+def _count(text: str) -> int:
+    return int(float(text[:-1]) * {"k": 1e3, "M": 1e6}[text[-1]])
+
+
+def flops(folder: str, teacher: str, length: int) -> dict[str, float]:
+    """FLOPs a token of training by each method."""
+    student, tutor = (trace(read_config(Path(place)), length, "float32") for place in (folder, teacher))
+    with open_checkpoint(Path(folder)) as checkpoint:
+        paths = [layer.path + "." for layer in bind(checkpoint.config, checkpoint.tensors).layers]
+        projections = sum(info.numel for name, info in checkpoint.tensors.items() if name.startswith(tuple(paths)))
+    body = tutor.forward - tutor.head  # layerwise makes no logits
+    attention = 2.0 * projections + student.attention
+    return {"ce": 3 * student.forward, "kl": 3 * student.forward + tutor.forward, "layerwise": body + 3 * attention}
+
+
+def _best(args: argparse.Namespace, name: str, folder: str, method: str) -> dict[str, Any]:
+    """The method's runs of the whole budget at the learning rate that was best in a short one."""
+    tried = {rate: _run(args, name, folder, method, rate, args.choose_at, 0) for rate in args.learning_rates}
+    rate = min(tried, key=lambda one: float(tried[one]["curve"][-1][1]))
+    seeds = range(1 if name == "source" else args.seeds)
     return {
         "start": name,
-        "objective": objective,
+        "method": method,
         "learning_rate": rate,
-        "before": measured["before"],
-        "after": measured["after"],
-        "curve": curve,
+        "tried": {f"{one:g}": run["curve"][-1][1] for one, run in tried.items()},
+        "runs": [_run(args, name, folder, method, rate, args.budget, seed) for seed in seeds],
     }
 
 
-def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+def _run(args: argparse.Namespace, name: str, folder: str, method: str, rate: float, budget: int, seed: int) -> dict[str, Any]:
+    """`curve`: [FLOPs in tokens of distillation, held-out cross-entropy in nats a token], from before the first step."""
+    out = args.scratch / f"{name}-{method}-{rate:g}-{budget}-{seed}"
+    costs = flops(folder, args.source, args.length)
+    unit = costs["kl"]
+    settings: dict[str, Any] = {"length": args.length, "learning_rate": rate, "holdout": args.holdout, "seed": seed}
+    tables: dict[str, dict[str, Any]] = {}
+    if method == "layerwise+kl":
+        first = LAYERWISE_SHARE * budget * unit / costs["layerwise"]
+        second = (1 - LAYERWISE_SHARE) * budget
+        share = first / (first + second)
+        settings |= {"stages": f"layerwise={share:.4f},distill", "tokens": str(round(first + second))}
+        tables = {} if args.layerwise_rate is None else {"layerwise": {"learning_rate": args.layerwise_rate}}
+    else:
+        settings |= {"stages": "lm" if method == "ce" else "distill", "tokens": str(round(budget * unit / costs[method]))}
+    steps = max(1, min(100, budget // 4096) // args.points)
+    if not out.exists():
+        if method != "ce":
+            settings["teacher"] = args.source
+        config = resolve(None, settings | {"measure_every": steps})
+        uptrain(folder, args.data, out, config, True, False, Output(quiet=True), tables)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    trained = [step for step in history.read(out) if step["verb"] == "uptrain"]
+    whole = [step["measurements"]["holdout"] for step in trained if step["stage"] != "layerwise"][-1]
+    spent = sum(costs["layerwise"] / unit * step["measurements"]["tokens"] for step in trained if step["stage"] == "layerwise")
+    cost = costs["ce" if method == "ce" else "kl"] / unit
+    curve = [[spent, whole["before"]["ce"]]]
+    curve += [[spent + cost * line["tokens"], line["holdout_ce"]] for line in lines if "holdout_ce" in line]
+    last = spent + cost * lines[-1]["tokens"]
+    if curve[-1][0] < last:
+        curve.append([last, whole["after"]["ce"]])
+    return {"seed": seed, "curve": curve}
+
+
+def _gaps(run: dict[str, Any], control: dict[str, Any]) -> dict[str, float | None]:
+    """The FLOPs (in tokens of distillation) at which so much of the gap to the control is closed; None where it is not."""
+    spent, losses = np.array(run["curve"]).T
+    beside = np.interp(spent, *np.array(control["curve"]).T)
+    closed = 1 - (losses - beside) / (losses[0] - beside[0])
+    found: dict[str, float | None] = {"end": round(float(closed[-1]), 4)}
+    for share in SHARES:
+        over = np.flatnonzero(closed >= share)
+        at = int(over[0]) if len(over) else -1
+        if at > 0:
+            found[f"{share:.0%}"] = round(float(np.interp(share, closed[at - 1 : at + 1], spent[at - 1 : at + 1])))
+        else:
+            found[f"{share:.0%}"] = None if at < 0 else round(float(spent[0]))
+    return found
+
+
+def _plot(told: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    starts = list(dict.fromkeys(row["start"] for row in told["runs"]))
+    figure = Figure(figsize=(5 * len(starts), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for row in rows:
-        smooth, points = row["curve"][0][1], []
-        for tokens, loss in row["curve"]:
-            smooth = SMOOTH * smooth + (1 - SMOOTH) * loss
-            points.append((tokens, smooth))
-        axes.plot(*zip(*points, strict=True), label=f"{row['start']}, {row['objective']}, {row['learning_rate']:g}")
-    axes.set_xlabel("tokens of uptraining")
-    axes.set_ylabel("cross-entropy, nats a token (smoothed)")
-    axes.set_xscale("log")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+    for axes, start in zip(figure.subplots(1, len(starts), squeeze=False)[0], starts, strict=True):
+        axes.plot(*np.array(told["control"]["runs"][0]["curve"]).T, color="black", linestyle="--", label="source, ce")
+        for number, row in enumerate(row for row in told["runs"] if row["start"] == start):
+            for run in row["runs"]:
+                label = f"{row['method']}, {row['learning_rate']:g}" if run is row["runs"][0] else None
+                axes.plot(*np.array(run["curve"]).T, color=f"C{number}", label=label)
+        axes.set_title(start)
+        axes.set_xlabel("FLOPs, in tokens of distillation")
+        axes.set_ylabel("held-out cross-entropy, nats a token")
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
