@@ -1,7 +1,7 @@
 """The folder to train on, opened: token shards of `upfit prepare`, or questions of `upfit synth`."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ from upfit.longcontext.contexts import CONTEXTS, Contexts
 from upfit.longcontext.wording import Wording
 from upfit.options import flag
 from upfit.tokenizer import identity, load_tokenizer
+from upfit.uptrain import spans
 from upfit.uptrain.answers import AnswerRows, fingerprint
 from upfit.uptrain.config import OF_ANSWERS, OF_TEXT, Config, default
 from upfit.uptrain.feed import Feed
-from upfit.uptrain.rows import TextRows
+from upfit.uptrain.rows import Rows, TextRows
 from upfit.uptrain.schedule import Plan, make_answers_plan, make_plan
 from upfit.uptrain.shards import Shards
+from upfit.uptrain.spans import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,9 @@ def _refuse_changed(config: Config, names: Iterable[str], reason: str) -> None:
             raise UpfitError(f"{flag(name)} {reason}; leave it out")
 
 
-def lay_out(data: Data, config: Config, longest: int | None) -> tuple[Plan, Feed]:
-    """How many steps of which rows, for a model that takes `longest` tokens (None: no limit known).
+def lay_out(data: Data, config: Config, longest: int | None, vocabulary: Vocabulary | None) -> tuple[Plan, Feed]:
+    """How many steps of which rows, for a model that takes `longest` tokens (None: no limit known); with `vocabulary`, an
+    encoder-decoder, whose rows have spans left out.
 
     Raises UpfitError when data, budget and model do not fit together.
     """
@@ -112,8 +115,11 @@ def lay_out(data: Data, config: Config, longest: int | None) -> tuple[Plan, Feed
             mix = TextRows(data.mix, plan.mix_length, config.holdout, config.seed, config.document_mask)
         return plan, Feed(answers, plan.rows, mix, plan.mix_rows, config.mix_weight)
     assert data.shards is not None
-    plan = make_plan(config, longest)
-    rows = TextRows(data.shards, plan.length, config.holdout, config.seed, config.document_mask)
+    sizes = None if vocabulary is None else spans.fitting(config.length or spans.DEFAULT_LENGTH)
+    plan = make_plan(config if sizes is None else replace(config, length=sizes.text), longest)
+    rows: Rows = TextRows(data.shards, plan.length, config.holdout, config.seed, config.document_mask)
+    if vocabulary is not None and sizes is not None:
+        rows = spans.SpanRows(rows, sizes, vocabulary)
     if len(rows.training) < plan.rows:
         raise UpfitError(
             f"{data.shards.folder} has {len(rows.training)} rows of {plan.length} tokens to train on, "

@@ -23,7 +23,7 @@ class Part:
     @property
     def tokens(self) -> int:
         """Tokens read; rows that only fill up a process are none."""
-        return sum(len(row.labels) for row in self.rows if row.supervised)
+        return sum(row.tokens for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def micro_batches(rows: list[Row], most: int | None, tokens: int) -> Iterator[li
     """Neighbours together: `most` rows at a time, or (None) as many as have at most `tokens` tokens, padding counted."""
     batch: list[Row] = []
     for row in rows:
-        longest = max(len(one.labels) for one in (*batch, row))
+        longest = max(len(one.input_ids) for one in (*batch, row))
         if batch and (len(batch) == most if most is not None else (len(batch) + 1) * longest > tokens):
             yield batch
             batch = []

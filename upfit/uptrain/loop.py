@@ -29,11 +29,12 @@ from upfit.uptrain.layerwise import Layerwise
 from upfit.uptrain.models import Distiller
 from upfit.uptrain.rows import IGNORE, Row
 from upfit.uptrain.schedule import Plan, learning_rate
+from upfit.uptrain.seq2seq import Seq2Seq
 from upfit.uptrain.state import METRICS, Counters, Workspace
 
 MEASURE_EVERY = 10  # steps
 
-Learner = Distiller | Layerwise  # from rows to a loss and what is told of it
+Learner = Distiller | Layerwise | Seq2Seq  # from rows to a loss and what is told of it
 
 
 @dataclass
@@ -191,14 +192,15 @@ def by_name(learner: Learner, parts: list[Part], means: list[list[float]]) -> di
 
 
 def tensors(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, positions and labels of some rows, [B, T] each. Shorter rows are filled up at their end, where a causal model's
-    real tokens do not look, with positions that go on and labels that do not count."""
+    """Ids, positions and labels of some rows, [B, T] each (of an encoder-decoder, ids have a length of their own). Shorter rows
+    are filled up at their end, where a causal model's real tokens do not look, with positions that go on and labels that do
+    not count."""
     longest = max(len(row.labels) for row in rows)
-    ids = np.zeros((len(rows), longest), dtype=np.int64)
-    positions, labels = np.zeros_like(ids), np.full_like(ids, IGNORE)
+    ids = np.zeros((len(rows), max(len(row.input_ids) for row in rows)), dtype=np.int64)
+    positions, labels = np.zeros((len(rows), longest), dtype=np.int64), np.full((len(rows), longest), IGNORE)
     for at, row in enumerate(rows):
         size = len(row.labels)
-        ids[at, :size], labels[at, :size], positions[at, :size] = row.input_ids, row.labels, row.position_ids
+        ids[at, : len(row.input_ids)], labels[at, :size], positions[at, :size] = row.input_ids, row.labels, row.position_ids
         positions[at, size:] = row.position_ids[-1] + 1 + np.arange(longest - size)
     moved = (torch.from_numpy(array).to(device, non_blocking=True) for array in (ids, positions, labels))
     return next(moved), next(moved), next(moved)

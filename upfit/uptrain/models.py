@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from upfit.convert.checkpoint import open_checkpoint, torch_dtype
+from upfit.convert.checkpoint import open_checkpoint, read_config, torch_dtype
 from upfit.convert.skeleton import load_strictly
 from upfit.errors import UpfitError
 from upfit.uptrain.losses import Head, Objective, chunked_loss, dense_loss
@@ -41,15 +41,22 @@ Tutor = tuple[PreTrainedModel, Traits]
 
 
 def load(folder: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
-    """The causal language model in `folder`, in eval mode. Tensors its class does not read are no error: they are passed on.
+    """The language model in `folder`, in eval mode. Tensors its class does not read are no error: they are passed on.
 
     Raises UpfitError for any other kind of model, or one with weights that are missing or of another shape.
     """
-    model = load_strictly(folder, AutoModelForCausalLM, dtype=dtype)
-    if model.config.is_encoder_decoder:
-        raise UpfitError(f"{folder} is an encoder-decoder model; only decoder-only language models can be uptrained")
+    config = read_config(folder)
+    auto_class = AutoModelForSeq2SeqLM if is_seq2seq(config) else AutoModelForCausalLM
+    model = load_strictly(folder, auto_class, dtype=dtype)
+    if is_seq2seq(config) and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise UpfitError(f"{type(model).__name__} cannot be asked how its decoder reads labels; it cannot be uptrained")
     nn.Module.to(model, device)
     return model
+
+
+def is_seq2seq(config: dict[str, Any]) -> bool:
+    """Whether the model of a config.json is an encoder-decoder; transformers writes it down where it is one."""
+    return bool(config.get("is_encoder_decoder"))
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -120,7 +127,12 @@ def configured_head(model: PreTrainedModel) -> Head:
 
 @torch.no_grad()
 def examine(model: PreTrainedModel) -> Traits:
-    """Run `model` on a row of two documents, whole and apart, and compare its head with ours."""
+    """Run `model` on a row of two documents, whole and apart, and compare its head with ours.
+
+    Of an encoder-decoder nothing is asked: it counts positions itself, and all its logits are made.
+    """
+    if model.config.is_encoder_decoder:
+        return Traits(False, False, None)
     was_training = model.training
     model.eval()
     takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters

@@ -18,12 +18,13 @@ from upfit.uptrain.config import Config
 from upfit.uptrain.feed import Feed
 from upfit.uptrain.models import Distiller, vocabulary_size
 from upfit.uptrain.rows import IGNORE
+from upfit.uptrain.seq2seq import Seq2Seq
 
 TRIED = 256  # tokens of the longest row that is tried
 SUPERVISED = 8  # labels of such a row
 
 
-def preflight(distiller: Distiller, feed: Feed, config: Config, device: torch.device, output: Output) -> None:
+def preflight(distiller: Distiller | Seq2Seq, feed: Feed, config: Config, device: torch.device, output: Output) -> None:
     """Look at windows, rotary base and memory for the longest example of answers; text is cut to what the model takes anyway.
 
     Turns gradient checkpointing on where it is asked for. Raises UpfitError where the memory does not suffice.
@@ -32,6 +33,7 @@ def preflight(distiller: Distiller, feed: Feed, config: Config, device: torch.de
     if not isinstance(feed.main, AnswerRows):
         checkpoint_gradients(student, config)
         return
+    assert isinstance(distiller, Distiller), "encoder-decoders have no answers stage"
     longest = feed.main.longest
     for warning in (window_warning(student.config.get_text_config(), longest), base_warning(student, longest)):
         if warning is not None:

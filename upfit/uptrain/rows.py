@@ -25,6 +25,11 @@ class Row:
         """Labels that count."""
         return int((self.labels != IGNORE).sum())
 
+    @property
+    def tokens(self) -> int:
+        """Tokens read; a row that only fills up a process has none."""
+        return len(self.labels) if self.supervised else 0
+
 
 class Rows(ABC):
     """Numbered rows: `holdout`, spread evenly over the data, to measure on, and those for `training`, shuffled by `seed`."""

@@ -11,10 +11,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel
 
-from upfit.convert.checkpoint import open_checkpoint
+from upfit.convert.checkpoint import open_checkpoint, read_config
 from upfit.convert.folders import Source, check_output, find_source, teacher_source
 from upfit.errors import UpfitError
 from upfit.output import Output, human_count
+from upfit.tokenizer import load_tokenizer
 from upfit.uptrain import attention, models
 from upfit.uptrain.answers import AnswerRows
 from upfit.uptrain.config import FREE, Config
@@ -26,6 +27,8 @@ from upfit.uptrain.losses import Objective
 from upfit.uptrain.models import Distiller, Traits, Tutor
 from upfit.uptrain.preflight import preflight
 from upfit.uptrain.schedule import ADAM_BETAS, Plan, peak_rate
+from upfit.uptrain.seq2seq import Seq2Seq
+from upfit.uptrain.spans import Vocabulary, find_vocabulary
 from upfit.uptrain.stages import Stage
 from upfit.uptrain.state import Counters, Workspace
 
@@ -161,21 +164,37 @@ def stage_name(stage: Stage, data: Data, teacher: Source | None) -> str:
     return stage.name
 
 
+def spans_vocabulary(source: Source, name: str) -> Vocabulary | None:
+    """What an encoder-decoder is trained with; None for a decoder. Raises UpfitError for a stage that it cannot have."""
+    if not models.is_seq2seq(read_config(source.path)):
+        return None
+    if name not in ("distill", "lm"):
+        raise UpfitError(f"{source.name} is an encoder-decoder, and the stage {name} is for decoders; choose distill or lm")
+    return find_vocabulary(load_tokenizer(str(source.path)))
+
+
+def most_positions(student: PreTrainedModel) -> int | None:
+    """Tokens that a row may have; None where the model sets no limit."""
+    return getattr(student.config.get_text_config(), "max_position_embeddings", None)
+
+
 def set_up(
     stage: Stage, source: Source, data: Data, teacher: Source | None, out: Path, accelerator: Accelerator, output: Output
 ) -> Run:
     """Everything the loop needs. Raises UpfitError when data, budget and model do not fit together."""
     config, name = stage.config, stage_name(stage, data, teacher)
+    vocabulary = spans_vocabulary(source, name)
     dtype = compute_dtype(config, accelerator.device)
     student, traits, pair = load_models(source, teacher, dtype, accelerator.device, output)
-    text_config, known = student.config.get_text_config(), len(models.embedding(student))
+    known, hidden_size = models.embedding(student).shape
     if data.largest_id >= known:
         unknown = f"{data.folders[-1]} holds token {data.largest_id}, the model knows {known} tokens"
         raise UpfitError(f"{unknown}; add rows to its embedding first")
-    plan, feed = lay_out(data, config, getattr(text_config, "max_position_embeddings", None))
+    plan, feed = lay_out(data, config, most_positions(student), vocabulary)
     if (
         data.texts
         and config.document_mask
+        and vocabulary is None
         and not all(seen.separates_documents for seen in (traits, *([pair[1]] if pair else [])))
     ):
         output.note(f"{student.__class__.__name__} cannot keep packed documents apart: those in one row see each other")
@@ -186,13 +205,14 @@ def set_up(
         learner = Layerwise(student, pair, converted_paths(student, pair[0], attention_paths(teacher)), autocast)
         learner.take_units(*tensors([feed.main.at(row) for row in feed.main.training[:UNIT_ROWS]], accelerator.device)[:2])
     else:
-        learner = Distiller(student, traits, pair, make_objectives(config, data, pair is not None), autocast)
+        kind = Distiller if vocabulary is None else Seq2Seq
+        learner = kind(student, traits, pair, make_objectives(config, data, pair is not None), autocast)
         preflight(learner, feed, config, accelerator.device, output)
     optimizer = make_optimizer(student, config)
     module, prepared = accelerator.prepare(learner, optimizer)
     on_cpu = accelerator.device.type == "cpu"
     micro = MICRO_BATCH_TOKENS_CPU if on_cpu else MICRO_BATCH_TOKENS
-    peak = peak_rate(config, text_config.hidden_size, name)
+    peak = peak_rate(config, hidden_size, name)
     same = run_identity(config, plan, source, data, teacher, dtype)
     announce(plan, feed, peak, student, teacher, dtype, output)
     return Run(

@@ -18,8 +18,8 @@ from upfit.output import Output
 from upfit.uptrain.config import Config, check, dump
 from upfit.uptrain.data import Data, open_data
 from upfit.uptrain.export import export
+from upfit.uptrain.layerwise import Layerwise
 from upfit.uptrain.loop import Run, measure, train
-from upfit.uptrain.models import Distiller
 from upfit.uptrain.places import Place, clear_up, finished, make_way
 from upfit.uptrain.setup import check_places, find_teacher, make_accelerator, set_up
 from upfit.uptrain.stages import Stage, split
@@ -158,10 +158,10 @@ def start(run: Run, resume: bool, overwrite: bool) -> None:
 def losses_before(run: Run) -> dict[str, Any]:
     """What is measured of the held-out rows before the first step, and the losses of the teacher on the same rows."""
     losses, learner = measure(run, run.learner), run.learner
-    if losses and isinstance(learner, Distiller) and learner._teacher is not None:
+    if losses and not isinstance(learner, Layerwise) and learner._teacher is not None:
         pair, objectives = learner._teacher, learner.objectives
         plain = {name: replace(objective, kl_weight=0.0) for name, objective in objectives.items()}
-        alone = measure(run, Distiller(pair[0], pair[1], None, plain, learner.autocast))
+        alone = measure(run, type(learner)(pair[0], pair[1], None, plain, learner.autocast))
         losses |= {f"teacher_{name}ce": alone[f"{name}ce"] for name in objectives if objectives[name].kl_weight}
     return losses
 
