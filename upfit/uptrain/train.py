@@ -56,9 +56,7 @@ def uptrain(
     source = find_source(model)
     opened = [open_data(Path(stage.data).expanduser().resolve(), source, stage.config) for stage in stages]
     accelerator = make_accelerator(config, out)
-    if config.track is not None:
-        accelerator.init_trackers("upfit", config={k: v for k, v in asdict(config).items() if v is not None})
-    job = Job(source, out, config, tables or {}, resume, overwrite)
+    job = Job(source, data, out, config, tables or {}, resume, overwrite)
     if accelerator.is_main_process:
         make_way(job, stages)
     accelerator.wait_for_everyone()
@@ -78,14 +76,19 @@ class Job:
     """What the user asked for: `source` is the model that the first stage starts from."""
 
     source: Source
+    data: str
     out: Path
     config: Config
     tables: dict[str, dict[str, Any]]
     resume: bool
     overwrite: bool
 
-    def command(self, data: str) -> str:
-        return shlex.join(["upfit", "uptrain", self.source.name, data, str(self.out), *as_flags(self.config)])
+    @property
+    def command(self) -> str:
+        """What gives the same again; what the stages have of their own is in the config that lies beside the result."""
+        data = Path(self.data).expanduser()
+        words = ["upfit", "uptrain", self.source.name, str(data.resolve()) if data.exists() else self.data, str(self.out)]
+        return shlex.join([*words, *as_flags(self.config), *(["--config", str(self.out / CONFIG_FILE)] if self.tables else [])])
 
 
 def leave(accelerator: Accelerator) -> None:
@@ -126,6 +129,9 @@ def one_stage(accelerator: Accelerator, job: Job, stage: Stage, data: Data, plac
 def carry_out(run: Run, job: Job, data: Data, teacher: Source | None, place: Place) -> dict[str, Any]:
     """Start or go on, train, measure, and write the stage's folder unless a signal ended the run."""
     start(run, job.resume, job.overwrite)
+    if job.config.track is not None and not run.accelerator.trackers:
+        told = {name: value for name, value in asdict(job.config).items() if value is not None}
+        run.accelerator.init_trackers("upfit", config=told)
     if run.counters.before is None:
         run.counters.before = losses_before(run)
     if not train(run):
@@ -193,7 +199,7 @@ def write(run: Run, job: Job, data: Data, teacher: Source | None, place: Place, 
     measurements = {name: value for name, value in report.items() if name not in ("stopped", "stage")}
     entry = history.step("uptrain", job.source.record(), options, measurements)
     entry |= {"stage": run.stage, "teacher": teacher.record() if teacher else None, "data": data.record()}
-    entry["command"] = job.command(entry["data"]["folder"])
+    entry["command"] = job.command
     before = place.before or job.source.path
     with staged(place.folder) as folder:
         export(run.learner.student, job.source.path, folder, None if place.last else torch.float32)
