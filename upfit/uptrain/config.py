@@ -16,7 +16,9 @@ from upfit.options import flag, option
 
 DTYPES = Literal["auto", "float32", "bfloat16"]
 # Settings that change how a run is carried out but not what it computes (beyond rounding): a resumed run may change them.
-FREE = frozenset({"micro_batch", "gradient_checkpointing", "chunk", "save_every", "keep", "max_bad_steps", "track"})
+FREE = frozenset(
+    {"micro_batch", "gradient_checkpointing", "chunk", "save_every", "keep", "max_bad_steps", "track", "verify_data"}
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Config:
     ce_weight: float = option(0.0, help="weight of the cross-entropy with the text; 1 where there is no teacher")
     temperature: float = option(1.0, help="temperature of the KL divergence")
     teacher: str | None = option(None, help="teacher, a folder or hub id; default: the source in recipe.json; none: no teacher")
-    mix: str | None = option(None, help="with answers as DATA: token shards of general text, learned from in every step too")
+    mix: str | None = option(None, help="with answers as DATA: general text, as for DATA, learned from in every step too")
     mix_share: float = option(0.25, help="with --mix: share of a step's tokens that are general text")
     mix_weight: float = option(1.0, help="with --mix: weight of the text's mean loss beside the answers' mean loss")
     gradient_checkpointing: bool = option(
@@ -63,6 +65,10 @@ class Config:
     save_every: str = option("15m", help="time or steps between checkpoints, such as 15m or 200")
     keep: int = option(2, help="checkpoints to keep")
     holdout: int = option(32, help="rows of DATA never trained on, to measure the loss before and after (at most a tenth)")
+    verify_data: bool = option(
+        False,
+        help="compare token shards with their SHA-256 before the first step, not each part when it is first read",
+    )
     max_bad_steps: int = option(5, help="steps in a row with a loss or gradient that is not finite before the run ends")
     seed: int = option(0, help="seed of the order of the rows and of dropout")
     track: str | None = option(None, help="tracker that accelerate knows, such as trackio, tensorboard or wandb")

@@ -24,7 +24,7 @@ from upfit.errors import UpfitError
 from upfit.output import Meter, Output
 from upfit.uptrain import attention
 from upfit.uptrain.config import Config, save_interval
-from upfit.uptrain.feed import Feed, Part, micro_batches
+from upfit.uptrain.feed import Feed, Part, averages, micro_batches
 from upfit.uptrain.models import Distiller
 from upfit.uptrain.rows import IGNORE, Row
 from upfit.uptrain.schedule import Plan, learning_rate
@@ -231,7 +231,7 @@ def check_health(run: Run) -> None:
 
 @torch.no_grad()
 def measure(run: Run, distiller: Distiller) -> dict[str, float]:
-    """Mean CE and KL of `distiller` over the held-out rows of each part, in nats a token; empty without such rows."""
+    """Mean CE and KL of `distiller` over the held-out rows of each part and source, in nats a token; empty without them."""
     parts = run.feed.held_out(run.accelerator.process_index, run.world)
     was_training = distiller.training
     distiller.eval()
@@ -242,5 +242,4 @@ def measure(run: Run, distiller: Distiller) -> dict[str, float]:
             _, ce, kl = distiller(*tensors(batch, run.accelerator.device), part.name)
             sums[at, :2] += torch.stack([ce.float(), kl.float()])
     distiller.train(was_training)
-    told = [(part, row) for part, row in zip(parts, run.total(sums).tolist(), strict=True) if row[2]]
-    return by_name([part for part, _ in told], [[ce / labels, kl / labels] for _, (ce, kl, labels) in told])
+    return averages(parts, run.total(sums).tolist())

@@ -187,7 +187,6 @@ def run_identity(
 def announce(
     plan: Plan, feed: Feed, peak: float, student: PreTrainedModel, teacher: Source | None, dtype: torch.dtype, output: Output
 ) -> None:
-    passes = plan.steps * plan.rows / len(feed.main.training)
     what = f"{plan.rows} rows of {plan.length} tokens"
     if isinstance(feed.main, AnswerRows):
         what = f"{plan.rows} questions on {plan.length} tokens, on average"
@@ -195,6 +194,8 @@ def announce(
     output.note(
         f"{human_count(student.num_parameters())} parameters, teacher {teacher.name if teacher else 'none'}, "
         f"{plan.steps} steps of {what}{beside} "
-        f"({human_count(plan.tokens)} tokens, {passes:.2f} passes over the data), "
+        f"({human_count(plan.tokens)} tokens, {feed.passes(plan.steps)}), "
         f"learning rate {peak:.2g}, {str(dtype).removeprefix('torch.')}"
     )
+    for warning in feed.repeated(plan.steps):
+        output.note(warning)

@@ -29,8 +29,8 @@ CONFIG_FILE = "uptrain.toml"
 def uptrain(model: str, data: str, out: Path, config: Config, resume: bool, overwrite: bool, output: Output) -> dict[str, Any]:
     """Train the model in folder (or hub id) `model` on the folder `data` and write the result to `out`; a report.
 
-    `data` is text, as `upfit prepare` writes it, or questions on long contexts, as `upfit synth` does: of those, the answers
-    alone are learned.
+    `data` is text, as `upfit prepare` writes it (several folders with weights: `code=0.7,prose=0.3`), or questions on long
+    contexts, as `upfit synth` does: of those, the answers alone are learned.
 
     The report has `stopped` (a SIGTERM ended the run early: a checkpoint was written, `out` was not), `step`, `steps`,
     `tokens`, `skipped`, `seconds`, `tokens_per_second`, and `holdout` with the losses before and after in nats a token.
@@ -41,7 +41,7 @@ def uptrain(model: str, data: str, out: Path, config: Config, resume: bool, over
     check(config)
     out = out.expanduser().resolve()
     source = find_source(model)
-    opened = open_data(Path(data).expanduser().resolve(), source, config)
+    opened = open_data(data, source, config)
     accelerator = make_accelerator(config, out)
     report = _uptrain(accelerator, source, opened, out, config, resume, overwrite, output)
     leave(accelerator)
