@@ -14,7 +14,8 @@ from tests.uptraining import QUIET, text
 from upfit.errors import UpfitError
 from upfit.uptrain.prepare import prepare
 from upfit.uptrain.rows import IGNORE, TextRows
-from upfit.uptrain.shards import MANIFEST, Shards, ShardWriter
+from upfit.uptrain.shard_writer import ShardWriter
+from upfit.uptrain.shards import MANIFEST, Shards
 
 END = 1
 

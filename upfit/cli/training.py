@@ -16,10 +16,11 @@ from upfit.uptrain.config import Config as UptrainConfig
 @app.command()
 def prepare(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Files, folders, or a hub data set id.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; work lies in OUT.prepare until it is whole.")],
     tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer is used: folder or hub id.")],
     field: Annotated[str, typer.Option(help="Field of jsonl and parquet rows that holds the text.")] = "text",
     tokens: Annotated[str | None, typer.Option(help="Stop after so many tokens, such as 100M; default: all.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Batches tokenised at a time; default: as many as cores.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -28,7 +29,7 @@ def prepare(
     from upfit.uptrain.prepare import prepare as run
 
     output = Output(as_json, quiet)
-    manifest = run(list(texts), out, tokenizer, field, output, overwrite, tokens)
+    manifest = run(list(texts), out, tokenizer, field, output, overwrite, tokens, workers)
     output.json(manifest)
     output.line(f"Wrote {out}: {human_count(manifest['tokens'])} tokens of {manifest['documents']} documents")
     output.note(f"Next: upfit uptrain MODEL {out} OUT --tokens {human_count(manifest['tokens']).replace(' ', '')}")
@@ -79,7 +80,12 @@ app.command("plan")(with_flags(_plan, PlanOptions, "plan"))
 
 def _uptrain(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model to train: folder or hub id.")],
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Text of `upfit prepare`, or questions of `upfit synth`.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="Text of `upfit prepare` (several: code=0.7,prose=0.3) or questions of `upfit synth`."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; checkpoints go to OUT.uptrain.")],
     flags: dict[str, Any],
     config: Annotated[Path | None, typer.Option(help="TOML file with these settings; flags go first.")] = None,
@@ -125,6 +131,8 @@ def _show_stage(report: dict[str, Any], title: str, output: Output) -> None:
     elif before:
         line = f"Held-out loss {rows}: {before['ce']:.3f} → {after['ce']:.3f} nats a token"
         output.line(line + (f" (teacher {before['teacher_ce']:.3f})" if "teacher_ce" in before else ""))
+        for name in (key.removesuffix("/ce") for key in before if key.endswith("/ce")):
+            output.line(f"  {name}: {before[f'{name}/ce']:.3f} → {after[f'{name}/ce']:.3f}")
 
 
 app.command("uptrain")(with_flags(_uptrain, UptrainConfig, "uptrain", unset=True))

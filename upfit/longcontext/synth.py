@@ -5,7 +5,6 @@ a pure function of the corpus, the settings and its number, so the bytes do not 
 """
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from upfit.convert.folders import check_output, staged
+from upfit.convert.work import claim
 from upfit.corpus import documents, files_of, local_inputs
 from upfit.errors import UpfitError
 from upfit.longcontext.ask import backends, dataset, model, template
 from upfit.longcontext.assemble import put_together
 from upfit.longcontext.compose import Composer
-from upfit.longcontext.contexts import SEGMENTS, SETTINGS
+from upfit.longcontext.contexts import SEGMENTS
 from upfit.longcontext.items import Item
 from upfit.longcontext.options import Options, check_options
 from upfit.longcontext.segments import Segments, ten_grams, write_segments
@@ -49,7 +49,7 @@ def synth(texts: list[str], out: Path, options: Options, output: Output) -> dict
     wording = Wording(tokenizer, options.format)
     work = out.with_name(out.name + ".synth")
     settings = _settings(texts, options, identity(tokenizer)["sha256"])
-    _claim(work, settings)
+    claim(work, settings)
     segments = _segmented(work, texts, local, options, tokenizer, output)
     ask = asker(segments, options)
     total = len(ask.known) if isinstance(ask, Known) else options.items
@@ -74,19 +74,6 @@ def _settings(texts: list[str], options: Options, tokenizer: str) -> dict[str, A
     kept = {key: value for key, value in asdict(options).items() if key not in FREE}
     questions = [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in options.questions or ()]
     return {"texts": texts, "options": kept, "tokenizer_sha256": tokenizer, "questions_sha256": questions}
-
-
-def _claim(work: Path, settings: dict[str, Any]) -> None:
-    """The work folder of these settings. Raises UpfitError when it holds work of others (settings alone are no work)."""
-    work.mkdir(parents=True, exist_ok=True)
-    path, text = work / SETTINGS, json.dumps(settings, indent=2) + "\n"
-    begun = any(entry.name != SETTINGS for entry in work.iterdir())
-    if not path.exists() or not begun:
-        partial = work / f"{SETTINGS}.{os.getpid()}"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    elif path.read_text(encoding="utf-8") != text:
-        raise UpfitError(f"{work} holds work begun with other settings; give those again, or remove the folder")
 
 
 def _segmented(work: Path, texts: list[str], local: list[Path], options: Options, tokenizer: Any, output: Output) -> Segments:

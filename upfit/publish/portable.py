@@ -40,6 +40,9 @@ def _commit(source: dict[str, Any]) -> dict[str, str]:
 
 
 def _name(text: str) -> str:
+    pieces = text.split(",")
+    if len(pieces) > 1 and all(PurePosixPath(piece).is_absolute() for piece in pieces):  # sources of upfit uptrain
+        return ",".join(_name(piece) for piece in pieces)
     path: PurePath = PurePosixPath(text)
     if path.is_absolute() or text.startswith("~"):
         return path.name or text

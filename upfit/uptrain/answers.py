@@ -8,12 +8,12 @@ import numpy as np
 from upfit.errors import UpfitError
 from upfit.longcontext.contexts import CONTEXTS, ITEMS, SEGMENTS, SETTINGS, Contexts
 from upfit.longcontext.segments import ABOUT
-from upfit.uptrain.rows import IGNORE, Row, Rows
+from upfit.uptrain.rows import IGNORE, Row, ShuffledRows
 
 LOOKED_AT = 256  # examples whose lengths stand for all
 
 
-class AnswerRows(Rows):
+class AnswerRows(ShuffledRows):
     """The examples of a folder of `upfit synth`, each a row of its own length, labels at the answer and its end token alone."""
 
     def __init__(self, contexts: Contexts, holdout: int, seed: int) -> None:

@@ -16,11 +16,21 @@ from upfit.options import flag, option
 
 DTYPES = Literal["auto", "float32", "bfloat16"]
 NAMES = ("layerwise", "distill", "lm", "answers")  # of the stages
-OF_TEXT = ("length", "kl_weight", "ce_weight", "temperature", "teacher", "document_mask")
+OF_TEXT = ("length", "kl_weight", "ce_weight", "temperature", "teacher", "document_mask", "verify_data")
 OF_ANSWERS = ("mix", "mix_share", "mix_weight")
 # Settings that change how a run is carried out but not what it computes (beyond rounding): a resumed run may change them.
 FREE = frozenset(
-    {"micro_batch", "gradient_checkpointing", "chunk", "save_every", "keep", "measure_every", "max_bad_steps", "track"}
+    {
+        "micro_batch",
+        "gradient_checkpointing",
+        "chunk",
+        "save_every",
+        "keep",
+        "measure_every",
+        "max_bad_steps",
+        "track",
+        "verify_data",
+    }
 )
 
 
@@ -62,7 +72,7 @@ class Config:
     ce_weight: float = option(0.0, help="weight of the cross-entropy with the text; 1 where there is no teacher")
     temperature: float = option(1.0, help="temperature of the KL divergence")
     teacher: str | None = option(None, help="teacher, a folder or hub id; default: the source in recipe.json; none: no teacher")
-    mix: str | None = option(None, help="with answers as DATA: token shards of general text, learned from in every step too")
+    mix: str | None = option(None, help="with answers as DATA: general text, as for DATA, learned from in every step too")
     mix_share: float = option(0.25, help="with --mix: share of a step's tokens that are general text")
     mix_weight: float = option(1.0, help="with --mix: weight of the text's mean loss beside the answers' mean loss")
     gradient_checkpointing: bool = option(
@@ -75,6 +85,10 @@ class Config:
     keep: int = option(2, help="checkpoints to keep")
     holdout: int = option(32, help="rows of DATA never trained on, to measure the loss before and after (at most a tenth)")
     measure_every: int | None = option(None, help="steps between measurements of those rows; default: only before and after")
+    verify_data: bool = option(
+        False,
+        help="compare token shards with their SHA-256 before the first step, not each part when it is first read",
+    )
     max_bad_steps: int = option(5, help="steps in a row with a loss or gradient that is not finite before the run ends")
     seed: int = option(0, help="seed of the order of the rows and of dropout")
     track: str | None = option(None, help="tracker that accelerate knows, such as trackio, tensorboard or wandb")

@@ -1,5 +1,6 @@
 """The folder to train on, opened: token shards of `upfit prepare`, or questions of `upfit synth`."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,27 +16,32 @@ from upfit.uptrain import spans
 from upfit.uptrain.answers import AnswerRows, fingerprint
 from upfit.uptrain.config import OF_ANSWERS, OF_TEXT, Config, default
 from upfit.uptrain.feed import Feed
-from upfit.uptrain.rows import Rows, TextRows
 from upfit.uptrain.schedule import Plan, make_answers_plan, make_plan
 from upfit.uptrain.shards import Shards
+from upfit.uptrain.sources import Sources
 from upfit.uptrain.spans import Vocabulary
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on: `shards` of text, or `contexts` with questions; `mix` is text beside questions."""
+    """What is trained on: `text`, or `contexts` with questions; `mix` is text beside questions."""
 
-    shards: Shards | None
+    text: Sources | None
     contexts: Contexts | None
-    mix: Shards | None
+    mix: Sources | None
 
     @property
     def texts(self) -> list[Shards]:
-        return [shards for shards in (self.shards, self.mix) if shards is not None]
+        return [shards for sources in (self.text, self.mix) if sources is not None for shards in sources.shards]
 
     @property
     def folders(self) -> list[Path]:
         return [*(shards.folder for shards in self.texts), *([self.contexts.folder] if self.contexts else [])]
+
+    @property
+    def argument(self) -> str:
+        """The DATA of a command that opens the same."""
+        return self.text.argument if self.text is not None else str(self.folders[-1])
 
     @property
     def largest_id(self) -> int:
@@ -44,33 +50,39 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal data."""
-        found = [*(shards.fingerprint for shards in self.texts), *([fingerprint(self.contexts)] if self.contexts else [])]
-        return " ".join(found)
+        """Equal for equal data, in equal shares."""
+        found = [sources.fingerprint for sources in (self.text, self.mix) if sources is not None]
+        return " ".join([*found, *([fingerprint(self.contexts)] if self.contexts else [])])
 
     def record(self) -> dict[str, Any]:
         """As recipe.json keeps it: `patterns` are what was asked, so that a probe of the same kind is known for one."""
-        told: dict[str, Any] = {"folder": str(self.folders[-1]), "fingerprint": self.fingerprint}
+        told: dict[str, Any] = {"folder": self.argument, "fingerprint": self.fingerprint}
         if self.contexts is not None:
             told |= {"items": len(self.contexts), "patterns": sorted(set(self.contexts.settings["patterns"].values()))}
-        return told | ({"mix": str(self.mix.folder)} if self.mix is not None else {})
+        if self.mix is not None:
+            told |= {"mix": self.mix.argument}
+        several = self.text or self.mix
+        return told | ({"sources": several.record()} if several is not None and len(several.shards) > 1 else {})
 
 
-def open_data(folder: Path, source: Source, config: Config) -> Data:
-    """The data in `folder` and in `config.mix`, for the model in `source`.
+def open_data(given: str, source: Source, config: Config) -> Data:
+    """The data that `given` names (a folder, or several of text with weights) and `config.mix`, for the model in `source`.
 
     Raises UpfitError when there is none, it was made with another tokenizer, or a setting would mean nothing for it.
     """
-    mix = None if config.mix is None else Shards(Path(config.mix).expanduser().resolve())
+    mix = None if config.mix is None else Sources.open(config.mix)
+    folder = Path(given).expanduser().resolve()
     if not (folder / CONTEXTS).exists():
-        _refuse_changed(config, OF_ANSWERS, f"goes with answers, and {folder} holds text")
-        data = Data(Shards(folder), None, None)
+        _refuse_changed(config, OF_ANSWERS, f"goes with answers, and {given} holds text")
+        data = Data(Sources.open(given), None, None)
     else:
         if mix is None:
             _refuse_changed(config, (*OF_TEXT, *OF_ANSWERS), "is for text, which --mix adds to answers")
         data = Data(None, _contexts(folder, source), mix)
     for shards in data.texts:
         check_tokenizer(source, shards.folder, shards.manifest["tokenizer"]["sha256"], shards.manifest["tokenizer"]["name"])
+        if config.verify_data and os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine; the others wait for its process
+            shards.verify()
     return data
 
 
@@ -112,17 +124,12 @@ def lay_out(data: Data, config: Config, longest: int | None, vocabulary: Vocabul
         plan = make_answers_plan(config, len(answers.training), answers.mean_length, longest)
         mix = None
         if data.mix is not None:
-            mix = TextRows(data.mix, plan.mix_length, config.holdout, config.seed, config.document_mask)
+            mix = data.mix.rows(plan.mix_length, plan.mix_rows, config.holdout, config.seed, config.document_mask)
         return plan, Feed(answers, plan.rows, mix, plan.mix_rows, config.mix_weight)
-    assert data.shards is not None
+    assert data.text is not None
     sizes = None if vocabulary is None else spans.fitting(config.length or spans.DEFAULT_LENGTH)
     plan = make_plan(config if sizes is None else replace(config, length=sizes.text), longest)
-    rows: Rows = TextRows(data.shards, plan.length, config.holdout, config.seed, config.document_mask)
+    rows = data.text.rows(plan.length, plan.rows, config.holdout, config.seed, config.document_mask)
     if vocabulary is not None and sizes is not None:
-        rows = spans.SpanRows(rows, sizes, vocabulary)
-    if len(rows.training) < plan.rows:
-        raise UpfitError(
-            f"{data.shards.folder} has {len(rows.training)} rows of {plan.length} tokens to train on, "
-            f"a step takes {plan.rows}; add text or lower --batch-tokens"
-        )
+        rows = spans.SpanRows(rows, sizes, vocabulary, config.seed)
     return plan, Feed(rows, plan.rows)

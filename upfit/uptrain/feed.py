@@ -1,20 +1,28 @@
 """What the steps of a run are made of: rows of the text, or answers and, beside them, rows of general text."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from upfit.uptrain.rows import Row, Rows
 
 MAIN, MIX = "", "mix_"  # prefixes of what is told of a part
+MOST_PASSES = 4  # up to which repeated text is worth almost as much as new text (Muennighoff et al. 2023, arXiv 2305.16264)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one kind in a step, of this process. `weight` is that of their mean loss in the loss of the step."""
+    """Rows of one kind in a step, of this process. `weight` is that of their mean loss in the loss of the step.
+
+    `source` where all of them are of one of several sources.
+    """
 
     name: str
     rows: list[Row]
     weight: float = 1.0
+    source: str = ""
 
     @property
     def labels(self) -> int:
@@ -52,11 +60,42 @@ class Feed:
         return parts
 
     def held_out(self, rank: int, world: int) -> list[Part]:
-        """Process `rank`'s share of the rows that are never trained on."""
-        parts = [Part(MAIN, self.main.share(self.main.holdout, rank, world))]
-        if self.mix is not None:
-            parts.append(Part(MIX, self.mix.share(self.mix.holdout, rank, world)))
-        return parts
+        """Process `rank`'s share of the rows that are never trained on; those of each source are a part."""
+        kinds = [(MAIN, self.main), *([(MIX, self.mix)] if self.mix is not None else [])]
+        return [
+            Part(name, rows.share(held, rank, world), source=source)
+            for name, rows in kinds
+            for source, held in rows.held_out().items()
+        ]
+
+    def passes(self, steps: int) -> str:
+        """How often `steps` steps go over the data, in words."""
+        told = self.main.passes(steps * self.rows)
+        if len(told) == 1:
+            return f"{next(iter(told.values())):.2f} passes over the data"
+        return "passes over the data: " + ", ".join(f"{name} {count:.2f}" for name, count in told.items())
+
+    def repeated(self, steps: int) -> list[str]:
+        """What to say of data that `steps` steps go over too often."""
+        told = {name or "the data": count for name, count in self.main.passes(steps * self.rows).items()}
+        mixed = {} if self.mix is None else self.mix.passes(steps * self.mix_rows)
+        told |= {f"{name or 'the text'} mixed in": count for name, count in mixed.items()}
+        return [
+            f"{name} is gone over {count:.1f} times; after {MOST_PASSES} the same text teaches ever less (arXiv 2305.16264)"
+            for name, count in told.items()
+            if count > MOST_PASSES
+        ]
+
+
+def averages(parts: list[Part], sums: list[list[float]], told: Callable[[list[float]], dict[str, Any]]) -> dict[str, Any]:
+    """What is `told` of the means over the rows of each name, and of each source as `code/ce`; the last sum of a part is that
+    of its labels."""
+    groups: dict[str, np.ndarray] = {}
+    for part, row in zip(parts, sums, strict=True):
+        for name in (part.name, f"{part.name}{part.source}/") if part.source else (part.name,):
+            groups[name] = groups.get(name, np.zeros(len(row))) + row
+    found = {name: told((group[:-1] / group[-1]).tolist()) for name, group in groups.items() if group[-1]}
+    return {f"{name}{what}": value for name, values in found.items() for what, value in values.items()}
 
 
 def micro_batches(rows: list[Row], most: int | None, tokens: int) -> Iterator[list[Row]]:

@@ -24,7 +24,7 @@ from upfit.errors import UpfitError
 from upfit.output import Meter, Output
 from upfit.uptrain import attention
 from upfit.uptrain.config import Config, save_interval
-from upfit.uptrain.feed import Feed, Part, micro_batches
+from upfit.uptrain.feed import Feed, Part, averages, micro_batches
 from upfit.uptrain.layerwise import Layerwise
 from upfit.uptrain.models import Distiller
 from upfit.uptrain.rows import IGNORE, Row
@@ -243,7 +243,7 @@ def check_health(run: Run) -> None:
 
 @torch.no_grad()
 def measure(run: Run, learner: Learner) -> dict[str, Any]:
-    """What `learner` measures of the held-out rows of each part, on average over their labels; empty without such rows."""
+    """What `learner` measures of the held-out rows of each part and source, averaged over their labels; empty without them."""
     parts = run.feed.held_out(run.accelerator.process_index, run.world)
     was_training = learner.training
     learner.eval()
@@ -254,5 +254,4 @@ def measure(run: Run, learner: Learner) -> dict[str, Any]:
             _, *values = learner(*tensors(batch, run.accelerator.device), part.name)
             sums[at, :-1] += torch.stack(values).float()
     learner.train(was_training)
-    told = [(part, row) for part, row in zip(parts, run.total(sums).tolist(), strict=True) if row[-1]]
-    return by_name(learner, [part for part, _ in told], [[value / row[-1] for value in row[:-1]] for _, row in told])
+    return averages(parts, run.total(sums).tolist(), learner.told)

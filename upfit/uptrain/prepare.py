@@ -1,23 +1,37 @@
-"""Text in, token shards out: the verb `prepare`. Knows nothing of models or training."""
+"""Text in, token shards out: the verb `prepare`. Knows nothing of models or training.
 
+Work lies in `OUT.prepare` until it is whole; then its shards become OUT. The bytes are the same for every number of workers and
+however often the work was interrupted: documents are written in the order in which they are read.
+"""
+
+import hashlib
+import json
 import os
+import shutil
+import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit import history
-from upfit.convert.folders import check_output, staged
+from upfit.convert.folders import check_output, replace_folder, sync_tree
+from upfit.convert.work import claim, held, write_whole
 from upfit.corpus import documents, files_of, local_inputs
 from upfit.errors import UpfitError
 from upfit.options import parse_count
 from upfit.output import Meter, Output, human_count
-from upfit.tokenizer import begin_token, identity, load_tokenizer
-from upfit.uptrain.shards import ShardWriter, token_dtype
+from upfit.tokenizer import identity, load_tokenizer
+from upfit.uptrain.shard_writer import ShardWriter, token_dtype
+from upfit.uptrain.tokenise import batches, tokenised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_CHARACTERS = 2_000_000
+STATE, SHARDS = "state.json", "shards"  # in the work folder
+SAVE_SECONDS = 10.0  # of work are lost at most when the process is killed
+BYTES_A_WORKER = 2**22  # of text, before one more worker is worth its start
 
 
 def prepare(
@@ -28,65 +42,134 @@ def prepare(
     output: Output,
     overwrite: bool = False,
     tokens: str | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Tokenise `inputs` into the folder `out` with the tokenizer of the model `tokenizer`; the manifest written there.
 
     `inputs` are files, folders, or hub data sets (`org/name`, or `org/name:config`); `field` names the text in JSON lines,
     parquet and hub data sets. Every document ends with the tokenizer's end token, and begins with its begin token where the
-    tokenizer puts one. With `tokens` ("100M"), stops after the document that reaches them.
+    tokenizer puts one. With `tokens` ("100M"), stops after the document that reaches them. `workers` tokenise at a time (None:
+    as many as there are cores and text for).
 
-    Raises UpfitError for an input that is missing, empty or unreadable, or a tokenizer without an end token.
+    Raises UpfitError for an input that is missing, empty or unreadable, a tokenizer without an end token, or an `out` that is
+    taken. Work that has been saved stays then, too, for the same command to go on with.
     """
     limit = parse_count(tokens, "--tokens") if tokens is not None else None
+    if workers is not None and workers < 1:
+        raise UpfitError(f"--workers got {workers}; it takes 1 or more")
     local = local_inputs(inputs)
-    size = sum(path.stat().st_size for source in local for path in files_of(source))
+    files = [path for source in local for path in files_of(source)]
+    size = sum(path.stat().st_size for path in files)
     for source in local or [Path(os.devnull)]:  # a hub data set lies nowhere that `out` could overlap
         check_output(out, source, size, overwrite)
     encoder = load_tokenizer(tokenizer)
     about = {"tokenizer": {"name": tokenizer, **identity(encoder)}, "inputs": inputs, "field": field}
-    with staged(out) as folder:
-        writer = ShardWriter(folder, token_dtype(len(encoder)))
-        with output.progress("prepare", limit or size) as meter:
-            write_documents(writer, encoder, documents(inputs, field, output), limit, meter)
+    settings = {**about, "tokens": limit, "text": _stamp(files)}
+    out = out.expanduser().resolve()
+    work = out.with_name(out.name + ".prepare")
+    with held(work), _kept_if_saved(work):
+        if not (work / STATE).exists():
+            shutil.rmtree(work / SHARDS, ignore_errors=True)
+        claim(work, settings, overwrite)
+        writer = _written(work, inputs, field, encoder, limit, size, workers or _enough_workers(local, size), output)
         if writer.tokens == 0:
             raise UpfitError(f"no text in {', '.join(inputs)}; give files with text")
         manifest = writer.finish(about)
         origin = {"name": ", ".join(inputs), "revision": None, "path": None}
         options = {"tokenizer": tokenizer, "field": field, "tokens": tokens}
         counts = {"tokens": writer.tokens, "documents": writer.documents}
-        history.write(folder, [history.step("prepare", origin, options, counts)])
+        history.write(writer.folder, [history.step("prepare", origin, options, counts)])
+        sync_tree(writer.folder)
+        replace_folder(writer.folder, out, out.with_name(out.name + ".replaced"))
+        shutil.rmtree(work)
     return manifest
 
 
-def write_documents(
-    writer: ShardWriter, tokenizer: "PreTrainedTokenizerBase", texts: Iterator[tuple[str, int]], limit: int | None, meter: Meter
+@contextmanager
+def _kept_if_saved(work: Path) -> Iterator[None]:
+    """Remove the work folder on an error before anything was saved in it."""
+    try:
+        yield
+    except BaseException:
+        if not (work / STATE).exists():
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _stamp(files: list[Path]) -> str:
+    """Differs when a file of the text has been changed."""
+    told = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _enough_workers(local: list[Path], size: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 1 + size // BYTES_A_WORKER) if local else cores
+
+
+def _written(
+    work: Path,
+    inputs: list[str],
+    field: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    limit: int | None,
+    size: int,
+    workers: int,
+    output: Output,
+) -> ShardWriter:
+    """The writer of all shards; goes on from the work that was saved. Tells how fast it was."""
+    writer, read = _begun(work, token_dtype(len(tokenizer)))
+    texts = documents(inputs, field, output)
+    with output.progress("prepare", limit or size) as meter:
+        if read:
+            output.note(f"going on from {human_count(writer.tokens)} tokens of {read} documents in {work}")
+        passed = sum(nbytes for _, nbytes in islice(texts, read))
+        meter.advance(writer.tokens if limit else passed, f"{human_count(writer.tokens)} tokens")
+        known, start = writer.tokens, time.monotonic()
+        _write(work, writer, texts, read, tokenizer, limit, workers, meter)
+    made, seconds = writer.tokens - known, max(time.monotonic() - start, 1e-9)
+    output.note(f"tokenised {human_count(made)} tokens in {seconds:.1f} s, {human_count(made / seconds)} tokens/s")
+    return writer
+
+
+def _begun(work: Path, dtype: str) -> tuple[ShardWriter, int]:
+    """A writer with what was saved, and how many documents of the input were read for it."""
+    writer = ShardWriter(work / SHARDS, dtype)
+    if (work / STATE).exists() and writer.folder.is_dir():
+        state = json.loads((work / STATE).read_text(encoding="utf-8"))
+        writer.go_on(state["writer"])
+        return writer, state["read"]
+    (work / STATE).unlink(missing_ok=True)
+    writer.folder.mkdir()
+    return writer, 0
+
+
+def _write(
+    work: Path,
+    writer: ShardWriter,
+    texts: Iterator[tuple[str, int]],
+    read: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    limit: int | None,
+    workers: int,
+    meter: Meter,
 ) -> None:
-    """Tokenise in batches of about two million characters; `texts` yields each document and the bytes of input it took."""
-    begin = begin_token(tokenizer)
-    before = [] if begin is None else [begin]
-    for batch, nbytes in batches(texts):
-        known = writer.tokens
-        for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]:
+    """Write the tokens of `texts` up to `limit`, and every few seconds down how far it is: `read` documents so far."""
+    saved = start = time.monotonic()
+    known = writer.tokens
+    with closing(tokenised(batches(texts), tokenizer, writer.dtype, workers)) as found:
+        for batch, ids, lengths in found:
+            before = writer.tokens
+            if limit is not None:
+                lengths = lengths[before + lengths.cumsum() - lengths < limit]
+                ids = ids[: lengths.sum()]
+            writer.extend(ids, lengths)
+            read += batch.read
+            rate = (writer.tokens - known) / max(time.monotonic() - start, 1e-9)
+            note = f"{human_count(writer.tokens)} tokens, {human_count(rate)} tokens/s"
+            meter.advance(writer.tokens - before if limit else batch.nbytes, note)
             if limit is not None and writer.tokens >= limit:
-                break
-            writer.add([*before, *ids, tokenizer.eos_token_id])
-        meter.advance(writer.tokens - known if limit else nbytes, f"{human_count(writer.tokens)} tokens")
-        if limit is not None and writer.tokens >= limit:
-            return
-
-
-def batches(texts: Iterator[tuple[str, int]]) -> Iterator[tuple[list[str], int]]:
-    """Non-empty documents in lists of at least BATCH_CHARACTERS characters, and the bytes of input each list took."""
-    batch: list[str] = []
-    characters = nbytes = 0
-    for text, size in texts:
-        nbytes += size
-        if not text.strip():
-            continue
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch, nbytes
-            batch, characters, nbytes = [], 0, 0
-    if batch:
-        yield batch, nbytes
+                return
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                write_whole(work / STATE, json.dumps({"read": read, "writer": writer.state()}))
+                saved = time.monotonic()

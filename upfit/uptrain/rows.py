@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -32,13 +31,10 @@ class Row:
 
 
 class Rows(ABC):
-    """Numbered rows: `holdout`, spread evenly over the data, to measure on, and those for `training`, shuffled by `seed`."""
+    """`total` numbered rows: those in `holdout` to measure on, the others to train on in an order that never ends."""
 
-    def __init__(self, total: int, holdout: int, seed: int) -> None:
-        held = min(holdout, total // 10)
-        self.seed = seed
-        self.holdout = [(2 * index + 1) * total // (2 * held) for index in range(held)]
-        self.training = np.delete(np.arange(total, dtype=np.uint32 if total < 2**32 else np.int64), self.holdout)
+    total: int
+    holdout: list[int]
 
     @abstractmethod
     def at(self, row: int) -> Row:
@@ -48,14 +44,21 @@ class Rows(ABC):
     def empty(self) -> Row:
         """A row without labels: fills up a process that has fewer rows than others."""
 
+    @abstractmethod
+    def sample(self, index: int) -> int:
+        """The row that is the `index`-th of training."""
+
+    @abstractmethod
+    def passes(self, samples: int) -> dict[str, float]:
+        """How often so many samples go through the rows of training, by source ("" where there is one)."""
+
+    def held_out(self) -> dict[str, list[int]]:
+        """The rows to measure on, by source."""
+        return {"": self.holdout}
+
     def arranged(self, rows: list[int]) -> list[int]:
         """The rows of one step in the order in which they are worked on."""
         return rows
-
-    def sample(self, index: int) -> int:
-        """The row that is the `index`-th of training, counted over epochs; each epoch is its own permutation."""
-        epoch, place = divmod(index, len(self.training))
-        return int(_permuted(self, epoch)[place])
 
     def of_step(self, step: int, rows: int, rank: int, world: int) -> list[Row]:
         """Process `rank`'s share of the `rows` rows of step `step`.
@@ -69,17 +72,43 @@ class Rows(ABC):
         return mine + [self.empty()] * (-(-len(rows) // world) - len(mine))
 
 
-@lru_cache(maxsize=4)
-def _permuted(rows: Rows, epoch: int) -> np.ndarray:
-    return np.random.default_rng([rows.seed, epoch]).permutation(rows.training)
+class ShuffledRows(Rows):
+    """Rows of one source: the held-out ones are spread evenly over it, those for `training` shuffled anew for each epoch.
+
+    `seed` and the `number` of the source decide how.
+    """
+
+    def __init__(self, total: int, holdout: int, seed: int, number: int = 0) -> None:
+        held = min(holdout, total // 10)
+        self.total, self.seed, self.number = total, seed, number
+        self.holdout = [(2 * index + 1) * total // (2 * held) for index in range(held)]
+        self.training = np.delete(np.arange(total, dtype=np.uint32 if total < 2**32 else np.int64), self.holdout)
+        self._orders: dict[int, np.ndarray] = {}
+
+    def sample(self, index: int) -> int:
+        """Counted over epochs; each epoch is its own permutation."""
+        epoch, place = divmod(index, len(self.training))
+        return int(self._order(epoch)[place])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:  # a step may begin in one epoch and end in the next, so two are kept
+            kept = {known: order for known, order in self._orders.items() if known == epoch - 1}
+            generator = np.random.default_rng([self.seed, epoch, self.number])
+            self._orders = kept | {epoch: generator.permutation(self.training)}
+        return self._orders[epoch]
+
+    def passes(self, samples: int) -> dict[str, float]:
+        return {"": samples / len(self.training)}
 
 
-class TextRows(Rows):
+class TextRows(ShuffledRows):
     """The tokens of `shards` side by side: row k is k·length … (k+1)·length, so every row has the same length."""
 
-    def __init__(self, shards: Shards, length: int, holdout: int, seed: int, document_mask: bool = True) -> None:
+    def __init__(
+        self, shards: Shards, length: int, holdout: int, seed: int, document_mask: bool = True, number: int = 0
+    ) -> None:
         self.shards, self.length, self.document_mask = shards, length, document_mask
-        super().__init__((shards.tokens - 1) // length, holdout, seed)
+        super().__init__((shards.tokens - 1) // length, holdout, seed, number)
         if len(self.training) == 0:
             raise UpfitError(f"{shards.folder} holds {shards.tokens} tokens, less than a row of {length}; add text")
 

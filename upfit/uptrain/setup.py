@@ -203,7 +203,7 @@ def set_up(
     if name == "layerwise":
         assert teacher is not None and pair is not None, "the stage has refused to do without"
         learner = Layerwise(student, pair, converted_paths(student, pair[0], attention_paths(teacher)), autocast)
-        learner.take_units(*tensors([feed.main.at(row) for row in feed.main.training[:UNIT_ROWS]], accelerator.device)[:2])
+        learner.take_units(*tensors([feed.main.at(feed.main.sample(at)) for at in range(UNIT_ROWS)], accelerator.device)[:2])
     else:
         kind = Distiller if vocabulary is None else Seq2Seq
         learner = kind(student, traits, pair, make_objectives(config, data, pair is not None), autocast)
@@ -238,7 +238,6 @@ def run_identity(
 def announce(
     plan: Plan, feed: Feed, peak: float, student: PreTrainedModel, teacher: Source | None, dtype: torch.dtype, output: Output
 ) -> None:
-    passes = plan.steps * plan.rows / len(feed.main.training)
     what = f"{plan.rows} rows of {plan.length} tokens"
     if isinstance(feed.main, AnswerRows):
         what = f"{plan.rows} questions on {plan.length} tokens, on average"
@@ -246,6 +245,8 @@ def announce(
     output.note(
         f"{human_count(student.num_parameters())} parameters, teacher {teacher.name if teacher else 'none'}, "
         f"{plan.steps} steps of {what}{beside} "
-        f"({human_count(plan.tokens)} tokens, {passes:.2f} passes over the data), "
+        f"({human_count(plan.tokens)} tokens, {feed.passes(plan.steps)}), "
         f"learning rate {peak:.2g}, {str(dtype).removeprefix('torch.')}"
     )
+    for warning in feed.repeated(plan.steps):
+        output.note(warning)

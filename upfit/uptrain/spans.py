@@ -118,9 +118,9 @@ class SpanRow(Row):
 class SpanRows(Rows):
     """The rows of `text`, which have `sizes.text` tokens each, with spans left out."""
 
-    def __init__(self, text: Rows, sizes: Sizes, vocabulary: Vocabulary) -> None:
-        self.text, self.sizes, self.vocabulary = text, sizes, vocabulary
-        self.seed, self.holdout, self.training = text.seed, text.holdout, text.training
+    def __init__(self, text: Rows, sizes: Sizes, vocabulary: Vocabulary, seed: int) -> None:
+        self.text, self.sizes, self.vocabulary, self.seed = text, sizes, vocabulary, seed
+        self.total, self.holdout = text.total, text.holdout
         if sizes.spans > len(vocabulary.sentinels):
             raise UpfitError(
                 f"a row of {sizes.input} tokens has {sizes.spans} spans left out, "
@@ -139,6 +139,12 @@ class SpanRows(Rows):
 
     def sample(self, index: int) -> int:
         return self.text.sample(index)
+
+    def passes(self, samples: int) -> dict[str, float]:
+        return self.text.passes(samples)
+
+    def held_out(self) -> dict[str, list[int]]:
+        return self.text.held_out()
 
     @cached_property
     def _no_positions(self) -> np.ndarray:

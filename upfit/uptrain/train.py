@@ -40,9 +40,9 @@ def uptrain(
 ) -> dict[str, Any]:
     """Train the model in folder (or hub id) `model` on the folder `data` and write the result to `out`; a report.
 
-    `data` is text, as `upfit prepare` writes it, or questions on long contexts, as `upfit synth` does: of those, the answers
-    alone are learned. `config.stages` names several stages, each a run that starts from the result of the one before; `tables`
-    are settings of single stages, by their names.
+    `data` is text, as `upfit prepare` writes it (several folders with weights: `code=0.7,prose=0.3`), or questions on long
+    contexts, as `upfit synth` does: of those, the answers alone are learned. `config.stages` names several stages, each a run
+    that starts from the result of the one before; `tables` are settings of single stages, by their names.
 
     The report has `stopped` (a SIGTERM ended the run early: a checkpoint was written, `out` was not), `stage`, `step`, `steps`,
     `tokens`, `skipped`, `seconds`, `tokens_per_second`, and `holdout` with the losses before and after in nats a token; of
@@ -54,9 +54,9 @@ def uptrain(
     stages = split(check(config), tables or {}, data)
     out = out.expanduser().resolve()
     source = find_source(model)
-    opened = [open_data(Path(stage.data).expanduser().resolve(), source, stage.config) for stage in stages]
+    opened = [open_data(stage.data, source, stage.config) for stage in stages]
     accelerator = make_accelerator(config, out)
-    job = Job(source, data, out, config, tables or {}, resume, overwrite)
+    job = Job(source, opened[0].record()["folder"], out, config, tables or {}, resume, overwrite)
     if accelerator.is_main_process:
         make_way(job, stages)
     accelerator.wait_for_everyone()
@@ -73,7 +73,7 @@ def uptrain(
 
 @dataclass(frozen=True)
 class Job:
-    """What the user asked for: `source` is the model that the first stage starts from."""
+    """What the user asked for: `source` is the model that the first stage starts from, `data` what it reads."""
 
     source: Source
     data: str
@@ -86,8 +86,7 @@ class Job:
     @property
     def command(self) -> str:
         """What gives the same again; what the stages have of their own is in the config that lies beside the result."""
-        data = Path(self.data).expanduser()
-        words = ["upfit", "uptrain", self.source.name, str(data.resolve()) if data.exists() else self.data, str(self.out)]
+        words = ["upfit", "uptrain", self.source.name, self.data, str(self.out)]
         return shlex.join([*words, *as_flags(self.config), *(["--config", str(self.out / CONFIG_FILE)] if self.tables else [])])
 
 
