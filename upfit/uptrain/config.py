@@ -16,7 +16,10 @@ from upfit.options import flag, option
 
 DTYPES = Literal["auto", "float32", "bfloat16"]
 # Settings that change how a run is carried out but not what it computes (beyond rounding): a resumed run may change them.
-FREE = frozenset({"micro_batch", "gradient_checkpointing", "chunk", "save_every", "keep", "max_bad_steps", "track"})
+FREE = frozenset(
+    {"micro_batch", "gradient_checkpointing", "parallel", "shard_teacher", "chunk"}
+    | {"save_every", "keep", "async_save", "max_bad_steps", "track"}
+)
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,18 @@ class Config:
     gradient_checkpointing: bool = option(
         False, help="keep only the borders of layers for the backward pass and compute the rest again: slower, far less memory"
     )
+    parallel: Literal["ddp", "fsdp", "hsdp"] | None = option(
+        None,
+        help="over several processes: the whole model on each (ddp), sharded over all (fsdp), or sharded within nodes (hsdp); "
+        "default: as accelerate launch is told, else ddp",
+    )
+    shard_teacher: bool = option(False, help="with fsdp or hsdp: shard the teacher too instead of keeping it whole everywhere")
     document_mask: bool = option(True, help="keep documents packed in one row from seeing each other")
     dtype: DTYPES = option("auto", help="compute dtype; auto: bfloat16 on CUDA and on CPUs with AMX, else float32")
     chunk: int = option(512, help="token positions whose logits are in memory at once")
     save_every: str = option("15m", help="time or steps between checkpoints, such as 15m or 200")
     keep: int = option(2, help="checkpoints to keep")
+    async_save: bool = option(True, help="write checkpoints while training goes on; takes memory of the host for a copy")
     holdout: int = option(32, help="rows of DATA never trained on, to measure the loss before and after (at most a tenth)")
     max_bad_steps: int = option(5, help="steps in a row with a loss or gradient that is not finite before the run ends")
     seed: int = option(0, help="seed of the order of the rows and of dropout")

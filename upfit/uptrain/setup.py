@@ -1,6 +1,6 @@
 """From what the user gave to a run that can start: checks, models, optimiser, plan. Reads much and writes nothing."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from upfit.uptrain.data import Data, lay_out
 from upfit.uptrain.feed import MAIN, MIX, Feed
 from upfit.uptrain.loop import Run
 from upfit.uptrain.losses import Objective
-from upfit.uptrain.models import Distiller, Traits, Tutor
+from upfit.uptrain.models import Distiller, Traits
+from upfit.uptrain.parallel import accelerator_for, mesh_of, prepare
 from upfit.uptrain.preflight import preflight
+from upfit.uptrain.saver import Saver
 from upfit.uptrain.schedule import ADAM_BETAS, Plan, peak_rate
 from upfit.uptrain.state import Counters, Workspace
 
@@ -57,7 +59,8 @@ def check_places(out: Path, source: Source, data: Data, teacher: Source | None, 
 
 
 def make_accelerator(config: Config, out: Path) -> Accelerator:
-    """Process state and devices; a CPU only where there is nothing else."""
+    """Process state and devices; a CPU only where there is nothing else. Raises UpfitError for what this launch cannot be."""
+    mesh = mesh_of(config)
     if config.track is not None:
         available = [str(name) for name in get_available_trackers()]
         if config.track not in available:
@@ -66,8 +69,9 @@ def make_accelerator(config: Config, out: Path) -> Accelerator:
             raise UpfitError(
                 f"--track {config.track} is {state}; installed are: {known}; pip install 'upfit[track]' adds trackio"
             )
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),
+    return accelerator_for(
+        mesh,
+        compute_dtype(config, torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")),
         log_with=config.track,
         project_dir=None if config.track is None else str(out.with_name(out.name + ".track")),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
@@ -87,7 +91,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def load_models(
     source: Source, teacher: Source | None, dtype: torch.dtype, device: torch.device, output: Output
-) -> tuple[PreTrainedModel, Traits, Tutor | None]:
+) -> tuple[PreTrainedModel, Traits, tuple[PreTrainedModel, Traits] | None]:
     """The student in float32 and the teacher, frozen, in the type it is stored in (float32 where that is computed in)."""
     student = models.load(source.path, torch.float32, device)
     traits = models.examine(student)
@@ -137,6 +141,22 @@ def make_objectives(config: Config, data: Data, with_teacher: bool) -> dict[str,
     return {MAIN: text} if data.contexts is None else {MAIN: answers, MIX: text}
 
 
+def make_distiller(
+    student: PreTrainedModel,
+    traits: Traits,
+    pair: tuple[PreTrainedModel, Traits] | None,
+    config: Config,
+    data: Data,
+    autocast: torch.dtype | None,
+) -> Distiller:
+    """The student, and its teacher, who is measured by the cross-entropy alone."""
+    objectives = make_objectives(config, data, pair is not None)
+    if pair is None:
+        return Distiller(student, traits, None, objectives, autocast)
+    alone = {name: replace(objective, kl_weight=0.0) for name, objective in objectives.items()}
+    return Distiller(student, traits, Distiller(*pair, None, alone, autocast).eval(), objectives, autocast)
+
+
 def set_up(
     source: Source, data: Data, teacher: Source | None, out: Path, config: Config, accelerator: Accelerator, output: Output
 ) -> Run:
@@ -154,18 +174,19 @@ def set_up(
         and not all(seen.separates_documents for seen in (traits, *([pair[1]] if pair else [])))
     ):
         output.note(f"{student.__class__.__name__} cannot keep packed documents apart: those in one row see each other")
-    objectives = make_objectives(config, data, pair is not None)
-    distiller = Distiller(student, traits, pair, objectives, None if dtype == torch.float32 else dtype)
-    preflight(distiller, feed, config, accelerator.device, output)
+    distiller = make_distiller(student, traits, pair, config, data, None if dtype == torch.float32 else dtype)
+    preflight(distiller, feed, config, accelerator, output)
     optimizer = make_optimizer(student, config)
-    module, prepared = accelerator.prepare(distiller, optimizer)
+    module, prepared = prepare(accelerator, distiller, optimizer, config.shard_teacher)
     on_cpu = accelerator.device.type == "cpu"
     micro = MICRO_BATCH_TOKENS_CPU if on_cpu else MICRO_BATCH_TOKENS
     peak = peak_rate(config, text_config.hidden_size, data.stage == "answers")
     same = run_identity(config, plan, source, data, teacher, dtype)
     announce(plan, feed, peak, student, teacher, dtype, output)
+    workspace = Workspace(out)
+    saver = Saver(workspace, accelerator, accelerator.is_fsdp2, config.async_save, TIMEOUT)
     return Run(
-        accelerator, distiller, module, prepared, feed, plan, peak, micro, config, Counters(), Workspace(out), same, output
+        accelerator, distiller, module, prepared, feed, plan, peak, micro, config, Counters(), workspace, saver, same, output
     )
 
 

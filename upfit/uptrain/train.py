@@ -4,12 +4,13 @@ import contextlib
 import gc
 import shlex
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from upfit import history
 from upfit.convert.folders import Source, find_source, staged
@@ -19,9 +20,9 @@ from upfit.uptrain.config import Config, check, dump
 from upfit.uptrain.data import Data, open_data
 from upfit.uptrain.export import export
 from upfit.uptrain.loop import Run, measure, train
-from upfit.uptrain.models import Distiller
+from upfit.uptrain.parallel import gathered
 from upfit.uptrain.setup import check_places, find_teacher, make_accelerator, set_up
-from upfit.uptrain.state import METRICS, restore
+from upfit.uptrain.state import METRICS
 
 CONFIG_FILE = "uptrain.toml"
 
@@ -95,8 +96,9 @@ def carry_out(
         return report_of(run, {}, stopped=True)
     after = measure(run, run.distiller)
     report = report_of(run, {"before": run.counters.before, "after": after}, stopped=False)
+    weights = gathered(run.distiller.student, run.accelerator.is_main_process)
     if run.accelerator.is_main_process:
-        write(run, source, data, teacher, out, report)
+        write(run, weights, source, data, teacher, out, report)
     run.accelerator.wait_for_everyone()
     return report
 
@@ -111,7 +113,7 @@ def start(run: Run, resume: bool, overwrite: bool) -> None:
     checkpoint = broadcast_object_list(found)[0]
     if checkpoint is None:
         return
-    run.counters = restore(checkpoint, run.distiller.student, run.optimizer, run.identity)
+    run.counters = run.saver.restore(checkpoint, run.distiller.student, run.optimizer, run.identity)
     if run.accelerator.is_main_process:
         run.workspace.truncate_metrics(run.counters.step)
     run.output.note(f"going on from step {run.counters.step} of {run.plan.steps}")
@@ -120,10 +122,9 @@ def start(run: Run, resume: bool, overwrite: bool) -> None:
 def losses_before(run: Run) -> dict[str, float]:
     """Held-out losses of the student before the first step, and of the teacher on the same rows."""
     losses = measure(run, run.distiller)
-    pair, objectives = run.distiller._teacher, run.distiller.objectives
-    if losses and pair is not None:
-        plain = {name: replace(objective, kl_weight=0.0) for name, objective in objectives.items()}
-        alone = measure(run, Distiller(pair[0], pair[1], None, plain, run.distiller.autocast))
+    teacher, objectives = run.distiller.teacher, run.distiller.objectives
+    if losses and teacher is not None:
+        alone = measure(run, teacher)
         losses |= {f"teacher_{name}ce": alone[f"{name}ce"] for name in objectives if objectives[name].kl_weight}
     return losses
 
@@ -143,7 +144,15 @@ def report_of(run: Run, holdout: dict[str, Any], stopped: bool) -> dict[str, Any
     }
 
 
-def write(run: Run, source: Source, data: Data, teacher: Source | None, out: Path, report: dict[str, Any]) -> None:
+def write(
+    run: Run,
+    weights: dict[str, Tensor],
+    source: Source,
+    data: Data,
+    teacher: Source | None,
+    out: Path,
+    report: dict[str, Any],
+) -> None:
     """The finished folder: weights, metrics, the config in force, and the history with one step more."""
     chosen = {"length": run.plan.length, "rows_a_step": run.plan.rows, "peak_learning_rate": run.peak, "processes": run.world}
     options = {**asdict(run.config), "resolved": {**chosen, "compute_dtype": run.identity["dtype"]}}
@@ -153,7 +162,7 @@ def write(run: Run, source: Source, data: Data, teacher: Source | None, out: Pat
     words = ["upfit", "uptrain", source.name, entry["data"]["folder"], str(out), *as_flags(run.config)]
     entry["command"] = shlex.join(words)
     with staged(out) as folder:
-        export(run.distiller.student, source.path, folder)
+        export(run.distiller.student, weights, source.path, folder)
         shutil.copyfile(run.workspace.path / METRICS, folder / METRICS)
         (folder / CONFIG_FILE).write_text(dump(run.config), encoding="utf-8")
         history.write(folder, [*history.read(source.path), entry])
