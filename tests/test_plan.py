@@ -78,6 +78,23 @@ def test_recomputed_layers_save_memory_and_cost_time(folder: Path) -> None:
     assert again["gpu_hours"] == pytest.approx(plain["gpu_hours"] * 5 / 4)
 
 
+def test_shards_divide_what_is_trained_and_a_teacher_if_it_is_asked(folder: Path) -> None:
+    whole, shards, both, nodes = (
+        plan(str(folder), Options(tokens="1M", gpus=16, **how))["memory"]
+        for how in (
+            {},
+            {"parallel": "fsdp"},
+            {"parallel": "fsdp", "shard_teacher": True},
+            {"parallel": "hsdp", "gpus_a_node": 4, "shard_teacher": True},
+        )
+    )
+    for part in ("weights", "moments", "gradients"):
+        assert whole[part] == 16 * shards[part] == 16 * both[part] == 4 * nodes[part]
+    assert whole["teacher"] == shards["teacher"] == 16 * both["teacher"] == 4 * nodes["teacher"]
+    assert whole["gathered"] == 0 < shards["gathered"] < both["gathered"] == nodes["gathered"]
+    assert all(whole[part] == shards[part] for part in ("activations", "head", "logits", "mask"))
+
+
 def test_what_cannot_fit_is_refused_with_what_would_help(folder: Path) -> None:
     with pytest.raises(UpfitError, match="are needed on each GPU, NVIDIA A100 .* give --gradient-checkpointing"):
         plan(str(folder), Options(tokens="1M", gpu="a100", micro_batch=10_000_000))
@@ -87,6 +104,8 @@ WRONG: dict[str, tuple[Options, str]] = {
     "no budget": (Options(), "the budget is missing"),
     "two budgets": (Options(tokens="1M", share="5%"), "--tokens got company"),
     "unknown GPU": (Options(tokens="1M", gpu="rtx"), "--gpu rtx is not known; give one of a100"),
+    "half a node": (Options(tokens="1M", gpus=12, parallel="hsdp"), "no whole number of nodes of 8"),
+    "a teacher to shard": (Options(tokens="1M", shard_teacher=True), "--shard-teacher goes with"),
     "all of the peak and more": (Options(tokens="1M", mfu=1.2), "--mfu got 1.2"),
     "longer than the model": (Options(tokens="1M", length=4096), "longer than the model's 128 positions"),
 }

@@ -143,11 +143,11 @@ def damage(checkpoint: Path, how: str) -> None:
     elif how == "unfinished":
         (checkpoint / "trainer.json").unlink()
     elif how == "truncated":
-        content = (checkpoint / "optimizer.safetensors").read_bytes()
-        (checkpoint / "optimizer.safetensors").write_bytes(content[:-100])
+        content = (checkpoint / "__0_0.distcp").read_bytes()
+        (checkpoint / "__0_0.distcp").write_bytes(content[:-100])
     else:
-        size = (checkpoint / "model.safetensors").stat().st_size
-        (checkpoint / "model.safetensors").write_bytes(b"\xff" * size)
+        size = (checkpoint / ".metadata").stat().st_size
+        (checkpoint / ".metadata").write_bytes(b"\xff" * size)
 
 
 @pytest.mark.parametrize("how", ["partial", "unfinished", "truncated", "garbled"])

@@ -93,7 +93,8 @@ def test_the_loss_is_the_classs_own(shop: Workshop) -> None:
     random = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(3, 90, (2, 20), generator=random), torch.randint(3, 90, (2, 7), generator=random)
     labels[1, 5:] = -100
-    learner = Seq2Seq(model, Traits(False, False, None), (model, Traits(False, False, None)), {"": Objective(1.0, 1.0)})
+    traits = Traits(False, False, None)
+    learner = Seq2Seq(model, traits, Seq2Seq(model, traits, None, {"": Objective(1.0, 0.0)}), {"": Objective(1.0, 1.0)})
     loss, ce, kl = learner(ids, labels, labels)
     torch.testing.assert_close(ce / (labels != -100).sum(), model(input_ids=ids, labels=labels).loss.detach())
     torch.testing.assert_close(kl, torch.zeros(()), atol=1e-5, rtol=0)

@@ -82,7 +82,7 @@ def test_each_stage_has_its_budget_its_data_and_its_settings() -> None:
 def layerwise(shop: Workshop, student: LlamaForCausalLM) -> Layerwise:
     teacher = load(shop.teacher, torch.float32, torch.device("cpu"))
     paths = converted_paths(student, teacher, attention_paths(Source(shop.teacher, "teacher")))
-    return Layerwise(student, (teacher, examine(teacher)), paths)
+    return Layerwise(student, teacher, examine(teacher), paths)
 
 
 def test_the_error_of_a_layer_is_that_of_its_output_on_the_teachers_input(shop: Workshop) -> None:

@@ -22,7 +22,13 @@ class Options:
     gradient_checkpointing: bool = option(False, help="as in upfit uptrain: layers are computed again in the backward pass")
     dtype: Literal["float32", "bfloat16"] = option("bfloat16", help="type of the computation")
     gpu: str = option("h200", help="kind of GPU: a100, h100, h200 or b200")
-    gpus: int = option(1, help="GPUs; each holds the whole model and a share of the rows")
+    gpus: int = option(1, help="GPUs; each works on a share of the rows")
+    parallel: Literal["ddp", "fsdp", "hsdp"] = option(
+        "ddp",
+        help="as in upfit uptrain: the whole model on each GPU (ddp), a share of it (fsdp), or a share within a node",
+    )
+    gpus_a_node: int = option(8, help="with hsdp: GPUs over which the model is sharded")
+    shard_teacher: bool = option(False, help="as in upfit uptrain: with fsdp or hsdp the teacher is sharded too")
     mfu: float = option(0.4, help="share of the GPU's peak that is reached; an assumption, told as one")
 
 
@@ -33,11 +39,16 @@ def check_options(options: Options) -> None:
         "length": (options.length is None or options.length >= 2, "2 or more"),
         "micro_batch": (options.micro_batch is None or options.micro_batch >= 1, "1 or more"),
         "gpus": (options.gpus >= 1, "1 or more"),
+        "gpus_a_node": (options.gpus_a_node >= 1, "1 or more"),
         "mfu": (0 < options.mfu <= 1, "a share above 0, at most 1"),
     }
     for name, (good, allowed) in limits.items():
         if not good:
             raise UpfitError(f"{flag(name)} got {getattr(options, name)}; give {allowed}")
+    if options.shard_teacher and options.parallel == "ddp":
+        raise UpfitError("--shard-teacher goes with --parallel fsdp or hsdp; leave it out")
+    if options.parallel == "hsdp" and options.gpus % options.gpus_a_node:
+        raise UpfitError(f"--gpus {options.gpus} are no whole number of nodes of {options.gpus_a_node}; give --gpus-a-node")
     if options.tokens is not None and (options.share is not None or options.original_tokens is not None):
         raise UpfitError("--tokens got company; give either --tokens, or --share with --original-tokens")
     if options.tokens is None and (options.share is None or options.original_tokens is None):

@@ -115,22 +115,46 @@ def memory_by_part(student: Trace, teacher: Trace | None, options: Options, leng
     layer = kept / student.layers  # gradients of about as many numbers, while a layer's backward pass runs
     if options.gradient_checkpointing:
         kept = layer + 4.0 * rows * length * student.hidden * student.layers
+    width = 2.0 if short else 4.0
+    shards = shards_of(options)
+    beside = 0.0
+    if shards > 1:
+        beside = gathered(student, width) + (width + 4.0) * ends_and_layer(student)[1]  # a layer's gradients, to be added up
+        beside += gathered(teacher, width) if teacher and options.shard_teacher else 0.0
     parts = {
-        "weights": 4.0 * student.parameters,
-        "moments": 8.0 * student.parameters,
-        "weights_in_bfloat16": float(student.cast),
-        "teacher": (2.0 if short else 4.0) * teacher.parameters if teacher else 0.0,
+        "weights": 4.0 * student.parameters / shards,
+        "moments": 8.0 * student.parameters / shards,
+        "weights_in_bfloat16": float(student.cast) if shards == 1 else 0.0,
+        "gathered": beside,
+        "teacher": width * teacher.parameters / (shards if options.shard_teacher else 1) if teacher else 0.0,
         "activations": kept,
         "one_layer_backward": layer,
         "mask": rows * length**2 * (3.0 if short else 5.0),  # keeps packed documents apart: as bool, and as it is added
         # the gradient of the head is made with the loss, and its weight is cast for it
         "head": (4.0 + 2.0 * short) * student.vocabulary * student.hidden + 4.0 * rows * length * student.hidden,
         "logits": (6.0 if teacher else 4.0) * 4.0 * min(CHUNK, rows * length) * student.vocabulary,
-        "gradients": 4.0 * student.parameters,
+        "gradients": 4.0 * student.parameters / shards,
     }
-    always = parts["weights"] + parts["moments"] + parts["weights_in_bfloat16"] + parts["teacher"]
+    always = sum(parts[name] for name in ("weights", "moments", "weights_in_bfloat16", "gathered", "teacher"))
     forward = sum(parts[name] for name in ("activations", "one_layer_backward", "mask", "head", "logits"))
     return parts | {"rows": float(rows), "peak": always + max(forward, parts["gradients"])}
+
+
+def shards_of(options: Options) -> int:
+    """GPUs that a copy of the model is spread over."""
+    return {"ddp": 1, "fsdp": options.gpus, "hsdp": options.gpus_a_node}[options.parallel]
+
+
+def gathered(trace: Trace, width: float) -> float:
+    """Bytes that are whole beside the shards, `width` a number: embedding and head, the layer at work and the next one."""
+    ends, layer = ends_and_layer(trace)
+    return width * (ends + 2 * layer)
+
+
+def ends_and_layer(trace: Trace) -> tuple[float, float]:
+    """Parameters of embedding and head together, and of one layer."""
+    ends = trace.embedding * (2 if _untied(trace) else 1)
+    return ends, (trace.parameters - ends) / trace.layers
 
 
 def hours(student: Trace, teacher: Trace | None, options: Options, gpu: Gpu) -> float:
@@ -148,6 +172,8 @@ def _too_large(needed: float, gpu: Gpu, memory: dict[str, float], options: Optio
         advice.append("a smaller --micro-batch")
     if options.teacher != "none":
         advice.append("--teacher none")
+    if options.parallel == "ddp":
+        advice.append("--parallel fsdp with more --gpus")
     words = f"{human_bytes(needed)} are needed on each GPU, {gpu.name} has {human_bytes(gpu.memory)}"
     parts = ", ".join(f"{name.replace('_', ' ')} {human_bytes(memory[name])}" for name in ("weights", "moments", "activations"))
     return f"{words} ({parts}); {', or '.join([*advice, 'a smaller model or a larger --gpu'])}"

@@ -6,8 +6,8 @@ from upfit.output import Output, human_bytes, human_count
 
 # fmt: off
 PARTS = (
-    "weights", "moments", "gradients", "weights_in_bfloat16", "teacher", "activations", "one_layer_backward", "mask", "head",
-    "logits",
+    "weights", "moments", "gradients", "weights_in_bfloat16", "gathered", "teacher", "activations", "one_layer_backward",
+    "mask", "head", "logits",
 )
 # fmt: on
 

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from upfit.uptrain.parallel import whole_modules
+
 ANNEALED = 0.5  # the share of a run over which `progress` goes from 0 to 1
 
 
-def converted(model: nn.Module) -> Iterator[Any]:
-    """The attention modules that say something, in the order of the layers."""
-    for module in model.modules():
+def converted(model: nn.Module, whole: bool = False) -> Iterator[Any]:
+    """The attention modules that say something, in the order of the layers; with `whole`, with weights that are not sharded."""
+    for module in whole_modules(model) if whole else model.modules():
         if hasattr(module, "upfit_added"):
             yield module
 
@@ -47,7 +49,9 @@ def set_progress(model: nn.Module, step: int, steps: int) -> None:
 def measures(model: nn.Module) -> dict[str, list[float]]:
     """Each measure, one number a layer."""
     told: dict[str, list[float]] = {}
-    for module in converted(model):
+    if not list(converted(model)):
+        return told
+    for module in converted(model, whole=True):
         for name, value in module.upfit_measures().items():
             told.setdefault(name, []).append(round(value, 6))
     return told

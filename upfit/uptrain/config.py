@@ -20,17 +20,8 @@ OF_TEXT = ("length", "kl_weight", "ce_weight", "temperature", "teacher", "docume
 OF_ANSWERS = ("mix", "mix_share", "mix_weight")
 # Settings that change how a run is carried out but not what it computes (beyond rounding): a resumed run may change them.
 FREE = frozenset(
-    {
-        "micro_batch",
-        "gradient_checkpointing",
-        "chunk",
-        "save_every",
-        "keep",
-        "measure_every",
-        "max_bad_steps",
-        "track",
-        "verify_data",
-    }
+    {"micro_batch", "gradient_checkpointing", "parallel", "shard_teacher", "chunk", "verify_data", "measure_every"}
+    | {"save_every", "keep", "async_save", "max_bad_steps", "track"}
 )
 
 
@@ -78,11 +69,18 @@ class Config:
     gradient_checkpointing: bool = option(
         False, help="keep only the borders of layers for the backward pass and compute the rest again: slower, far less memory"
     )
+    parallel: Literal["ddp", "fsdp", "hsdp"] | None = option(
+        None,
+        help="over several processes: the whole model on each (ddp), sharded over all (fsdp), or sharded within nodes (hsdp); "
+        "default: as accelerate launch is told, else ddp",
+    )
+    shard_teacher: bool = option(False, help="with fsdp or hsdp: shard the teacher too instead of keeping it whole everywhere")
     document_mask: bool = option(True, help="keep documents packed in one row from seeing each other")
     dtype: DTYPES = option("auto", help="compute dtype; auto: bfloat16 on CUDA and on CPUs with AMX, else float32")
     chunk: int = option(512, help="token positions whose logits are in memory at once")
     save_every: str = option("15m", help="time or steps between checkpoints, such as 15m or 200")
     keep: int = option(2, help="checkpoints to keep")
+    async_save: bool = option(True, help="write checkpoints while training goes on; takes memory of the host for a copy")
     holdout: int = option(32, help="rows of DATA never trained on, to measure the loss before and after (at most a tenth)")
     measure_every: int | None = option(None, help="steps between measurements of those rows; default: only before and after")
     verify_data: bool = option(

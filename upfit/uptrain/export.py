@@ -15,15 +15,17 @@ from upfit.convert.skeleton import quiet_transformers
 from upfit.uptrain.models import load
 
 
-def export(student: PreTrainedModel, source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write `student` (float32, on any device) into the empty `folder`, laid out as `source`; config.json stays byte for byte.
+def export(
+    student: PreTrainedModel, weights: dict[str, Tensor], source: Path, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write `student` with its `weights` (float32, by name, in the host's memory) into the empty `folder`, laid out as
+    `source`; config.json stays byte for byte.
 
     Tensors have the types that they have in `source`, or `dtype` where one is given.
 
-    The folder is loaded again afterwards and compared with the student: every weight must be the trained one, rounded.
+    The folder is loaded again afterwards and compared with the weights: every one must be the trained one, rounded.
     """
     raw = folder / ".raw"
-    weights = {name: tensor.detach().cpu() for name, tensor in student.state_dict().items()}
     with quiet_transformers():
         # transformers knows what its loader renamed, split or joined; this is the only public way to have it undone.
         student.save_pretrained(raw, state_dict=weights)
@@ -38,7 +40,7 @@ def export(student: PreTrainedModel, source: Path, folder: Path, dtype: torch.dt
             shutil.copyfile(source / name, folder / name)
     copy_side_files(source, folder)
     copy_code(read_config(source), folder)
-    check_export(student, folder, dtype)
+    check_export(weights, folder, dtype)
 
 
 def metadata_of(path: Path) -> dict[str, str] | None:
@@ -56,14 +58,14 @@ def trained(name: str, old: Checkpoint, new: Checkpoint, weights: dict[str, Tens
 
 
 @torch.no_grad()
-def check_export(student: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
+def check_export(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype | None) -> None:
     """Load `folder` as anybody would (in `dtype`, where config.json tells of another) and compare; what differs by more than
     rounding is a defect of ours."""
     written = dict(load(folder, dtype or "auto", torch.device("cpu")).named_parameters())
     with open_checkpoint(folder) as checkpoint:
         dtypes = {torch_dtype(info.dtype) for info in checkpoint.tensors.values()}
     finfo = max((torch.finfo(dtype) for dtype in dtypes if dtype.is_floating_point), key=lambda info: info.eps)
-    for name, parameter in student.named_parameters():
-        wanted = parameter.cpu()
-        close = (written[name].float() - wanted).abs() <= finfo.eps * wanted.abs() + finfo.smallest_normal
+    for name, found in written.items():
+        wanted = weights[name]
+        close = (found.float() - wanted).abs() <= finfo.eps * wanted.abs() + finfo.smallest_normal
         assert bool(close.all()), f"{name} was not written as it was trained"

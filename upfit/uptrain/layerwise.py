@@ -20,7 +20,7 @@ from upfit.convert.architectures import bind
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.folders import Source
 from upfit.errors import UpfitError
-from upfit.uptrain.models import Tutor, hidden_states
+from upfit.uptrain.models import Traits, hidden_states
 from upfit.uptrain.rows import IGNORE
 
 
@@ -77,13 +77,20 @@ class Layerwise(nn.Module):
 
     whole_logits = False
 
-    def __init__(self, student: PreTrainedModel, teacher: Tutor, paths: list[str], autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        traits: Traits,
+        paths: list[str],
+        autocast: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.student, self.traits, self.paths, self.autocast = student, teacher[1], paths, autocast
-        self._teacher = teacher  # in a tuple, so that it is no submodule
+        self.student, self.traits, self.paths, self.autocast = student, traits, paths, autocast
+        self._teacher = (teacher,)  # in a tuple, so that it is no submodule
         self._modules_of_student = {path: student.get_submodule(path) for path in paths}
         self.units = torch.ones(len(paths), device=student.device)
-        freeze_all_but(student, teacher[0], paths)
+        freeze_all_but(student, teacher, paths)
 
     @property
     def values(self) -> int:

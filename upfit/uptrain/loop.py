@@ -27,14 +27,15 @@ from upfit.uptrain.config import Config, save_interval
 from upfit.uptrain.feed import Feed, Part, averages, micro_batches
 from upfit.uptrain.layerwise import Layerwise
 from upfit.uptrain.models import Distiller
+from upfit.uptrain.parallel import full
 from upfit.uptrain.rows import IGNORE, Row
+from upfit.uptrain.saver import Saver
 from upfit.uptrain.schedule import Plan, learning_rate
-from upfit.uptrain.seq2seq import Seq2Seq
 from upfit.uptrain.state import METRICS, Counters, Workspace
 
 MEASURE_EVERY = 10  # steps
 
-Learner = Distiller | Layerwise | Seq2Seq  # from rows to a loss and what is told of it
+Learner = Distiller | Layerwise  # from rows to a loss and what is told of it
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Run:
     config: Config
     counters: Counters
     workspace: Workspace
+    saver: Saver
     identity: dict[str, Any]
     output: Output
     stage: str
@@ -64,6 +66,17 @@ class Run:
 
     def batches(self, rows: list[Row]) -> Iterator[list[Row]]:
         return micro_batches(rows, self.config.micro_batch, self.micro_tokens)
+
+    @property
+    def sharded(self) -> bool:
+        return self.saver.sharded
+
+    def lacking(self, batches: int) -> int:
+        """How many batches another process has more than this one's. Shards are gathered in each, so all must do as many."""
+        if not self.sharded:
+            return 0
+        counts = self.accelerator.gather(torch.tensor([batches], device=self.accelerator.device))
+        return int(counts.max()) - batches
 
     def total(self, values: list[float] | Tensor) -> Tensor:
         """The sum over all processes; whole numbers up to 2^53 are exact where the device has float64."""
@@ -102,9 +115,11 @@ def train(run: Run) -> bool:
             parts = run.feed.of_step(counters.step, run.accelerator.process_index, run.world)
             here = [sum(part.tokens for part in parts), *(part.labels for part in parts)]
             stopping, saving, tokens, *labels = run.total([stop.is_set(), save_due(run), *here]).tolist()
+            run.saver.settle()
             if stopping or saving:
                 save(run)
             if stopping:
+                run.saver.finish()
                 return False
             counters.tokens += round(tokens)
             line = one_step(run, parts, labels)
@@ -119,6 +134,7 @@ def train(run: Run) -> bool:
             show(run, meter, line, (time.monotonic() - began) / (counters.step - first))
             check_health(run)
     save(run)
+    run.saver.finish()
     return True
 
 
@@ -133,11 +149,10 @@ def save_due(run: Run) -> bool:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the steps done so far, unless there is one already."""
-    if run.accelerator.is_main_process and run.counters.step != run.saved_step:
-        run.workspace.save(run.learner.student, run.optimizer, run.counters, run.identity, run.config.keep)
+    """Begin to write a checkpoint of the steps done so far, unless there is one already."""
+    if run.counters.step != run.saved_step:
+        run.saver.start(run.learner.student, run.optimizer, run.counters, run.identity, run.config.keep)
     run.saved_at, run.saved_step = time.monotonic(), run.counters.step
-    run.accelerator.wait_for_everyone()
 
 
 def one_step(run: Run, parts: list[Part], labels: list[float]) -> dict[str, Any]:
@@ -157,12 +172,14 @@ def one_step(run: Run, parts: list[Part], labels: list[float]) -> dict[str, Any]
     counts = [max(1.0, count) for count in labels]
     sums = torch.zeros(len(parts), 1 + run.learner.values, device=run.accelerator.device)
     work = [(at, batch) for at, part in enumerate(parts) for batch in run.batches(part.rows)]
+    work += [(0, [run.feed.main.empty()])] * run.lacking(len(work))
     for number, (at, batch) in enumerate(work, 1):
-        with contextlib.nullcontext() if number == len(work) else run.accelerator.no_sync(run.module):
+        # Shards add up what they are sent; whole gradients to add up would take the memory that sharding saves.
+        with contextlib.nullcontext() if run.sharded or number == len(work) else run.accelerator.no_sync(run.module):
             loss, *values = run.module(*tensors(batch, run.accelerator.device), parts[at].name)
             run.accelerator.backward(loss * (run.world * parts[at].weight / counts[at]))
         sums[at] += torch.stack([loss.detach(), *values]).float()
-    norm = run.accelerator.clip_grad_norm_(run.learner.parameters(), config.clip)
+    norm = full(run.accelerator.clip_grad_norm_(run.learner.parameters(), config.clip))
     means = [[value / count for value in row] for row, count in zip(run.total(sums).tolist(), counts, strict=True)]
     loss_mean = sum(part.weight * mean[0] for part, mean in zip(parts, means, strict=True))
     # The sums are everybody's and the gradients are averaged, so every process comes to the same answer.
@@ -250,7 +267,8 @@ def measure(run: Run, learner: Learner) -> dict[str, Any]:
     sums = torch.zeros(len(parts), 1 + learner.values, device=run.accelerator.device)
     for at, part in enumerate(parts):
         sums[at, -1] = part.labels
-        for batch in run.batches(part.rows):
+        batches = list(run.batches(part.rows))
+        for batch in batches + [[run.feed.main.empty()]] * run.lacking(len(batches)):
             _, *values = learner(*tensors(batch, run.accelerator.device), part.name)
             sums[at, :-1] += torch.stack(values).float()
     learner.train(was_training)

@@ -37,9 +37,6 @@ class Traits:
     head: Head | None
 
 
-Tutor = tuple[PreTrainedModel, Traits]
-
-
 def load(folder: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
     """The language model in `folder`, in eval mode. Tensors its class does not read are no error: they are passed on.
 
@@ -167,21 +164,26 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 class Distiller(nn.Module):
     """A student and, unseen by its parameters, a teacher: (ids, positions, labels), all [B, T] → (loss, CE, KL), summed.
 
-    `objectives` by the name of what the rows are of; logits are made only where a label counts.
+    `objectives` by the name of what the rows are of; logits are made only where a label counts. The teacher is a distiller
+    without one of its own. Weights are read in `forward`, `states` and `logits` only: sharded ones are whole nowhere else.
     """
 
     def __init__(
         self,
         student: PreTrainedModel,
         traits: Traits,
-        teacher: Tutor | None,
+        teacher: "Distiller | None",
         objectives: dict[str, Objective],
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.student, self.traits, self.objectives, self.autocast = student, traits, objectives, autocast
-        self._teacher = teacher  # in a tuple, so that it is no submodule: neither trained, wrapped, nor saved
-        self.whole_logits = traits.head is None or (teacher is not None and teacher[1].head is None)
+        self._teacher = (teacher,)  # in a tuple, so that it is no submodule: neither trained, wrapped, nor saved
+        self.whole_logits: bool = traits.head is None or (teacher is not None and teacher.whole_logits)
+
+    @property
+    def teacher(self) -> "Distiller | None":
+        return self._teacher[0]
 
     values = 2
 
@@ -191,31 +193,37 @@ class Distiller(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, labels: Tensor, name: str = "") -> tuple[Tensor, Tensor, Tensor]:
         objective = self.objectives[name]
-        teacher = self._teacher if objective.kl_weight else None
+        teacher = self.teacher if objective.kl_weight else None
         with torch.autocast(ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             compute = self._dense if self.whole_logits else self._chunked
             return compute(ids, positions, labels, teacher, objective)
 
+    def states(self, ids: Tensor, positions: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Head]:
+        """Hidden states [N, H] at the places `kept` [N] of all B·T, and the plain head that makes logits of them."""
+        hidden = hidden_states(self.student, ids, positions, self.traits).flatten(0, 1)[kept]
+        return hidden, *plain_head(self.student, self.traits)
+
+    def logits(self, ids: Tensor, positions: Tensor, places: Tensor) -> Tensor:
+        """Logits [B·P, V] at the `places` [P] of every row."""
+        return full_logits(self.student, ids, positions, self.traits, places).flatten(0, 1)
+
     def _chunked(
-        self, ids: Tensor, positions: Tensor, labels: Tensor, teacher: Tutor | None, objective: Objective
+        self, ids: Tensor, positions: Tensor, labels: Tensor, teacher: "Distiller | None", objective: Objective
     ) -> tuple[Tensor, Tensor, Tensor]:
         kept = (labels.flatten() != IGNORE).nonzero()[:, 0]
         learned = None
         if teacher is not None:
             with torch.no_grad():
-                states = hidden_states(teacher[0], ids, positions, teacher[1]).flatten(0, 1)[kept]
-            learned = (states, *plain_head(*teacher))
-        hidden = hidden_states(self.student, ids, positions, self.traits).flatten(0, 1)[kept]
-        weight, head = plain_head(self.student, self.traits)
+                learned = teacher.states(ids, positions, kept)
+        hidden, weight, head = self.states(ids, positions, kept)
         return chunked_loss(hidden, weight, labels.flatten()[kept], head, learned, objective)
 
     def _dense(
-        self, ids: Tensor, positions: Tensor, labels: Tensor, teacher: Tutor | None, objective: Objective
+        self, ids: Tensor, positions: Tensor, labels: Tensor, teacher: "Distiller | None", objective: Objective
     ) -> tuple[Tensor, Tensor, Tensor]:
         places = (labels != IGNORE).any(0).nonzero()[:, 0]
         learned = None
         if teacher is not None:
             with torch.no_grad():
-                learned = full_logits(teacher[0], ids, positions, teacher[1], places).flatten(0, 1)
-        student = full_logits(self.student, ids, positions, self.traits, places).flatten(0, 1)
-        return dense_loss(student, learned, labels[:, places].flatten(), objective)
+                learned = teacher.logits(ids, positions, places)
+        return dense_loss(self.logits(ids, positions, places), learned, labels[:, places].flatten(), objective)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,29 +18,28 @@ from upfit.uptrain.answers import AnswerRows
 from upfit.uptrain.config import Config
 from upfit.uptrain.feed import Feed
 from upfit.uptrain.models import Distiller, vocabulary_size
+from upfit.uptrain.parallel import recompute
 from upfit.uptrain.rows import IGNORE
-from upfit.uptrain.seq2seq import Seq2Seq
 
 TRIED = 256  # tokens of the longest row that is tried
 SUPERVISED = 8  # labels of such a row
 
 
-def preflight(distiller: Distiller | Seq2Seq, feed: Feed, config: Config, device: torch.device, output: Output) -> None:
+def preflight(distiller: Distiller, feed: Feed, config: Config, accelerator: Accelerator, output: Output) -> None:
     """Look at windows, rotary base and memory for the longest example of answers; text is cut to what the model takes anyway.
 
     Turns gradient checkpointing on where it is asked for. Raises UpfitError where the memory does not suffice.
     """
-    student = distiller.student
+    student, device = distiller.student, accelerator.device
     if not isinstance(feed.main, AnswerRows):
-        checkpoint_gradients(student, config)
+        checkpoint_gradients(student, config, accelerator.is_fsdp2)
         return
-    assert isinstance(distiller, Distiller), "encoder-decoders have no answers stage"
     longest = feed.main.longest
     for warning in (window_warning(student.config.get_text_config(), longest), base_warning(student, longest)):
         if warning is not None:
             output.note(warning)
     needed = kept_bytes(distiller, longest)
-    if checkpoint_gradients(student, config):
+    if checkpoint_gradients(student, config, accelerator.is_fsdp2):
         layers = student.config.get_text_config().num_hidden_layers
         needed /= layers  # one layer at a time; the borders between them are small beside it
     free = free_bytes(device)
@@ -52,10 +52,13 @@ def preflight(distiller: Distiller | Seq2Seq, feed: Feed, config: Config, device
         )
 
 
-def checkpoint_gradients(student: PreTrainedModel, config: Config) -> bool:
+def checkpoint_gradients(student: PreTrainedModel, config: Config, sharded: bool) -> bool:
     """Whether layers are computed again in the backward pass. Raises UpfitError when the class cannot."""
     if not config.gradient_checkpointing:
         return False
+    if sharded:  # shards gathered for a layer serve both its passes where the wrapper is inside the sharding, not around it
+        recompute(student)
+        return True
     if not student.supports_gradient_checkpointing:
         raise UpfitError(f"--gradient-checkpointing: {type(student).__name__} cannot do that; leave it out")
     student.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,6 +1,6 @@
 """From what the user gave to a run that can start: checks, models, optimiser, plan. Reads much and writes nothing."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from upfit.uptrain.feed import MAIN, MIX, Feed
 from upfit.uptrain.layerwise import Layerwise, attention_paths, converted_paths
 from upfit.uptrain.loop import Learner, Run, tensors
 from upfit.uptrain.losses import Objective
-from upfit.uptrain.models import Distiller, Traits, Tutor
+from upfit.uptrain.models import Distiller, Traits
+from upfit.uptrain.parallel import accelerator_for, mesh_of, prepare
 from upfit.uptrain.preflight import preflight
+from upfit.uptrain.saver import Saver
 from upfit.uptrain.schedule import ADAM_BETAS, Plan, peak_rate
 from upfit.uptrain.seq2seq import Seq2Seq
 from upfit.uptrain.spans import Vocabulary, find_vocabulary
@@ -74,7 +76,8 @@ def check_places(out: Path, source: Source, data: Data, teacher: Source | None, 
 
 
 def make_accelerator(config: Config, out: Path) -> Accelerator:
-    """Process state and devices; a CPU only where there is nothing else."""
+    """Process state and devices; a CPU only where there is nothing else. Raises UpfitError for what this launch cannot be."""
+    mesh = mesh_of(config)
     if config.track is not None:
         available = [str(name) for name in get_available_trackers()]
         if config.track not in available:
@@ -83,8 +86,9 @@ def make_accelerator(config: Config, out: Path) -> Accelerator:
             raise UpfitError(
                 f"--track {config.track} is {state}; installed are: {known}; pip install 'upfit[track]' adds trackio"
             )
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),
+    return accelerator_for(
+        mesh,
+        compute_dtype(config, torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")),
         log_with=config.track,
         project_dir=None if config.track is None else str(out.with_name(out.name + ".track")),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
@@ -104,7 +108,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def load_models(
     source: Source, teacher: Source | None, dtype: torch.dtype, device: torch.device, output: Output
-) -> tuple[PreTrainedModel, Traits, Tutor | None]:
+) -> tuple[PreTrainedModel, Traits, tuple[PreTrainedModel, Traits] | None]:
     """The student in float32 and the teacher, frozen, in the type it is stored in (float32 where that is computed in)."""
     student = models.load(source.path, torch.float32, device)
     traits = models.examine(student)
@@ -178,6 +182,40 @@ def most_positions(student: PreTrainedModel) -> int | None:
     return getattr(student.config.get_text_config(), "max_position_embeddings", None)
 
 
+def make_distiller(
+    student: PreTrainedModel,
+    traits: Traits,
+    pair: tuple[PreTrainedModel, Traits] | None,
+    config: Config,
+    data: Data,
+    autocast: torch.dtype | None,
+) -> Distiller:
+    """The student, and its teacher, who is measured by the cross-entropy alone."""
+    kind = Seq2Seq if student.config.is_encoder_decoder else Distiller
+    objectives = make_objectives(config, data, pair is not None)
+    if pair is None:
+        return kind(student, traits, None, objectives, autocast)
+    alone = {name: replace(objective, kl_weight=0.0) for name, objective in objectives.items()}
+    return kind(student, traits, kind(*pair, None, alone, autocast).eval(), objectives, autocast)
+
+
+def make_layerwise(
+    student: PreTrainedModel,
+    pair: tuple[PreTrainedModel, Traits],
+    teacher: Source,
+    feed: Feed,
+    accelerator: Accelerator,
+    autocast: torch.dtype | None,
+) -> Layerwise:
+    """Raises UpfitError where there is nothing to learn, or the model is to be sharded: its attention runs by itself."""
+    if accelerator.is_fsdp2:
+        raise UpfitError("the stage layerwise trains attention alone, which is not sharded; leave --parallel out for it")
+    learner = Layerwise(student, *pair, converted_paths(student, pair[0], attention_paths(teacher)), autocast)
+    rows = [feed.main.at(feed.main.sample(at)) for at in range(UNIT_ROWS)]
+    learner.take_units(*tensors(rows, accelerator.device)[:2])
+    return learner
+
+
 def set_up(
     stage: Stage, source: Source, data: Data, teacher: Source | None, out: Path, accelerator: Accelerator, output: Output
 ) -> Run:
@@ -202,21 +240,35 @@ def set_up(
     learner: Learner
     if name == "layerwise":
         assert teacher is not None and pair is not None, "the stage has refused to do without"
-        learner = Layerwise(student, pair, converted_paths(student, pair[0], attention_paths(teacher)), autocast)
-        learner.take_units(*tensors([feed.main.at(feed.main.sample(at)) for at in range(UNIT_ROWS)], accelerator.device)[:2])
+        learner = make_layerwise(student, pair, teacher, feed, accelerator, autocast)
     else:
-        kind = Distiller if vocabulary is None else Seq2Seq
-        learner = kind(student, traits, pair, make_objectives(config, data, pair is not None), autocast)
-        preflight(learner, feed, config, accelerator.device, output)
+        learner = make_distiller(student, traits, pair, config, data, autocast)
+        preflight(learner, feed, config, accelerator, output)
     optimizer = make_optimizer(student, config)
-    module, prepared = accelerator.prepare(learner, optimizer)
+    module, prepared = prepare(accelerator, learner, optimizer, config.shard_teacher)
     on_cpu = accelerator.device.type == "cpu"
     micro = MICRO_BATCH_TOKENS_CPU if on_cpu else MICRO_BATCH_TOKENS
     peak = peak_rate(config, hidden_size, name)
     same = run_identity(config, plan, source, data, teacher, dtype)
     announce(plan, feed, peak, student, teacher, dtype, output)
+    workspace = Workspace(out)
+    saver = Saver(workspace, accelerator, accelerator.is_fsdp2, config.async_save, TIMEOUT)
     return Run(
-        accelerator, learner, module, prepared, feed, plan, peak, micro, config, Counters(), Workspace(out), same, output, name
+        accelerator,
+        learner,
+        module,
+        prepared,
+        feed,
+        plan,
+        peak,
+        micro,
+        config,
+        Counters(),
+        workspace,
+        saver,
+        same,
+        output,
+        name,
     )
 
 

@@ -1,13 +1,17 @@
 """Checkpoints of a run, whole or absent: `OUT.uptrain/step-00000100/`.
 
-A checkpoint is written beside its name, synced and renamed; older ones are removed only after that. Random numbers need no
-place in it: every step seeds its own from the run's seed and its number.
+A checkpoint is written beside its name (see saver.py), synced and renamed; older ones are removed only after that. Random
+numbers need no place in it: every step seeds its own from the run's seed and its number. Tensors are kept by torch's
+distributed checkpoint under `KIND/NAME`, such as `weight/model.norm.weight` or `exp_avg/model.norm.weight`, so any number of
+processes, sharding or not, can go on from what any other has written.
 """
 
 import fcntl
+import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,18 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from upfit.convert.folders import replace_folder, sync_path, sync_tree
 from upfit.errors import UpfitError
 
-WEIGHTS, MOMENTS, FACTS, METRICS = "model.safetensors", "optimizer.safetensors", "trainer.json", "metrics.jsonl"
+WEIGHT, FACTS, METRICS = "weight", "trainer.json", "metrics.jsonl"
 LOCK = "lock"
-FORMAT = 1
+FORMAT = 2
 STEP_NAME = re.compile(r"step-\d{8}")
 LEFTOVER = re.compile(r"step-\d{8}\.(tmp|old)")
+WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what recomputing and compiling put into the names of parameters
+DIGESTED = 2**20  # bytes at the beginning and at the end of a file
 
 
 @dataclass
@@ -95,20 +101,18 @@ class Workspace:
         named = (path for path in self.path.iterdir() if STEP_NAME.fullmatch(path.name))
         return sorted((path for path in named if is_complete(path)), key=_step_of)
 
-    def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters, identity: dict[str, Any], keep: int
-    ) -> Path:
-        """Write a checkpoint and then remove all but the newest `keep`."""
-        target = self.path / f"step-{counters.step:08d}"
-        partial = target.with_suffix(".tmp")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(weights_of(model), partial / WEIGHTS)
-        save_file(moments_of(model, optimizer), partial / MOMENTS)
-        sizes = {name: (partial / name).stat().st_size for name in (WEIGHTS, MOMENTS)}
-        facts = {"format": FORMAT, "files": sizes, "counters": asdict(counters), "identity": identity}
+    def partial(self, step: int) -> Path:
+        """Where the checkpoint of `step` is written until it is whole."""
+        return self.path / f"step-{step:08d}.tmp"
+
+    def publish(self, counters: Counters, identity: dict[str, Any], keep: int) -> Path:
+        """Give the checkpoint whose tensors are written its name, and then remove all but the newest `keep`."""
+        partial = self.partial(counters.step)
+        files = {path.name: [path.stat().st_size, digest(path)] for path in sorted(partial.iterdir())}
+        facts = {"format": FORMAT, "files": files, "counters": asdict(counters), "identity": identity}
         (partial / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
         sync_tree(partial)
+        target = partial.with_suffix("")
         replace_folder(partial, target, target.with_suffix(".old"))
         sync_path(self.path)
         for old in self.checkpoints()[:-keep]:
@@ -138,38 +142,60 @@ def _step_of(path: Path) -> int:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether every file is there, of the size it was written with, and readable."""
+    """Whether every file is there, of the size it was written with, and begins and ends as it did."""
     try:
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        for name, size in facts["files"].items():
-            if (path / name).stat().st_size != size:
-                return False
-            with safe_open(path / name, "pt"):
-                pass
-        return facts["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        if facts["format"] != FORMAT:
+            return False
+        return all([(path / name).stat().st_size, digest(path / name)] == told for name, told in facts["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def digest(path: Path) -> str:
+    """A hash of the beginning and the end of a file."""
+    with open(path, "rb") as file:
+        found = hashlib.sha256(file.read(DIGESTED))
+        file.seek(max(0, path.stat().st_size - DIGESTED))
+        found.update(file.read())
+    return found.hexdigest()
+
+
+def plain(name: str) -> str:
+    """The name of a parameter as the model in its folder has it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, each shared tensor once."""
     named = dict(model.named_parameters())
-    shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    named |= {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
-    return {name: tensor.detach().contiguous() for name, tensor in named.items()}
+    shared = {plain(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    named |= {name: tensor for name, tensor in model.state_dict().items() if plain(name) not in shared}
+    return {plain(name): tensor.detach() for name, tensor in named.items()}
 
 
-def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's tensors as `exp_avg/NAME`, by the names of the parameters they belong to."""
-    found = {}
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that training changes: weights as `weight/NAME`, the optimiser's tensors as `exp_avg/NAME` and so on."""
+    found = {f"{WEIGHT}/{name}": tensor for name, tensor in weights_of(model).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            found[f"{key}/{name}"] = value.detach().contiguous()
+            found[f"{key}/{plain(name)}"] = value.detach()
     return found
 
 
-def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> Counters:
-    """Load a checkpoint into `model` and `optimizer`; raises UpfitError when it belongs to another run than `identity`."""
+def restore(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    group: torch.distributed.ProcessGroup | None,
+) -> Counters:
+    """Load a checkpoint into `model` and `optimizer`; raises UpfitError when it belongs to another run than `identity`.
+
+    Every process loads what it holds of them: shards with those of `group`, whole tensors (None) for itself.
+    """
     facts = json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
     told, now = facts["identity"], json.loads(json.dumps(identity))
     for name in now | told:
@@ -178,17 +204,27 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
                 f"the run in {checkpoint.parent} had {name} = {told.get(name)!r}, now it is {now.get(name)!r}; "
                 "resume with the same, or start anew with --overwrite"
             )
-    current = weights_of(model)
-    with safe_open(checkpoint / WEIGHTS, "pt") as file:
-        names = list(file.keys())
-        assert set(names) == set(current), "the identity agrees, so the names must"
-        for name in names:
-            current[name].copy_(file.get_tensor(name))
-    parameters = dict(model.named_parameters())
-    with safe_open(checkpoint / MOMENTS, "pt") as file:
-        entries = list(file.keys())
-        for entry in entries:
-            key, _, name = entry.partition("/")
-            parameter = parameters[name]
-            optimizer.state[parameter][key] = file.get_tensor(entry).to(parameter.device)
+    wanted = {f"{WEIGHT}/{name}": tensor for name, tensor in weights_of(model).items()}
+    kept = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    assert {name for name in kept if name.startswith(WEIGHT)} == set(wanted), "the identity agrees, so the names must"
+    parameters = {plain(name): parameter for name, parameter in model.named_parameters()}
+    for entry, known in kept.items():
+        key, _, name = entry.partition("/")
+        if key != WEIGHT:
+            assert isinstance(known, TensorStorageMetadata), entry
+            wanted[entry] = optimizer.state[parameters[name]][key] = empty_like(parameters[name], known)
+    expect_one_process()
+    dcp.load(wanted, checkpoint_id=checkpoint, process_group=group, no_dist=group is None)
     return Counters(**facts["counters"])
+
+
+def empty_like(parameter: Tensor, known: TensorStorageMetadata) -> Tensor:
+    """Room for a tensor of the optimiser, sharded as `parameter` is where it has a number for each of its numbers."""
+    if known.size == parameter.shape:
+        return torch.zeros_like(parameter, dtype=known.properties.dtype, requires_grad=False)
+    return torch.zeros(known.size, dtype=known.properties.dtype, device=parameter.device)
+
+
+def expect_one_process() -> None:
+    """torch warns that a checkpoint concerns one process only; where that is so, it is meant."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from upfit import history
 from upfit.convert.folders import Source, find_source, staged
@@ -18,12 +19,13 @@ from upfit.output import Output
 from upfit.uptrain.config import Config, check, dump
 from upfit.uptrain.data import Data, open_data
 from upfit.uptrain.export import export
-from upfit.uptrain.layerwise import Layerwise
 from upfit.uptrain.loop import Run, measure, train
+from upfit.uptrain.models import Distiller
+from upfit.uptrain.parallel import gathered
 from upfit.uptrain.places import Place, clear_up, finished, make_way
 from upfit.uptrain.setup import check_places, find_teacher, make_accelerator, set_up
 from upfit.uptrain.stages import Stage, split
-from upfit.uptrain.state import METRICS, restore
+from upfit.uptrain.state import METRICS
 
 CONFIG_FILE = "uptrain.toml"
 
@@ -138,8 +140,9 @@ def carry_out(run: Run, job: Job, data: Data, teacher: Source | None, place: Pla
         return report_of(run, {}, stopped=True)
     after = measure(run, run.learner)
     report = report_of(run, {"before": run.counters.before, "after": after}, stopped=False)
+    weights = gathered(run.learner.student, run.accelerator.is_main_process)
     if run.accelerator.is_main_process:
-        write(run, job, data, teacher, place, report)
+        write(run, weights, job, data, teacher, place, report)
     run.accelerator.wait_for_everyone()
     return report
 
@@ -154,7 +157,7 @@ def start(run: Run, resume: bool, overwrite: bool) -> None:
     checkpoint = broadcast_object_list(found)[0]
     if checkpoint is None:
         return
-    run.counters = restore(checkpoint, run.learner.student, run.optimizer, run.identity)
+    run.counters = run.saver.restore(checkpoint, run.learner.student, run.optimizer, run.identity)
     if run.accelerator.is_main_process:
         run.workspace.truncate_metrics(run.counters.step)
     run.output.note(f"going on from step {run.counters.step} of {run.plan.steps}")
@@ -163,10 +166,8 @@ def start(run: Run, resume: bool, overwrite: bool) -> None:
 def losses_before(run: Run) -> dict[str, Any]:
     """What is measured of the held-out rows before the first step, and the losses of the teacher on the same rows."""
     losses, learner = measure(run, run.learner), run.learner
-    if losses and not isinstance(learner, Layerwise) and learner._teacher is not None:
-        pair, objectives = learner._teacher, learner.objectives
-        plain = {name: replace(objective, kl_weight=0.0) for name, objective in objectives.items()}
-        alone = measure(run, type(learner)(pair[0], pair[1], None, plain, learner.autocast))
+    if losses and isinstance(learner, Distiller) and learner.teacher is not None:
+        alone, objectives = measure(run, learner.teacher), learner.objectives
         losses |= {f"teacher_{name}ce": alone[f"{name}ce"] for name in objectives if objectives[name].kl_weight}
     return losses
 
@@ -187,7 +188,15 @@ def report_of(run: Run, holdout: dict[str, Any], stopped: bool) -> dict[str, Any
     }
 
 
-def write(run: Run, job: Job, data: Data, teacher: Source | None, place: Place, report: dict[str, Any]) -> None:
+def write(
+    run: Run,
+    weights: dict[str, Tensor],
+    job: Job,
+    data: Data,
+    teacher: Source | None,
+    place: Place,
+    report: dict[str, Any],
+) -> None:
     """The finished folder: weights, metrics, the config in force, and the history with one step more.
 
     The last stage writes the types of the model that was given; what lies between two stages is float32, so that nothing is
@@ -201,7 +210,7 @@ def write(run: Run, job: Job, data: Data, teacher: Source | None, place: Place, 
     entry["command"] = job.command
     before = place.before or job.source.path
     with staged(place.folder) as folder:
-        export(run.learner.student, job.source.path, folder, None if place.last else torch.float32)
+        export(run.learner.student, weights, job.source.path, folder, None if place.last else torch.float32)
         with open(folder / METRICS, "wb") as metrics:
             for path in ([place.before / METRICS] if place.before else []) + [run.workspace.path / METRICS]:
                 metrics.write(path.read_bytes())
