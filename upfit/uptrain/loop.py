@@ -112,12 +112,16 @@ def train(run: Run) -> bool:
         meter.advance(first)
         while counters.step < plan.steps:
             start = time.monotonic()
-            parts = run.feed.of_step(counters.step, run.accelerator.process_index, run.world)
+            parts, trouble = take(run)
             here = [sum(part.tokens for part in parts), *(part.labels for part in parts)]
-            stopping, saving, tokens, *labels = run.total([stop.is_set(), save_due(run), *here]).tolist()
+            asked = [stop.is_set(), save_due(run), trouble is not None]
+            stopping, saving, failing, tokens, *labels = run.total([*asked, *here]).tolist()
             run.saver.settle()
-            if stopping or saving:
+            if stopping or saving or failing:
                 save(run)
+            if failing:
+                run.saver.finish()
+                raise trouble or UpfitError("another process could not read its rows and tells why; all end here")
             if stopping:
                 run.saver.finish()
                 return False
@@ -136,6 +140,14 @@ def train(run: Run) -> bool:
     save(run)
     run.saver.finish()
     return True
+
+
+def take(run: Run) -> tuple[list[Part], UpfitError | None]:
+    """This process's share of the step at hand, or why it cannot be read: then all processes save and end together."""
+    try:
+        return run.feed.of_step(run.counters.step, run.accelerator.process_index, run.world), None
+    except UpfitError as error:
+        return [Part(name, []) for name in run.feed.names], error
 
 
 def save_due(run: Run) -> bool:
