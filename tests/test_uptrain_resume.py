@@ -51,11 +51,11 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
 
 
 class Interrupting(Output):
-    """Sends this process a SIGTERM in the course of step `at`."""
+    """Sends this process a signal in the course of step `at`."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, number: signal.Signals = signal.SIGTERM) -> None:
         super().__init__(quiet=True)
-        self.at = at
+        self.at, self.number = at, number
 
     @contextmanager
     def progress(self, label: str, total: float) -> Iterator[Meter]:
@@ -64,7 +64,7 @@ class Interrupting(Output):
         def advance(amount: float, note: str = "") -> None:
             steps[0] += bool(note)
             if steps[0] == self.at:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), self.number)
 
         meter.advance = advance  # type: ignore[method-assign]
         yield meter
@@ -74,15 +74,20 @@ def untimed(folder: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in line.items() if name not in TIMED} for line in metrics(folder)]
 
 
-def test_sigterm_saves_and_a_resumed_run_ends_with_the_same_bytes(shop: Workshop, tmp_path: Path) -> None:
+def test_a_signal_saves_and_a_resumed_run_ends_with_the_same_bytes(shop: Workshop, tmp_path: Path) -> None:
     shop.run(tmp_path / "whole")
     handler = signal.getsignal(signal.SIGTERM)
     report = shop.run(tmp_path / "broken", output=Interrupting(5), save_every="100")
     assert signal.getsignal(signal.SIGTERM) is handler
     assert report["stopped"] and report["step"] == 5 and not (tmp_path / "broken").exists()
     assert [path.name for path in Workspace(tmp_path / "broken").checkpoints()] == ["step-00000005"]
-    report = shop.run(tmp_path / "broken", resume=True, output=Interrupting(3))
+    assert (tmp_path / "broken.uptrain" / "stopped").exists()
+    report = shop.run(tmp_path / "broken", resume=True, output=Interrupting(3, signal.SIGUSR1))
     assert report["stopped"] and report["step"] == 8
+    (tmp_path / "broken.uptrain" / "step-00000008").rename(tmp_path / "broken.uptrain" / "step-00000008.tmp")
+    with pytest.raises(UpfitError, match="--resume"):
+        shop.run(tmp_path / "broken")
+    assert not (tmp_path / "broken.uptrain" / "stopped").exists(), "it would be taken for that of the run that failed"
     finished = shop.run(tmp_path / "broken", resume=True)
     assert not finished["stopped"] and not (tmp_path / "broken.uptrain").exists()
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")

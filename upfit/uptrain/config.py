@@ -16,7 +16,9 @@ from upfit.options import flag, option
 
 DTYPES = Literal["auto", "float32", "bfloat16"]
 # Settings that change how a run is carried out but not what it computes (beyond rounding): a resumed run may change them.
-FREE = frozenset({"micro_batch", "gradient_checkpointing", "chunk", "save_every", "keep", "max_bad_steps", "track"})
+FREE = frozenset(
+    {"micro_batch", "gradient_checkpointing", "chunk", "save_every", "keep", "max_bad_steps", "max_rollbacks", "track"}
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,13 @@ class Config:
     save_every: str = option("15m", help="time or steps between checkpoints, such as 15m or 200")
     keep: int = option(2, help="checkpoints to keep")
     holdout: int = option(32, help="rows of DATA never trained on, to measure the loss before and after (at most a tenth)")
-    max_bad_steps: int = option(5, help="steps in a row with a loss or gradient that is not finite before the run ends")
+    max_bad_steps: int = option(
+        5, help="steps in a row that are skipped for a loss or gradient that is not finite; one more, and the run goes back"
+    )
+    max_rollbacks: int = option(
+        3,
+        help="times that the run then goes back to its newest checkpoint, leaving out the data of those steps, before it ends",
+    )
     seed: int = option(0, help="seed of the order of the rows and of dropout")
     track: str | None = option(None, help="tracker that accelerate knows, such as trackio, tensorboard or wandb")
 
@@ -91,6 +99,7 @@ def check(config: Config) -> Config:
         "keep": (config.keep >= 1, "1 or more"),
         "holdout": (config.holdout >= 0, "0 or more"),
         "max_bad_steps": (config.max_bad_steps >= 1, "1 or more"),
+        "max_rollbacks": (config.max_rollbacks >= 0, "0 or more"),
         "seed": (config.seed >= 0, "0 or more"),
     }
     for name, (fits, allowed) in ranges.items():

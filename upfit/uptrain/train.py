@@ -4,6 +4,7 @@ import contextlib
 import gc
 import shlex
 import shutil
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from upfit.output import Output
 from upfit.uptrain.config import Config, check, dump
 from upfit.uptrain.data import Data, open_data
 from upfit.uptrain.export import export
+from upfit.uptrain.faults import one_line, watch_for_signals
 from upfit.uptrain.loop import Run, measure, train
 from upfit.uptrain.models import Distiller
 from upfit.uptrain.setup import check_places, find_teacher, make_accelerator, set_up
@@ -32,8 +34,9 @@ def uptrain(model: str, data: str, out: Path, config: Config, resume: bool, over
     `data` is text, as `upfit prepare` writes it, or questions on long contexts, as `upfit synth` does: of those, the answers
     alone are learned.
 
-    The report has `stopped` (a SIGTERM ended the run early: a checkpoint was written, `out` was not), `step`, `steps`,
-    `tokens`, `skipped`, `seconds`, `tokens_per_second`, and `holdout` with the losses before and after in nats a token.
+    The report has `stopped` (a signal ended the run early: a checkpoint was written, `out` was not), `step`, `steps`, `tokens`,
+    `skipped`, `rollbacks` (the steps done before each, and the first and the end of the steps whose data it left out),
+    `seconds`, `tokens_per_second`, and `holdout` with the losses before and after in nats a token.
     Runs in one process or under torchrun; only the first process writes and tells.
 
     Raises UpfitError for anything a user can put right: see the messages.
@@ -43,7 +46,8 @@ def uptrain(model: str, data: str, out: Path, config: Config, resume: bool, over
     source = find_source(model)
     opened = open_data(Path(data).expanduser().resolve(), source, config)
     accelerator = make_accelerator(config, out)
-    report = _uptrain(accelerator, source, opened, out, config, resume, overwrite, output)
+    with watch_for_signals() as stop:
+        report = _uptrain(accelerator, source, opened, out, config, resume, overwrite, output, stop)
     leave(accelerator)
     return report
 
@@ -68,12 +72,14 @@ def _uptrain(
     resume: bool,
     overwrite: bool,
     output: Output,
+    stop: threading.Event,
 ) -> dict[str, Any]:
     if not accelerator.is_main_process:
         output = Output(quiet=True)
     teacher = find_teacher(config, source, data, output)
     check_places(out, source, data, teacher, config, overwrite)
     run = set_up(source, data, teacher, out, config, accelerator, output)
+    run.stop = stop
     with run.workspace.held() if accelerator.is_main_process else contextlib.nullcontext():
         report = carry_out(run, source, data, teacher, out, resume, overwrite)
     if accelerator.is_main_process and not report["stopped"]:
@@ -96,7 +102,8 @@ def carry_out(
     after = measure(run, run.distiller)
     report = report_of(run, {"before": run.counters.before, "after": after}, stopped=False)
     if run.accelerator.is_main_process:
-        write(run, source, data, teacher, out, report)
+        with one_line(run, str(out)):
+            write(run, source, data, teacher, out, report)
     run.accelerator.wait_for_everyone()
     return report
 
@@ -136,6 +143,7 @@ def report_of(run: Run, holdout: dict[str, Any], stopped: bool) -> dict[str, Any
         "steps": run.plan.steps,
         "tokens": tokens,
         "skipped": run.counters.skipped,
+        "rollbacks": [{"step": step, "data_of_steps": [first, end]} for step, first, end in run.counters.rollbacks],
         "seconds": round(run.counters.seconds, 3),
         "tokens_per_second": round(tokens / run.counters.seconds, 1) if run.counters.seconds else None,
         "holdout": holdout,
@@ -150,6 +158,7 @@ def write(run: Run, source: Source, data: Data, teacher: Source | None, out: Pat
     measurements = {name: value for name, value in report.items() if name != "stopped"}
     entry = history.step("uptrain", source.record(), options, measurements)
     entry |= {"stage": data.stage, "teacher": teacher.record() if teacher else None, "data": data.record()}
+    run.journal.flush()
     words = ["upfit", "uptrain", source.name, entry["data"]["folder"], str(out), *as_flags(run.config)]
     entry["command"] = shlex.join(words)
     with staged(out) as folder:
