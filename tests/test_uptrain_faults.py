@@ -106,9 +106,12 @@ def test_a_disk_full_to_the_end_is_one_line_and_resume_goes_on(
 
 
 def test_a_stop_that_cannot_be_saved_leaves_no_mark(shop: Workshop, tmp_path: Path, disk: Callable[[int], object]) -> None:
-    output = Telling({3: lambda: (disk(1000), os.kill(os.getpid(), signal.SIGUSR1))})
+    def fill_and_signal() -> None:
+        disk(1000)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
     with pytest.raises(UpfitError, match="stopped, but the checkpoint of step 3 could not be written"):
-        shop.run(tmp_path / "out", output=output)
+        shop.run(tmp_path / "out", output=Telling({3: fill_and_signal}))
     assert not (tmp_path / "out.uptrain" / "stopped").exists()
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -204,7 +205,7 @@ def running(command: list[str], place: Path, lines: int) -> Iterator[subprocess.
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         deadline, path = time.monotonic() + PATIENCE, place / "metrics.jsonl"
-        while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        while lines and (not path.exists() or path.read_bytes().count(b"\n") < lines):
             assert process.poll() is None, "it ended before it could be interrupted"
             assert time.monotonic() < deadline, "it did not come so far in time"
             time.sleep(0.005)
@@ -270,3 +271,20 @@ def test_sigterm_to_torchrun_saves_and_resumes_bit_exactly(shop: Workshop, pytho
     assert int(saved[-1].name[5:]) == len(metrics(tmp_path / "broken.uptrain"))
     run("broken", resume=True)
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_nodes_find_each_other_and_stop_together(shop: Workshop, python: str, tmp_path: Path) -> None:
+    """Two launchers on the loopback device, and USR1 to both, as Slurm sends it (see examples/slurm.sbatch)."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    flags += ["--rdzv-id", "7", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    place = tmp_path / "out.uptrain"
+    words = [python, "-m", "torch.distributed.run", *flags, *command(shop, tmp_path, tmp_path / "out", **LONG)]
+    with running(words, place, 0) as first, running(words, place, 2) as second:
+        for node in (first, second):
+            node.send_signal(signal.SIGUSR1)
+        assert [node.wait(PATIENCE) for node in (first, second)] == [1, 1]
+    assert (place / "stopped").exists() and not (tmp_path / "out").exists()
+    assert int(Workspace(tmp_path / "out").checkpoints()[-1].name[5:]) == len(metrics(place)) >= 2
