@@ -69,7 +69,7 @@ def test_flags_in_a_page_exist(verb: str) -> None:
     """Every --flag that a verb's page mentions is one of the verb's (or named as another program's)."""
     page = (ROOT / "docs" / f"{verb.split()[0]}.md").read_text(encoding="utf-8")
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
-    others = {"--nproc-per-node", "--nproc_per_node", "--standalone", "--shutdown-timeout"}
+    others = {"--nproc-per-node", "--nproc_per_node", "--standalone", "--shutdown-timeout", "--signals-to-handle"}
     attentions = [help_of("convert", name) for name in ("gqa", "diff", "cope")]
     known = set(
         re.findall(

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -51,11 +52,11 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
 
 
 class Interrupting(Output):
-    """Sends this process a SIGTERM in the course of step `at`."""
+    """Sends this process a signal in the course of step `at`."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, number: signal.Signals = signal.SIGTERM) -> None:
         super().__init__(quiet=True)
-        self.at = at
+        self.at, self.number = at, number
 
     @contextmanager
     def progress(self, label: str, total: float) -> Iterator[Meter]:
@@ -64,7 +65,7 @@ class Interrupting(Output):
         def advance(amount: float, note: str = "") -> None:
             steps[0] += bool(note)
             if steps[0] == self.at:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), self.number)
 
         meter.advance = advance  # type: ignore[method-assign]
         yield meter
@@ -74,15 +75,20 @@ def untimed(folder: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in line.items() if name not in TIMED} for line in metrics(folder)]
 
 
-def test_sigterm_saves_and_a_resumed_run_ends_with_the_same_bytes(shop: Workshop, tmp_path: Path) -> None:
+def test_a_signal_saves_and_a_resumed_run_ends_with_the_same_bytes(shop: Workshop, tmp_path: Path) -> None:
     shop.run(tmp_path / "whole")
     handler = signal.getsignal(signal.SIGTERM)
     report = shop.run(tmp_path / "broken", output=Interrupting(5), save_every="100")
     assert signal.getsignal(signal.SIGTERM) is handler
     assert report["stopped"] and report["step"] == 5 and not (tmp_path / "broken").exists()
     assert [path.name for path in Workspace(tmp_path / "broken").checkpoints()] == ["step-00000005"]
-    report = shop.run(tmp_path / "broken", resume=True, output=Interrupting(3))
+    assert (tmp_path / "broken.uptrain" / "stopped").exists()
+    report = shop.run(tmp_path / "broken", resume=True, output=Interrupting(3, signal.SIGUSR1))
     assert report["stopped"] and report["step"] == 8
+    (tmp_path / "broken.uptrain" / "step-00000008").rename(tmp_path / "broken.uptrain" / "step-00000008.tmp")
+    with pytest.raises(UpfitError, match="--resume"):
+        shop.run(tmp_path / "broken")
+    assert not (tmp_path / "broken.uptrain" / "stopped").exists(), "it would be taken for that of the run that failed"
     finished = shop.run(tmp_path / "broken", resume=True)
     assert not finished["stopped"] and not (tmp_path / "broken.uptrain").exists()
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
@@ -199,7 +205,7 @@ def running(command: list[str], place: Path, lines: int) -> Iterator[subprocess.
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         deadline, path = time.monotonic() + PATIENCE, place / "metrics.jsonl"
-        while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        while lines and (not path.exists() or path.read_bytes().count(b"\n") < lines):
             assert process.poll() is None, "it ended before it could be interrupted"
             assert time.monotonic() < deadline, "it did not come so far in time"
             time.sleep(0.005)
@@ -265,3 +271,20 @@ def test_sigterm_to_torchrun_saves_and_resumes_bit_exactly(shop: Workshop, pytho
     assert int(saved[-1].name[5:]) == len(metrics(tmp_path / "broken.uptrain"))
     run("broken", resume=True)
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_nodes_find_each_other_and_stop_together(shop: Workshop, python: str, tmp_path: Path) -> None:
+    """Two launchers on the loopback device, and USR1 to both, as Slurm sends it (see examples/slurm.sbatch)."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    flags += ["--rdzv-id", "7", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    place = tmp_path / "out.uptrain"
+    words = [python, "-m", "torch.distributed.run", *flags, *command(shop, tmp_path, tmp_path / "out", **LONG)]
+    with running(words, place, 0) as first, running(words, place, 2) as second:
+        for node in (first, second):
+            node.send_signal(signal.SIGUSR1)
+        assert [node.wait(PATIENCE) for node in (first, second)] == [1, 1]
+    assert (place / "stopped").exists() and not (tmp_path / "out").exists()
+    assert int(Workspace(tmp_path / "out").checkpoints()[-1].name[5:]) == len(metrics(place)) >= 2

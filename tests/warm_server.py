@@ -1,6 +1,7 @@
 """The program behind tests/warm_python.py: a server that forks for each command, and the client that asks it to."""
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -39,6 +40,7 @@ def server(path: str) -> None:
 
         import upfit.cli  # noqa: F401
 
+        gc.freeze()  # what is imported is no garbage: forks need not look
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are not waited for
         while True:
             connection, _ = listener.accept()

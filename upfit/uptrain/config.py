@@ -21,7 +21,7 @@ OF_ANSWERS = ("mix", "mix_share", "mix_weight")
 # Settings that change how a run is carried out but not what it computes (beyond rounding): a resumed run may change them.
 FREE = frozenset(
     {"micro_batch", "gradient_checkpointing", "parallel", "shard_teacher", "chunk", "verify_data", "measure_every"}
-    | {"save_every", "keep", "async_save", "max_bad_steps", "track"}
+    | {"save_every", "keep", "async_save", "max_bad_steps", "max_rollbacks", "track"}
 )
 
 
@@ -87,7 +87,13 @@ class Config:
         False,
         help="compare token shards with their SHA-256 before the first step, not each part when it is first read",
     )
-    max_bad_steps: int = option(5, help="steps in a row with a loss or gradient that is not finite before the run ends")
+    max_bad_steps: int = option(
+        5, help="steps in a row that are skipped for a loss or gradient that is not finite; one more, and the run goes back"
+    )
+    max_rollbacks: int = option(
+        3,
+        help="times that the run then goes back to its newest checkpoint, leaving out the data of those steps, before it ends",
+    )
     seed: int = option(0, help="seed of the order of the rows and of dropout")
     track: str | None = option(None, help="tracker that accelerate knows, such as trackio, tensorboard or wandb")
 
@@ -121,6 +127,7 @@ def check(config: Config) -> Config:
         "holdout": (config.holdout >= 0, "0 or more"),
         "measure_every": (config.measure_every is None or config.measure_every >= 1, "1 or more"),
         "max_bad_steps": (config.max_bad_steps >= 1, "1 or more"),
+        "max_rollbacks": (config.max_rollbacks >= 0, "0 or more"),
         "seed": (config.seed >= 0, "0 or more"),
     }
     for name, (fits, allowed) in ranges.items():

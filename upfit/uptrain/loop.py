@@ -5,15 +5,13 @@ before each step, and on the losses in another after it.
 """
 
 import contextlib
-import json
 import math
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import IO, Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +19,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from upfit.errors import UpfitError
-from upfit.output import Meter, Output
-from upfit.uptrain import attention
-from upfit.uptrain.config import Config, save_interval
+from upfit.output import Output
+from upfit.uptrain import attention, faults
+from upfit.uptrain.config import Config
 from upfit.uptrain.feed import Feed, Part, averages, micro_batches
 from upfit.uptrain.layerwise import Layerwise
+from upfit.uptrain.metrics import Journal, record, show
 from upfit.uptrain.models import Distiller
 from upfit.uptrain.parallel import full
 from upfit.uptrain.rows import IGNORE, Row
@@ -40,7 +39,11 @@ Learner = Distiller | Layerwise  # from rows to a loss and what is told of it
 
 @dataclass
 class Run:
-    """A run in progress. `module` is the learner as wrapped for several processes, `learner` the same without wrapper."""
+    """A run in progress. `module` is the learner as wrapped for several processes, `learner` the same without wrapper.
+
+    `stop` asks for its end; `sound` are the counters of the newest step that was fine, `saved_step` is that of the newest
+    checkpoint, written or being written.
+    """
 
     accelerator: Accelerator
     learner: Learner
@@ -57,8 +60,16 @@ class Run:
     identity: dict[str, Any]
     output: Output
     stage: str
+    mark: Path  # that a signal has ended the run
+    stop: threading.Event = field(default_factory=threading.Event)
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = -1
+    journal: Journal = field(init=False)
+    sound: Counters = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.journal = Journal(self.workspace.path / METRICS if self.accelerator.is_main_process else None)
+        self.sound = self.counters
 
     @property
     def world(self) -> int:
@@ -85,46 +96,29 @@ class Run:
         return self.accelerator.reduce(tensor, "sum")
 
 
-@contextlib.contextmanager
-def watch_for_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets instead of ending the process."""
-    seen = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield seen  # signals reach only the main thread
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: seen.set())
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def train(run: Run) -> bool:
     """Do the steps that are left; False when a signal ended the run early (its state is then saved)."""
-    plan, counters = run.plan, run.counters
-    began, first = time.monotonic(), counters.step
-    run.saved_step = counters.step
-    with (
-        open(run.workspace.path / METRICS if run.accelerator.is_main_process else os.devnull, "a", encoding="utf-8") as metrics,
-        watch_for_sigterm() as stop,
-        run.output.progress("uptrain", plan.steps) as meter,
-    ):
+    plan = run.plan
+    began, first, done = time.monotonic(), run.counters.step, 0
+    run.saved_step, run.sound = first, replace(run.counters)
+    with run.output.progress("uptrain", plan.steps) as meter:
         meter.advance(first)
-        while counters.step < plan.steps:
-            start = time.monotonic()
+        while run.counters.step < plan.steps:
+            counters, start = run.counters, time.monotonic()
             parts, trouble = take(run)
             here = [sum(part.tokens for part in parts), *(part.labels for part in parts)]
-            asked = [stop.is_set(), save_due(run), trouble is not None]
+            asked = [run.stop.is_set(), faults.save_due(run), trouble is not None]
             stopping, saving, failing, tokens, *labels = run.total([*asked, *here]).tolist()
             run.saver.settle()
-            if stopping or saving or failing:
-                save(run)
             if failing:
-                run.saver.finish()
+                faults.save(run)
+                faults.finish(run)
                 raise trouble or UpfitError("another process could not read its rows and tells why; all end here")
             if stopping:
-                run.saver.finish()
+                faults.stop(run)
                 return False
+            if saving:
+                faults.save(run)
             counters.tokens += round(tokens)
             line = one_step(run, parts, labels)
             seconds = time.monotonic() - start
@@ -134,37 +128,26 @@ def train(run: Run) -> bool:
                 line |= attention.measures(run.learner.student)
             if run.config.measure_every is not None and counters.step % run.config.measure_every == 0:
                 line |= {f"holdout_{name}": value for name, value in measure(run, run.learner).items()}
-            record(run, metrics, line)
-            show(run, meter, line, (time.monotonic() - began) / (counters.step - first))
-            check_health(run)
-    save(run)
-    run.saver.finish()
+            done += 1
+            record(run, line)
+            show(run, meter, line, (time.monotonic() - began) / done)
+            if not counters.bad:
+                run.sound = replace(counters)
+            elif counters.bad > run.config.max_bad_steps:
+                faults.roll_back(run)
+                meter.advance(run.counters.step - counters.step)
+    faults.save(run)  # where there is no room for it, there may be for the result, which is smaller
+    faults.finish(run)
     return True
 
 
 def take(run: Run) -> tuple[list[Part], UpfitError | None]:
     """This process's share of the step at hand, or why it cannot be read: then all processes save and end together."""
+    data = faults.data_step(run.counters.step, run.counters.rollbacks)
     try:
-        return run.feed.of_step(run.counters.step, run.accelerator.process_index, run.world), None
+        return run.feed.of_step(data, run.accelerator.process_index, run.world), None
     except UpfitError as error:
         return [Part(name, []) for name in run.feed.names], error
-
-
-def save_due(run: Run) -> bool:
-    """Whether this process asks for a checkpoint: only the first one does, so that clocks need not agree."""
-    steps, seconds = save_interval(run.config.save_every)
-    if not run.accelerator.is_main_process or run.counters.step == run.saved_step:
-        return False
-    if steps is not None:
-        return run.counters.step % steps == 0
-    return seconds is not None and time.monotonic() - run.saved_at >= seconds
-
-
-def save(run: Run) -> None:
-    """Begin to write a checkpoint of the steps done so far, unless there is one already."""
-    if run.counters.step != run.saved_step:
-        run.saver.start(run.learner.student, run.optimizer, run.counters, run.identity, run.config.keep)
-    run.saved_at, run.saved_step = time.monotonic(), run.counters.step
 
 
 def one_step(run: Run, parts: list[Part], labels: list[float]) -> dict[str, Any]:
@@ -210,6 +193,7 @@ def one_step(run: Run, parts: list[Part], labels: list[float]) -> dict[str, Any]
         "lr": rate,
         "grad_norm": float(norm),
         "skipped": counters.skipped,
+        "rollbacks": sum(place < counters.step for place, *_ in counters.rollbacks),
     }
 
 
@@ -233,41 +217,6 @@ def tensors(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tens
         positions[at, size:] = row.position_ids[-1] + 1 + np.arange(longest - size)
     moved = (torch.from_numpy(array).to(device, non_blocking=True) for array in (ids, positions, labels))
     return next(moved), next(moved), next(moved)
-
-
-def record(run: Run, metrics: IO[str], line: dict[str, Any]) -> None:
-    """Append one line to metrics.jsonl and tell the tracker. JSON has no NaN: such values are null.
-
-    A list holds one number a layer; trackers get each as a series of its own.
-    """
-    metrics.write(json.dumps({name: finite(value) for name, value in line.items()}) + "\n")
-    metrics.flush()
-    if run.config.track is not None:
-        layers = {name: value for name, value in line.items() if isinstance(value, list)}
-        told = {name: value for name, value in line.items() if name not in ("step", *layers)}
-        told |= {f"{name}/{layer}": value for name, values in layers.items() for layer, value in enumerate(values)}
-        run.accelerator.log(told, step=line["step"])
-
-
-def finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def show(run: Run, meter: Meter, line: dict[str, Any], seconds_a_step: float) -> None:
-    left = round(seconds_a_step * (run.plan.steps - run.counters.step))
-    hours, rest = divmod(left, 3600)
-    rate = run.plan.tokens_a_step / seconds_a_step  # of answers about: their lengths differ
-    meter.advance(1, f"loss {line['loss']:.4f}, {rate:.0f} tokens/s, {hours}:{rest // 60:02d}:{rest % 60:02d} left")
-
-
-def check_health(run: Run) -> None:
-    if run.counters.bad > run.config.max_bad_steps:
-        raise UpfitError(
-            f"{run.counters.bad} steps in a row had a loss or gradient that is not finite; lower --learning-rate and start "
-            f"anew with --overwrite, or go on from an older checkpoint in {run.workspace.path} with --resume"
-        )
 
 
 @torch.no_grad()

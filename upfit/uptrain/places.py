@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from upfit import history
 from upfit.errors import UpfitError
 from upfit.uptrain.stages import Stage
+from upfit.uptrain.state import STOPPED
 
 if TYPE_CHECKING:
     from upfit.uptrain.train import Job
@@ -39,6 +40,11 @@ class Place:
         return None if self.number == 1 else Place(self.out, self.stages, self.number - 1).folder
 
     @property
+    def mark(self) -> Path:
+        """By which a job script knows that a signal has ended the run, and that it can be gone on with."""
+        return _between(self.out) / STOPPED
+
+    @property
     def title(self) -> str:
         return f"{self.number} of {len(self.stages)}, {self.stages[self.number - 1].name}"
 
@@ -65,6 +71,7 @@ def make_way(job: "Job", stages: list[Stage]) -> None:
 
     Raises UpfitError when there are some and neither --resume nor --overwrite says what to do with them.
     """
+    (_between(job.out) / STOPPED).unlink(missing_ok=True)
     found = leftovers(job.out)
     if found and job.overwrite and not job.resume:
         clear_up(job.out)

@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from upfit.errors import UpfitError
 from upfit.uptrain.state import Counters, Workspace, expect_one_process, restore, tensors_of
 
 
@@ -37,8 +36,10 @@ class Saver:
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters, identity: dict[str, Any], keep: int
     ) -> None:
-        """Begin to write the state as it is now, once the checkpoint before is whole. Raises UpfitError if that one failed."""
-        self.finish()
+        """Begin to write the state as it is now; `finish` has to have been called for the checkpoint before.
+
+        Raises OSError where it cannot even begin.
+        """
         if not (self.sharded or self.accelerator.is_main_process):
             return
         partial = self.workspace.partial(counters.step)
@@ -69,7 +70,7 @@ class Saver:
         """
         if self.writing is None or not self.writing.done():
             return
-        self.failure = self.writing.exception()
+        self.failure = self.failure or self.writing.exception()
         if self.failure is None and self.accelerator.is_main_process:
             assert self.saved is not None
             try:
@@ -78,19 +79,21 @@ class Saver:
                 self.failure = error
         self.writing = None
 
-    def finish(self) -> None:
-        """Wait until what is being written has its name. Raises UpfitError, on all processes, when it could not be written."""
+    def finish(self) -> str:
+        """Wait until what is being written has its name; what kept it from that, on all processes, empty where nothing did.
+
+        Then nothing half-written is left either.
+        """
         if self.writing is not None:
             self.writing.exception()  # waits
         self.settle()
-        failures = torch.tensor([float(self.failure is not None)], device=self.accelerator.device)
-        if float(self.accelerator.reduce(failures, "sum")) == 0:
-            return
         cause, self.failure = self.failure, None
-        raise UpfitError(
-            f"a checkpoint could not be written to {self.workspace.path} ({reason(cause)}); "
-            "put that right and go on from the one before with --resume"
-        ) from cause
+        failures = torch.tensor([float(cause is not None)], device=self.accelerator.device)
+        if float(self.accelerator.reduce(failures, "sum")) == 0:
+            return ""
+        if self.accelerator.is_main_process:
+            self.workspace.sweep()
+        return reason(cause)
 
     def restore(
         self, checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
@@ -103,4 +106,6 @@ def reason(cause: BaseException | None) -> str:
     """What went wrong, in a line; torch keeps it by the processes it befell."""
     if isinstance(cause, CheckpointException) and cause.failures:
         cause = next(iter(cause.failures.values()))[0]
-    return "another process says why" if cause is None else str(cause).splitlines()[0]
+    if cause is None:
+        return "another process says why"
+    return (cause.strerror if isinstance(cause, OSError) else None) or str(cause).splitlines()[0]

@@ -26,6 +26,7 @@ from upfit.uptrain.loop import Learner, Run, tensors
 from upfit.uptrain.losses import Objective
 from upfit.uptrain.models import Distiller, Traits
 from upfit.uptrain.parallel import accelerator_for, mesh_of, prepare
+from upfit.uptrain.places import Place
 from upfit.uptrain.preflight import preflight
 from upfit.uptrain.saver import Saver
 from upfit.uptrain.schedule import ADAM_BETAS, Plan, peak_rate
@@ -217,7 +218,7 @@ def make_layerwise(
 
 
 def set_up(
-    stage: Stage, source: Source, data: Data, teacher: Source | None, out: Path, accelerator: Accelerator, output: Output
+    stage: Stage, source: Source, data: Data, teacher: Source | None, place: Place, accelerator: Accelerator, output: Output
 ) -> Run:
     """Everything the loop needs. Raises UpfitError when data, budget and model do not fit together."""
     config, name = stage.config, stage_name(stage, data, teacher)
@@ -251,7 +252,7 @@ def set_up(
     peak = peak_rate(config, hidden_size, name)
     same = run_identity(config, plan, source, data, teacher, dtype)
     announce(plan, feed, peak, student, teacher, dtype, output)
-    workspace = Workspace(out)
+    workspace = Workspace(place.folder)
     saver = Saver(workspace, accelerator, accelerator.is_fsdp2, config.async_save, TIMEOUT)
     return Run(
         accelerator,
@@ -269,6 +270,7 @@ def set_up(
         same,
         output,
         name,
+        place.mark,
     )
 
 

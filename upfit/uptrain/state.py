@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from upfit.errors import UpfitError
 
 WEIGHT, FACTS, METRICS = "weight", "trainer.json", "metrics.jsonl"
 LOCK = "lock"
+STOPPED = "stopped"  # a signal ended the run, and --resume goes on: for job scripts
 FORMAT = 2
 STEP_NAME = re.compile(r"step-\d{8}")
 LEFTOVER = re.compile(r"step-\d{8}\.(tmp|old)")
@@ -37,7 +38,11 @@ DIGESTED = 2**20  # bytes at the beginning and at the end of a file
 
 @dataclass
 class Counters:
-    """How far a run is. `bad` counts the steps in a row that were skipped, `seconds` the time spent in steps of all starts."""
+    """How far a run is. `bad` counts the steps in a row that were skipped, `seconds` the time spent in steps of all starts.
+
+    `rollbacks` are the bursts of bad steps that were undone, oldest first: the steps done before the burst, and the first and
+    the end of the steps whose data is left out.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -45,6 +50,7 @@ class Counters:
     bad: int = 0
     seconds: float = 0.0
     before: dict[str, float] | None = None
+    rollbacks: list[list[int]] = field(default_factory=list)
 
 
 class Workspace:
@@ -70,9 +76,7 @@ class Workspace:
 
         Raises UpfitError when there are checkpoints and neither `resume` nor `overwrite` says what to do with them.
         """
-        for path in self.path.iterdir():
-            if LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path)
+        self.sweep()
         found = self.checkpoints()
         if found and resume:
             return found[-1]
@@ -82,10 +86,17 @@ class Workspace:
         self.clear()
         return None
 
+    def sweep(self) -> None:
+        """Remove checkpoints that were not finished."""
+        for path in self.path.iterdir():
+            if LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path)
+
     def clear(self) -> None:
         """Remove what a run writes here, and nothing else."""
+        self.sweep()
         for path in self.path.iterdir():
-            if STEP_NAME.fullmatch(path.name) or LEFTOVER.fullmatch(path.name):
+            if STEP_NAME.fullmatch(path.name):
                 shutil.rmtree(path)
         (self.path / METRICS).unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import shlex
+import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from upfit.output import Output
 from upfit.uptrain.config import Config, check, dump
 from upfit.uptrain.data import Data, open_data
 from upfit.uptrain.export import export
+from upfit.uptrain.faults import one_line, watch_for_signals
 from upfit.uptrain.loop import Run, measure, train
 from upfit.uptrain.models import Distiller
 from upfit.uptrain.parallel import gathered
@@ -46,9 +48,10 @@ def uptrain(
     contexts, as `upfit synth` does: of those, the answers alone are learned. `config.stages` names several stages, each a run
     that starts from the result of the one before; `tables` are settings of single stages, by their names.
 
-    The report has `stopped` (a SIGTERM ended the run early: a checkpoint was written, `out` was not), `stage`, `step`, `steps`,
-    `tokens`, `skipped`, `seconds`, `tokens_per_second`, and `holdout` with the losses before and after in nats a token; of
-    several stages it is that of the last one, with those of all in `stages`.
+    The report has `stopped` (a signal ended the run early: a checkpoint was written, `out` was not), `stage`, `step`, `steps`,
+    `tokens`, `skipped`, `rollbacks` (the steps done before each, and the first and the end of the steps whose data it left
+    out), `seconds`, `tokens_per_second`, and `holdout` with the losses before and after in nats a token; of several stages it
+    is that of the last one, with those of all in `stages`.
     Runs in one process or under torchrun; only the first process writes and tells.
 
     Raises UpfitError for anything a user can put right: see the messages.
@@ -63,10 +66,11 @@ def uptrain(
         make_way(job, stages)
     accelerator.wait_for_everyone()
     reports: list[dict[str, Any]] = []
-    for number, (stage, folder) in enumerate(zip(stages, opened, strict=True), 1):
-        if reports and reports[-1]["stopped"]:
-            break
-        reports.append(one_stage(accelerator, job, stage, folder, Place(out, stages, number), output))
+    with watch_for_signals() as stop:
+        for number, (stage, folder) in enumerate(zip(stages, opened, strict=True), 1):
+            if reports and reports[-1]["stopped"]:
+                break
+            reports.append(one_stage(accelerator, job, stage, folder, Place(out, stages, number), output, stop))
     leave(accelerator)
     if accelerator.is_main_process and not reports[-1]["stopped"]:
         clear_up(out)
@@ -103,7 +107,9 @@ def leave(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def one_stage(accelerator: Accelerator, job: Job, stage: Stage, data: Data, place: Place, output: Output) -> dict[str, Any]:
+def one_stage(
+    accelerator: Accelerator, job: Job, stage: Stage, data: Data, place: Place, output: Output, stop: threading.Event
+) -> dict[str, Any]:
     """Train stage `place.number` and write its folder, or take the report of the one that is finished already."""
     if not accelerator.is_main_process:
         output = Output(quiet=True)
@@ -116,7 +122,8 @@ def one_stage(accelerator: Accelerator, job: Job, stage: Stage, data: Data, plac
     start = job.source if place.before is None else replace(job.source, path=place.before)
     teacher = find_teacher(stage, start, data, output)
     check_places(job.out, job.source, data, teacher, stage.config, job.overwrite)
-    run = set_up(stage, start, data, teacher, place.folder, accelerator, output)
+    run = set_up(stage, start, data, teacher, place, accelerator, output)
+    run.stop = stop
     with run.workspace.held() if accelerator.is_main_process else contextlib.nullcontext():
         report = carry_out(run, job, data, teacher, place)
     if accelerator.is_main_process and not report["stopped"]:
@@ -142,7 +149,8 @@ def carry_out(run: Run, job: Job, data: Data, teacher: Source | None, place: Pla
     report = report_of(run, {"before": run.counters.before, "after": after}, stopped=False)
     weights = gathered(run.learner.student, run.accelerator.is_main_process)
     if run.accelerator.is_main_process:
-        write(run, weights, job, data, teacher, place, report)
+        with one_line(run, str(place.folder)):
+            write(run, weights, job, data, teacher, place, report)
     run.accelerator.wait_for_everyone()
     return report
 
@@ -181,6 +189,7 @@ def report_of(run: Run, holdout: dict[str, Any], stopped: bool) -> dict[str, Any
         "steps": run.plan.steps,
         "tokens": tokens,
         "skipped": run.counters.skipped,
+        "rollbacks": [{"step": step, "data_of_steps": [first, end]} for step, first, end in run.counters.rollbacks],
         "seconds": round(run.counters.seconds, 3),
         "tokens_per_second": round(tokens / run.counters.seconds, 1) if run.counters.seconds else None,
         "holdout": holdout,
@@ -208,6 +217,7 @@ def write(
     entry = history.step("uptrain", job.source.record(), options, measurements)
     entry |= {"stage": run.stage, "teacher": teacher.record() if teacher else None, "data": data.record()}
     entry["command"] = job.command
+    run.journal.flush()
     before = place.before or job.source.path
     with staged(place.folder) as folder:
         export(run.learner.student, weights, job.source.path, folder, None if place.last else torch.float32)
