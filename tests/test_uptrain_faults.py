@@ -85,7 +85,7 @@ def test_a_disk_full_for_a_while_costs_its_checkpoints(
             10: lambda: seen.extend(path.name for path in workspace.path.glob("step-*")),
         }
     )
-    shop.run(tmp_path / "out", output=output, save_every="2")
+    shop.run(tmp_path / "out", output=output, save_every="2", async_save=False)
     assert sorted(seen) == ["step-00000002", "step-00000002", "step-00000008"]
     told = [note for note in output.notes if "could not be written" in note]
     assert len(told) == 3 and "step-00000002" in told[1] and "metrics.jsonl" in told[0] and "File too large" in told[0]
@@ -97,7 +97,7 @@ def test_a_disk_full_to_the_end_is_one_line_and_resume_goes_on(
     shop: Workshop, whole: Path, tmp_path: Path, disk: Callable[[int], object]
 ) -> None:
     with pytest.raises(UpfitError, match="out could not be written .*step-00000004; free some space") as caught:
-        shop.run(tmp_path / "out", output=Telling({6: lambda: disk(1000)}))
+        shop.run(tmp_path / "out", output=Telling({6: lambda: disk(1000)}), async_save=False)
     disk(resource.RLIM_INFINITY)
     assert "\n" not in str(caught.value) and [path.name for path in tmp_path.glob("out*")] == ["out.uptrain"]
     shop.run(tmp_path / "out", resume=True)

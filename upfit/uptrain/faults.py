@@ -71,8 +71,8 @@ def finish(run: "Run") -> str:
     """Wait for the checkpoint that is being written; what kept it from being whole (then said), empty where nothing did."""
     problem = run.saver.finish()
     if problem:
+        problem = f"the checkpoint of step {run.saved_step} could not be written ({problem}): {newest(run)}"
         run.saved_step = NOWHERE
-        problem = f"the checkpoint could not be written ({problem}): {newest(run)}"
         run.output.note(f"{problem}; the run goes on")
     return problem
 

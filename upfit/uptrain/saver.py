@@ -48,6 +48,7 @@ class Saver:
             partial.mkdir(parents=True)
         self.saved = replace(counters), identity, keep
         self.writing = self._write(tensors_of(model, optimizer), partial)
+        self.settle()
 
     def _write(self, tensors: dict[str, torch.Tensor], partial: Path) -> Future:
         expect_one_process()
