@@ -9,7 +9,6 @@ is told. On a busy CPU seconds of the process (one thread, `OMP_NUM_THREADS=1`) 
 """
 
 import argparse
-import contextlib
 import json
 import os
 import resource
@@ -19,11 +18,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.warm_python import warm_python
 from upfit.convert.checkpoint import read_config
 from upfit.environment import environment
 from upfit.output import Meter, Output
@@ -54,7 +56,7 @@ class Clock(Output):
             torch.cuda.synchronize()
         self.ends.append((time.perf_counter(), time.process_time()))
 
-    @contextlib.contextmanager
+    @contextmanager
     def progress(self, label: str, total: float) -> Iterator[Meter]:
         meter = Meter(label, total, True, None)
         meter.advance = lambda amount, note="": self.read() if note else None  # type: ignore[method-assign]
@@ -131,23 +133,22 @@ def measure(arm: str, model: str, data: Path, scratch: Path, args: argparse.Name
     return {"seconds": statistics.median(wall), "own_seconds": statistics.median(own), "peak_memory": float(memory)}
 
 
-def child(arm: str, model: str, data: Path, args: argparse.Namespace) -> dict[str, float]:
-    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.uptrain", str(args.scratch), "--models", model, "--arm", arm]
+def child(python: str, arm: str, model: str, data: Path, args: argparse.Namespace) -> dict[str, float]:
+    words = [python, "-m", "benchmarks.uptrain", str(args.scratch), "--models", model, "--arm", arm]
     words += ["--data", str(data), "--results", os.devnull, "--dtype", args.dtype, "--steps", str(args.steps)]
     words += ["--length", str(args.length), "--rows", str(args.rows), "--micro-batch", str(args.micro_batch)]
-    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compared(model: str, args: argparse.Namespace) -> dict[str, Any]:
+def compared(python: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
     data = args.scratch / f"tokens-{Path(model).name}"
     if not data.exists():
         prepare([str(text) for text in TEXTS], data, model, "text", Output(quiet=True))
     rounds: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    for _ in range(args.rounds):
-        for arm in ARMS:
-            rounds[arm].append(child(arm, model, data, args))
-            print(Path(model).name, arm, rounds[arm][-1], f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+    for _, arm in product(range(args.rounds), ARMS):
+        rounds[arm].append(child(python, arm, model, data, args))
+        print(Path(model).name, arm, rounds[arm][-1], f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     arms = {arm: summary(told, args.rows * args.length) for arm, told in rounds.items()}
     first = rounds["trainer, CE"]
     for arm, told in rounds.items():
@@ -155,7 +156,7 @@ def compared(model: str, args: argparse.Namespace) -> dict[str, Any]:
             ratios = [trainer[name] / ours[name] for trainer, ours in zip(first, told, strict=True)]
             arms[arm][f"trainer_over_it_in_{name}"] = {"median": statistics.median(ratios), "each": ratios}
         arms[arm] |= utilisation(model, arm, arms[arm]["tokens_per_second"], args)
-    return {"model": Path(model).name, "arms": arms}
+    return {"model": model if not Path(model).is_absolute() else Path(model).name, "arms": arms}
 
 
 def summary(told: list[dict[str, float]], tokens: int) -> dict[str, Any]:
@@ -198,7 +199,9 @@ def main() -> None:
         print(json.dumps(measure(args.arm, args.models[0], args.data, scratch, args)))
         return
     settings = {name: getattr(args, name) for name in ("length", "rows", "micro_batch", "steps", "rounds", "dtype")}
-    told: dict[str, Any] = {"settings": settings, "models": [compared(model, args) for model in args.models]}
+    # Forks of a Python that has imported everything: on the GPU they would share a context, so there each imports for itself.
+    with nullcontext(sys.executable) if torch.cuda.is_available() else warm_python(dict(os.environ)) as python:
+        told: dict[str, Any] = {"settings": settings, "models": [compared(python, model, args) for model in args.models]}
     told |= {"load_average": os.getloadavg()[0], "environment": environment()}
     args.results.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 

@@ -66,7 +66,7 @@ def test_torchrun_knows_its_flags_and_upfit_its_own(path: Path) -> None:
     known = {option for action in get_args_parser()._actions for option in action.option_strings}
     assert {word for word in theirs if word.startswith("--")} <= known
     flags = {word for word in ours if word.startswith("--")}
-    assert "--resume" in flags and flags - {"--parallel"} <= known_flags()
+    assert "--resume" in flags and flags <= known_flags()
 
 
 def test_skypilot_has_the_fields_it_needs() -> None:
