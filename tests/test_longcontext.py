@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +16,7 @@ from tests.folders import save_tiny
 from tests.uptraining import QUIET
 from upfit.errors import UpfitError
 from upfit.longcontext import synth as machine
-from upfit.longcontext.ask import code, prose, template
+from upfit.longcontext.ask import backends, code, prose, template
 from upfit.longcontext.ask.dataset import read
 from upfit.longcontext.ask.model import refused
 from upfit.longcontext.contexts import Contexts
@@ -227,6 +228,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.count = 0
+        self.silent = 10**6  # answers, after which it says nothing more
         super().__init__(("127.0.0.1", 0), _Handler)
 
 
@@ -237,6 +239,9 @@ class _Handler(BaseHTTPRequestHandler):
         told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = told["messages"][0]["content"]
         self.server.count += 1
+        if len(self.server.asked) >= self.server.silent:
+            time.sleep(2)
+            return
         if self.server.count % 3 == 0:
             self.send_response([429, 500][self.server.count % 2])
             self.send_header("Retry-After", "0")
@@ -278,6 +283,25 @@ def test_a_failing_server_is_asked_everything_once(server: _Server, tmp_path: Pa
     assert told["items"] + sum(told["rejected"].values()) == 24 and told["items"] > 5
     item = Contexts(tmp_path / "out", Wording(load_tokenizer(MODEL), "plain")).item(0)
     assert item.generator == "openai/m" and item.family in ("single", "several")
+
+
+def test_a_server_that_falls_silent_is_one_line_and_asked_again_later(
+    server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai")
+    monkeypatch.setattr(backends, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(backends, "RETRIES", 0)
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    options = replace(OPTIONS, ask="openai", model="m", base_url=url, items=4, families=None, concurrency=1)
+    server.silent = 2
+    with pytest.raises(UpfitError, match="does not answer .*timed out.*; the same command goes on"):
+        synth(TEXT, tmp_path / "out", options, QUIET)
+    kept = (tmp_path / "out.synth" / "answers-0-of-1.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(kept) == 2
+    server.silent, server.count = 10**6, 0
+    monkeypatch.setattr(backends, "RETRIES", 3)
+    told = synth(TEXT, tmp_path / "out", options, QUIET)
+    assert told["finished"] and len(server.asked) == len(set(server.asked)) == 4
 
 
 def test_requests_go_out_and_responses_come_in(tmp_path: Path) -> None:
