@@ -42,8 +42,8 @@ def test_training_and_held_out_files_are_apart() -> None:
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(run, "CALIBRATION_TOKENS", "6k")
-    monkeypatch.setattr(run, "WINDOWS", 16)
+    monkeypatch.setattr(run, "CALIBRATION_TOKENS", "3k")
+    monkeypatch.setattr(run, "WINDOWS", 8)
     monkeypatch.setattr(run, "CONVERSIONS", CONVERSIONS[:2])  # aligned and mean; the others take as long and differ in a flag
     result = run_demo(tmp_path / "demo", "20k", False, QUIET)
     show(result, QUIET)

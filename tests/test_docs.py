@@ -70,6 +70,7 @@ def test_flags_in_a_page_exist(verb: str) -> None:
     page = (ROOT / "docs" / f"{verb.split()[0]}.md").read_text(encoding="utf-8")
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
     others = {"--nproc-per-node", "--nproc_per_node", "--standalone", "--shutdown-timeout", "--signals-to-handle"}
+    others |= {"--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
     attentions = [help_of("convert", name) for name in ("gqa", "diff", "cope")]
     known = set(
         re.findall(

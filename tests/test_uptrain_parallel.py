@@ -29,6 +29,7 @@ from upfit.uptrain.models import Distiller, examine
 from upfit.uptrain.parallel import Mesh, mesh_of, prepare
 from upfit.uptrain.state import Workspace
 
+pytestmark = pytest.mark.xdist_group("parallel")  # the runs that its tests look at are made once
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SIX: dict[str, Any] = {**BASE, "tokens": "768", "save_every": "100"}  # steps
@@ -50,9 +51,9 @@ os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("A_NODE", os.environ["LOCAL_WORL
 end, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *_: None
 one_step = loop.one_step
 def looked_at(run, *rest):  # accelerate makes DDP of FSDP where it does not like the device
-    layers = [isinstance(layer, FSDPModule) for layer in run.distiller.student.model.layers]
+    layers = [isinstance(layer, FSDPModule) for layer in run.learner.student.model.layers]
     assert all(layers) if run.config.parallel else not any(layers)
-    assert isinstance(run.distiller.teacher, FSDPModule) == run.config.shard_teacher, "teacher"
+    assert isinstance(run.learner.teacher, FSDPModule) == run.config.shard_teacher, "teacher"
     return one_step(run, *rest)
 loop.one_step = looked_at
 for model, data, out, stop, resume, settings in json.loads(sys.argv[1]):
@@ -235,8 +236,8 @@ def test_a_full_disk_is_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
-    with pytest.raises(UpfitError, match="No space left on device.* go on from the one before with --resume") as caught:
-        shops["untied"].run(tmp_path / "out", tokens="128", async_save=background)
+    with pytest.raises(UpfitError, match="the checkpoint of step 2 .*No space left on device.* go on with --resume") as caught:
+        shops["untied"].run(tmp_path / "out", tokens="512", output=Interrupting(2), async_save=background)
     assert "\n" not in str(caught.value) and not Workspace(tmp_path / "out").checkpoints()
 
 

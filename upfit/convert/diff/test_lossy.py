@@ -138,7 +138,7 @@ def evaluated(folder: Path) -> float:
 @pytest.mark.parametrize("variant", ["split", "diffllama"])
 def test_calibration_gains(tmp_path: Path, variant: str) -> None:
     """On the embedded model both lossy variants stay near the source's loss, where the naive cut does not."""
-    options = Options(variant=variant, calibration_tokens="4k", calibration_length=512)  # type: ignore[arg-type]
+    options = Options(variant=variant, calibration_tokens="2k", calibration_length=512)  # type: ignore[arg-type]
     convert(RECIPE, str(embedded_model()), tmp_path / "fitted", options, Settings(verify=False), QUIET)
     convert(
         RECIPE, str(embedded_model()), tmp_path / "naive", Options(variant="split", naive=True), Settings(verify=False), QUIET
@@ -176,7 +176,7 @@ def test_spread_heads_have_more_entropy(tmp_path: Path) -> None:
     scale = torch.tensor([5.0, 0.0, 5.0, 0.1], dtype=torch.float64)
     told = entropy(replace(seen, q=seen.q * scale[:, None, None]), torch.arange(30), 30)
     assert sorted(told.argsort(descending=True)[:2].tolist()) == [1, 3]
-    options = Options(variant="dex", heads="entropy", calibration_tokens="4k", calibration_length=512)
+    options = Options(variant="dex", heads="entropy", calibration_tokens="2k", calibration_length=512)
     convert(RECIPE, str(embedded_model()), tmp_path / "out", options, Settings(), QUIET)
     with open_checkpoint(tmp_path / "out") as checkpoint:
         assert checkpoint.read("model.layers.1.self_attn.dex_heads").sum() == 4
