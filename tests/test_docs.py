@@ -26,7 +26,11 @@ def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
     """But for its sizes: a quarter of the tokens shows as well that every command works."""
     tutorial = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
     assert "--tokens 20k" in tutorial and "--calibration-tokens 8k" in tutorial
-    tutorial = tutorial.replace("--tokens 20k", "--tokens 5k").replace("--calibration-tokens 8k", "--calibration-tokens 3k")
+    tutorial = (
+        tutorial.replace("--tokens 20k", "--tokens 3k")
+        .replace("--calibration-tokens 8k", "--calibration-tokens 2k")
+        .replace("--windows 8", "--windows 4")
+    )
     blocks = re.findall(r"```bash\n(.*?)```", tutorial, re.DOTALL)
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
     environment["OMP_NUM_THREADS"] = "1"  # another worker has the other core

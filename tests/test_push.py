@@ -263,7 +263,7 @@ def test_the_example_goes_from_the_checkpoint_to_the_hub(tmp_path: Path) -> None
             "HF_HUB_OFFLINE": "0",
         }
         environment |= {"HF_TOKEN": TOKEN, "PATH": f"{shim}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-        environment |= {"TOKENS": "5k", "CALIBRATION_TOKENS": "3k", "LENGTH": "256", "WINDOWS": "4"}
+        environment |= {"TOKENS": "3k", "CALIBRATION_TOKENS": "2k", "LENGTH": "256", "WINDOWS": "4"}
         command = [str(ROOT / "examples" / "end_to_end.sh"), str(tmp_path / "out"), REPO]
         with warm_python(environment) as python:
             for name, words in (("upfit", "-m upfit"), ("python", "")):
