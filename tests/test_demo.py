@@ -44,11 +44,11 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(run, "CALIBRATION_TOKENS", "3k")
     monkeypatch.setattr(run, "WINDOWS", 8)
-    monkeypatch.setattr(run, "CONVERSIONS", CONVERSIONS[1:2])  # the mean; the others take as long and differ in a flag
-    result = run_demo(tmp_path / "demo", "10k", False, QUIET)
+    monkeypatch.setattr(run, "CONVERSIONS", CONVERSIONS[:2])  # aligned and mean; the others take as long and differ in a flag
+    result = run_demo(tmp_path / "demo", "20k", False, QUIET)
     show(result, QUIET)
     source = result["source"]
-    assert [row["name"] for row in result["conversions"]] == ["gqa-2-mean"]
+    assert [row["name"] for row in result["conversions"]] == ["gqa-2-aligned", "gqa-2-mean"]
     for row in result["conversions"]:
         assert row["converted"]["difference"]["low"] > 0, "merging heads costs something"
         assert row["uptrained"]["loss"]["mean"] < row["converted"]["loss"]["mean"], "uptraining wins some of it back"
@@ -56,7 +56,7 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "demo" / "demo.json").read_text())["source"] == source
     with pytest.raises(UpfitError, match="--overwrite"):
-        run_demo(tmp_path / "demo", "10k", False, QUIET)
+        run_demo(tmp_path / "demo", "20k", False, QUIET)
 
 
 def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.test_uptrain_resume import Interrupting, untimed
-from tests.uptraining import BASE, QUIET, Workshop, make_workshop, metrics, weights
+from tests.uptraining import BASE, QUIET, Workshop, make_workshop, metrics, one_thread, weights
 from upfit import history
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
@@ -27,10 +27,8 @@ from upfit.uptrain.state import Workspace
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make_workshop(tmp_path_factory.mktemp("shop"))
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield make_workshop(tmp_path_factory.mktemp("shop"))
 
 
 class Telling(Output):

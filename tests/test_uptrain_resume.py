@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.uptraining import BASE, Workshop, make_workshop, metrics, weights
+from tests.uptraining import BASE, Workshop, make_workshop, metrics, one_thread, weights
 from tests.warm_python import warm_python
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
@@ -45,10 +44,8 @@ print(json.dumps(report))
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make_workshop(tmp_path_factory.mktemp("shop"))
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield make_workshop(tmp_path_factory.mktemp("shop"))
 
 
 class Interrupting(Output):

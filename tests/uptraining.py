@@ -2,6 +2,8 @@
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,15 @@ def make_workshop(folder: Path, documents: int = 60) -> Workshop:
     (folder / "text.jsonl").write_text("\n".join(lines))
     prepare([str(folder / "text.jsonl")], folder / "data", str(teacher), "text", QUIET)
     return Workshop(teacher, student, folder / "data")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """With more, sums are added up in an order that may change."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -75,8 +75,6 @@ class Layerwise(nn.Module):
     once, by `take_units`): 0 where they are equal, about 1 for an output of zeros. The loss is the mean over the layers.
     """
 
-    whole_logits = False
-
     def __init__(
         self,
         student: PreTrainedModel,
