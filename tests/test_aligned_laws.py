@@ -4,24 +4,32 @@ The heads of every group are made equal, so merging them must change nothing; th
 alone.
 """
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.folders import letter_tokenizer
 from tests.test_laws import EVERYDAY, VARIANTS, sample
 from tests.tiny import BUILDABLE, UNGROUPABLE, auto_class, tiny_inputs, tiny_model
 from upfit.convert import calibration
 from upfit.convert.architectures import Architecture, bind
+from upfit.convert.attention import Attention
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.recipe import get_recipe
+from upfit.convert.gqa.recipe import PARTS
+from upfit.convert.recipe import Plan, Recipe, get_recipe
 from upfit.output import Output
 from upfit.text import Document
 
 TEXT = "def f(x): return x + 1  # one more\nthe quick brown fox jumps over the lazy dog; 12 boxes of wine.\n" * 40
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """No options."""
 
 
 def architecture_of(folder: Path) -> Architecture:
@@ -29,19 +37,25 @@ def architecture_of(folder: Path) -> Architecture:
         return bind(checkpoint.config, checkpoint.tensors)
 
 
-def equal_heads(folder: Path, kv_heads: int) -> None:
-    """Make the key/value heads of every contiguous group equal to its first, on disk."""
-    layers = architecture_of(folder).layers
-    for path in folder.glob("*.safetensors"):
-        weights = load_file(path)
-        for layer in layers:
-            shape = layer.geometry
-            for part, name in layer.names.items():
-                shared = part.startswith("k_norm") and weights[name].numel() == shape.head_dim
-                if part.split(".")[0] in ("k", "v", "k_norm") and not shared and shape.kv_heads > kv_heads:
-                    heads = weights[name].reshape(kv_heads, shape.kv_heads // kv_heads, -1)
-                    weights[name] = heads[:, :1].expand_as(heads).reshape(weights[name].shape).contiguous()
-        save_file(weights, path, metadata={"format": "pt"})
+def equal_heads(source: Path, out: Path, kv_heads: int) -> None:
+    """A copy of the model in which all key/value heads of a contiguous group are the group's first: a conversion like any."""
+
+    def alike(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None or tensor.shape[0] % kv_heads or tensor.ndim == 1:  # a norm that all heads share
+            return tensor
+        heads = tensor.unflatten(0, (kv_heads, -1))
+        return heads[:, :1].expand_as(heads).flatten(0, 1)
+
+    def change(attention: Attention) -> Attention:
+        parts: dict[str, Any] = {name: alike(getattr(attention, name)) for name in PARTS}
+        return replace(attention, **parts)
+
+    def plan(architecture: Architecture, options: Nothing) -> Plan:
+        changed = [layer for layer in architecture.layers if layer.geometry.kv_heads > kv_heads]
+        return Plan(architecture.config, tuple(layer.rule(PARTS, change, "equal heads") for layer in changed))
+
+    recipe = Recipe("equal", "equal heads", "none", Nothing, plan, lambda _: None, lambda _: [])
+    convert(recipe, str(source), out, Nothing(), Settings(verify=False), Output(quiet=True))
 
 
 @pytest.mark.parametrize("name", [sample(name) for name in (*BUILDABLE, *VARIANTS) if name not in UNGROUPABLE])
@@ -56,14 +70,14 @@ def test_equal_heads_merge_for_free(name: str, tmp_path: Path, monkeypatch: pyte
     fewer = architecture_of(tmp_path / "source").allowed_kv_heads()[:-1]
     if not fewer:
         pytest.skip("its tiny model has one key/value head already")
-    equal_heads(tmp_path / "source", fewer[-1])
+    equal_heads(tmp_path / "source", tmp_path / "equal", fewer[-1])
     monkeypatch.setattr(calibration, "library_documents", lambda: [Document(TEXT, "text")])
     recipe = get_recipe("gqa")
     method = "aligned" if name in EVERYDAY else "auto"  # a model that cannot run on text is averaged by auto
     options = recipe.options(kv_heads=fewer[-1], method=method, calibration_tokens="256", calibration_length=16)
-    convert(recipe, str(tmp_path / "source"), tmp_path / "out", options, Settings(verify=False), Output(quiet=True))
+    convert(recipe, str(tmp_path / "equal"), tmp_path / "out", options, Settings(verify=False), Output(quiet=True))
     before, after = (
-        auto_class(model_type).from_pretrained(tmp_path / folder, dtype=torch.float32).eval() for folder in ("source", "out")
+        auto_class(model_type).from_pretrained(tmp_path / folder, dtype=torch.float32).eval() for folder in ("equal", "out")
     )
     with torch.no_grad():
         expected, found = before(**inputs).logits, after(**inputs).logits

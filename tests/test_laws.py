@@ -19,12 +19,13 @@ from upfit.convert.architectures import Architecture, bind, table
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.engine import outline
+from upfit.convert.lens import see
 from upfit.convert.recipe import Recipe, find_recipes
 from upfit.errors import UpfitError
 from upfit.output import Output
 
-# Plain, biases, per-head norm, full-width norm, sinks, interleaved rotary, partial rotary, hybrid, nested config.
-EVERYDAY = ("llama", "qwen2", "qwen3", "olmo2", "gpt_oss", "cohere", "phi", "qwen3_next", "voxtral")
+# Plain, biases, per-head norm, full-width norm, sinks, interleaved rotary, partial rotary, fused, hybrid, nested config.
+EVERYDAY = ("llama", "qwen2", "qwen3", "olmo2", "gpt_oss", "cohere", "phi", "phi3", "qwen3_next", "voxtral")
 QUIET = Output(quiet=True)
 
 
@@ -122,8 +123,9 @@ def test_identity(case: Case, recipe: Recipe) -> None:
 @pytest.mark.parametrize("recipe", find_recipes().values(), ids=lambda recipe: recipe.name)
 def test_dry_is_real_and_stock_loads_it(case: Case, recipe: Recipe) -> None:
     for number, options in enumerate(recipe.trials(case.architecture)):
-        with open_checkpoint(case.folder) as checkpoint:
-            planned = outline(recipe.plan(case.architecture, options), checkpoint, None)
+        with open_checkpoint(case.folder) as stored:
+            checkpoint = see(stored)
+            planned = outline(checkpoint.written(recipe.plan(case.architecture, options)), checkpoint, None)
         out = case.converted(recipe, options, f"{recipe.name}-{number}")
         with open_checkpoint(out) as written:
             real = {(name, info.dtype, info.shape) for name, info in written.tensors.items()}

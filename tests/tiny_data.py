@@ -128,6 +128,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "canary": {"encoder_config": _PARAKEET},
     "cohere_asr": {"encoder_config": _PARAKEET},
     "cohere_compass_text": _SLIDING_FULL | {"rope_parameters": {"sliding_attention": _MROPE, "full_attention": _MROPE}},
+    "dbrx": {
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 10_000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dia": {
         "delay_pattern": [0, 1],
         "decoder_config": {
@@ -148,6 +155,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "attn_resolutions": [],
         },
     },
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4, "bias": True},
     "fun_asr_nano": {
         "adaptor_config": {"intermediate_size": 8, "projector_hidden_size": 32},
         "audio_config": {"num_timestamp_prediction_layers": 1, "hidden_dropout": 0.0},
@@ -158,6 +166,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_unified": {"text_config": _GEMMA4_TEXT},
     "gemma4_unified_text": _GEMMA4_TEXT,
     "got_ocr2": {"vision_config": {"output_channels": 8, "global_attn_indexes": [1], "mlp_dim": 48, "window_size": 2}},
+    "gpt_bigcode": {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "multi_query": False},
     "granite_speech": _GRANITE_SPEECH,
     "granite_speech_plus": _GRANITE_SPEECH,
     "granitemoehybrid": _LINEAR_FULL,
@@ -203,6 +212,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemo_speechlm": {
         "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 32}}},
         "word_timestamp_config": {"blank_token_id": 127},
+    },
+    "phi4_multimodal": {
+        "vision_config": {"image_size": 28},
+        "audio_config": {
+            "ext_pw_out_channel": 32,
+            "depthwise_separable_out_channel": 32,
+            "nemo_conv_channels": 8,
+            "nemo_final_size": 1,
+            "input_size": 8,
+            "num_blocks": 1,
+        },
     },
     "qwen3_asr": {"audio_config": {"output_dim": 32, "downsample_hidden_size": 8}},
     "qwen4_exp": {"text_config": _QWEN4_TEXT},
@@ -272,17 +292,17 @@ UNGROUPABLE: dict[str, str] = {
 
 _NAMES = """
     afmoe apertus arcee aria_text audioflamingo3 bamba beam bitnet canary cohere cohere2 cohere2_moe cohere_asr
-    cohere_compass_text cwm dia diffllama dots1 emu3 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo flint
-    fun_asr_nano gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_assistant gemma4_text gemma4_unified
-    gemma4_unified_assistant gemma4_unified_text glm glm4 glm4_moe glmasr got_ocr2 gpt_oss granite granite_speech
-    granite_speech_plus granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense
-    hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jamba kolibri1 kyutai_speech_to_text laguna lfm2 lfm2_moe
-    lfm3 llama llama4 llama4_text mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mistral
-    mixtral mllama moonshine moonshine_streaming moshi moss_transcribe_diarize musicflamingo nanochat nemo_speechlm
-    nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe phi phimoe qwen2 qwen2_audio qwen2_moe qwen3 qwen3_5
-    qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_asr qwen3_moe qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma
-    seed_oss smollm3 solar_open stablelm starcoder2 t5gemma t5gemma2 vaultgemma vibevoice vibevoice_asr voxtral
-    voxtral_realtime zamba zamba2
+    cohere_compass_text cwm dbrx dia diffllama dots1 emu3 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 flex_olmo
+    flint fun_asr_nano gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_assistant gemma4_text
+    gemma4_unified gemma4_unified_assistant gemma4_unified_text glm glm4 glm4_moe glmasr got_ocr2 gpt_bigcode gpt_oss granite
+    granite_speech granite_speech_plus granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium
+    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jamba kolibri1 kyutai_speech_to_text laguna
+    lfm2 lfm2_moe lfm3 llama llama4 llama4_text mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text ministral
+    ministral3 mistral mixtral mllama moonshine moonshine_streaming moshi moss_transcribe_diarize musicflamingo nanochat
+    nemo_speechlm nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe phi phi3 phi4_multimodal phimoe qwen2 qwen2_audio
+    qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_asr qwen3_moe qwen3_next qwen4_exp qwen4_exp_text
+    recurrent_gemma seed_oss smollm3 solar_open stablelm starcoder2 t5gemma t5gemma2 vaultgemma vibevoice vibevoice_asr
+    voxtral voxtral_realtime zamba zamba2
 """
 
 MODEL_TYPES: tuple[str, ...] = tuple(_NAMES.split())

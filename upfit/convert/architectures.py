@@ -19,6 +19,7 @@ from upfit.errors import UpfitError
 from upfit.own import family
 
 if TYPE_CHECKING:
+    from upfit.convert.fused import By
     from upfit.convert.skeleton import Names
 
 
@@ -45,6 +46,10 @@ class Entry:
     k_norm: str
     layout: str
     kv_heads_multiple: int
+    kv_heads_flag: bool  # the config key says whether there is one, not how many
+    fused: str  # the module that holds q, k and v in one; they are then seen as its children
+    fused_by: "By"
+    fused_transposed: bool
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def table() -> Table:
     for group in content["group"]:
         row = {**content["default"], **{key: value for key, value in group.items() if key != "types"}}
         row["kv_heads"] = tuple(row["kv_heads"])
+        row |= {part: f"{row['fused']}.{part}" for part in "qkv" if row["fused"]}
         entries.update({name: Entry(name, **row) for name in group["types"]})
     refused = {name: group["reason"] for group in content["refused"] for name in group["types"]}
     return Table(entries, refused)
@@ -96,6 +102,8 @@ class Architecture:
     def allowed_kv_heads(self) -> list[int]:
         """Every number of key/value heads that all layers can be merged to, ascending; the last changes nothing."""
         counts = {layer.geometry.kv_heads for layer in self.layers}
+        if self.entry.kv_heads_flag:
+            return sorted({1, *counts})
         candidates = range(self.entry.kv_heads_multiple, max(counts) + 1, self.entry.kv_heads_multiple)
         return [n for n in candidates if all(count % n == 0 for count in counts if count > n)]
 
@@ -136,7 +144,9 @@ def set_kv_heads(config: dict[str, Any], entry: Entry, kv_heads: int) -> dict[st
     """A copy of `config` that asks for at most `kv_heads` key/value heads in every layer; other keys stay as they are."""
     changed = copy.deepcopy(config)
     for place, key in _counts(changed, entry):
-        if place.get(key) is None or place[key] > kv_heads:
+        if entry.kv_heads_flag:
+            place[key] = kv_heads == 1
+        elif place.get(key) is None or place[key] > kv_heads:
             place[key] = kv_heads
     return changed
 
@@ -159,8 +169,10 @@ def bind(config: dict[str, Any], tensors: Mapping[str, "Described"]) -> Architec
 
     Raises UpfitError for an unsupported model type, and when the tensors are not what the class wants.
     """
+    from upfit.convert.lens import seen_shapes
     from upfit.convert.skeleton import class_names
 
+    config, tensors = seen_shapes(config, tensors)
     entry = find_entry(family(config))
     names = class_names(config)
     probe = _probe(config, entry)
@@ -200,7 +212,7 @@ def _probe(config: dict[str, Any], entry: Entry) -> Probe:
         changed, counts = copy.deepcopy(config), []
         for place, key in _counts(changed, entry):
             current = place.get(key)
-            place[key] = other if current == small else small
+            place[key] = not current if entry.kv_heads_flag else other if current == small else small
             counts.append((current, place[key]))
         try:
             shapes = class_names(changed).shapes
@@ -268,9 +280,13 @@ def _layer(
                 raise UpfitError(f"the checkpoint has no tensor of shape {list(shapes[name])} for {name}; fetch it again")
     if f"{path}.{SINKS}" in disk:
         stored[SINKS] = disk[f"{path}.{SINKS}"]
-    head_dim, kv_heads = _head_dim(f"{path}.{entry.k}.weight", shapes, probe)
-    values = f"{path}.{entry.v}.weight"  # Gemma 4's wide layers have none: their values are the keys
-    v_head_dim = _head_dim(values, shapes, probe)[0] if values in shapes else head_dim
+    fused = names.fused.get(f"{path}.{entry.fused}")
+    if fused is not None:
+        head_dim, kv_heads, v_head_dim = fused.head_dim, fused.kv_heads, fused.head_dim
+    else:
+        head_dim, kv_heads = _head_dim(f"{path}.{entry.k}.weight", shapes, probe)
+        values = f"{path}.{entry.v}.weight"  # Gemma 4's wide layers have none: their values are the keys
+        v_head_dim = _head_dim(values, shapes, probe)[0] if values in shapes else head_dim
     heads = shapes[f"{path}.{entry.o}.weight"][1] // v_head_dim
     key, norm = f"{path}.{entry.k}.weight", stored.get("k_norm.weight")
     layout = "separate-head-norms" if norm and len(tensors[norm].shape) == 2 else entry.layout

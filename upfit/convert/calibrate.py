@@ -31,6 +31,7 @@ from upfit.convert.calibration import (
 from upfit.convert.checkpoint import Checkpoint, open_checkpoint, safetensors_dtype
 from upfit.convert.facts import Facts, understand, watch
 from upfit.convert.folders import find_source, sync_path
+from upfit.convert.lens import see
 from upfit.convert.safetensors_file import encode_header, read_header
 from upfit.convert.skeleton import quiet_transformers, vocabulary
 from upfit.convert.statistics import ROWS, add, observe, sample_rows
@@ -71,6 +72,7 @@ def calibrate(
         raise UpfitError(f"there is no folder {out.parent}; make it first")
     source, began = find_source(model, revision), time.monotonic()
     with open_checkpoint(source.path) as checkpoint:
+        checkpoint = see(checkpoint)
         architecture = bind(checkpoint.config, checkpoint.tensors)
         try:
             sample = sample_for(source.path, checkpoint, texts, tokens, length)

@@ -19,6 +19,8 @@ from upfit.errors import UpfitError
 if TYPE_CHECKING:
     import torch
 
+    from upfit.convert.recipe import Plan
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[\w.\-]+\.safetensors")
 MAX_JSON_BYTES = 64 * 2**20
@@ -61,6 +63,15 @@ class Checkpoint:
     @property
     def numel(self) -> int:
         return sum(info.numel for info in self.tensors.values())
+
+    @property
+    def passing(self) -> dict[str, TensorInfo]:
+        """The tensors that are written as they are, unless a rule writes or drops them."""
+        return self.tensors
+
+    def written(self, plan: "Plan") -> "Plan":
+        """A plan made for these tensors, as rules that write tensors of a file."""
+        return plan
 
     def info(self, name: str) -> TensorInfo:
         return self.tensors[name] if name in self.tensors else self.fitted[name]

@@ -14,6 +14,7 @@ from upfit.convert.architectures import Architecture, bind
 from upfit.convert.checkpoint import Checkpoint, open_checkpoint, read_config, safetensors_dtype
 from upfit.convert.engine import Planned, check_against_class, edit_dtype, outline, output_bytes, shape_changes
 from upfit.convert.folders import Source, check_output, copy_code, copy_side_files, find_source, scratch_folder, staged
+from upfit.convert.lens import see
 from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, find_merge
 from upfit.convert.verify import verify
 from upfit.convert.writer import split, write_shards
@@ -65,7 +66,7 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     with open_checkpoint(found.path) as checkpoint, scratch_folder(out) as scratch:
         job = _prepare(recipe, found, out, options, settings, checkpoint)
         preview: dict[str, Any] | None = None
-        bench, fit = Bench(found.path, checkpoint, job.architecture, scratch, output), job.plan.fit
+        bench, fit = Bench(found.path, job.checkpoint, job.architecture, scratch, output), job.plan.fit
         if fit is not None and not settings.dry_run:
             job = _fitted(job, fit, bench)
         elif fit is not None and fit.calibrated:
@@ -104,7 +105,7 @@ def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
         bench.output.note(f"not aligned: {reason}; the heads are averaged instead")
         plan = dataclasses.replace(fit.fallback, report={"not_aligned": str(reason)})
         checkpoint = job.checkpoint
-    plan, dtype = _with_dtype(plan, job.settings.dtype)
+    plan, dtype = _with_dtype(checkpoint.written(plan), job.settings.dtype)
     planned = outline(plan, checkpoint, dtype)
     check_against_class(plan, planned, job.architecture)
     return dataclasses.replace(job, plan=plan, planned=planned, checkpoint=checkpoint)
@@ -124,9 +125,10 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     if is_own(checkpoint.config) and recipe.name != MERGE:
         known = checkpoint.config["model_type"]
         raise UpfitError(f"{source.name} is of type {known} already; convert the model it was made from, or merge it first")
+    checkpoint = see(checkpoint)
     architecture = bind(checkpoint.config, checkpoint.tensors)
     unused = _check_source(source.path)
-    plan, dtype = _with_dtype(recipe.plan(architecture, options), settings.dtype)
+    plan, dtype = _with_dtype(checkpoint.written(recipe.plan(architecture, options)), settings.dtype)
     planned = outline(plan, checkpoint, dtype)
     check_against_class(plan, planned, architecture)
     fitted = sum(item.nbytes for item in planned if item.rule is not None) * FIT_FACTOR if plan.fit else 0

@@ -15,6 +15,8 @@ def check_decoder(architecture: "Architecture") -> None:
     from upfit.convert.skeleton import auto_class_for
 
     name = architecture.entry.model_type
+    if architecture.entry.fused:
+        raise UpfitError(f"{name} stores its queries, keys and values in one tensor, which is not supported here")
     if auto_class_for(architecture.config) is not AutoModelForCausalLM:
         raise UpfitError(f"{name} is not loaded by AutoModelForCausalLM; only decoder-only language models can be given this")
     for layer in architecture.layers:

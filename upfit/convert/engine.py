@@ -51,7 +51,7 @@ def outline(plan: Plan, checkpoint: Checkpoint, dtype: str | None) -> list[Plann
                 raise ValueError(f"{name!r} is written twice, the second time by rule {rule.label!r}")
             planned[name] = _computed(name, tensor, rule, checkpoint, dtype)
         dropped.update(rule.drops)
-    for name, info in checkpoint.tensors.items():
+    for name, info in checkpoint.passing.items():
         if name in planned or name in dropped:
             continue
         cast = dtype is not None and info.dtype in FLOATS and info.dtype != dtype
@@ -65,7 +65,8 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 
 def _computed(name: str, tensor: "Tensor", rule: Rule, checkpoint: Checkpoint, dtype: str | None) -> Planned:
     kind = dtype or safetensors_dtype(tensor.dtype)
-    source = name if name in checkpoint.tensors else next(read for read in rule.reads if read in checkpoint.tensors)
+    known = checkpoint.tensors
+    source = name if name in checkpoint.passing else next(read for read in rule.reads if read in known)
     return Planned(name, kind, tuple(tensor.shape), tensor.numel() * ITEM_BYTES[kind], source, rule)
 
 
@@ -77,8 +78,8 @@ def check_against_class(plan: Plan, planned: list[Planned], architecture: Archit
     """
     from upfit.convert.skeleton import class_names
 
-    source = class_names(architecture.config).shapes
-    target = class_names(plan.config)
+    source = class_names(architecture.config, stored=True).shapes
+    target = class_names(plan.config, stored=True)
     written = {}
     for item in planned:
         if item.rule is not None:
@@ -128,7 +129,7 @@ def shape_changes(planned: list[Planned], checkpoint: Checkpoint) -> list[dict[s
     rows = []
     for item in planned:
         if item.rule is not None:
-            before = checkpoint.tensors[item.name].shape if item.name in checkpoint.tensors else None
+            before = checkpoint.passing[item.name].shape if item.name in checkpoint.passing else None
             rows.append({"tensor": item.name, "before": before, "after": item.shape, "rule": item.rule.label})
     return rows
 

@@ -10,7 +10,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.convert.architectures import table
+from upfit.convert.fused import Apart, set_apart
 from upfit.errors import UpfitError
+from upfit.own import family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,9 +44,9 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def skeleton(config: dict[str, Any], meta: bool = True) -> "PreTrainedModel":
+def skeleton(config: dict[str, Any], meta: bool = True, stored: bool = False) -> "PreTrainedModel":
     """The model that transformers builds for this `config.json`, on the meta device (or, without `meta`, where torch is set
-    to).
+    to). Fused queries, keys and values are set apart in it; with `stored` they are left as they are stored.
 
     Raises UpfitError when transformers has no such class or the class refuses the config.
     """
@@ -65,6 +68,9 @@ def skeleton(config: dict[str, Any], meta: bool = True) -> "PreTrainedModel":
     except Exception as error:  # a class raises whatever it likes on a config that it does not understand
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UpfitError(f"transformers cannot build this {model_type} config: {reason}") from error
+    entry = table().entries.get(family(config))
+    if entry is not None and entry.fused and not stored:
+        set_apart(model, entry.fused, entry.o, entry.fused_by, entry.fused_transposed)
     return model
 
 
@@ -121,6 +127,7 @@ class Names:
         state = model.state_dict(keep_vars=True)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self.added = _said(model, "upfit_added")
+        self.fused = {path: module.arrangement for path, module in model.named_modules() if isinstance(module, Apart)}
         self.cached = _said(model, "upfit_cached") & self.shapes.keys()
         same: dict[int, list[str]] = {}
         for name, tensor in state.items():
@@ -144,14 +151,16 @@ def _said(model: "PreTrainedModel", what: str) -> set[str]:
     return {f"{path}.{name}" for path, module in model.named_modules() for name in getattr(module, what, ())}
 
 
-def class_names(config: dict[str, Any]) -> Names:
-    """Names and shapes of the class of this config. A conversion asks several times, and a large model takes seconds."""
-    return _class_names(json.dumps(config))
+def class_names(config: dict[str, Any], stored: bool = False) -> Names:
+    """Names and shapes of the class of this config, as it is seen or as it is `stored`. A conversion asks several times, and a
+    large model takes seconds."""
+    entry = table().entries.get(family(config))
+    return _class_names(json.dumps(config), stored and entry is not None and bool(entry.fused))
 
 
 @functools.lru_cache(maxsize=8)
-def _class_names(text: str) -> Names:
-    return Names(skeleton(json.loads(text)))
+def _class_names(text: str, stored: bool) -> Names:
+    return Names(skeleton(json.loads(text), stored=stored))
 
 
 def load_strictly(

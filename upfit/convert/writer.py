@@ -54,7 +54,7 @@ def split(planned: list[Planned], checkpoint: Checkpoint, max_bytes: int | None)
     order = {path: index for index, path in enumerate(checkpoint.files)}
 
     def place(item: Planned) -> tuple[int, bool, int]:
-        info = checkpoint.tensors[item.source]
+        info = checkpoint.info(item.source)
         return order[info.file], item.rule is not None or item.cast, info.start
 
     groups: list[list[Planned]] = []
@@ -142,7 +142,7 @@ def _runs(shard: Shard, checkpoint: Checkpoint) -> Iterable[tuple[Path, int, int
     for item in shard.items:
         if item.rule is not None or item.cast:
             continue
-        info, place = checkpoint.tensors[item.source], shard.offsets[item.name]
+        info, place = checkpoint.info(item.source), shard.offsets[item.name]
         if run and run[0] == info.file and run[2] == info.start and run[3] + run[2] - run[1] == place:
             run = (run[0], run[1], info.end, run[3])
             continue

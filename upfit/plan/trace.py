@@ -83,7 +83,7 @@ def trace(config: dict[str, Any], length: int, dtype: str) -> Trace:
     counter = _Counter()
     AttentionInterface.register(NAME, counter)
     with FakeTensorMode():
-        model = skeleton(_plain(config) | {"dtype": "float32"}, meta=False).train()
+        model = skeleton(_plain(config) | {"dtype": "float32"}, meta=False, stored=True).train()
         model.set_attn_implementation(NAME)
         weights = {parameter.untyped_storage()._cdata: parameter for parameter in model.parameters()}
         with _kept(weights) as found, FlopCounterMode(display=False) as flops, _autocast(dtype):

@@ -1,0 +1,194 @@
+"""A checkpoint seen as if it were stored otherwise: fused projections apart, or as the model of another family.
+
+Recipes, fits and calibration then work on what they know, and need not know how it is stored. Whatever they plan is taken
+back (`written`) to tensors of a file: those that nothing changed pass as bytes, wherever their bytes stayed the same.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from upfit.convert.checkpoint import Checkpoint, safetensors_dtype, torch_dtype
+from upfit.convert.fused import PARTS, Fused
+from upfit.convert.recipe import Plan, Rule
+from upfit.convert.safetensors_file import ITEM_BYTES, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from upfit.convert.architectures import Described
+
+
+@dataclass(frozen=True)
+class Made:
+    """A seen tensor that `rule` makes of stored ones; it belongs where the stored tensor `beside` lies."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    rule: Rule
+    beside: str
+
+
+@dataclass(frozen=True)
+class Lens:
+    """How stored tensors are seen. `same` names, for seen tensors whose bytes are stored as they are, the stored one; `made`
+    holds the others. `puts` are rules from seen tensors back to stored ones; without any, what is seen is what is written.
+    `said` tells the user of a change of family."""
+
+    config: dict[str, Any]
+    same: dict[str, str]
+    made: dict[str, Made]
+    puts: tuple[Rule, ...] = ()
+    said: str = ""
+
+    def shapes(self, tensors: "Mapping[str, Described]") -> "dict[str, Described]":
+        """What is seen of stored tensors that are only described."""
+        return {seen: tensors[stored] for seen, stored in self.same.items()} | dict(self.made)
+
+    def written(self, plan: Plan) -> Plan:
+        """`plan`, made for what is seen, as rules that write tensors of a file."""
+        if self.puts:
+            return replace(plan, rules=tuple(_put_back(rule, self.puts) for rule in plan.rules))
+        touched = {name for rule in plan.rules for name in (*rule.writes, *rule.drops)}
+        left = tuple(name for name in self.made if name not in touched)
+        exact, close = (plan.exact and not left, plan.close or (plan.exact and bool(left)))
+        notes = (self.said, *plan.notes) if self.said else plan.notes
+        return replace(plan, rules=plan.rules + tuple(map(_as_seen, left)), exact=exact, close=close, notes=notes)
+
+
+def _as_seen(name: str) -> Rule:
+    return Rule((name,), (name,), dict, "in the new architecture's form")
+
+
+def _put_back(rule: Rule, puts: tuple[Rule, ...]) -> Rule:
+    """One rule that does what `rule` does and then stores it as `puts` say."""
+    mine = tuple(put for put in puts if set(put.reads) & set(rule.writes))
+    beside = tuple(name for put in mine for name in put.reads if name not in rule.writes)
+    seen = {name for put in puts for name in put.reads}
+    plain = tuple(name for name in rule.writes if name not in seen)
+
+    def apply(tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        made = rule.apply({name: tensors[name] for name in rule.reads})
+        known = {**tensors, **made}
+        stored = {name: made[name] for name in plain}
+        for put in mine:
+            stored |= put.apply({name: known[name] for name in put.reads})
+        return stored
+
+    writes = (*plain, *(name for put in mine for name in put.writes))
+    return Rule(tuple(dict.fromkeys((*rule.reads, *beside))), writes, apply, rule.label, rule.drops)
+
+
+@dataclass(frozen=True)
+class Seen(Checkpoint):
+    """An opened checkpoint through a lens."""
+
+    under: Checkpoint = field(kw_only=True)
+    lens: Lens = field(kw_only=True)
+    _last: dict[str, Any] = field(default_factory=dict, repr=False)  # the tensors made last, for their neighbours
+
+    @property
+    def nbytes(self) -> int:
+        return self.under.nbytes
+
+    @property
+    def numel(self) -> int:
+        return self.under.numel
+
+    @property
+    def passing(self) -> dict[str, TensorInfo]:
+        return self.under.passing if self.lens.puts else self.tensors
+
+    def written(self, plan: Plan) -> Plan:
+        return self.under.written(self.lens.written(plan))
+
+    def info(self, name: str) -> TensorInfo:
+        known = name in self.tensors or name in self.fitted
+        return super().info(name) if known else self.under.info(name)
+
+    def read(self, name: str) -> "torch.Tensor":
+        made = self.lens.made.get(name)
+        if made is None:
+            stored = self.lens.same.get(name)
+            return super().read(name) if name in self.fitted else self.under.read(stored or name)
+        if name not in self._last:
+            found = made.rule.apply({stored: self.under.read(stored) for stored in made.rule.reads})
+            self._last.clear()
+            self._last.update(found)
+        return self._last.pop(name)
+
+
+def see(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as recipes want it: itself, where its family stores what it is."""
+    lens = apart(checkpoint.config, checkpoint.tensors)
+    return checkpoint if lens is None else _through(lens, checkpoint)
+
+
+def seen_shapes(config: dict[str, Any], tensors: "Mapping[str, Described]") -> "tuple[dict[str, Any], Mapping[str, Described]]":
+    """`see`, of tensors that are only described."""
+    lens = apart(config, tensors)
+    return (config, tensors) if lens is None else (lens.config, lens.shapes(tensors))
+
+
+def _through(lens: Lens, under: Checkpoint) -> Seen:
+    tensors = {name: replace(under.tensors[stored], name=name) for name, stored in lens.same.items()}
+    for name, made in lens.made.items():
+        place = under.tensors[made.beside]
+        nbytes = math.prod(made.shape) * ITEM_BYTES[made.dtype]
+        tensors[name] = TensorInfo(name, made.dtype, made.shape, place.file, place.start, place.start + nbytes)
+    return Seen(
+        *(under.folder, lens.config, tensors, under.files, under.fitted, under._descriptors, under._lock),
+        under=under,
+        lens=lens,
+    )
+
+
+def make(rules: tuple[Rule, ...], tensors: "Mapping[str, Described]") -> dict[str, Made]:
+    """What `rules` make of stored tensors, found by running them without values."""
+    import torch
+
+    made = {}
+    for rule in rules:
+        given = {n: torch.empty(tensors[n].shape, dtype=torch_dtype(tensors[n].dtype), device="meta") for n in rule.reads}
+        for name, tensor in rule.apply(given).items():
+            made[name] = Made(safetensors_dtype(tensor.dtype), tuple(tensor.shape), rule, rule.reads[0])
+    return made
+
+
+def apart(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | None:
+    """The lens that shows fused queries, keys and values apart; None where nothing is fused."""
+    from upfit.convert.skeleton import class_names
+
+    arrangements = class_names(config).fused
+    stored = class_names(config, stored=True) if arrangements else None
+    gets, puts = [], []
+    for name, info in tensors.items():
+        if stored is None:
+            break
+        module, _, kind = stored.module_name(name).rpartition(".")
+        if module in arrangements and stored.shapes.get(f"{module}.{kind}") == tuple(info.shape):
+            parts = tuple(f"{name.removesuffix(kind)}{part}.{kind}" for part in PARTS)
+            gets.append(_get(name, parts, arrangements[module]))
+            puts.append(_put(name, parts, arrangements[module]))
+    if not gets:
+        return None
+    fused = {name for rule in gets for name in rule.reads}
+    return Lens(config, {n: n for n in tensors if n not in fused}, make(tuple(gets), tensors), tuple(puts))
+
+
+def _get(name: str, parts: tuple[str, ...], arrangement: Fused) -> Rule:
+    def apply(tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        return dict(zip(parts, arrangement.split(tensors[name]), strict=True))
+
+    return Rule((name,), parts, apply, "apart")
+
+
+def _put(name: str, parts: tuple[str, ...], arrangement: Fused) -> Rule:
+    def apply(tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        q, k, v = (tensors[part] for part in parts)
+        width = arrangement.head_dim
+        now = replace(arrangement, heads=q.shape[0] // width, kv_heads=k.shape[0] // width)
+        return {name: now.join(q, k, v)}
+
+    return Rule(parts, (name,), apply, "fused")
