@@ -6,7 +6,7 @@ in something that matters here; the full run covers them all.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,22 @@ class Case:
     inputs: dict[str, torch.Tensor]
     architecture: Architecture
     scratch: Path
+    known: dict[Path, torch.Tensor] = field(default_factory=dict)
 
     def logits(self, folder: Path) -> torch.Tensor:
-        """Plain transformers, strict: nothing missing, left over or mismatched."""
+        """Plain transformers, strict: nothing missing, left over or mismatched. Folders do not change, so each is run once."""
+        if folder not in self.known:
+            self.known[folder] = self._logits(folder)
+        return self.known[folder]
+
+    def trials(self, recipe: Recipe) -> list[tuple[int, Any]]:
+        """(number, options): all for an everyday type; of the others the first and one more, which differs from type to type."""
+        found = list(enumerate(recipe.trials(self.architecture)))
+        if self.model_type in EVERYDAY or len(found) < 3:
+            return found
+        return [found[0], found[1 + sum(map(ord, self.model_type)) % (len(found) - 1)]]
+
+    def _logits(self, folder: Path) -> torch.Tensor:
         model, info = auto_class(self.model_type).from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
         problems = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
         assert not problems
@@ -122,7 +135,7 @@ def test_identity(case: Case, recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("recipe", find_recipes().values(), ids=lambda recipe: recipe.name)
 def test_dry_is_real_and_stock_loads_it(case: Case, recipe: Recipe) -> None:
-    for number, options in enumerate(recipe.trials(case.architecture)):
+    for number, options in case.trials(recipe):
         with open_checkpoint(case.folder) as stored:
             checkpoint = see(stored)
             planned = outline(checkpoint.written(recipe.plan(case.architecture, options)), checkpoint, None)
@@ -136,7 +149,7 @@ def test_dry_is_real_and_stock_loads_it(case: Case, recipe: Recipe) -> None:
 @pytest.mark.parametrize("recipe", find_recipes().values(), ids=lambda recipe: recipe.name)
 def test_the_cache_is_as_told(case: Case, recipe: Recipe) -> None:
     """The head counts that `show` reads from the result are those that were asked for, or the source's."""
-    for number, options in enumerate(recipe.trials(case.architecture)):
+    for number, options in case.trials(recipe):
         with open_checkpoint(case.converted(recipe, options, f"{recipe.name}-{number}")) as checkpoint:
             after = bind(checkpoint.config, checkpoint.tensors)
         wanted = getattr(options, "kv_heads", 1 if recipe.name == "mqa" else case.architecture.kv_heads)

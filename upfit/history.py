@@ -4,6 +4,7 @@ Every verb that writes a folder appends a step to what the source folder already
 the uptrainer finds its teacher in it, so it is written by the same code that writes the weights.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -22,6 +23,11 @@ PACKAGES = ("upfit", "torch", "transformers", "accelerate", "safetensors", "nump
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that shape a result, for those that are installed."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
