@@ -12,6 +12,7 @@ import pytest
 
 from tests.folders import save_tiny
 from upfit.cli.conversions import parse_size
+from upfit.convert.listing import NOT_LOOKED_AT
 from upfit.errors import UpfitError
 from upfit.options import as_flags, parse_count, parse_share
 
@@ -85,7 +86,9 @@ def test_usage_errors_exit_2(words: list[str]) -> None:
 def test_list_and_env() -> None:
     told = json.loads(upfit("list", "--json").stdout)
     assert {"gqa", "mqa"} <= {recipe["name"] for recipe in told["recipes"]}
-    assert "llama" in told["architectures"] and "deepseek_v3" in told["refused"]
+    types = told["model_types"]
+    assert types["llama"]["how"] == "supported" and "latent" in types["deepseek_v3"]["why"] and types["vit"]["why"]
+    assert not [name for name, one in types.items() if one.get("why") == NOT_LOOKED_AT], "the table lacks types"
     assert json.loads(upfit("env", "--json").stdout)["upfit"]
 
 

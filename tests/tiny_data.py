@@ -78,6 +78,8 @@ SIZES: dict[str, Any] = {
     "layerdrop": 0.0,
     "max_source_positions": 64,
     "num_position_embeddings": 16,
+    "projector_hidden_size": 32,
+    "alignment_intermediate_size": 64,
 }
 
 # Every kind of layer that a default configuration names appears once in the tiny one.
@@ -124,6 +126,54 @@ _GRANITE_SPEECH = {
 
 # Layers that alternate by position, lists that must have a certain length, keys that must agree with each other.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "chameleon": {
+        "vocabulary_map": {"<image>": 100},
+        "vq_config": {
+            "embed_dim": 8,
+            "latent_channels": 8,
+            "num_embeddings": 16,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+        },
+    },
+    "cohere_compass": {
+        "text_config": _SLIDING_FULL | {"rope_parameters": {"sliding_attention": _MROPE, "full_attention": _MROPE}},
+        "vision_config": {"deepstack_visual_indexes": [0]},
+    },
+    "cosmos3_edge": {"text_config": {"rope_parameters": _MROPE}},
+    "ernie4_5_vl_moe": {
+        "text_config": {"moe_intermediate_size": [16, 16], "rope_parameters": _MROPE | {"mrope_section": [1, 1, 2]}}
+    },
+    "glm46v": {"text_config": {"rope_parameters": _MROPE}},
+    "glm4v": {"text_config": {"rope_parameters": _MROPE}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _MROPE | {"partial_rotary_factor": 1.0}}},
+    "glm_ocr": {"text_config": {"rope_parameters": _MROPE}},
+    "glmga": {"text_config": {"rope_parameters": _MROPE}},
+    "janus": {
+        "vision_config": {"projection_dim": 32, "num_image_tokens": 4},
+        "vq_config": {
+            "embed_dim": 8,
+            "num_embeddings": 16,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "image_token_embed_dim": 32,
+            "projection_dim": 32,
+            "num_patches": 2,
+            "latent_channels": 32,
+        },
+    },
+    "paddleocr_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "qwen2_5_omni_thinker": {
+        "text_config": {"rope_parameters": _MROPE},
+        "vision_config": {"fullatt_block_indexes": [0]},
+        "audio_config": {"output_dim": 32},
+    },
+    "qwen2_5_vl": {"text_config": {"rope_parameters": _MROPE}, "vision_config": {"fullatt_block_indexes": [0]}},
+    "qwen2_vl": {"text_config": {"rope_parameters": _MROPE}, "vision_config": {"embed_dim": 32}},
+    "muse_glimmer": {"vision_config": {"pos_emb_height": 4, "pos_emb_width": 4}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2, "max_img_size": 64}},
     "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1, 2]},
     "canary": {"encoder_config": _PARAKEET},
     "cohere_asr": {"encoder_config": _PARAKEET},
@@ -276,7 +326,15 @@ KV_HEADS: dict[str, tuple[str, ...]] = {
 }
 
 _ALL_SHARED = "no k_proj of its own: every layer reuses the keys of another model, which forward needs; 5.23 cannot build it"
+_TIMM = "its vision tower is a timm model and timm is not a dependency"
+_INCOMPLETE = "its default configuration is not complete, and says too little to make a small one"
 UNBUILDABLE: dict[str, str] = {
+    "deepseek_ocr2": _INCOMPLETE,
+    "fast_vlm": _TIMM,
+    "granite4_vision": _INCOMPLETE,
+    "hunyuan_vl": _INCOMPLETE,
+    "muse_spark": _INCOMPLETE,
+    "perception_lm": _TIMM,
     "gemma3n": "its vision tower is a timm model and timm is not a dependency (gemma3n_text covers the text part)",
     "gemma4_assistant": _ALL_SHARED,
     "gemma4_unified_assistant": _ALL_SHARED,
@@ -291,18 +349,24 @@ UNGROUPABLE: dict[str, str] = {
 }
 
 _NAMES = """
-    afmoe apertus arcee aria_text audioflamingo3 bamba beam bitnet canary cohere cohere2 cohere2_moe cohere_asr
-    cohere_compass_text cwm dbrx dia diffllama dots1 emu3 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 flex_olmo
-    flint fun_asr_nano gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_assistant gemma4_text
-    gemma4_unified gemma4_unified_assistant gemma4_unified_text glm glm4 glm4_moe glmasr got_ocr2 gpt_bigcode gpt_oss granite
-    granite_speech granite_speech_plus granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium
-    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jamba kolibri1 kyutai_speech_to_text laguna
-    lfm2 lfm2_moe lfm3 llama llama4 llama4_text mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text ministral
-    ministral3 mistral mixtral mllama moonshine moonshine_streaming moshi moss_transcribe_diarize musicflamingo nanochat
-    nemo_speechlm nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe phi phi3 phi4_multimodal phimoe qwen2 qwen2_audio
-    qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_asr qwen3_moe qwen3_next qwen4_exp qwen4_exp_text
-    recurrent_gemma seed_oss smollm3 solar_open stablelm starcoder2 t5gemma t5gemma2 vaultgemma vibevoice vibevoice_asr
-    voxtral voxtral_realtime zamba zamba2
+    afmoe apertus arcee aria aria_text audioflamingo3 aya_vision bamba beam bitnet canary chameleon cohere cohere2
+    cohere2_moe cohere2_vision cohere_asr cohere_compass cohere_compass_text cosmos3_edge cosmos3_omni cwm dbrx deepseek_ocr2
+    deepseek_vl deepseek_vl_hybrid dia diffllama dots1 emu3 ernie4_5 ernie4_5_moe ernie4_5_vl_moe exaone4 exaone4_5
+    exaone_moe falcon falcon_h1 fast_vlm flex_olmo flint fun_asr_nano gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text
+    gemma4 gemma4_assistant gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text glm glm4 glm46v glm4_moe
+    glm4v glm4v_moe glm_ocr glmasr glmga got_ocr2 gpt_bigcode gpt_oss granite granite4_vision granite_docling granite_speech
+    granite_speech_plus granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe hunyuan_vl hy_v3 hyperclovax hyperclovax_vision_v2 idefics2 idefics3 internlm3 internvl iquestcoder jais2
+    jamba janus kolibri1 kyutai_speech_to_text laguna lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl lighton_ocr llama llama4 llama4_text
+    llava llava_next llava_next_video llava_onevision mellum mimo_v2_flash minicpm_ocr minicpmv4_6 minicpmv4_7 minimax
+    minimax_m2 minimax_m3_vl minimax_m3_vl_text ministral ministral3 mistral mistral3 mixtral mllama moonshine
+    moonshine_streaming moshi moss_transcribe_diarize muse_glimmer muse_spark musicflamingo nanochat nemo_speechlm nemotron
+    nemotron_h nemotron_h_omni olmo olmo2 olmo3 olmo_hybrid olmoe ovis2 paddleocr_vl paligemma perception_lm phi phi3
+    phi4_multimodal phimoe pp_chart2table qianfan_ocr qwen2 qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl
+    qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_asr qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl
+    qwen3_vl_moe qwen4_exp qwen4_exp_text recurrent_gemma seed_oss smollm3 smolvlm solar_open stablelm starcoder2 step3p7
+    t5gemma t5gemma2 unlimited_ocr vaultgemma vibevoice vibevoice_asr video_llama_3 video_llava vipllava voxtral
+    voxtral_realtime zamba zamba2
 """
 
 MODEL_TYPES: tuple[str, ...] = tuple(_NAMES.split())

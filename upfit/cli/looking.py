@@ -13,15 +13,18 @@ from upfit.output import Output
 @app.command("list")
 def list_command(as_json: Json = False) -> None:
     """Recipes, and the architectures they apply to."""
-    from upfit.convert.architectures import table
+    from upfit.convert.listing import model_types
 
-    output, known = Output(as_json), table()
+    output, types = Output(as_json), model_types()
+    known = [name for name, told in types.items() if told["how"] != "refused"]
     recipes = [{"name": r.name, "summary": r.summary, "paper": r.paper} for r in find_recipes().values()]
-    output.json({"recipes": recipes, "architectures": sorted(known.entries), "refused": dict(sorted(known.refused.items()))})
+    output.json({"recipes": recipes, "model_types": types})
     for recipe in recipes:
         output.line(f"{recipe['name']:6} {recipe['summary']}\n       {recipe['paper']}")
-    output.line(f"\n{len(known.entries)} architectures: {', '.join(sorted(known.entries))}")
-    output.line(f"\n{len(known.refused)} model types are refused, each with its reason (--json lists them).")
+    output.line(f"\n{len(known)} architectures: {', '.join(known)}")
+    output.line(
+        f"\n{len(types) - len(known)} more model types of transformers are refused, each with its reason (--json lists them)."
+    )
 
 
 @app.command()

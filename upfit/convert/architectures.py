@@ -9,7 +9,7 @@ import copy
 import functools
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -46,6 +46,7 @@ class Entry:
     k_norm: str
     layout: str
     kv_heads_multiple: int
+    nested: str  # config key of the language model inside, whose own type tells the rest; empty for a language model
     kv_heads_flag: bool  # the config key says whether there is one, not how many
     fused: str  # the module that holds q, k and v in one; they are then seen as its children
     fused_by: "By"
@@ -80,6 +81,25 @@ def find_entry(model_type: str) -> Entry:
     if model_type in known.refused:
         raise UpfitError(f"{model_type} cannot be converted: {known.refused[model_type]}")
     raise UpfitError(f"unknown architecture {model_type!r}; `upfit list` shows the {len(known.entries)} that can be converted")
+
+
+def entry_for(config: dict[str, Any]) -> Entry:
+    """The row for this `config.json`; where a language model is nested in it, that model's row with the outer model's name.
+
+    Raises UpfitError, with the reason, for a model type that cannot be converted.
+    """
+    entry = find_entry(family(config))
+    if not entry.nested:
+        return entry
+    inside = config.get(entry.nested)
+    model_type = inside.get("model_type") if isinstance(inside, dict) else None
+    known = table()
+    if model_type in known.refused:
+        raise UpfitError(
+            f"this {entry.model_type} cannot be converted, for its language model is {model_type}: {known.refused[model_type]}"
+        )
+    inner = known.entries.get(str(model_type), entry)  # one that is only ever nested has no row of its own
+    return replace(inner, model_type=entry.model_type, kv_heads=tuple(f"{entry.nested}.{key}" for key in inner.kv_heads))
 
 
 @dataclass(frozen=True)
@@ -173,7 +193,7 @@ def bind(config: dict[str, Any], tensors: Mapping[str, "Described"]) -> Architec
     from upfit.convert.skeleton import class_names
 
     config, tensors = seen_shapes(config, tensors)
-    entry = find_entry(family(config))
+    entry = entry_for(config)
     names = class_names(config)
     probe = _probe(config, entry)
     disk = disk_names(names, tensors)

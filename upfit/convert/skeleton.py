@@ -10,10 +10,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upfit.convert.architectures import table
+from upfit.convert.architectures import Entry, entry_for
 from upfit.convert.fused import Apart, set_apart
 from upfit.errors import UpfitError
-from upfit.own import family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,8 +67,8 @@ def skeleton(config: dict[str, Any], meta: bool = True, stored: bool = False) ->
     except Exception as error:  # a class raises whatever it likes on a config that it does not understand
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UpfitError(f"transformers cannot build this {model_type} config: {reason}") from error
-    entry = table().entries.get(family(config))
-    if entry is not None and entry.fused and not stored:
+    entry = None if stored else _known_entry(config)
+    if entry is not None and entry.fused:
         set_apart(model, entry.fused, entry.o, entry.fused_by, entry.fused_transposed)
     return model
 
@@ -154,8 +153,15 @@ def _said(model: "PreTrainedModel", what: str) -> set[str]:
 def class_names(config: dict[str, Any], stored: bool = False) -> Names:
     """Names and shapes of the class of this config, as it is seen or as it is `stored`. A conversion asks several times, and a
     large model takes seconds."""
-    entry = table().entries.get(family(config))
-    return _class_names(json.dumps(config), stored and entry is not None and bool(entry.fused))
+    entry = _known_entry(config) if stored else None
+    return _class_names(json.dumps(config), entry is not None and bool(entry.fused))
+
+
+def _known_entry(config: dict[str, Any]) -> "Entry | None":
+    try:
+        return entry_for(config)
+    except UpfitError:  # models that cannot be converted can still be built
+        return None
 
 
 @functools.lru_cache(maxsize=8)

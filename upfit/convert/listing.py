@@ -1,0 +1,33 @@
+"""What can be converted, told of every model type of the installed transformers."""
+
+from typing import Any
+
+from upfit.convert.architectures import table
+from upfit.own import code_files
+
+NO_LANGUAGE = "transformers has no class for it that writes text"
+NOT_LOOKED_AT = "nobody has looked at it yet"
+
+
+def model_types() -> dict[str, dict[str, Any]]:
+    """model type → `how` (supported or refused) and `why`, for the types of the table and all others that transformers knows."""
+    from transformers import CONFIG_MAPPING
+
+    known = table()
+    found: dict[str, dict[str, Any]] = {name: {"how": "supported"} for name in known.entries}
+    found |= {name: {"how": "refused", "why": reason} for name, reason in known.refused.items()}
+    writing = _writing()
+    for name in set(CONFIG_MAPPING) - set(code_files()):
+        found.setdefault(name, {"how": "refused", "why": NOT_LOOKED_AT if name in writing else NO_LANGUAGE})
+    return dict(sorted(found.items()))
+
+
+def _writing() -> set[str]:
+    """Model types that an auto class of language models loads."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    from upfit.convert.skeleton import AUTO_CLASSES
+
+    mappings = [getattr(transformers, name)._model_mapping for name in AUTO_CLASSES if hasattr(transformers, name)]
+    return {name for name, config in CONFIG_MAPPING.items() if any(config in mapping for mapping in mappings)}
