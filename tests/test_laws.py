@@ -62,7 +62,7 @@ class Case:
         return self.known[folder]
 
     def trials(self, recipe: Recipe) -> list[tuple[int, Any]]:
-        """(number, options): all for an everyday type; of the others the first and one more, which differs from type to type."""
+        """(number, options): all for an everyday type; of the others the first and one more, another from type to type."""
         found = list(enumerate(recipe.trials(self.architecture)))
         if self.model_type in EVERYDAY or len(found) < 3:
             return found

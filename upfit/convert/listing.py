@@ -10,7 +10,7 @@ NOT_LOOKED_AT = "nobody has looked at it yet"
 
 
 def model_types() -> dict[str, dict[str, Any]]:
-    """model type → `how` (supported or refused) and `why`, for the types of the table and all others that transformers knows."""
+    """model type → `how` (supported or refused) and `why`, for every type of the table and all others of transformers."""
     from transformers import CONFIG_MAPPING
 
     known = table()
@@ -25,9 +25,9 @@ def model_types() -> dict[str, dict[str, Any]]:
 def _writing() -> set[str]:
     """Model types that an auto class of language models loads."""
     import transformers
-    from transformers import CONFIG_MAPPING
 
     from upfit.convert.skeleton import AUTO_CLASSES
 
-    mappings = [getattr(transformers, name)._model_mapping for name in AUTO_CLASSES if hasattr(transformers, name)]
-    return {name for name, config in CONFIG_MAPPING.items() if any(config in mapping for mapping in mappings)}
+    # By names alone: asking for the config classes would import every model there is.
+    mappings = [getattr(transformers, name)._model_mapping._model_mapping for name in AUTO_CLASSES]
+    return {name for mapping in mappings for name in mapping}
