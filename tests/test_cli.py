@@ -85,7 +85,8 @@ def test_usage_errors_exit_2(words: list[str]) -> None:
 def test_list_and_env() -> None:
     told = json.loads(upfit("list", "--json").stdout)
     assert {"gqa", "mqa"} <= {recipe["name"] for recipe in told["recipes"]}
-    assert "llama" in told["architectures"] and "deepseek_v3" in told["refused"]
+    assert "llama" in told["architectures"] and "t5" in told["own_class"] and "llama" not in told["own_class"]
+    assert "deepseek_v3" in told["refused"]
     assert json.loads(upfit("env", "--json").stdout)["upfit"]
 
 

@@ -17,10 +17,13 @@ def list_command(as_json: Json = False) -> None:
 
     output, known = Output(as_json), table()
     recipes = [{"name": r.name, "summary": r.summary, "paper": r.paper} for r in find_recipes().values()]
-    output.json({"recipes": recipes, "architectures": sorted(known.entries), "refused": dict(sorted(known.refused.items()))})
+    own = [name for name in sorted(known.entries) if known.entries[name].own]
+    refused = dict(sorted(known.refused.items()))
+    output.json({"recipes": recipes, "architectures": sorted(known.entries), "own_class": own, "refused": refused})
     for recipe in recipes:
         output.line(f"{recipe['name']:6} {recipe['summary']}\n       {recipe['paper']}")
     output.line(f"\n{len(known.entries)} architectures: {', '.join(sorted(known.entries))}")
+    output.line(f"\n{len(own)} of them need a class of ours for fewer heads: {', '.join(own)}")
     output.line(f"\n{len(known.refused)} model types are refused, each with its reason (--json lists them).")
 
 
