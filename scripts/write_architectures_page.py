@@ -14,7 +14,8 @@ PAGE = ROOT / "docs" / "architectures.md"
 
 def page() -> str:
     known = table()
-    tested, untested = sorted(set(BUILDABLE) - set(UNGROUPABLE)), sorted(set(UNBUILDABLE) & set(known.entries))
+    own = [name for name in sorted(known.entries) if known.entries[name].own]
+    tested, untested = sorted(set(BUILDABLE) - set(UNGROUPABLE) - set(own)), sorted(set(UNBUILDABLE) & set(known.entries))
     reasons: dict[str, list[str]] = {}
     for name, reason in known.refused.items():
         reasons.setdefault(reason, []).append(name)
@@ -28,6 +29,14 @@ def page() -> str:
         "The laws run on a tiny model of each: identity bit for bit, dry run = real run, strict loading, round trip.",
         "",
         ", ".join(tested),
+        "",
+        f"## Tested, as a class of ours ({len(own)})",
+        "",
+        "transformers has no class of these families with fewer key/value heads, so `gqa` and `mqa` write our own "
+        "([what that means](convert.md#our-own-class)); of encoder-decoders the decoder is changed. The same laws run, and "
+        "those of a cache.",
+        "",
+        ", ".join(own),
         "",
         f"## Supported by the same rule, not tested ({len(untested)})",
         "",

@@ -87,7 +87,12 @@ def test_list_and_env() -> None:
     told = json.loads(upfit("list", "--json").stdout)
     assert {"gqa", "mqa"} <= {recipe["name"] for recipe in told["recipes"]}
     types = told["model_types"]
-    assert types["llama"]["how"] == "supported" and "latent" in types["deepseek_v3"]["why"] and types["vit"]["why"]
+    assert (
+        types["llama"]["how"] == "supported"
+        and types["t5"]["how"] == "own class"
+        and "latent" in types["deepseek_v3"]["why"]
+        and types["vit"]["why"]
+    )
     assert not [name for name, one in types.items() if one.get("why") == NOT_LOOKED_AT], "the table lacks types"
     assert json.loads(upfit("env", "--json").stdout)["upfit"]
 

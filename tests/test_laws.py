@@ -24,8 +24,11 @@ from upfit.convert.recipe import Recipe, find_recipes
 from upfit.errors import UpfitError
 from upfit.output import Output
 
-# Plain, biases, per-head norm, full-width norm, sinks, interleaved rotary, partial rotary, fused, hybrid, nested config.
-EVERYDAY = ("llama", "qwen2", "qwen3", "olmo2", "gpt_oss", "cohere", "phi", "phi3", "qwen3_next", "voxtral")
+# Plain, biases, per-head norm, full-width norm, sinks, interleaved rotary, partial rotary, fused, hybrid, nested config, our
+# own class.
+EVERYDAY = (
+    "llama", "qwen2", "qwen3", "olmo2", "gpt_oss", "cohere", "phi", "phi3", "qwen3_next", "voxtral", "t5", "whisper",
+)  # fmt: skip
 QUIET = Output(quiet=True)
 
 

@@ -56,11 +56,12 @@ def auto_class(model_type: str) -> Any:
     """The auto class that loads a checkpoint of this type without changing its type.
 
     AutoModelForCausalLM maps some multimodal types to a class for their text part only, which would be saved as another
-    type: the first class that takes the whole configuration is better.
+    type: the first class that takes the whole configuration is better. Of encoder-decoders it has the decoder alone.
     """
     config_class = CONFIG_MAPPING[model_type]
     mappings = {name: getattr(modeling_auto, mapping) for name, mapping in _AUTO_CLASSES.items()}
     known = [name for name, mapping in mappings.items() if config_class in mapping]
+    known.sort(key=lambda name: name == "AutoModelForCausalLM" and config_class().is_encoder_decoder)
     whole = [name for name in known if mappings[name][config_class].config_class is config_class]
     return getattr(transformers, (whole or known)[0])
 

@@ -80,6 +80,22 @@ SIZES: dict[str, Any] = {
     "num_position_embeddings": 16,
     "projector_hidden_size": 32,
     "alignment_intermediate_size": 64,
+    # Encoder-decoders and older decoders
+    "d_kv": 8,
+    "d_ff": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 32,
+    "n_heads": 4,
+    "n_layers": 2,
+    "n_positions": 128,
+    "max_seq_len": 128,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "max_target_positions": 64,
 }
 
 # Every kind of layer that a default configuration names appears once in the tiny one.
@@ -217,6 +233,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": _GEMMA4_TEXT,
     "got_ocr2": {"vision_config": {"output_channels": 8, "global_attn_indexes": [1], "mlp_dim": 48, "window_size": 2}},
     "gpt_bigcode": {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "multi_query": False},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
     "granite_speech": _GRANITE_SPEECH,
     "granite_speech_plus": _GRANITE_SPEECH,
     "granitemoehybrid": _LINEAR_FULL,
@@ -279,11 +296,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QWEN4_TEXT,
     "recurrent_gemma": {"num_hidden_layers": 4, "block_types": ["recurrent", "attention"]},
     "smollm3": {"no_rope_layer_interval": 2},
+    "speech_to_text": {"input_feat_per_channel": 16, "conv_channels": 32},
     "vibevoice": {
         "audio_config": _CODEC,
         "semantic_model_config": _CODEC,
         "diffusion_head_config": {"latent_size": 8},
     },
+    "xglm": {"attention_heads": 4, "ffn_dim": 48},
     "vibevoice_asr": {"acoustic_tokenizer_encoder_config": _CODEC, "semantic_tokenizer_encoder_config": _CODEC},
 }
 
@@ -301,10 +320,15 @@ INPUTS: dict[str, dict[str, tuple[int, ...]]] = {
     "mllama": {"input_ids": _TOKENS, "cross_attention_states": (2, 5, 32)},
     "moonshine": {"input_values": _WAVE, "decoder_input_ids": _TOKENS},
     "moonshine_streaming": {"input_values": _WAVE, "decoder_input_ids": _TOKENS},
-    "t5gemma": {"input_ids": _TOKENS, "decoder_input_ids": _TOKENS},
-    "t5gemma2": {"input_ids": _TOKENS, "decoder_input_ids": _TOKENS},
+    "speech_to_text": {"input_features": _AUDIO, "decoder_input_ids": _TOKENS},
     "voxtral_realtime": {"input_ids": _TOKENS, "input_features": (2, 16, 96)},
+    "whisper": {"input_features": (2, 16, 128), "decoder_input_ids": _TOKENS},
 }
+_TEXT_TO_TEXT = """
+    bart bigbird_pegasus blenderbot blenderbot-small led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus pegasus_x plbart
+    pop2piano switch_transformers t5 t5gemma t5gemma2 umt5
+"""
+INPUTS |= dict.fromkeys(_TEXT_TO_TEXT.split(), {"input_ids": _TOKENS, "decoder_input_ids": _TOKENS})
 
 # Where the text-level keys live, if neither in text_config nor at the top.
 TEXT_LEVELS: dict[str, tuple[str, ...]] = {
@@ -368,5 +392,10 @@ _NAMES = """
     t5gemma t5gemma2 unlimited_ocr vaultgemma vibevoice vibevoice_asr video_llama_3 video_llava vipllava voxtral
     voxtral_realtime zamba zamba2
 """
+# Those that become our own class.
+_OWN = """
+    bart bigbird_pegasus biogpt blenderbot blenderbot-small gpt_neo led longt5 m2m_100 marian mbart mt5 mvp nllb-moe opt
+    pegasus pegasus_x plbart pop2piano speech_to_text switch_transformers t5 trocr umt5 whisper xglm
+"""
 
-MODEL_TYPES: tuple[str, ...] = tuple(_NAMES.split())
+MODEL_TYPES: tuple[str, ...] = (*_NAMES.split(), *_OWN.split())

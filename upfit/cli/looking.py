@@ -13,7 +13,7 @@ from upfit.output import Output
 @app.command("list")
 def list_command(as_json: Json = False) -> None:
     """Recipes, and the architectures they apply to."""
-    from upfit.convert.listing import model_types
+    from upfit.convert.listing import OWN, model_types
 
     output, types = Output(as_json), model_types()
     known = [name for name, told in types.items() if told["how"] != "refused"]
@@ -22,6 +22,8 @@ def list_command(as_json: Json = False) -> None:
     for recipe in recipes:
         output.line(f"{recipe['name']:6} {recipe['summary']}\n       {recipe['paper']}")
     output.line(f"\n{len(known)} architectures: {', '.join(known)}")
+    own = [name for name in known if types[name]["how"] == OWN]
+    output.line(f"\n{len(own)} of them need a class of ours for fewer heads: {', '.join(own)}")
     output.line(
         f"\n{len(types) - len(known)} more model types of transformers are refused, each with its reason (--json lists them)."
     )

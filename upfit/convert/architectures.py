@@ -14,6 +14,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, Protocol
 
 from upfit.convert.attention import Geometry, Layer
+from upfit.convert.own_class import KV_HEADS, as_own
 from upfit.convert.safetensors_file import ITEM_BYTES
 from upfit.errors import UpfitError
 from upfit.own import family
@@ -34,7 +35,10 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the table. `q`, `k`, ... are module names inside the attention module; `kv_heads` are config paths."""
+    """One row of the table. `q`, `k`, ... are module names inside the attention module; `kv_heads` are config paths.
+
+    `own` says how the family's code is written, where it needs our class to have fewer key/value heads (`own_class.py`).
+    """
 
     model_type: str
     kv_heads: tuple[str, ...]
@@ -51,6 +55,9 @@ class Entry:
     fused: str  # the module that holds q, k and v in one; they are then seen as its children
     fused_by: "By"
     fused_transposed: bool
+    own: str
+    heads: str
+    inside: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def table() -> Table:
     entries = {}
     for group in content["group"]:
         row = {**content["default"], **{key: value for key, value in group.items() if key != "types"}}
-        row["kv_heads"] = tuple(row["kv_heads"])
+        row["kv_heads"] = (KV_HEADS,) if row["own"] else tuple(row["kv_heads"])
         row |= {part: f"{row['fused']}.{part}" for part in "qkv" if row["fused"]}
         entries.update({name: Entry(name, **row) for name in group["types"]})
     refused = {name: group["reason"] for group in content["refused"] for name in group["types"]}
@@ -99,6 +106,11 @@ def entry_for(config: dict[str, Any]) -> Entry:
             f"this {entry.model_type} cannot be converted, for its language model is {model_type}: {known.refused[model_type]}"
         )
     inner = known.entries.get(str(model_type), entry)  # one that is only ever nested has no row of its own
+    if inner.own:
+        raise UpfitError(
+            f"this {entry.model_type} cannot be converted, for its language model is {model_type}, which needs a class of ours, "
+            "and none of ours is for a model nested in another"
+        )
     return replace(inner, model_type=entry.model_type, kv_heads=tuple(f"{entry.nested}.{key}" for key in inner.kv_heads))
 
 
@@ -142,8 +154,13 @@ class Architecture:
         return sum(layer.kv_bytes_per_token for layer in self.layers)
 
     def with_kv_heads(self, kv_heads: int) -> dict[str, Any]:
-        """`config.json` with every layer kind that has more key/value heads than `kv_heads` reduced to it."""
-        return set_kv_heads(self.config, self.entry, kv_heads)
+        """`config.json` with every layer kind that has more key/value heads than `kv_heads` reduced to it.
+
+        Of a class that cannot have fewer, it is our own class's, unless nothing changes.
+        """
+        if self.entry.own and kv_heads >= self.kv_heads:
+            return copy.deepcopy(self.config)
+        return set_kv_heads(as_own(self.config, self.entry), self.entry, kv_heads)
 
     def with_queries_times(self, factor: int) -> dict[str, Any]:
         """`config.json` with `factor` times the query heads; key/value heads and head width are said outright and stay.
@@ -229,7 +246,7 @@ def _probe(config: dict[str, Any], entry: Entry) -> Probe:
 
     failure: UpfitError | None = None
     for small, other in ((1, 2), (2, 4)):
-        changed, counts = copy.deepcopy(config), []
+        changed, counts = as_own(config, entry), []
         for place, key in _counts(changed, entry):
             current = place.get(key)
             place[key] = not current if entry.kv_heads_flag else other if current == small else small

@@ -9,12 +9,14 @@ if TYPE_CHECKING:
 
 
 def check_decoder(architecture: "Architecture") -> None:
-    """Raise UpfitError unless the model is the class that AutoModelForCausalLM gives its type."""
+    """Raise UpfitError unless the model is the class that AutoModelForCausalLM gives its type, and one that ours go with."""
     from transformers import AutoModelForCausalLM
 
     from upfit.convert.skeleton import auto_class_for
 
     name = architecture.entry.model_type
+    if architecture.entry.own:
+        raise UpfitError(f"{name} needs a class of ours for grouped heads alone; it can be given `gqa` and `mqa`, not this")
     if architecture.entry.fused:
         raise UpfitError(f"{name} stores its queries, keys and values in one tensor, which is not supported here")
     if auto_class_for(architecture.config) is not AutoModelForCausalLM:

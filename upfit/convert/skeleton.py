@@ -83,20 +83,24 @@ def _with_floats(value: Any) -> Any:
 
 
 def model_class_for(config: dict[str, Any]) -> Any:
-    """The class named in `architectures`, else the first auto class that knows the config's type."""
+    """The class named in `architectures`, which may be one of ours, else the first auto class that knows the config's type."""
     import transformers
     from transformers import CONFIG_MAPPING
 
-    for name in config.get("architectures") or ():
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
+    named = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    for name in named:
+        found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     config_class = CONFIG_MAPPING[config["model_type"]]
-    for auto in AUTO_CLASSES:
-        mapping = getattr(transformers, auto)._model_mapping if hasattr(transformers, auto) else {}
-        if config_class in mapping:
-            found = mapping[config_class]
-            return found[0] if isinstance(found, tuple) else found
+    mappings = [getattr(transformers, auto)._model_mapping for auto in AUTO_CLASSES if hasattr(transformers, auto)]
+    known = [mapping[config_class] for mapping in mappings if config_class in mapping]
+    known = [found[0] if isinstance(found, tuple) else found for found in known]
+    for found in known:
+        if found.__name__ in named:
+            return found
+    if known:
+        return known[0]
     raise UpfitError(f"transformers has no language model class for {config['model_type']!r}; name one in `architectures`")
 
 

@@ -73,11 +73,12 @@ def stock_attention(module: Any) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS.get_interface(module.config.real._attn_implementation, eager)
 
 
-def put_in_front(attention: Any, chosen: type[Own], interface: str) -> None:
-    """Change a stock attention module, in place, into one of `chosen` that calls our interface."""
+def put_in_front(attention: Any, chosen: type[Own], interface: str | None) -> None:
+    """Change a stock attention module, in place, into one of `chosen` that calls our interface, if it calls any."""
     stock = type(attention)
     attention.__class__ = type(stock.__name__, (chosen, stock), {"stock_module": stock.__module__})
-    attention.config = View(attention.config, interface)
+    if interface is not None:
+        attention.config = View(attention.config, interface)
 
 
 class _Told:

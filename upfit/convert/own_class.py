@@ -1,0 +1,43 @@
+"""Our class for families whose own has as many key/value heads as query heads, whatever its config says: `upfit_gqa`.
+
+A row of `architectures.toml` says how such a family's code is written (`own`, see `modeling_upfit_gqa.py`), what its attention
+modules call their number of query heads (`heads`), and below which module they are to be changed (`inside`, empty: all).
+"""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from upfit.errors import UpfitError
+from upfit.own import is_own
+
+if TYPE_CHECKING:
+    from upfit.convert.architectures import Entry
+
+MODEL_TYPE = "upfit_gqa"
+KV_HEADS = "gqa.kv_heads"  # where its config counts them
+
+
+def as_own(config: dict[str, Any], entry: "Entry") -> dict[str, Any]:
+    """A copy of `config` as one of our class, its number of key/value heads still open; of other families, and of a config that
+    is one of ours already, just a copy.
+
+    Raises UpfitError for a model that none of our classes is for.
+    """
+    changed = copy.deepcopy(config)
+    if not entry.own or is_own(config):
+        return changed
+    from upfit.convert.skeleton import auto_class_for
+
+    auto = auto_class_for(config)
+    if not auto.__name__.startswith("AutoModelFor"):
+        raise UpfitError(f"{auto.__name__} is no language model; convert the whole model that it is a part of")
+    kind = auto.__name__.removeprefix("AutoModel")
+    stem = "modeling_upfit_gqa.UpfitGqa"
+    return {
+        **changed,
+        "architectures": [f"UpfitGqa{kind}"],
+        "model_type": MODEL_TYPE,
+        "base_model_type": entry.model_type,
+        "auto_map": {"AutoConfig": f"{stem}Config", "AutoModel": f"{stem}Model", f"AutoModel{kind}": f"{stem}{kind}"},
+        "gqa": {"kv_heads": None, "heads": entry.heads, "k": entry.k, "v": entry.v, "code": entry.own, "inside": entry.inside},
+    }
