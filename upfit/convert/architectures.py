@@ -108,8 +108,8 @@ def entry_for(config: dict[str, Any]) -> Entry:
     inner = known.entries.get(str(model_type), entry)  # one that is only ever nested has no row of its own
     if inner.own:
         raise UpfitError(
-            f"this {entry.model_type} cannot be converted, for its language model is {model_type}, which needs a class of ours, "
-            "and none of ours is for a model nested in another"
+            f"this {entry.model_type} cannot be converted, for its language model is {model_type}, which needs a class of ours "
+            "and cannot have it inside another model"
         )
     return replace(inner, model_type=entry.model_type, kv_heads=tuple(f"{entry.nested}.{key}" for key in inner.kv_heads))
 
