@@ -139,6 +139,16 @@ class Architecture:
         candidates = range(self.entry.kv_heads_multiple, max(counts) + 1, self.entry.kv_heads_multiple)
         return [n for n in candidates if all(count % n == 0 for count in counts if count > n)]
 
+    def more_kv_heads(self) -> list[int]:
+        """Every larger number of key/value heads that repeated ones can be: of layers that are all alike, the multiples that
+        divide the query heads."""
+        shapes = {(layer.geometry.heads, layer.geometry.kv_heads) for layer in self.layers}
+        if len(shapes) > 1 or self.entry.kv_heads_multiple > 1 or self.entry.own:
+            return []
+        ((heads, kv_heads),) = shapes
+        more = range(2 * kv_heads, heads + 1, kv_heads)
+        return [n for n in more if heads % n == 0 and (n == heads or not self.entry.kv_heads_flag)]
+
     @property
     def initializer_range(self) -> float:
         """Standard deviation with which the family draws new weights, 0.02 where the config does not say."""
@@ -154,13 +164,14 @@ class Architecture:
         return sum(layer.kv_bytes_per_token for layer in self.layers)
 
     def with_kv_heads(self, kv_heads: int) -> dict[str, Any]:
-        """`config.json` with every layer kind that has more key/value heads than `kv_heads` reduced to it.
+        """`config.json` with every layer kind that has more key/value heads than `kv_heads` reduced to it; where none has as
+        many, with that many.
 
         Of a class that cannot have fewer, it is our own class's, unless nothing changes.
         """
         if self.entry.own and kv_heads >= self.kv_heads:
             return copy.deepcopy(self.config)
-        return set_kv_heads(as_own(self.config, self.entry), self.entry, kv_heads)
+        return set_kv_heads(as_own(self.config, self.entry), self.entry, kv_heads, kv_heads > self.kv_heads)
 
     def with_queries_times(self, factor: int) -> dict[str, Any]:
         """`config.json` with `factor` times the query heads; key/value heads and head width are said outright and stay.
@@ -177,13 +188,14 @@ class Architecture:
         return changed
 
 
-def set_kv_heads(config: dict[str, Any], entry: Entry, kv_heads: int) -> dict[str, Any]:
-    """A copy of `config` that asks for at most `kv_heads` key/value heads in every layer; other keys stay as they are."""
+def set_kv_heads(config: dict[str, Any], entry: Entry, kv_heads: int, more: bool = False) -> dict[str, Any]:
+    """A copy of `config` that asks for at most (with `more`: for exactly) `kv_heads` key/value heads in every layer; other keys
+    stay as they are."""
     changed = copy.deepcopy(config)
     for place, key in _counts(changed, entry):
         if entry.kv_heads_flag:
             place[key] = kv_heads == 1
-        elif place.get(key) is None or place[key] > kv_heads:
+        elif place.get(key) is None or place[key] > kv_heads or more:
             place[key] = kv_heads
     return changed
 

@@ -15,11 +15,14 @@ from upfit.convert.attention import Attention
 
 
 def expand_heads(attention: Attention, kv_heads: int) -> Attention:
-    """Each key/value head repeated, so that there are `kv_heads`: what grouped-query attention does when it runs."""
+    """Each key/value head repeated, so that there are `kv_heads`: what grouped-query attention does when it runs.
+
+    A norm over all heads at once has the same mean square over repeated ones.
+    """
     changed = {}
-    for name in ("k", "v", "k_bias", "v_bias"):
+    for name in ("k", "v", "k_bias", "v_bias", "k_norm"):
         tensor = getattr(attention, name)
-        if tensor is not None:
+        if tensor is not None and (name != "k_norm" or tensor.ndim > 1):  # a scale that all heads share stays
             changed[name] = tensor.repeat_interleave(kv_heads // tensor.shape[0], 0)
     return replace(attention, **changed)
 

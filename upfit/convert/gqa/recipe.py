@@ -44,17 +44,22 @@ class MultiQueryOptions:
 class Options(MultiQueryOptions):
     """Flags of `upfit convert gqa`."""
 
-    kv_heads: int = option(help="key/value heads of the result; must divide the checkpoint's own number")
+    kv_heads: int = option(
+        help="key/value heads of the result: a divisor of the checkpoint's own number, or a multiple (heads are repeated)"
+    )
 
 
 def plan(architecture: "Architecture", options: Options) -> Plan:
-    """Merge the heads of every layer that has more than `kv_heads`; with its own number of heads nothing changes.
+    """Merge the heads of every layer that has more than `kv_heads`; with its own number of heads nothing changes, with a
+    multiple of it every head is repeated, which is the same function.
 
-    Raises UpfitError when `kv_heads` does not divide a layer's key/value heads or is above them, or when flags of one method
-    are given with another.
+    Raises UpfitError when `kv_heads` neither divides a layer's key/value heads nor is a multiple of them that divides its
+    query heads, or when flags of one method are given with another.
     """
     check_kv_heads(options.kv_heads, architecture)
     _check_flags(options)
+    if options.kv_heads > architecture.kv_heads:
+        return _repeated(architecture, options.kv_heads)
     changed = [layer for layer in architecture.layers if layer.geometry.kv_heads > options.kv_heads]
     notes = []
     kept = len(architecture.layers) - len(changed)
@@ -73,6 +78,17 @@ def plan(architecture: "Architecture", options: Options) -> Plan:
         return replace(outline, fit=_fit(options, outline, fallback))
     rules = tuple(_rule(layer, replace(options, method=method), architecture.initializer_range) for layer in changed)
     return Plan(config, rules, exact=not rules, notes=tuple(notes))
+
+
+def _repeated(architecture: "Architecture", kv_heads: int) -> Plan:
+    from upfit.convert.gqa.rebase import expand_heads
+
+    def change(attention: "Attention") -> "Attention":
+        return expand_heads(attention, kv_heads)
+
+    label = f"{architecture.kv_heads} → {kv_heads} key/value heads, repeated"
+    rules = tuple(layer.rule(PARTS, change, label) for layer in architecture.layers)
+    return Plan(architecture.with_kv_heads(kv_heads), rules, close=True)
 
 
 def _check_flags(options: Options) -> None:
@@ -111,7 +127,7 @@ def _aligned_rule(layer: "Layer", options: Options) -> Rule:
 
 def check_kv_heads(kv_heads: int, architecture: "Architecture") -> None:
     """Raise UpfitError unless every layer can be merged to `kv_heads`."""
-    allowed = architecture.allowed_kv_heads()
+    allowed = architecture.allowed_kv_heads() + architecture.more_kv_heads()
     if kv_heads in allowed:
         return
     has = " and ".join(map(str, sorted({layer.geometry.kv_heads for layer in architecture.layers})))
@@ -136,8 +152,10 @@ def _trials(architecture: "Architecture") -> list[Options]:
 
 
 def _offers(architecture: "Architecture") -> str:
-    fewer = architecture.allowed_kv_heads()[:-1]
-    return f"--kv-heads {'|'.join(map(str, fewer))}" if fewer else ""
+    fewer, more = architecture.allowed_kv_heads()[:-1], architecture.more_kv_heads()
+    offers = [f"--kv-heads {'|'.join(map(str, fewer))}"] if fewer else []
+    offers += [f"--kv-heads {'|'.join(map(str, more))} (repeated heads, the same function)"] if more else []
+    return ", or ".join(offers)
 
 
 def _can_be_one(architecture: "Architecture") -> bool:

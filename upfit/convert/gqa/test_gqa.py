@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.folders import logits, save_tiny, tiny_llama
+from tests.tiny import auto_class, tiny_inputs, tiny_model
 from upfit.convert.architectures import bind
 from upfit.convert.attention import Attention
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.merge import first, mean, merge
 from upfit.convert.recipe import get_recipe
+from upfit.errors import UpfitError
 from upfit.output import Output
 
 QUIET = Output(quiet=True)
@@ -106,3 +108,26 @@ def test_a_config_without_the_key_gets_it(tmp_path: Path) -> None:
     run("gqa", source, tmp_path / "out", kv_heads=2)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_key_value_heads"] == 2
     assert logits(tmp_path / "out").isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("qwen2", {}), ("olmo2", {}), ("phi3", {}), ("cohere", {"use_qk_norm": True}), ("gpt_bigcode", {"multi_query": True})],
+)
+def test_more_heads_compute_the_same(model_type: str, changes: dict, tmp_path: Path) -> None:
+    """Back to multi-head attention: biases, a norm over all heads, fused, a norm for each head, a flag instead of a count."""
+    given = changes if "multi_query" in changes else {"num_key_value_heads": 2, **changes}
+    model = tiny_model(model_type, **given)
+    model.save_pretrained(tmp_path / "source")
+    answer = run("gqa", tmp_path / "source", tmp_path / "out", kv_heads=4)
+    assert answer["kv_heads"][1] == 4 and answer["verify"]["max_difference"] < 1e-5
+    inputs = tiny_inputs(model)
+    with torch.no_grad():
+        again = auto_class(model_type).from_pretrained(tmp_path / "out").eval()(**inputs).logits
+        torch.testing.assert_close(again, model(**inputs).logits, rtol=0, atol=1e-5)
+
+
+def test_more_heads_must_be_a_multiple_that_divides_the_queries(tmp_path: Path) -> None:
+    tiny_model("llama", num_attention_heads=8, num_key_value_heads=2).save_pretrained(tmp_path / "source")
+    with pytest.raises(UpfitError, match="choose one of 1, 2, 4, 8"):
+        run("gqa", tmp_path / "source", tmp_path / "out", kv_heads=6)
