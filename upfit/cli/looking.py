@@ -22,6 +22,8 @@ def list_command(as_json: Json = False) -> None:
     for recipe in recipes:
         output.line(f"{recipe['name']:6} {recipe['summary']}\n       {recipe['paper']}")
     output.line(f"\n{len(known)} architectures: {', '.join(known)}")
+    moved = {name: told["to"] for name, told in types.items() if told["how"] == "retargeted"}
+    output.line("\nOf these change their type: " + ", ".join(f"{name} → {' or '.join(to)}" for name, to in moved.items()))
     output.line(
         f"\n{len(types) - len(known)} more model types of transformers are refused, each with its reason (--json lists them)."
     )

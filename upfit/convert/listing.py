@@ -10,11 +10,13 @@ NOT_LOOKED_AT = "nobody has looked at it yet"
 
 
 def model_types() -> dict[str, dict[str, Any]]:
-    """model type → `how` (supported or refused) and `why`, for every type of the table and all others of transformers."""
+    """model type → `how` (supported, retargeted `to` other types, or refused, and `why`), for every type of the table and all
+    others of transformers."""
     from transformers import CONFIG_MAPPING
 
     known = table()
     found: dict[str, dict[str, Any]] = {name: {"how": "supported"} for name in known.entries}
+    found |= {name: {"how": "retargeted", "to": list(targets)} for name, targets in known.retargets.items()}
     found |= {name: {"how": "refused", "why": reason} for name, reason in known.refused.items()}
     writing = _writing()
     for name in set(CONFIG_MAPPING) - set(code_files()):
