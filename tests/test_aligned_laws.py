@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.folders import letter_tokenizer
-from tests.test_laws import EVERYDAY, VARIANTS, sample
-from tests.tiny import BUILDABLE, UNGROUPABLE, auto_class, tiny_inputs, tiny_model
+from tests.test_laws import CASES, EVERYDAY, VARIANTS, sample
+from tests.tiny import BUILDABLE, auto_class, tiny_inputs, tiny_model
 from upfit.convert import calibration
 from upfit.convert.architectures import Architecture, bind
 from upfit.convert.attention import Attention
@@ -58,7 +58,7 @@ def equal_heads(source: Path, out: Path, kv_heads: int) -> None:
     convert(recipe, str(source), out, Nothing(), Settings(verify=False), Output(quiet=True))
 
 
-@pytest.mark.parametrize("name", [sample(name) for name in (*BUILDABLE, *VARIANTS) if name not in UNGROUPABLE])
+@pytest.mark.parametrize("name", [sample(name) for name in CASES])
 def test_equal_heads_merge_for_free(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_type, changes = VARIANTS.get(name, (name, {}))
     if model_type not in BUILDABLE:

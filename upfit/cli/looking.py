@@ -13,7 +13,7 @@ from upfit.output import Output
 @app.command("list")
 def list_command(as_json: Json = False) -> None:
     """Recipes, and the architectures they apply to."""
-    from upfit.convert.listing import OWN, model_types
+    from upfit.convert.listing import MOVED, OWN, model_types
 
     output, types = Output(as_json), model_types()
     known = [name for name, told in types.items() if told["how"] != "refused"]
@@ -24,6 +24,8 @@ def list_command(as_json: Json = False) -> None:
     output.line(f"\n{len(known)} architectures: {', '.join(known)}")
     own = [name for name in known if types[name]["how"] == OWN]
     output.line(f"\n{len(own)} of them need a class of ours for fewer heads: {', '.join(own)}")
+    moved = {name: told["to"] for name, told in types.items() if told["how"] == MOVED}
+    output.line("\nOf these change their type: " + ", ".join(f"{name} → {' or '.join(to)}" for name, to in moved.items()))
     output.line(
         f"\n{len(types) - len(known)} more model types of transformers are refused, each with its reason (--json lists them)."
     )

@@ -64,11 +64,12 @@ class Entry:
 class Table:
     entries: dict[str, Entry]
     refused: dict[str, str]  # model type -> reason
+    retargets: dict[str, tuple[str, ...]]  # model type -> the types that it is converted as
 
 
 @functools.cache
 def table() -> Table:
-    """The supported and the refused model types."""
+    """The supported model types, the refused ones, and those that are converted as another one."""
     content = tomllib.loads(resources.files(__package__).joinpath("architectures.toml").read_text(encoding="utf-8"))
     entries = {}
     for group in content["group"]:
@@ -77,7 +78,8 @@ def table() -> Table:
         row |= {part: f"{row['fused']}.{part}" for part in "qkv" if row["fused"]}
         entries.update({name: Entry(name, **row) for name in group["types"]})
     refused = {name: group["reason"] for group in content["refused"] for name in group["types"]}
-    return Table(entries, refused)
+    retargets = {name: tuple(group["to"]) for group in content["retarget"] for name in group["types"]}
+    return Table(entries, refused, retargets)
 
 
 def find_entry(model_type: str) -> Entry:
@@ -104,6 +106,11 @@ def entry_for(config: dict[str, Any]) -> Entry:
     if model_type in known.refused:
         raise UpfitError(
             f"this {entry.model_type} cannot be converted, for its language model is {model_type}: {known.refused[model_type]}"
+        )
+    if model_type in known.retargets:
+        raise UpfitError(
+            f"this {entry.model_type} cannot be converted, for its language model is {model_type}, which would have to change "
+            "its type, and only a model that stands alone can"
         )
     inner = known.entries.get(str(model_type), entry)  # one that is only ever nested has no row of its own
     if inner.own:
@@ -213,15 +220,22 @@ def _counts(config: dict[str, Any], entry: Entry) -> list[tuple[dict[str, Any], 
     return found
 
 
-def bind(config: dict[str, Any], tensors: Mapping[str, "Described"]) -> Architecture:
-    """See the checkpoint with this config and these tensors as attention layers.
+def has_two_ways(config: dict[str, Any]) -> bool:
+    """Whether a checkpoint can become another family's and, where that has no place for it, our own class."""
+    known = table()
+    return config["model_type"] in known.retargets and config["model_type"] in known.entries
+
+
+def bind(config: dict[str, Any], tensors: Mapping[str, "Described"], own: bool = False) -> Architecture:
+    """See the checkpoint with this config and these tensors as attention layers; with `own`, of its own family even where it is
+    usually seen as another's.
 
     Raises UpfitError for an unsupported model type, and when the tensors are not what the class wants.
     """
     from upfit.convert.lens import seen_shapes
     from upfit.convert.skeleton import class_names
 
-    config, tensors = seen_shapes(config, tensors)
+    config, tensors = seen_shapes(config, tensors, own)
     entry = entry_for(config)
     names = class_names(config)
     probe = _probe(config, entry)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit import history
-from upfit.convert.architectures import Architecture, bind
+from upfit.convert.architectures import Architecture, bind, has_two_ways
 from upfit.convert.checkpoint import Checkpoint, open_checkpoint, read_config, safetensors_dtype
 from upfit.convert.engine import Planned, check_against_class, edit_dtype, outline, output_bytes, shape_changes
 from upfit.convert.folders import Source, check_output, copy_code, copy_side_files, find_source, scratch_folder, staged
@@ -125,15 +125,28 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     if is_own(checkpoint.config) and recipe.name != MERGE:
         known = checkpoint.config["model_type"]
         raise UpfitError(f"{source.name} is of type {known} already; convert the model it was made from, or merge it first")
-    checkpoint = see(checkpoint)
-    architecture = bind(checkpoint.config, checkpoint.tensors)
+    checkpoint, architecture, plan = _first_way(recipe, options, checkpoint)
     unused = _check_source(source.path)
-    plan, dtype = _with_dtype(checkpoint.written(recipe.plan(architecture, options)), settings.dtype)
+    plan, dtype = _with_dtype(checkpoint.written(plan), settings.dtype)
     planned = outline(plan, checkpoint, dtype)
     check_against_class(plan, planned, architecture)
     fitted = sum(item.nbytes for item in planned if item.rule is not None) * FIT_FACTOR if plan.fit else 0
     check_output(out, source.path, output_bytes(planned, source.path) + fitted, settings.overwrite)
     return Job(recipe, options, settings, source, out, checkpoint, architecture, plan, planned, unused)
+
+
+def _first_way(recipe: Recipe, options: Any, checkpoint: Checkpoint) -> tuple[Checkpoint, Architecture, Plan]:
+    """The first way of seeing this checkpoint that the recipe can be planned for: stock classes before ours."""
+    ways = (False, True) if has_two_ways(checkpoint.config) else (False,)
+    for own in ways:
+        try:
+            seen = see(checkpoint, own)
+            architecture = bind(seen.config, seen.tensors, own)
+            return seen, architecture, recipe.plan(architecture, options)
+        except UpfitError:
+            if own == ways[-1]:
+                raise
+    raise AssertionError("there is always a way, or a reason")
 
 
 def _check_source(folder: Path) -> frozenset[str]:
@@ -165,6 +178,9 @@ def _write(job: Job, answer: dict[str, Any], output: Output) -> dict[str, Any]:
     step = history.step(" ".join(_verb(job)), job.source.record(), answer["options"])
     step["command"] = _command(job)
     step["measurements"] = {key: answer[key] for key in ("parameters", "kv_heads", "kv_bytes_per_token")}
+    if job.checkpoint.said:
+        moved = (read_config(job.source.path)["model_type"], job.plan.config["model_type"])
+        step["retarget"] = {"from": moved[0], "to": moved[1], "why": job.checkpoint.said}
     if job.plan.report:
         step["measurements"] |= job.plan.report
     with staged(job.out) as folder:

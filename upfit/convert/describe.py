@@ -3,7 +3,7 @@
 from typing import Any
 
 from upfit import history
-from upfit.convert.architectures import bind
+from upfit.convert.architectures import bind, has_two_ways
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.folders import find_source
 from upfit.convert.recipe import find_recipes
@@ -20,12 +20,17 @@ def describe(model: str, revision: str | None = None) -> dict[str, Any]:
     source = find_source(model, revision)
     with open_checkpoint(source.path) as checkpoint:
         architecture = bind(checkpoint.config, checkpoint.tensors)
+        seen = architecture.config["model_type"]
         shapes = [layer.geometry for layer in architecture.layers]
         recipes = {} if is_own(checkpoint.config) else find_recipes()
-        offers = {name: recipe.offers(architecture) for name, recipe in recipes.items()}
+        ways = [architecture]
+        if has_two_ways(checkpoint.config):
+            ways.append(bind(checkpoint.config, checkpoint.tensors, own=True))
+        offers = [(name, recipe.offers(way)) for name, recipe in recipes.items() for way in ways]
         return {
             "model": source.record(),
             "model_type": checkpoint.config["model_type"],
+            "converted_as": seen if seen != checkpoint.config["model_type"] else None,
             "class": model_class_for(checkpoint.config).__name__,
             "parameters": checkpoint.numel,
             "bytes": checkpoint.nbytes,
@@ -36,7 +41,7 @@ def describe(model: str, revision: str | None = None) -> dict[str, Any]:
             "head_dim": sorted({shape.head_dim for shape in shapes}),
             "kv_bytes_per_token": architecture.kv_bytes_per_token,
             "history": history.read(source.path),
-            "can_become": [f"{name} {offer}".strip() for name, offer in offers.items() if offer],
+            "can_become": [f"{name} {offer}".strip() for name, offer in dict.fromkeys(offers) if offer],
         }
 
 
@@ -44,6 +49,7 @@ def as_rows(told: dict[str, Any]) -> list[list[str]]:
     """Name and value, as people read them, of what `describe` tells of the model itself."""
     return [
         ["architecture", f"{told['model_type']} ({told['class']})"],
+        *([["converted as", told["converted_as"]]] if told["converted_as"] else []),
         ["parameters", f"{human_count(told['parameters'])} in {human_bytes(told['bytes'])}, {', '.join(told['dtypes'])}"],
         ["attention layers", str(told["layers"])],
         ["query heads", ", ".join(map(str, told["heads"]))],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from upfit.convert.checkpoint import Checkpoint, safetensors_dtype, torch_dtype
 from upfit.convert.fused import PARTS, Fused
 from upfit.convert.recipe import Plan, Rule
+from upfit.convert.retarget import retarget
 from upfit.convert.safetensors_file import ITEM_BYTES, TensorInfo
 
 if TYPE_CHECKING:
@@ -54,11 +55,12 @@ class Lens:
         left = tuple(name for name in self.made if name not in touched)
         exact, close = (plan.exact and not left, plan.close or (plan.exact and bool(left)))
         notes = (self.said, *plan.notes) if self.said else plan.notes
-        return replace(plan, rules=plan.rules + tuple(map(_as_seen, left)), exact=exact, close=close, notes=notes)
+        rules = tuple(_as_seen(name, self.made[name].rule.label) for name in left)
+        return replace(plan, rules=plan.rules + rules, exact=exact, close=close, notes=notes)
 
 
-def _as_seen(name: str) -> Rule:
-    return Rule((name,), (name,), dict, "in the new architecture's form")
+def _as_seen(name: str, label: str) -> Rule:
+    return Rule((name,), (name,), dict, label)
 
 
 def _put_back(rule: Rule, puts: tuple[Rule, ...]) -> Rule:
@@ -100,6 +102,10 @@ class Seen(Checkpoint):
     def passing(self) -> dict[str, TensorInfo]:
         return self.under.passing if self.lens.puts else self.tensors
 
+    @property
+    def said(self) -> str:
+        return self.lens.said or self.under.said
+
     def written(self, plan: Plan) -> Plan:
         return self.under.written(self.lens.written(plan))
 
@@ -119,16 +125,23 @@ class Seen(Checkpoint):
         return self._last.pop(name)
 
 
-def see(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as recipes want it: itself, where its family stores what it is."""
-    lens = apart(checkpoint.config, checkpoint.tensors)
-    return checkpoint if lens is None else _through(lens, checkpoint)
+def see(checkpoint: Checkpoint, own: bool = False) -> Checkpoint:
+    """The checkpoint as recipes want it: itself, where its family stores what it is. With `own`, as of its own family even
+    where another one computes the same."""
+    for look in (apart,) if own else (moved, apart):
+        lens = look(checkpoint.config, checkpoint.tensors)
+        checkpoint = checkpoint if lens is None else _through(lens, checkpoint)
+    return checkpoint
 
 
-def seen_shapes(config: dict[str, Any], tensors: "Mapping[str, Described]") -> "tuple[dict[str, Any], Mapping[str, Described]]":
+def seen_shapes(
+    config: dict[str, Any], tensors: "Mapping[str, Described]", own: bool = False
+) -> "tuple[dict[str, Any], Mapping[str, Described]]":
     """`see`, of tensors that are only described."""
-    lens = apart(config, tensors)
-    return (config, tensors) if lens is None else (lens.config, lens.shapes(tensors))
+    for look in (apart,) if own else (moved, apart):
+        lens = look(config, tensors)
+        config, tensors = (config, tensors) if lens is None else (lens.config, lens.shapes(tensors))
+    return config, tensors
 
 
 def _through(lens: Lens, under: Checkpoint) -> Seen:
@@ -154,6 +167,12 @@ def make(rules: tuple[Rule, ...], tensors: "Mapping[str, Described]") -> dict[st
         for name, tensor in rule.apply(given).items():
             made[name] = Made(safetensors_dtype(tensor.dtype), tuple(tensor.shape), rule, rule.reads[0])
     return made
+
+
+def moved(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | None:
+    """The lens that shows the model of another family; None where its own can say fewer key/value heads."""
+    found = retarget(config, tensors)
+    return None if found is None else Lens(found.config, found.renames, make(found.rules, tensors), said=found.said)
 
 
 def apart(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | None:

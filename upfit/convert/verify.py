@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 SAMPLE_TOKENS = 512
-POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions")
 MEMORY_FACTOR = 1.3  # weights, plus activations and logits of one short window
 FALLBACK_SEED = 0
-CLOSE = {"float32": 1e-4, "float64": 1e-8}  # of the largest logit, where a plan promises equality to rounding
+# Of the largest logit, where a plan promises equality to rounding. Some classes have float32 inside whatever their type.
+CLOSE = {"float32": 1e-4, "float64": 1e-6}
 CLOSE_COARSE = 3e-2
 FAILED = "the result failed its check and was not kept"
 
@@ -110,14 +110,15 @@ def sample_text() -> str:
 
 
 def sample_ids(folder: Path) -> tuple["torch.Tensor | None", bool]:
-    """([1, T] token ids, True) of the sample text, or (random ids, False) for a folder without a tokenizer."""
+    """([1, T] token ids, True) of the sample text, or (random ids, False) for a folder without a tokenizer; no more than the
+    model has positions."""
     import torch
 
-    from upfit.convert.checkpoint import read_config
+    from upfit.convert.checkpoint import most_positions, read_config
     from upfit.convert.skeleton import quiet_transformers, vocabulary
 
     config = read_config(folder)
-    size, length = vocabulary(config), sample_length(config)
+    size, longest = vocabulary(config), min(SAMPLE_TOKENS, most_positions(config) or SAMPLE_TOKENS)
     if size is None:
         return None, False
     try:
@@ -125,19 +126,13 @@ def sample_ids(folder: Path) -> tuple["torch.Tensor | None", bool]:
 
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        ids = tokenizer(sample_text(), return_tensors="pt", truncation=False, verbose=False)["input_ids"][:, :length]
+        ids = tokenizer(sample_text(), return_tensors="pt", truncation=False, verbose=False)["input_ids"][:, :longest]
         if ids.shape[1] >= 16 and int(ids.max()) < size:
             return ids, True
     except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError):
         pass  # many checkpoints come without a tokenizer; random ids still compare two models
     generator = torch.Generator().manual_seed(FALLBACK_SEED)
-    return torch.randint(0, size, (1, min(64, length)), generator=generator), False
-
-
-def sample_length(config: dict[str, Any]) -> int:
-    """SAMPLE_TOKENS, or what a model with fewer positions has."""
-    told = [config.get(key) for key in POSITIONS]
-    return min([SAMPLE_TOKENS, *(value for value in told if isinstance(value, int) and value > 0)])
+    return torch.randint(0, size, (1, min(64, longest)), generator=generator), False
 
 
 def _logits(folder: Path, ids: "torch.Tensor", allowed: frozenset[str]) -> "torch.Tensor | None":
