@@ -302,6 +302,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "semantic_model_config": _CODEC,
         "diffusion_head_config": {"latent_size": 8},
     },
+    "ctrl": {"dff": 48},
     "xglm": {"attention_heads": 4, "ffn_dim": 48},
     "vibevoice_asr": {"acoustic_tokenizer_encoder_config": _CODEC, "semantic_tokenizer_encoder_config": _CODEC},
 }
@@ -394,8 +395,9 @@ _NAMES = """
 """
 # Those that become our own class.
 _OWN = """
-    bart bigbird_pegasus biogpt blenderbot blenderbot-small gpt_neo led longt5 m2m_100 marian mbart mt5 mvp nllb-moe opt
-    pegasus pegasus_x plbart pop2piano speech_to_text switch_transformers t5 trocr umt5 whisper xglm
+    bart bigbird_pegasus biogpt blenderbot blenderbot-small bloom ctrl gpt-sw3 gpt2 gpt_neo led longt5 m2m_100 marian mbart
+    modernbert-decoder mpt mt5 mvp nllb-moe opt pegasus pegasus_x persimmon plbart pop2piano speech_to_text
+    switch_transformers t5 trocr umt5 whisper xglm
 """
 
 MODEL_TYPES: tuple[str, ...] = (*_NAMES.split(), *_OWN.split())

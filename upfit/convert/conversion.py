@@ -15,6 +15,7 @@ from upfit.convert.checkpoint import Checkpoint, open_checkpoint, read_config, s
 from upfit.convert.engine import Planned, check_against_class, edit_dtype, outline, output_bytes, shape_changes
 from upfit.convert.folders import Source, check_output, copy_code, copy_side_files, find_source, scratch_folder, staged
 from upfit.convert.lens import see
+from upfit.convert.own_class import is_grouped
 from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, find_merge
 from upfit.convert.verify import verify
 from upfit.convert.writer import split, write_shards
@@ -88,7 +89,10 @@ def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[st
     model_type = read_config(found.path)["model_type"]
     recipe = find_merge(model_type)
     if recipe is None:
-        raise UpfitError(f"{found.name} is of type {model_type}, a class of transformers' own; there is nothing to merge")
+        why = (
+            "which no class of transformers can hold" if is_own({"model_type": model_type}) else "a class of transformers' own"
+        )
+        raise UpfitError(f"{found.name} is of type {model_type}, {why}; there is nothing to merge")
     return convert(recipe, source, out, recipe.options(), settings, output)
 
 
@@ -122,7 +126,7 @@ def _previewed(fit: Fit, bench: Bench) -> dict[str, Any] | None:
 
 
 def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: Settings, checkpoint: Checkpoint) -> Job:
-    if is_own(checkpoint.config) and recipe.name != MERGE:
+    if is_own(checkpoint.config) and recipe.name != MERGE and not is_grouped(checkpoint.config):
         known = checkpoint.config["model_type"]
         raise UpfitError(f"{source.name} is of type {known} already; convert the model it was made from, or merge it first")
     checkpoint, architecture, plan = _first_way(recipe, options, checkpoint)

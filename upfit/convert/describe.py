@@ -6,6 +6,7 @@ from upfit import history
 from upfit.convert.architectures import bind, has_two_ways
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.folders import find_source
+from upfit.convert.own_class import is_grouped
 from upfit.convert.recipe import find_recipes
 from upfit.convert.skeleton import model_class_for
 from upfit.output import human_bytes, human_count
@@ -22,7 +23,7 @@ def describe(model: str, revision: str | None = None) -> dict[str, Any]:
         architecture = bind(checkpoint.config, checkpoint.tensors)
         seen = architecture.config["model_type"]
         shapes = [layer.geometry for layer in architecture.layers]
-        recipes = {} if is_own(checkpoint.config) else find_recipes()
+        recipes = {} if is_own(checkpoint.config) and not is_grouped(checkpoint.config) else find_recipes()
         ways = [architecture]
         if has_two_ways(checkpoint.config):
             ways.append(bind(checkpoint.config, checkpoint.tensors, own=True))

@@ -90,6 +90,8 @@ def understand(block: Block, entry: Entry, shape: Geometry, hidden: Tensor, call
     present = {part: name for part, name in parts.items() if _has(attention, name)}
     if not {"q", "k", "v", "o"} <= present.keys():
         raise Opaque("it does not have q, k, v and o as modules of their own")
+    if not isinstance(attention.get_submodule(present["o"]), nn.Linear):
+        raise Opaque("its output projection is stored transposed")
     outer = [name for name, module in block.module.named_modules() if name and not name.startswith(block.attention)]
     inner = [f"{block.attention}.{name}" for name in present.values()]
     watched = watch(block, hidden, call, tuple(outer + inner))

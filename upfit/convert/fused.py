@@ -60,6 +60,7 @@ class Apart(nn.Module):
     def __init__(self, fused: nn.Module, arrangement: Fused) -> None:
         super().__init__()
         self.arrangement = arrangement
+        self.spread = getattr(fused, "spread", None)  # of a class of ours: what makes of few heads as many as its family has
         weight, bias = fused.weight, fused.bias
         pieces = dict(zip(PARTS, arrangement.split(weight.detach()), strict=True))  # type: ignore[operator]
         biases = arrangement.split(bias.detach()) if isinstance(bias, Tensor) else (None, None, None)
@@ -73,7 +74,8 @@ class Apart(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         q, k, v = (self.get_submodule(part)(hidden).movedim(-1, 0) for part in PARTS)
         shape = self.arrangement
-        return Fused(shape.by, shape.heads, shape.kv_heads, shape.head_dim).join(q, k, v).movedim(0, -1)
+        joined = Fused(shape.by, shape.heads, shape.kv_heads, shape.head_dim).join(q, k, v).movedim(0, -1)
+        return joined if self.spread is None else self.spread(joined)
 
 
 def set_apart(model: nn.Module, module: str, output: str, by: By, transposed: bool) -> None:

@@ -17,6 +17,11 @@ MODEL_TYPE = "upfit_gqa"
 KV_HEADS = "gqa.kv_heads"  # where its config counts them
 
 
+def is_grouped(config: dict[str, Any]) -> bool:
+    """Whether this is a model of that class; it can have fewer heads still."""
+    return config.get("model_type") == MODEL_TYPE
+
+
 def as_own(config: dict[str, Any], entry: "Entry") -> dict[str, Any]:
     """A copy of `config` as one of our class, its number of key/value heads still open; of other families, and of a config that
     is one of ours already, just a copy.
@@ -39,5 +44,12 @@ def as_own(config: dict[str, Any], entry: "Entry") -> dict[str, Any]:
         "model_type": MODEL_TYPE,
         "base_model_type": entry.model_type,
         "auto_map": {"AutoConfig": f"{stem}Config", "AutoModel": f"{stem}Model", f"AutoModel{kind}": f"{stem}{kind}"},
-        "gqa": {"kv_heads": None, "heads": entry.heads, "k": entry.k, "v": entry.v, "code": entry.own, "inside": entry.inside},
+        "gqa": {
+            "kv_heads": None,
+            "heads": entry.heads,
+            "modules": [entry.fused] if entry.fused else [entry.k, entry.v],
+            "fused": entry.fused_by if entry.fused else "",
+            "code": entry.own,
+            "inside": entry.inside,
+        },
     }

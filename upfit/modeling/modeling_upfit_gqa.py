@@ -8,15 +8,20 @@ heads there are now, what the modules are called, and which `code` the family's 
     heads   it reshapes by the number of query heads: each query head gets a copy, and the cache keeps one of a group
     closed  as `heads`, and it does not call transformers' attention interface: what the cache gives back is copied too
 
+`modules` are the key and the value projection, or the one that holds queries, keys and values `fused`: by "model", all
+queries, all keys, all values; by "group", for each key/value head its queries, its key and its value.
+
 Query head h reads key/value head h // (H / K). Legend: B rows, T queries, S keys, H query heads, K key/value heads, D head
 width. Paper: Ainslie et al., arXiv 2305.13245; of encoder-decoders the decoder is changed, both its attentions.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from .upfit_base import Own, OwnConfig, OwnModel, Plain, put_in_front, stock_attention
 
@@ -46,16 +51,30 @@ def attend(
 ALL_ATTENTION_FUNCTIONS.register(INTERFACE, attend)
 
 
-class Copies(nn.Linear):
-    """A projection to K heads that gives out H: each K head as often as it is shared, one after the other."""
+class Copies:
+    """What goes in front of a projection to K key/value heads, so that it gives out H: each as often as it is shared."""
 
-    times: int
-    width: int  # D
+    kv_heads: int
+    times: int  # H / K
+    fused: str
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., E] → [..., H · D]."""
-        heads = super().forward(input).unflatten(-1, (-1, self.width))
-        return heads.repeat_interleave(self.times, -2).flatten(-2)
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., E] → [..., H · D], or [..., 3 H · D] of a fused one."""
+        return self.spread(super().forward(hidden))  # type: ignore[misc]
+
+    def spread(self, given: Tensor) -> Tensor:
+        """[..., K · D] → [..., H · D]; of a fused one [..., (H + 2 K) · D] → [..., 3 H · D], as the family arranges them."""
+        if self.fused == "group":
+            q, k, v = given.unflatten(-1, (self.kv_heads, self.times + 2, -1)).split([self.times, 1, 1], -2)
+            return torch.stack([q, k.expand_as(q), v.expand_as(q)], -2).flatten(-4)
+        if self.fused == "model":
+            rows = given.shape[-1] // (self.times + 2)
+            q, k, v = given.split([rows * self.times, rows, rows], -1)
+            return torch.cat([q, self._copied(k), self._copied(v)], -1)
+        return self._copied(given)
+
+    def _copied(self, heads: Tensor) -> Tensor:
+        return heads.unflatten(-1, (self.kv_heads, -1)).repeat_interleave(self.times, -2).flatten(-2)
 
 
 class Lean:
@@ -102,13 +121,13 @@ class LeanLayer:
 class _Grouped(Own):
     """An attention whose own code does with fewer key/value heads."""
 
-    projection: type[nn.Linear] = nn.Linear
+    copying = False
 
 
 class _Copying(Own):
     """An attention that is given copies, and a cache that does not keep them."""
 
-    projection = Copies
+    copying = True
     times: int
     closed = False
 
@@ -136,23 +155,29 @@ def swap(model: nn.Module, config: Any) -> None:
     told, modules = config.gqa, dict(model.named_modules())
     for path, attention in modules.items():
         inside = told["inside"] in path.split(".") or not told["inside"]
-        if inside and f"{path}.{told['k']}" in modules:
+        if inside and f"{path}.{told['modules'][0]}" in modules:
             in_front, interface = CODES[told["code"]]
+            heads = getattr(attention, told["heads"])
             put_in_front(attention, in_front, interface)
-            attention.times = getattr(attention, told["heads"]) // told["kv_heads"]
-            for part in ("k", "v"):
-                _narrow(attention, told[part], told["kv_heads"])
+            attention.times = heads // told["kv_heads"]
+            for name in told["modules"]:
+                projection = attention.get_submodule(name)
+                _narrow(projection, heads, told["kv_heads"], told["fused"])
+                if attention.copying:
+                    stock = type(projection)
+                    projection.__class__ = type(stock.__name__, (Copies, stock), {})
+                    projection.kv_heads, projection.times, projection.fused = told["kv_heads"], attention.times, told["fused"]
 
 
-def _narrow(attention: Any, name: str, kv_heads: int) -> None:
-    """Put a projection to `kv_heads` heads in the place of the one to a head a query head."""
-    old = attention.get_submodule(name)
-    width = old.out_features // (kv_heads * attention.times)
-    made = {"dtype": old.weight.dtype, "device": old.weight.device}
-    new = attention.projection(old.in_features, kv_heads * width, old.bias is not None, **made)
-    new.times, new.width = attention.times, width
-    parent, _, last = name.rpartition(".")
-    setattr(attention.get_submodule(parent), last, new)
+def _narrow(projection: Any, heads: int, kv_heads: int, fused: str) -> None:
+    """Leave a projection to `heads` key/value heads `kv_heads` of them; to its queries too, where it is fused."""
+    axis = 1 if isinstance(projection, Conv1D) else 0
+    before, after = (3 * heads, heads + 2 * kv_heads) if fused else (heads, kv_heads)
+    rows = projection.weight.shape[axis] // before * after
+    projection.weight = nn.Parameter(projection.weight.detach().narrow(axis, 0, rows).clone())
+    if projection.bias is not None:
+        projection.bias = nn.Parameter(projection.bias.detach()[:rows].clone())
+    setattr(projection, "nf" if axis else "out_features", rows)
 
 
 class UpfitGqaConfig(OwnConfig):
