@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from upfit.convert.checkpoint import Checkpoint, safetensors_dtype, torch_dtype
 from upfit.convert.fused import PARTS, Fused
 from upfit.convert.recipe import Plan, Rule
+from upfit.convert.retarget import retarget
 from upfit.convert.safetensors_file import ITEM_BYTES, TensorInfo
 
 if TYPE_CHECKING:
@@ -121,14 +122,18 @@ class Seen(Checkpoint):
 
 def see(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint as recipes want it: itself, where its family stores what it is."""
-    lens = apart(checkpoint.config, checkpoint.tensors)
-    return checkpoint if lens is None else _through(lens, checkpoint)
+    for look in (moved, apart):
+        lens = look(checkpoint.config, checkpoint.tensors)
+        checkpoint = checkpoint if lens is None else _through(lens, checkpoint)
+    return checkpoint
 
 
 def seen_shapes(config: dict[str, Any], tensors: "Mapping[str, Described]") -> "tuple[dict[str, Any], Mapping[str, Described]]":
     """`see`, of tensors that are only described."""
-    lens = apart(config, tensors)
-    return (config, tensors) if lens is None else (lens.config, lens.shapes(tensors))
+    for look in (moved, apart):
+        lens = look(config, tensors)
+        config, tensors = (config, tensors) if lens is None else (lens.config, lens.shapes(tensors))
+    return config, tensors
 
 
 def _through(lens: Lens, under: Checkpoint) -> Seen:
@@ -154,6 +159,12 @@ def make(rules: tuple[Rule, ...], tensors: "Mapping[str, Described]") -> dict[st
         for name, tensor in rule.apply(given).items():
             made[name] = Made(safetensors_dtype(tensor.dtype), tuple(tensor.shape), rule, rule.reads[0])
     return made
+
+
+def moved(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | None:
+    """The lens that shows the model of another family; None where its own can say fewer key/value heads."""
+    found = retarget(config, tensors)
+    return None if found is None else Lens(found.config, found.renames, make(found.rules, tensors), said=found.said)
 
 
 def apart(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | None:

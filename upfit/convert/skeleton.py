@@ -50,27 +50,41 @@ def skeleton(config: dict[str, Any], meta: bool = True, stored: bool = False) ->
     Raises UpfitError when transformers has no such class or the class refuses the config.
     """
     import torch
-    from transformers import CONFIG_MAPPING
 
-    model_type = config["model_type"]
-    if model_type not in CONFIG_MAPPING:
-        raise UpfitError(f"the installed transformers has no model type {model_type!r}; upgrade transformers")
     layers = [part.get("num_hidden_layers") for part in (config, *filter(lambda v: isinstance(v, dict), config.values()))]
     if any(isinstance(count, int) and not 0 <= count <= MAX_LAYERS for count in layers):
         raise UpfitError(f"config.json asks for {max(filter(None, layers))} layers; between 0 and {MAX_LAYERS} are built")
+    parsed = read_as_class(config)
     try:
         with quiet_transformers():
-            parsed = CONFIG_MAPPING[model_type].from_dict(_with_floats(config))
             model_class = model_class_for(config)
             with torch.device("meta") if meta else nullcontext():
                 model = model_class._from_config(parsed)
     except Exception as error:  # a class raises whatever it likes on a config that it does not understand
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UpfitError(f"transformers cannot build this {model_type} config: {reason}") from error
+        raise UpfitError(f"transformers cannot build this {config['model_type']} config: {reason}") from error
     entry = None if stored else _known_entry(config)
     if entry is not None and entry.fused:
         set_apart(model, entry.fused, entry.o, entry.fused_by, entry.fused_transposed)
     return model
+
+
+def read_as_class(config: dict[str, Any]) -> Any:
+    """`config.json` as its class reads it: every key that the class knows, old names and defaults resolved.
+
+    Raises UpfitError when transformers has no such class or the class refuses the config.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = config["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise UpfitError(f"the installed transformers has no model type {model_type!r}; upgrade transformers")
+    try:
+        with quiet_transformers():
+            return CONFIG_MAPPING[model_type].from_dict(_with_floats(config))
+    except Exception as error:  # a class raises whatever it likes on a config that it does not understand
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UpfitError(f"transformers cannot build this {model_type} config: {reason}") from error
 
 
 def _with_floats(value: Any) -> Any:

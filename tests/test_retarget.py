@@ -1,0 +1,196 @@
+"""A checkpoint seen as one of another family computes the same.
+
+Tiny models are made, moved and compared in memory, in float64 where their class can.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from upfit.convert.retarget import MAKERS, retarget
+from upfit.convert.retarget_draft import rotary_share
+from upfit.convert.retarget_nemotron import SMALLEST, powers
+from upfit.errors import UpfitError
+
+CLOSE = 1e-10
+COARSE = 2e-6  # GPT-J and CodeGen multiply queries by keys in float32, and have sines and cosines in it
+
+WIDE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
+NEOX = WIDE | {"intermediate_size": 40, "rotary_pct": 0.5}
+OPT = WIDE | {"ffn_dim": 40}
+GPT = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+XGLM = {"vocab_size": 64, "d_model": 32, "ffn_dim": 40, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 32}
+FALCON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "multi_query": False}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+# Name of the case: model type, its configuration, what it becomes.
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gpt_neox": ("gpt_neox", NEOX, "phi"),
+    "gpt_neox-tied": ("gpt_neox", NEOX | {"tie_word_embeddings": True, "attention_bias": False}, "phi"),
+    "gpt_neox-linear": ("gpt_neox", NEOX | {"rope_scaling": LINEAR, "rotary_emb_base": 500}, "phi"),
+    "gpt_neox-after": ("gpt_neox", NEOX | {"use_parallel_residual": False}, "nemotron"),
+    "gpt_neox_japanese": ("gpt_neox_japanese", WIDE | {"rotary_pct": 0.5}, "nemotron"),
+    "gptj": ("gptj", GPT | {"rotary_dim": 4}, "phi"),
+    "gptj-tied": ("gptj", GPT | {"rotary_dim": 8, "n_inner": 40, "tie_word_embeddings": True}, "phi"),
+    "codegen": ("codegen", GPT | {"rotary_dim": 2, "n_head": 8}, "phi"),
+    "gpt2": ("gpt2", GPT, "gpt_bigcode"),
+    "gpt2-untied": ("gpt2", GPT | {"tie_word_embeddings": False, "n_inner": 40}, "gpt_bigcode"),
+    "gpt2-scaled": ("gpt2", GPT | {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False}, "gpt_bigcode"),
+    "gpt-sw3": ("gpt-sw3", GPT, "gpt_bigcode"),
+    "opt": ("opt", OPT, "gpt_bigcode"),
+    "opt-bare": ("opt", OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}, "gpt_bigcode"),
+    "biogpt": ("biogpt", WIDE | {"intermediate_size": 40}, "gpt_bigcode"),
+    "biogpt-untied": ("biogpt", WIDE | {"intermediate_size": 40, "tie_word_embeddings": False}, "gpt_bigcode"),
+    "xglm": ("xglm", XGLM, "gpt_bigcode"),
+    "falcon": ("falcon", FALCON, "falcon"),
+    "falcon-alibi": ("falcon", FALCON | {"alibi": True, "bias": True}, "falcon"),
+}
+
+
+@dataclass(frozen=True)
+class Described:
+    shape: tuple[int, ...]
+    dtype: str = "F64"
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    """XGLM's class runs in float64 only where that is torch's default."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def tiny(model_type: str, settings: Mapping[str, Any]) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings), dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def stored(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a file of this model holds: a tied head is not stored."""
+    left_out = model._tied_weights_keys if model.config.tie_word_embeddings else ()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+
+
+def config_json(model: PreTrainedModel) -> dict[str, Any]:
+    return model.config.to_dict() | {"architectures": [type(model).__name__]}
+
+
+def moved(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """The model of the other family, every parameter of it given, and nothing else."""
+    seen = retarget(config, {name: Described(tuple(tensor.shape)) for name, tensor in tensors.items()})
+    assert seen is not None
+    state = {new: tensors[old] for new, old in seen.renames.items()}
+    for rule in seen.rules:
+        made = rule.apply({name: tensors[name] for name in rule.reads})
+        planned = rule.apply({name: tensors[name].to("meta") for name in rule.reads})
+        assert set(made) == set(planned) == set(rule.writes)
+        assert not set(made) & set(state), "a tensor is given twice"
+        for name, tensor in made.items():
+            assert (tensor.shape, tensor.dtype) == (planned[name].shape, planned[name].dtype)
+        state |= made
+    parsed = CONFIG_MAPPING[seen.config["model_type"]].from_dict(seen.config)
+    model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float64)
+    assert [type(model).__name__] == seen.config["architectures"]
+    report = model.load_state_dict(state, strict=False)
+    assert not report.unexpected_keys
+    assert report.missing_keys == (["lm_head.weight"] if model.config.tie_word_embeddings else [])
+    return model.eval()
+
+
+def answers(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of two rows of tokens, and eight tokens after them."""
+    ids = torch.randint(3, 60, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        tokens = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+        return logits, tokens
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_another_family_computes_the_same(case: str) -> None:
+    model_type, settings, target = CASES[case]
+    source = tiny(model_type, settings)
+    result = moved(config_json(source), stored(source))
+    assert result.config.model_type == target
+    (before, tokens), (after, same_tokens) = answers(source), answers(result)
+    assert (before - after).abs().max() < (COARSE if model_type in ("gptj", "codegen") else CLOSE)
+    assert torch.equal(tokens, same_tokens)
+
+
+def test_every_family_is_tried() -> None:
+    assert {case[0] for case in CASES.values()} == {*MAKERS, "gpt_neox", "falcon"}
+
+
+def test_old_files_are_read() -> None:
+    """Names without the base model's prefix, and buffers that are no parameters any more."""
+    source = tiny("gpt2", GPT)
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in stored(source).items()}
+    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 32, 32), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    before, after = answers(source)[0], answers(moved(config_json(source), tensors))[0]
+    assert (before - after).abs().max() < CLOSE
+    source = tiny("gpt_neox", NEOX)
+    tensors = {name.replace("lm_head", "embed_out"): tensor for name, tensor in stored(source).items()}
+    tensors |= {"gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(4)}
+    assert (answers(source)[0] - answers(moved(config_json(source), tensors))[0]).abs().max() < CLOSE
+
+
+def test_what_follows_a_family_about() -> None:
+    """Token ids, the type, tying, and the tokenizer's class, which the new model type would not lead to."""
+    config = config_json(tiny("xglm", XGLM)) | {"torch_dtype": "float16", "eos_token_id": 7}
+    config.pop("dtype", None)
+    seen = retarget(config, {name: Described(tuple(t.shape)) for name, t in stored(tiny("xglm", XGLM)).items()})
+    assert seen is not None
+    wanted = {"torch_dtype": "float16", "bos_token_id": 0, "eos_token_id": 7, "pad_token_id": 1, "tie_word_embeddings": True}
+    assert {key: seen.config[key] for key in wanted} == wanted
+    assert seen.config["tokenizer_class"] == "XGLMTokenizer"
+    assert "dtype" not in seen.config
+    assert "gpt_bigcode" in seen.said
+
+
+def test_rotated_widths_survive_their_share() -> None:
+    """Phi keeps the width of what is rotated as a share of the head, and rounds down."""
+    pairs = [(width, head_dim) for head_dim in range(2, 257) for width in range(2, head_dim + 1, 2)]
+    assert all(int(head_dim * rotary_share(width, head_dim)) == width for width, head_dim in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_less_one_lose_nothing(dtype: torch.dtype) -> None:
+    """Nemotron adds one to what it stores, which alone would cost small scales their last bits."""
+    scale = torch.cat([torch.randn(4096, dtype=torch.float32), torch.tensor([0.0, 0.5, 1.0, 0.25, -2.0])]).to(dtype)
+    scale = scale[(scale == 0) | (scale.abs() > 2.0**SMALLEST)]
+    power = powers(scale)
+    again = ((scale / power - 1) + 1) * power
+    assert torch.equal(again, scale)
+    assert not torch.equal((scale - 1) + 1, scale)
+    assert torch.equal(power.log2().frac() if (power > 0).all() else power.abs().log2().frac(), torch.zeros_like(power))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "message"),
+    [
+        ("opt", OPT | {"do_layer_norm_before": False}, "normalises after"),
+        ("opt", OPT | {"word_embed_proj_dim": 16}, "its embeddings have another width"),
+        ("gpt2", GPT | {"add_cross_attention": True}, "cross-attention"),
+        ("gptj", GPT | {"rotary_dim": 3}, "rotary_dim 3"),
+        ("falcon", FALCON | {"parallel_attn": False}, "MLP after the attention"),
+    ],
+)
+def test_what_the_other_family_cannot_say_is_refused(model_type: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UpfitError, match=message):
+        retarget({"model_type": model_type, **settings}, {})
+
+
+def test_families_that_need_no_other_are_left_alone() -> None:
+    for config in ({"model_type": "llama"}, {"model_type": "falcon", "multi_query": True}):
+        assert retarget(config, {}) is None
+    with pytest.raises(UpfitError, match="GPT2Model cannot be moved"):
+        retarget({"model_type": "gpt2", "architectures": ["GPT2Model"], **GPT}, {})

@@ -1,0 +1,76 @@
+"""Families whose config cannot say fewer key/value heads, seen as a family that can and computes the same.
+
+What a checkpoint becomes is told as data: the other family's config, which tensors only change their name, and rules for the
+others. No file is touched here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from upfit.convert import retarget_bigcode, retarget_falcon, retarget_nemotron, retarget_phi
+from upfit.convert.architectures import Described
+from upfit.convert.recipe import Rule
+from upfit.convert.retarget_draft import Draft, check_class
+
+
+@dataclass(frozen=True)
+class Retarget:
+    """A checkpoint as another family stores it.
+
+    `config` is the whole `config.json`, with as many key/value heads as query heads. `renames` gives stored names by new ones,
+    for tensors whose bytes are the same; `rules` make the others. `said` tells a user what the new architecture is and why.
+    """
+
+    config: dict[str, Any]
+    renames: dict[str, str]
+    rules: tuple[Rule, ...]
+    said: str
+
+
+def retarget(config: dict[str, Any], tensors: Mapping[str, Described]) -> Retarget | None:
+    """How this checkpoint is seen as one of another family; None where its own family will do.
+
+    Raises UpfitError for a configuration that the other family cannot express, and when tensors are missing.
+    """
+    make = _maker(config)
+    if make is None:
+        return None
+    check_class(config)
+    draft = Draft(config, tensors)
+    made = make(draft)
+    target = TARGETS[made["model_type"]]
+    said = (
+        f"{config['model_type']} has no setting for the number of key/value heads, so the result is a {target}, which has one "
+        "and computes the same"
+    )
+    return Retarget(made, draft.renames, tuple(draft.rules), said)
+
+
+TARGETS = {  # the name of each target for people, by model type
+    "falcon": "Falcon of the newer form (new_decoder_architecture)",
+    "gpt_bigcode": "GPTBigCode (model_type gpt_bigcode; one key/value head or all)",
+    "nemotron": "Nemotron (model_type nemotron)",
+    "phi": "Phi (model_type phi)",
+}
+MAKERS: dict[str, Callable[[Draft], dict[str, Any]]] = {
+    "biogpt": retarget_bigcode.from_biogpt,
+    "codegen": retarget_phi.from_gptj,
+    "gpt-sw3": retarget_bigcode.from_gpt2,
+    "gpt2": retarget_bigcode.from_gpt2,
+    "gpt_neox_japanese": retarget_nemotron.from_gpt_neox_japanese,
+    "gptj": retarget_phi.from_gptj,
+    "opt": retarget_bigcode.from_opt,
+    "xglm": retarget_bigcode.from_xglm,
+}
+
+
+def _maker(config: dict[str, Any]) -> Callable[[Draft], dict[str, Any]] | None:
+    """The function that fills a draft and gives the new config."""
+    model_type = config["model_type"]
+    if model_type == "gpt_neox":
+        beside = config.get("use_parallel_residual", True)
+        return retarget_phi.from_gpt_neox if beside else retarget_nemotron.from_gpt_neox
+    if model_type == "falcon":
+        return retarget_falcon.from_falcon if retarget_falcon.is_multi_head(config) else None
+    return MAKERS.get(model_type)
