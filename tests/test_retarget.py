@@ -3,18 +3,28 @@
 Tiny models are made, moved and compared in memory, in float64 where their class can.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from upfit.convert.architectures import table
+from upfit.convert.checkpoint import most_positions, open_checkpoint
+from upfit.convert.conversion import Settings, convert
+from upfit.convert.describe import describe
+from upfit.convert.folders import find_source
+from upfit.convert.recipe import find_recipes
 from upfit.convert.retarget import MAKERS, retarget
 from upfit.convert.retarget_draft import rotary_share
 from upfit.convert.retarget_nemotron import SMALLEST, powers
 from upfit.errors import UpfitError
+from upfit.output import Output
+from upfit.uptrain.layerwise import attention_paths
 
 CLOSE = 1e-10
 COARSE = 2e-6  # GPT-J and CodeGen multiply queries by keys in float32, and have sines and cosines in it
@@ -127,7 +137,11 @@ def test_another_family_computes_the_same(case: str) -> None:
 
 
 def test_every_family_is_tried() -> None:
-    assert {case[0] for case in CASES.values()} == {*MAKERS, "gpt_neox", "falcon"}
+    """The types of the table, their targets, and the functions that make them agree; Falcon stays a Falcon."""
+    tried = {(model_type, target) for model_type, _, target in CASES.values()} - {("falcon", "falcon")}
+    assert tried == {(model_type, target) for model_type, targets in table().retargets.items() for target in targets}
+    assert {*MAKERS, "gpt_neox"} == table().retargets.keys()
+    assert {target for _, target in tried} <= table().entries.keys()
 
 
 def test_old_files_are_read() -> None:
@@ -194,3 +208,63 @@ def test_families_that_need_no_other_are_left_alone() -> None:
         assert retarget(config, {}) is None
     with pytest.raises(UpfitError, match="GPT2Model cannot be moved"):
         retarget({"model_type": "gpt2", "architectures": ["GPT2Model"], **GPT}, {})
+
+
+QUIET = Output(quiet=True)
+
+
+def converted(recipe: str, source: Path, out: Path, **options: Any) -> dict[str, Any]:
+    verify = options.pop("verify", False)
+    settings = Settings(verify=verify, dry_run=options.pop("dry_run", False))
+    found = find_recipes()[recipe]
+    return convert(found, str(source), out, found.options(**options), settings, QUIET)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    with open_checkpoint(folder) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+@pytest.fixture(params=["gpt_neox", "gpt_neox-after", "gptj", "gpt2"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A source in several files."""
+    model_type, settings, _ = CASES[request.param]
+    tiny(model_type, settings).save_pretrained(tmp_path / "source", max_shard_size="100KB")
+    return tmp_path / "source"
+
+
+def test_a_conversion_of_what_is_seen_is_that_of_what_is_written(folder: Path) -> None:
+    """With all heads the result computes what the source does, and is what fewer heads are made of either way."""
+    same, few, again = (folder.parent / name for name in ("same", "few", "again"))
+    answer = converted("gqa", folder, same, kv_heads=4, verify=True)
+    assert answer["verify"]["max_difference"] < COARSE
+    converted("gqa", folder, few, kv_heads=1, method="mean")
+    converted("gqa", same, again, kv_heads=1, method="mean")
+    one, other = tensors_of(few), tensors_of(again)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_dry_run_tells_what_is_written(folder: Path) -> None:
+    told = converted("gqa", folder, folder.parent / "out", kv_heads=1, method="first", dry_run=True)
+    assert not (folder.parent / "out").exists()
+    assert converted("gqa", folder, folder.parent / "out", kv_heads=1, method="first")["tensors"] == told["tensors"]
+    written = tensors_of(folder.parent / "out")
+    assert all(tuple(written[row["tensor"]].shape) == row["after"] for row in told["tensors"])
+
+
+def test_the_change_of_family_is_told(tmp_path: Path) -> None:
+    """By show, in recipe.json, and to who would set the attention of both beside each other."""
+    tiny("gpt_neox", NEOX).save_pretrained(tmp_path / "source")
+    assert describe(str(tmp_path / "source"))["converted_as"] == "phi"
+    converted("gqa", tmp_path / "source", tmp_path / "out", kv_heads=2, method="mean")
+    (step,) = json.loads((tmp_path / "out" / "recipe.json").read_text())["steps"]
+    assert (step["retarget"]["from"], step["retarget"]["to"]) == ("gpt_neox", "phi")
+    assert describe(str(tmp_path / "out"))["converted_as"] is None
+    with pytest.raises(UpfitError, match="converted as phi"):
+        attention_paths(find_source(str(tmp_path / "source")))
+
+
+def test_positions_are_counted_under_either_name() -> None:
+    assert (most_positions({"n_positions": 1024}), most_positions({"text_config": {"max_position_embeddings": 8}})) == (1024, 8)
+    assert most_positions({}) is None

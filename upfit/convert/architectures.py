@@ -64,11 +64,12 @@ class Entry:
 class Table:
     entries: dict[str, Entry]
     refused: dict[str, str]  # model type -> reason
+    retargets: dict[str, tuple[str, ...]]  # model type -> the types that it is converted as
 
 
 @functools.cache
 def table() -> Table:
-    """The supported and the refused model types."""
+    """The supported model types, the refused ones, and those that are converted as another one."""
     content = tomllib.loads(resources.files(__package__).joinpath("architectures.toml").read_text(encoding="utf-8"))
     entries = {}
     for group in content["group"]:
@@ -77,7 +78,8 @@ def table() -> Table:
         row |= {part: f"{row['fused']}.{part}" for part in "qkv" if row["fused"]}
         entries.update({name: Entry(name, **row) for name in group["types"]})
     refused = {name: group["reason"] for group in content["refused"] for name in group["types"]}
-    return Table(entries, refused)
+    retargets = {name: tuple(group["to"]) for group in content["retarget"] for name in group["types"]}
+    return Table(entries, refused, retargets)
 
 
 def find_entry(model_type: str) -> Entry:

@@ -28,7 +28,7 @@ from upfit.convert.calibration import (
     metadata,
     read_documents,
 )
-from upfit.convert.checkpoint import Checkpoint, open_checkpoint, safetensors_dtype
+from upfit.convert.checkpoint import Checkpoint, most_positions, open_checkpoint, safetensors_dtype
 from upfit.convert.facts import Facts, understand, watch
 from upfit.convert.folders import find_source, sync_path
 from upfit.convert.lens import see
@@ -114,7 +114,7 @@ def sample_for(folder: Path, checkpoint: Checkpoint, texts: list[str] | None, to
                 raise ValueError("it is not a fast one")
     except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise Opaque("it has no fast tokenizer that can be loaded here") from error
-    longest = _most_positions(checkpoint.config)
+    longest = most_positions(checkpoint.config)
     if length is not None and length < 8:
         raise UpfitError(f"--calibration-length got {length}; give at least 8 tokens")
     if length is not None and longest is not None and length > longest:
@@ -126,13 +126,6 @@ def sample_for(folder: Path, checkpoint: Checkpoint, texts: list[str] | None, to
     if known is not None and max(int(some.max()) for some in sample.windows.values()) >= known:
         raise Opaque(f"its tokenizer has more than the model's {known} ids, so it belongs to another model")
     return sample
-
-
-def _most_positions(config: dict[str, Any]) -> int | None:
-    for part in (config, config.get("text_config") or {}):
-        if isinstance(part.get("max_position_embeddings"), int):
-            return int(part["max_position_embeddings"])
-    return None
 
 
 class Partial:

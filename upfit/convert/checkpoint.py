@@ -69,6 +69,11 @@ class Checkpoint:
         """The tensors that are written as they are, unless a rule writes or drops them."""
         return self.tensors
 
+    @property
+    def said(self) -> str:
+        """Why what recipes see is of another architecture than the files; empty where it is not."""
+        return ""
+
     def written(self, plan: "Plan") -> "Plan":
         """A plan made for these tensors, as rules that write tensors of a file."""
         return plan
@@ -150,6 +155,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
         raise UpfitError(f"{folder} is quantised ({method}); convert the checkpoint it was made from, then quantise the result")
     return config
+
+
+def most_positions(config: dict[str, Any]) -> int | None:
+    """The longest input that `config.json` tells of, in tokens; None where it tells of none."""
+    for part in (config, config.get("text_config") or {}):
+        for key in ("max_position_embeddings", "n_positions"):
+            if isinstance(part.get(key), int):
+                return int(part[key])
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -165,6 +165,9 @@ def _write(job: Job, answer: dict[str, Any], output: Output) -> dict[str, Any]:
     step = history.step(" ".join(_verb(job)), job.source.record(), answer["options"])
     step["command"] = _command(job)
     step["measurements"] = {key: answer[key] for key in ("parameters", "kv_heads", "kv_bytes_per_token")}
+    if job.checkpoint.said:
+        moved = (read_config(job.source.path)["model_type"], job.plan.config["model_type"])
+        step["retarget"] = {"from": moved[0], "to": moved[1], "why": job.checkpoint.said}
     if job.plan.report:
         step["measurements"] |= job.plan.report
     with staged(job.out) as folder:

@@ -20,12 +20,14 @@ def describe(model: str, revision: str | None = None) -> dict[str, Any]:
     source = find_source(model, revision)
     with open_checkpoint(source.path) as checkpoint:
         architecture = bind(checkpoint.config, checkpoint.tensors)
+        seen = architecture.config["model_type"]
         shapes = [layer.geometry for layer in architecture.layers]
         recipes = {} if is_own(checkpoint.config) else find_recipes()
         offers = {name: recipe.offers(architecture) for name, recipe in recipes.items()}
         return {
             "model": source.record(),
             "model_type": checkpoint.config["model_type"],
+            "converted_as": seen if seen != checkpoint.config["model_type"] else None,
             "class": model_class_for(checkpoint.config).__name__,
             "parameters": checkpoint.numel,
             "bytes": checkpoint.nbytes,
@@ -44,6 +46,7 @@ def as_rows(told: dict[str, Any]) -> list[list[str]]:
     """Name and value, as people read them, of what `describe` tells of the model itself."""
     return [
         ["architecture", f"{told['model_type']} ({told['class']})"],
+        *([["converted as", told["converted_as"]]] if told["converted_as"] else []),
         ["parameters", f"{human_count(told['parameters'])} in {human_bytes(told['bytes'])}, {', '.join(told['dtypes'])}"],
         ["attention layers", str(told["layers"])],
         ["query heads", ", ".join(map(str, told["heads"]))],

@@ -39,8 +39,9 @@ def outline(plan: Plan, checkpoint: Checkpoint, dtype: str | None) -> list[Plann
     """
     planned: dict[str, Planned] = {}
     dropped: set[str] = set()
+    known = checkpoint.tensors.keys() | checkpoint.fitted.keys() | checkpoint.passing.keys()
     for rule in plan.rules:
-        missing = [name for name in rule.reads if name not in checkpoint.tensors and name not in checkpoint.fitted]
+        missing = [name for name in rule.reads if name not in known]
         if missing:
             raise ValueError(f"rule {rule.label!r} reads {missing[0]!r}, which the checkpoint does not have")
         written = rule.apply({name: checkpoint.meta(name) for name in rule.reads})

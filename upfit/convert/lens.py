@@ -55,11 +55,12 @@ class Lens:
         left = tuple(name for name in self.made if name not in touched)
         exact, close = (plan.exact and not left, plan.close or (plan.exact and bool(left)))
         notes = (self.said, *plan.notes) if self.said else plan.notes
-        return replace(plan, rules=plan.rules + tuple(map(_as_seen, left)), exact=exact, close=close, notes=notes)
+        rules = tuple(_as_seen(name, self.made[name].rule.label) for name in left)
+        return replace(plan, rules=plan.rules + rules, exact=exact, close=close, notes=notes)
 
 
-def _as_seen(name: str) -> Rule:
-    return Rule((name,), (name,), dict, "in the new architecture's form")
+def _as_seen(name: str, label: str) -> Rule:
+    return Rule((name,), (name,), dict, label)
 
 
 def _put_back(rule: Rule, puts: tuple[Rule, ...]) -> Rule:
@@ -100,6 +101,10 @@ class Seen(Checkpoint):
     @property
     def passing(self) -> dict[str, TensorInfo]:
         return self.under.passing if self.lens.puts else self.tensors
+
+    @property
+    def said(self) -> str:
+        return self.lens.said or self.under.said
 
     def written(self, plan: Plan) -> Plan:
         return self.under.written(self.lens.written(plan))

@@ -5,17 +5,20 @@ from typing import Any
 from upfit.convert.architectures import table
 from upfit.own import code_files
 
-SUPPORTED, OWN = "supported", "own class"
+SUPPORTED, OWN, RETARGETED = "supported", "own class", "retargeted"
 NO_LANGUAGE = "transformers has no class for it that writes text"
 NOT_LOOKED_AT = "nobody has looked at it yet"
 
 
 def model_types() -> dict[str, dict[str, Any]]:
-    """model type → `how` and, where refused, `why`, for every type of the table and all others of transformers."""
+    """model type → `how` and, where refused, `why`, where it becomes another type, `to` which, for every type of the table and
+    all others of transformers."""
     from transformers import CONFIG_MAPPING
 
     known = table()
     found: dict[str, dict[str, Any]] = {name: {"how": OWN if entry.own else SUPPORTED} for name, entry in known.entries.items()}
+    for name, targets in known.retargets.items():
+        found[name] = found.get(name, {"how": RETARGETED}) | {"to": list(targets)}
     found |= {name: {"how": "refused", "why": reason} for name, reason in known.refused.items()}
     writing = _writing()
     for name in set(CONFIG_MAPPING) - set(code_files()):

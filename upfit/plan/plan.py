@@ -7,7 +7,7 @@ computed again (gradient checkpointing) take time but are no FLOPs of the model.
 
 from typing import Any
 
-from upfit.convert.checkpoint import read_config
+from upfit.convert.checkpoint import most_positions, read_config
 from upfit.convert.folders import Source, find_source, teacher_source
 from upfit.errors import UpfitError
 from upfit.options import parse_count, parse_share
@@ -56,8 +56,7 @@ def plan(model: str, options: Options, revision: str | None = None) -> dict[str,
 
 
 def _length(source: Source, options: Options) -> int:
-    config = read_config(source.path)
-    longest = config.get("max_position_embeddings")
+    longest = most_positions(read_config(source.path))
     length = options.length or min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
     if longest and length > longest:
         raise UpfitError(f"--length {length} is longer than the model's {longest} positions; choose {longest} or less")

@@ -25,9 +25,19 @@ from upfit.uptrain.rows import IGNORE
 
 
 def attention_paths(teacher: Source) -> list[str]:
-    """Where the attention modules of the teacher in a folder lie, as names of its class."""
+    """Where the attention modules of the teacher in a folder lie, as names of its class.
+
+    Raises UpfitError for a teacher of a family that is converted as another one.
+    """
     with open_checkpoint(teacher.path) as checkpoint:
-        return [layer.path for layer in bind(checkpoint.config, checkpoint.tensors).layers]
+        architecture, model_type = bind(checkpoint.config, checkpoint.tensors), checkpoint.config["model_type"]
+    if architecture.config["model_type"] != model_type:
+        raise UpfitError(
+            f"the teacher is of type {model_type}, which is converted as {architecture.config['model_type']}, so its attention "
+            f"cannot be set beside the model's; make it one too (upfit convert gqa {teacher.name} TEACHER --kv-heads "
+            f"{architecture.kv_heads}) and give that as --teacher, or leave the stage layerwise out"
+        )
+    return [layer.path for layer in architecture.layers]
 
 
 def converted_paths(student: PreTrainedModel, tutor: PreTrainedModel, paths: list[str]) -> list[str]:
