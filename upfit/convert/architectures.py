@@ -107,6 +107,11 @@ def entry_for(config: dict[str, Any]) -> Entry:
         raise UpfitError(
             f"this {entry.model_type} cannot be converted, for its language model is {model_type}: {known.refused[model_type]}"
         )
+    if model_type in known.retargets:
+        raise UpfitError(
+            f"this {entry.model_type} cannot be converted, for its language model is {model_type}, which would have to change "
+            "its type, and only a model that stands alone can"
+        )
     inner = known.entries.get(str(model_type), entry)  # one that is only ever nested has no row of its own
     if inner.own:
         raise UpfitError(
