@@ -111,9 +111,7 @@ def test_every_supported_type_is_tried_or_explained() -> None:
 
 def test_a_type_is_supported_or_refused_never_both() -> None:
     known = table()
-    assert not (
-        known.entries.keys() & known.refused.keys() or known.retargets.keys() & known.refused.keys()
-    )
+    assert not (known.entries.keys() & known.refused.keys() or known.retargets.keys() & known.refused.keys())
 
 
 def test_what_is_not_understood_is_refused(tmp_path: Path) -> None:

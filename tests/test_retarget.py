@@ -247,6 +247,17 @@ def test_a_conversion_of_what_is_seen_is_that_of_what_is_written(folder: Path) -
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_choice_of_families(tmp_path: Path) -> None:
+    """One head takes the class of transformers that has one, more heads take ours; so does what only ours can express."""
+    settings = {"one": {"kv_heads": 1}, "two": {"kv_heads": 2}}
+    for name, changes in {"opt": {}, "late": {"do_layer_norm_before": False}}.items():
+        tiny("opt", OPT | changes).save_pretrained(tmp_path / name)
+        for out, options in settings.items():
+            converted("gqa", tmp_path / name, tmp_path / f"{name}-{out}", method="mean", **options)
+    types = {path.name: json.loads((path / "config.json").read_text())["model_type"] for path in sorted(tmp_path.glob("*-*"))}
+    assert types == {"late-one": "upfit_gqa", "late-two": "upfit_gqa", "opt-one": "gpt_bigcode", "opt-two": "upfit_gqa"}
+
+
 def test_the_change_of_family_is_told(tmp_path: Path) -> None:
     """By show, in recipe.json, and to who would set the attention of both beside each other."""
     tiny("gpt_neox", NEOX).save_pretrained(tmp_path / "source")

@@ -25,7 +25,10 @@ def list_command(as_json: Json = False) -> None:
     own = [name for name in known if types[name]["how"] == OWN]
     output.line(f"\n{len(own)} of them need a class of ours for fewer heads: {', '.join(own)}")
     moved = {name: told["to"] for name, told in types.items() if "to" in told}
-    output.line("\nThese change their type (those with a class of ours only for one head): " + ", ".join(f"{name} → {' or '.join(to)}" for name, to in moved.items()))
+    output.line(
+        "\nThese change their type (those with a class of ours only for one head): "
+        + ", ".join(f"{name} → {' or '.join(to)}" for name, to in moved.items())
+    )
     output.line(
         f"\n{len(types) - len(known)} more model types of transformers are refused, each with its reason (--json lists them)."
     )

@@ -125,7 +125,7 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     if is_own(checkpoint.config) and recipe.name != MERGE:
         known = checkpoint.config["model_type"]
         raise UpfitError(f"{source.name} is of type {known} already; convert the model it was made from, or merge it first")
-    checkpoint = see(checkpoint)
+    checkpoint = see(checkpoint, one_head=recipe.name == "mqa" or getattr(options, "kv_heads", 0) == 1)
     architecture = bind(checkpoint.config, checkpoint.tensors)
     unused = _check_source(source.path)
     plan, dtype = _with_dtype(checkpoint.written(recipe.plan(architecture, options)), settings.dtype)

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from upfit.convert.architectures import table
 from upfit.convert.checkpoint import Checkpoint, safetensors_dtype, torch_dtype
 from upfit.convert.fused import PARTS, Fused
 from upfit.convert.recipe import Plan, Rule
 from upfit.convert.retarget import retarget
 from upfit.convert.safetensors_file import ITEM_BYTES, TensorInfo
+from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
     import torch
@@ -125,12 +127,13 @@ class Seen(Checkpoint):
         return self._last.pop(name)
 
 
-def see(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as recipes want it: itself, where its family stores what it is."""
-    for look in (moved, apart):
-        lens = look(checkpoint.config, checkpoint.tensors)
-        checkpoint = checkpoint if lens is None else _through(lens, checkpoint)
-    return checkpoint
+def see(checkpoint: Checkpoint, one_head: bool = False) -> Checkpoint:
+    """The checkpoint as recipes want it: itself, where its family stores what it is. `one_head`: as a family that may have no
+    more key/value heads than one, where there is a choice."""
+    lens = moved(checkpoint.config, checkpoint.tensors, one_head)
+    checkpoint = checkpoint if lens is None else _through(lens, checkpoint)
+    lens = apart(checkpoint.config, checkpoint.tensors)
+    return checkpoint if lens is None else _through(lens, checkpoint)
 
 
 def seen_shapes(config: dict[str, Any], tensors: "Mapping[str, Described]") -> "tuple[dict[str, Any], Mapping[str, Described]]":
@@ -166,9 +169,21 @@ def make(rules: tuple[Rule, ...], tensors: "Mapping[str, Described]") -> dict[st
     return made
 
 
-def moved(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | None:
-    """The lens that shows the model of another family; None where its own can say fewer key/value heads."""
-    found = retarget(config, tensors)
+def moved(config: dict[str, Any], tensors: "Mapping[str, Described]", one_head: bool = False) -> Lens | None:
+    """The lens that shows the model of another family; None where its own can say fewer key/value heads.
+
+    A family with a class of ours for any number of heads changes only for `one_head`, and where the other family can be had.
+    """
+    known = table()
+    choice = config["model_type"] in known.retargets.keys() & known.entries.keys()
+    if choice and not one_head:
+        return None
+    try:
+        found = retarget(config, tensors)
+    except UpfitError:
+        if choice:
+            return None
+        raise
     return None if found is None else Lens(found.config, found.renames, make(found.rules, tensors), said=found.said)
 
 
