@@ -55,9 +55,12 @@ def main() -> None:
     told: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k in KEPT}, "control": control, "runs": []}
     for name, folder in starts.items():
         for method in args.methods:
-            row = _best(args, name, folder, method)
+            told["runs"].append(row := _best(args, name, folder, method))
+            if method == "layerwise+kl":  # the first stage measures no logits, but it began where the others did
+                others = [other for other in told["runs"] if other["start"] == name and other is not row]
+                for run in row["runs"] if others else []:
+                    run["curve"].insert(0, others[0]["runs"][0]["curve"][0])
             row["gaps"] = [_gaps(run, control["runs"][0]) for run in row["runs"]]
-            told["runs"].append(row)
             ends = [f"{run['curve'][-1][1]:.4f}" for run in row["runs"]]
             print(name, method, row["learning_rate"], "ends at", *ends, "closed", row["gaps"], flush=True)
     args.results.write_text(json.dumps(told | {"environment": environment()}, indent=1) + "\n", encoding="utf-8")
