@@ -77,6 +77,10 @@ class Checkpoint:
                 self._descriptors[path] = os.open(path, os.O_RDONLY)
             return self._descriptors[path]
 
+    def read_bytes(self, file: str, nbytes: int, start: int) -> bytearray:
+        """Bytes of a weight file of the folder. Raises UpfitError when the file ends before."""
+        return read_exactly(self.descriptor(self.folder / file), nbytes, start)
+
     def read(self, name: str) -> "torch.Tensor":
         """One tensor, read into memory of its own."""
         import torch

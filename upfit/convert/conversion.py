@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shlex
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from upfit.convert.architectures import Architecture, bind
 from upfit.convert.checkpoint import Checkpoint, open_checkpoint, read_config, safetensors_dtype
 from upfit.convert.engine import Planned, check_against_class, edit_dtype, outline, output_bytes, shape_changes
 from upfit.convert.folders import Source, check_output, copy_code, copy_side_files, find_source, scratch_folder, staged
+from upfit.convert.journal import Journal, crc_of
 from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, find_merge
 from upfit.convert.verify import verify
-from upfit.convert.writer import split, write_shards
+from upfit.convert.writer import Shard, split, write_shards
 from upfit.errors import UpfitError
 from upfit.options import as_flags, check
 from upfit.output import Output
@@ -125,7 +128,7 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
         known = checkpoint.config["model_type"]
         raise UpfitError(f"{source.name} is of type {known} already; convert the model it was made from, or merge it first")
     architecture = bind(checkpoint.config, checkpoint.tensors)
-    unused = _check_source(source.path)
+    unused = _check_source(checkpoint)
     plan, dtype = _with_dtype(recipe.plan(architecture, options), settings.dtype)
     planned = outline(plan, checkpoint, dtype)
     check_against_class(plan, planned, architecture)
@@ -134,15 +137,16 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     return Job(recipe, options, settings, source, out, checkpoint, architecture, plan, planned, unused)
 
 
-def _check_source(folder: Path) -> frozenset[str]:
+def _check_source(checkpoint: Checkpoint) -> frozenset[str]:
     """Names that the source's own class leaves unused. Raises UpfitError when the source is incomplete."""
-    from upfit.convert.skeleton import load_with_report
+    from upfit.convert.skeleton import structure_report
 
-    _, report = load_with_report(folder, device_map="meta")
+    report = structure_report(checkpoint.config, checkpoint.tensors)
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if report[kind]:
             names = ", ".join(sorted(map(str, report[kind]))[:3])
-            raise UpfitError(f"the source {folder} is incomplete: {len(report[kind])} {kind.replace('_', ' ')}, e.g. {names}")
+            what = f"{len(report[kind])} {kind.replace('_', ' ')}, e.g. {names}"
+            raise UpfitError(f"the source {checkpoint.folder} is incomplete: {what}")
     return frozenset(report["unexpected_keys"])
 
 
@@ -165,9 +169,12 @@ def _write(job: Job, answer: dict[str, Any], output: Output) -> dict[str, Any]:
     step["measurements"] = {key: answer[key] for key in ("parameters", "kv_heads", "kv_bytes_per_token")}
     if job.plan.report:
         step["measurements"] |= job.plan.report
-    with staged(job.out) as folder:
+    with staged(job.out, resumable=True) as folder:
+        journal = Journal(folder, _work(job, shards), job.checkpoint.read_bytes)
+        if journal.kept:
+            output.note(f"going on: {len(journal.kept)} of {len(shards)} shards are finished already")
         with output.progress(f"converting {job.source.name}", sum(item.nbytes for item in job.planned)) as meter:
-            write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance)
+            write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance, journal)
         if "README.md" in copy_side_files(job.source.path, folder):
             step["readme_sha256"] = hashlib.sha256((folder / "README.md").read_bytes()).hexdigest()  # the card tells it apart
         copy_code(job.plan.config, folder)
@@ -179,6 +186,20 @@ def _write(job: Job, answer: dict[str, Any], output: Output) -> dict[str, Any]:
             step["measurements"]["verify"] = report.record()
         history.write(folder, [*history.read(job.source.path), step])
     return step["measurements"].get("verify", {})
+
+
+def _work(job: Job, shards: list[Shard]) -> dict[str, Any]:
+    """All that the bytes of the shards depend on: a run that finds a journal of other work does not go on with it."""
+    files = [(path.name, os.fstat(job.checkpoint.descriptor(path))) for path in job.checkpoint.files]
+    fitted = {path.name: crc_of(path) for path in sorted({info.file for info in job.checkpoint.fitted.values()})}
+    return {
+        "source": [[name, told.st_size, told.st_mtime_ns] for name, told in files],
+        "conversion": [job.recipe.name, dataclasses.asdict(job.options), job.settings.dtype],
+        "config": job.plan.config,
+        "shards": [[shard.name, shard.nbytes, zlib.crc32(shard.header)] for shard in shards],
+        "fitted": fitted,
+        "versions": history.versions(),
+    }
 
 
 def _summary(job: Job) -> dict[str, Any]:
