@@ -133,7 +133,8 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     planned = outline(plan, checkpoint, dtype)
     check_against_class(plan, planned, architecture)
     fitted = sum(item.nbytes for item in planned if item.rule is not None) * FIT_FACTOR if plan.fit else 0
-    check_output(out, source.path, output_bytes(planned, source.path) + fitted, settings.overwrite)
+    needed = 0 if settings.dry_run else output_bytes(planned, source.path) + fitted  # a plan may be made where it cannot run
+    check_output(out, source.path, needed, settings.overwrite)
     return Job(recipe, options, settings, source, out, checkpoint, architecture, plan, planned, unused)
 
 
