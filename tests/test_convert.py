@@ -17,7 +17,7 @@ import torch
 from tests.folders import letter_tokenizer, logits, save_tiny, tiny_llama
 from tests.warm_python import warm_python
 from upfit import history
-from upfit.convert import folders, writer
+from upfit.convert import conversion, folders, writer
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.folders import staged, teacher_source
@@ -91,13 +91,15 @@ def test_identity_is_verified_as_equal(tmp_path: Path) -> None:
 
 def test_a_broken_promise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If untouched bytes did not arrive as they were, verify would see it and nothing would be kept."""
-    original = writer._copy_runs
+    original = writer.write_shards
 
-    def damaged(shard: Any, checkpoint: Any, target: int, advance: Any) -> None:
-        original(shard, checkpoint, target, advance)
-        os.pwrite(target, bytes(4096), shard.offsets["model.layers.1.mlp.down_proj.weight"])
+    def damaged(shards: Any, rules: Any, checkpoint: Any, folder: Path, *rest: Any) -> None:
+        original(shards, rules, checkpoint, folder, *rest)
+        with open(folder / shards[0].name, "r+b") as file:
+            file.seek(shards[0].offsets["model.layers.1.mlp.down_proj.weight"])
+            file.write(bytes(4096))
 
-    monkeypatch.setattr(writer, "_copy_runs", damaged)
+    monkeypatch.setattr(conversion, "write_shards", damaged)
     with pytest.raises(UpfitError, match="promises equality"):
         run(save_tiny(tmp_path / "source"), tmp_path / "out", 4)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

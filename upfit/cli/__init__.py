@@ -29,7 +29,7 @@ def main() -> None:
             print(f"upfit: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("upfit: stopped; nothing unfinished was kept", file=sys.stderr)
+        print("upfit: stopped; nothing unfinished stands at the output", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)

@@ -81,6 +81,10 @@ class Checkpoint:
     def info(self, name: str) -> TensorInfo:
         return self.tensors[name] if name in self.tensors else self.fitted[name]
 
+    def files_of(self, name: str) -> set[Path]:
+        """The files that have to be there to read this tensor."""
+        return {self.info(name).file}
+
     def with_fitted(self, folder: Path) -> "Checkpoint":
         """The same opened folder, with the tensors of every safetensors file in `folder` to be read by rules."""
         fitted = {info.name: info for path in sorted(folder.glob("*.safetensors")) for info in read_header(path)}
@@ -92,6 +96,10 @@ class Checkpoint:
             if path not in self._descriptors:
                 self._descriptors[path] = os.open(path, os.O_RDONLY)
             return self._descriptors[path]
+
+    def read_bytes(self, file: str, nbytes: int, start: int) -> bytearray:
+        """Bytes of a weight file of the folder. Raises UpfitError when the file ends before."""
+        return read_exactly(self.descriptor(self.folder / file), nbytes, start)
 
     def read(self, name: str) -> "torch.Tensor":
         """One tensor, read into memory of its own."""

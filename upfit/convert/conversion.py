@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shlex
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from upfit.convert.architectures import Architecture, bind, has_two_ways
 from upfit.convert.checkpoint import Checkpoint, open_checkpoint, read_config, safetensors_dtype
 from upfit.convert.engine import Planned, check_against_class, edit_dtype, outline, output_bytes, shape_changes
 from upfit.convert.folders import Source, check_output, copy_code, copy_side_files, find_source, scratch_folder, staged
+from upfit.convert.journal import Journal, crc_of
 from upfit.convert.lens import see
 from upfit.convert.own_class import is_grouped
 from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, find_merge
 from upfit.convert.verify import verify
-from upfit.convert.writer import split, write_shards
+from upfit.convert.writer import Shard, split, write_shards
 from upfit.errors import UpfitError
 from upfit.options import as_flags, check
 from upfit.output import Output
@@ -129,13 +132,14 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     if is_own(checkpoint.config) and recipe.name != MERGE and not is_grouped(checkpoint.config):
         known = checkpoint.config["model_type"]
         raise UpfitError(f"{source.name} is of type {known} already; convert the model it was made from, or merge it first")
+    unused = _check_source(checkpoint)
     checkpoint, architecture, plan = _first_way(recipe, options, checkpoint)
-    unused = _check_source(source.path)
     plan, dtype = _with_dtype(checkpoint.written(plan), settings.dtype)
     planned = outline(plan, checkpoint, dtype)
     check_against_class(plan, planned, architecture)
     fitted = sum(item.nbytes for item in planned if item.rule is not None) * FIT_FACTOR if plan.fit else 0
-    check_output(out, source.path, output_bytes(planned, source.path) + fitted, settings.overwrite)
+    needed = 0 if settings.dry_run else output_bytes(planned, source.path) + fitted  # a plan may be made where it cannot run
+    check_output(out, source.path, needed, settings.overwrite)
     return Job(recipe, options, settings, source, out, checkpoint, architecture, plan, planned, unused)
 
 
@@ -153,15 +157,16 @@ def _first_way(recipe: Recipe, options: Any, checkpoint: Checkpoint) -> tuple[Ch
     raise AssertionError("there is always a way, or a reason")
 
 
-def _check_source(folder: Path) -> frozenset[str]:
+def _check_source(checkpoint: Checkpoint) -> frozenset[str]:
     """Names that the source's own class leaves unused. Raises UpfitError when the source is incomplete."""
-    from upfit.convert.skeleton import load_with_report
+    from upfit.convert.skeleton import structure_report
 
-    _, report = load_with_report(folder, device_map="meta")
+    report = structure_report(checkpoint.config, checkpoint.tensors)
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if report[kind]:
             names = ", ".join(sorted(map(str, report[kind]))[:3])
-            raise UpfitError(f"the source {folder} is incomplete: {len(report[kind])} {kind.replace('_', ' ')}, e.g. {names}")
+            what = f"{len(report[kind])} {kind.replace('_', ' ')}, e.g. {names}"
+            raise UpfitError(f"the source {checkpoint.folder} is incomplete: {what}")
     return frozenset(report["unexpected_keys"])
 
 
@@ -187,9 +192,12 @@ def _write(job: Job, answer: dict[str, Any], output: Output) -> dict[str, Any]:
         step["retarget"] = {"from": moved[0], "to": moved[1], "why": job.checkpoint.said}
     if job.plan.report:
         step["measurements"] |= job.plan.report
-    with staged(job.out) as folder:
+    with staged(job.out, resumable=True) as folder:
+        journal = Journal(folder, _work(job, shards), job.checkpoint.read_bytes)
+        if journal.kept:
+            output.note(f"going on: {len(journal.kept)} of {len(shards)} shards are finished already")
         with output.progress(f"converting {job.source.name}", sum(item.nbytes for item in job.planned)) as meter:
-            write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance)
+            write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance, journal)
         if "README.md" in copy_side_files(job.source.path, folder):
             step["readme_sha256"] = hashlib.sha256((folder / "README.md").read_bytes()).hexdigest()  # the card tells it apart
         copy_code(job.plan.config, folder)
@@ -201,6 +209,20 @@ def _write(job: Job, answer: dict[str, Any], output: Output) -> dict[str, Any]:
             step["measurements"]["verify"] = report.record()
         history.write(folder, [*history.read(job.source.path), step])
     return step["measurements"].get("verify", {})
+
+
+def _work(job: Job, shards: list[Shard]) -> dict[str, Any]:
+    """All that the bytes of the shards depend on: a run that finds a journal of other work does not go on with it."""
+    files = [(path.name, os.fstat(job.checkpoint.descriptor(path))) for path in job.checkpoint.files]
+    fitted = {path.name: crc_of(path) for path in sorted({info.file for info in job.checkpoint.fitted.values()})}
+    return {
+        "source": [[name, told.st_size, told.st_mtime_ns] for name, told in files],
+        "conversion": [job.recipe.name, dataclasses.asdict(job.options), job.settings.dtype],
+        "config": job.plan.config,
+        "shards": [[shard.name, shard.nbytes, zlib.crc32(shard.header)] for shard in shards],
+        "fitted": fitted,
+        "versions": history.versions(),
+    }
 
 
 def _summary(job: Job) -> dict[str, Any]:

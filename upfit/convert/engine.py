@@ -30,6 +30,11 @@ class Planned:
     rule: Rule | None
     cast: bool = False  # passes through, but in another type
 
+    @property
+    def untouched(self) -> bool:
+        """Whether its bytes are those of the source."""
+        return self.rule is None and not self.cast
+
 
 def outline(plan: Plan, checkpoint: Checkpoint, dtype: str | None) -> list[Planned]:
     """Every tensor of the result, found by running the plan on meta tensors.

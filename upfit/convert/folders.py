@@ -40,6 +40,7 @@ SIDE_FILES = (
     "README.md",
 )
 WEIGHT_PATTERNS = ("*.safetensors", "model.safetensors.index.json", "config.json")
+JOURNAL = "conversion.jsonl"  # in a folder that is being written: what of it is finished
 STORY_FILES = (history.FILE, "metrics.jsonl")
 HUB_ID = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
 NEVER_COPIED = {".py", ".bin", ".pt", ".pth", ".pkl", ".safetensors"}
@@ -145,11 +146,12 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, resumable: bool = False) -> Iterator[Path]:
     """A sibling folder to write into, which becomes `out` when the block ends well, in one rename after everything is synced.
 
-    On an error it is removed; after a kill it is left as `OUT.partial`, which the next run clears. A folder that stood at
-    `out` (the caller has checked that it may go) is replaced at the very end. Raises UpfitError when another process is
+    On an error it is removed; after a kill it is left as `OUT.partial`, which the next run clears. With `resumable` the next
+    run finds it as it was left, also where the user stopped the work or a download failed (`Interrupted`). A folder that stood
+    at `out` (the caller has checked that it may go) is replaced at the very end. Raises UpfitError when another process is
     writing to the same place.
     """
     out = out.expanduser().resolve()
@@ -162,17 +164,24 @@ def staged(out: Path) -> Iterator[Path]:
         except OSError as error:
             raise UpfitError(f"another process is writing {out}; wait for it or choose another output") from error
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            if not resumable:
+                shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(exist_ok=resumable)
             try:
                 yield partial
                 sync_tree(partial)
+                (partial / JOURNAL).unlink(missing_ok=True)
                 replace_folder(partial, out, old)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
+            except BaseException as error:
+                if not (resumable and isinstance(error, Interrupted | KeyboardInterrupt)):
+                    shutil.rmtree(partial, ignore_errors=True)
                 raise
         finally:
             lock_path.unlink(missing_ok=True)
+
+
+class Interrupted(UpfitError):
+    """The work could not go on, and the same command can go on with it later."""
 
 
 def replace_folder(new: Path, out: Path, old: Path) -> None:

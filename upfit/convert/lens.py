@@ -7,6 +7,7 @@ back (`written`) to tensors of a file: those that nothing changed pass as bytes,
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit.convert.checkpoint import Checkpoint, safetensors_dtype, torch_dtype
@@ -112,6 +113,13 @@ class Seen(Checkpoint):
     def info(self, name: str) -> TensorInfo:
         known = name in self.tensors or name in self.fitted
         return super().info(name) if known else self.under.info(name)
+
+    def files_of(self, name: str) -> set[Path]:
+        made = self.lens.made.get(name)
+        stored = made.rule.reads if made else (self.lens.same.get(name, name),)
+        return (
+            {file for one in stored for file in self.under.files_of(one)} if name not in self.fitted else super().files_of(name)
+        )
 
     def read(self, name: str) -> "torch.Tensor":
         made = self.lens.made.get(name)

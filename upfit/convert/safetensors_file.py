@@ -113,15 +113,18 @@ def _check_coverage(path: Path, infos: list[TensorInfo], base: int, size: int) -
         raise UpfitError(f"{path} {what}: its tensors end at byte {position}, the file at {size}; fetch it again")
 
 
-def encode_header(infos: list[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str]) -> bytes:
-    """Length and header of a file holding (name, dtype, shape, bytes) in this order, padded with spaces to 8 bytes."""
+def encode_header(
+    infos: list[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str], block: int = 8, phase: int = 0
+) -> bytes:
+    """Length and header of a file holding (name, dtype, shape, bytes) in this order, padded with spaces so that the data begins
+    at `phase` modulo `block` bytes."""
     entries: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for name, dtype, shape, nbytes in infos:
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
         position += nbytes
     content = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    content += b" " * (-len(content) % 8)
+    content += b" " * ((phase - 8 - len(content)) % block)
     return len(content).to_bytes(8, "little") + content
 
 

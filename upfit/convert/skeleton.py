@@ -5,7 +5,7 @@ The only place of the converter that touches model classes. Everything happens o
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,9 @@ from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from upfit.convert.architectures import Described
+    from upfit.convert.checkpoint import Checkpoint
 
 AUTO_CLASSES = (
     "AutoModelForCausalLM",
@@ -55,14 +58,10 @@ def skeleton(config: dict[str, Any], meta: bool = True, stored: bool = False) ->
     if any(isinstance(count, int) and not 0 <= count <= MAX_LAYERS for count in layers):
         raise UpfitError(f"config.json asks for {max(filter(None, layers))} layers; between 0 and {MAX_LAYERS} are built")
     parsed = read_as_class(config)
-    try:
-        with quiet_transformers():
-            model_class = model_class_for(config)
-            with torch.device("meta") if meta else nullcontext():
-                model = model_class._from_config(parsed)
-    except Exception as error:  # a class raises whatever it likes on a config that it does not understand
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UpfitError(f"transformers cannot build this {config['model_type']} config: {reason}") from error
+    with _config_errors(config), quiet_transformers():
+        model_class = model_class_for(config)
+        with torch.device("meta") if meta else nullcontext():
+            model = model_class._from_config(parsed)
     entry = None if stored else _known_entry(config)
     if entry is not None and entry.fused:
         set_apart(model, entry.fused, entry.o, entry.fused_by, entry.fused_transposed)
@@ -79,12 +78,19 @@ def read_as_class(config: dict[str, Any]) -> Any:
     model_type = config["model_type"]
     if model_type not in CONFIG_MAPPING:
         raise UpfitError(f"the installed transformers has no model type {model_type!r}; upgrade transformers")
+    with _config_errors(config), quiet_transformers():
+        return CONFIG_MAPPING[model_type].from_dict(_with_floats(config))
+
+
+@contextmanager
+def _config_errors(config: dict[str, Any]) -> Iterator[None]:
     try:
-        with quiet_transformers():
-            return CONFIG_MAPPING[model_type].from_dict(_with_floats(config))
+        yield
+    except UpfitError:
+        raise
     except Exception as error:  # a class raises whatever it likes on a config that it does not understand
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UpfitError(f"transformers cannot build this {model_type} config: {reason}") from error
+        raise UpfitError(f"transformers cannot build this {config['model_type']} config: {reason}") from error
 
 
 def _with_floats(value: Any) -> Any:
@@ -187,22 +193,47 @@ def _class_names(text: str, stored: bool) -> Names:
     return Names(skeleton(json.loads(text), stored=stored))
 
 
+def structure_report(config: dict[str, Any], tensors: "Mapping[str, Described]") -> dict[str, Any]:
+    """What `from_pretrained` reports (see `load_with_report`) of a folder with this config and these tensors, found by loading
+    them without their values: of a large checkpoint not a byte is read.
+
+    Raises UpfitError when the class cannot be built or the tensors do not load at all.
+    """
+    import torch
+
+    from upfit.convert.checkpoint import torch_dtype
+
+    state = {name: torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta") for name, info in tensors.items()}
+    with _config_errors(config):
+        parsed, model_class = read_as_class(config), model_class_for(config)
+    return _loaded(model_class, None, config=parsed, state_dict=state, device_map="meta")[1]
+
+
+def check_structure(checkpoint: "Checkpoint", unexpected: frozenset[str] | None = None) -> None:
+    """Raise UpfitError, as `load_strictly` does, when the opened folder would not load completely into its class."""
+    _complain(checkpoint.folder, structure_report(checkpoint.config, checkpoint.tensors), unexpected)
+
+
 def load_strictly(
     folder: Path, auto_class: Any = None, unexpected: frozenset[str] | None = None, **options: Any
 ) -> "PreTrainedModel":
     """`from_pretrained` of a local folder; every weight of the class must come from the file.
 
-    `options` go to `from_pretrained`; with `device_map="meta"` only the structure is loaded. `unexpected` names the tensors
+    `options` go to `from_pretrained`. `unexpected` names the tensors
     of the file that the class may leave unused (None: any). Never runs code of the folder.
     Raises UpfitError naming the first tensors that are missing, of another shape, or left over.
     """
     model, report = load_with_report(folder, auto_class, **options)
+    _complain(folder, report, unexpected)
+    return model.eval()
+
+
+def _complain(folder: Path, report: dict[str, Any], unexpected: frozenset[str] | None) -> None:
     report["unexpected_keys"] = set() if unexpected is None else set(report["unexpected_keys"]) - unexpected
     for kind, found in report.items():
         if found:
             names = ", ".join(sorted(map(str, found))[:3])
             raise UpfitError(f"{folder} does not load completely: {len(found)} {kind.replace('_', ' ')}, e.g. {names}")
-    return model.eval()
 
 
 def load_with_report(folder: Path, auto_class: Any = None, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]:
@@ -212,14 +243,17 @@ def load_with_report(folder: Path, auto_class: Any = None, **options: Any) -> tu
     """
     from upfit.convert.checkpoint import read_config
 
-    auto_class = auto_class or auto_class_for(read_config(folder))
+    return _loaded(auto_class or auto_class_for(read_config(folder)), folder, **options)
+
+
+def _loaded(auto_class: Any, folder: Path | None, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]:
     options = {"local_files_only": True, "trust_remote_code": False, **options}
     try:
         with quiet_transformers():
             model, info = auto_class.from_pretrained(folder, output_loading_info=True, **options)
     except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UpfitError(f"{folder} does not load into its class: {reason}") from error
+        raise UpfitError(f"{folder or 'the checkpoint'} does not load into its class: {reason}") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     return model, {kind: info.get(kind) or set() for kind in kinds}
 

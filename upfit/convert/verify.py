@@ -46,14 +46,14 @@ def verify(folder: Path, source: Path, exact: bool, close: bool, named: Path, al
 
     `allowed` names tensors that the source's class already left unused. Raises UpfitError when a check fails.
     """
-    from upfit.convert.skeleton import load_strictly
+    from upfit.convert.checkpoint import open_checkpoint
+    from upfit.convert.skeleton import check_structure
 
     try:
-        load_strictly(folder, unexpected=allowed, device_map="meta")
+        with open_checkpoint(folder) as written:
+            check_structure(written, allowed)
     except UpfitError as error:
-        raise UpfitError(
-            f"the result failed its check and was not kept: {str(error).replace(str(folder), str(named))}"
-        ) from error
+        raise UpfitError(f"{FAILED}: {str(error).replace(str(folder), str(named))}") from error
     structure = "loads into its class; nothing missing, left over or of another shape"
     short = _memory_short(source, folder)
     if short:

@@ -7,7 +7,7 @@ from typing import Any
 from upfit import history
 from upfit.convert.checkpoint import INDEX, open_checkpoint
 from upfit.convert.folders import NEVER_COPIED, SIDE_FILES, contained
-from upfit.convert.skeleton import load_strictly
+from upfit.convert.skeleton import check_structure
 from upfit.errors import UpfitError
 from upfit.own import is_own, shipped
 
@@ -33,8 +33,8 @@ def check_folder(folder: Path) -> list[dict[str, Any]]:
     if not steps:
         raise UpfitError(f"{folder} has no {history.FILE}, so there is nothing to make a model card of; push results of Upfit")
     try:
-        open_checkpoint(folder).close()  # headers and sizes of every file
-        load_strictly(folder, device_map="meta")
+        with open_checkpoint(folder) as checkpoint:  # headers and sizes of every file
+            check_structure(checkpoint)
     except UpfitError as error:
         raise UpfitError(f"{folder} is not whole: {error}") from error
     return steps

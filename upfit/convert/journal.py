@@ -1,0 +1,103 @@
+"""What of a conversion is finished: a file beside the shards that tells it, so that the same command goes on after a kill.
+
+The first line says what is being done; each further line is a shard whose bytes have reached the disk, with the checksums of
+its pieces. A shard without a line, or with other bytes than its line tells, is written again.
+"""
+
+import json
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from upfit.convert.folders import JOURNAL
+from upfit.convert.movers import Piece
+from upfit.convert.safetensors_file import read_exactly
+from upfit.errors import UpfitError
+
+STEP = 8 * 2**20
+Read = Callable[[str, int, int], bytes | bytearray]  # bytes of a source file: its name, how many, from where
+
+
+class Journal:
+    """`kept` names the shards in `folder` that an earlier run has finished and that are still what it wrote."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], read: Read) -> None:
+        """Go on with the work in `folder` if it was begun with these settings, else clear it and begin."""
+        self.path, self._lock = folder / JOURNAL, threading.Lock()
+        first = json.dumps(settings, sort_keys=True)
+        lines = self._lines()
+        finished = lines[1:] if lines[:1] == [first] else []
+        told = {line["name"]: line for line in map(_parsed, finished) if line}
+        self.kept = {name: line["nbytes"] for name, line in told.items() if _stands(folder / name, line, read)}
+        for path in folder.iterdir():
+            if path.name not in self.kept and path != self.path:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        begun = self.path.with_name(f"{JOURNAL}.new")
+        begun.write_text("".join(line + "\n" for line in [first, *(json.dumps(told[name]) for name in self.kept)]))
+        os.replace(begun, self.path)
+
+    def _lines(self) -> list[str]:
+        """Whole lines only: a kill may have cut the last one."""
+        if not self.path.exists():
+            return []
+        return [line[:-1] for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+    def add(self, name: str, nbytes: int, pieces: list[Piece]) -> None:
+        """Tell of a shard; its bytes must have reached the disk."""
+        line = {"name": name, "nbytes": nbytes, "pieces": [list(asdict(piece).values()) for piece in pieces]}
+        with self._lock, open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line as it was written; None for one that was damaged since."""
+    try:
+        told = json.loads(line)
+        return {"name": str(told["name"]), "nbytes": int(told["nbytes"]), "pieces": [list(piece) for piece in told["pieces"]]}
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _stands(path: Path, line: dict[str, Any], read: Read) -> bool:
+    """Whether the shard still has the bytes that its line tells: every one of them is read."""
+    if not path.is_file() or path.is_symlink() or path.stat().st_size != line["nbytes"]:
+        return False
+    pieces = sorted((Piece(*entry) for entry in line["pieces"]), key=lambda piece: piece.place)
+    end = 0
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for piece in pieces:
+            if piece.place != end or not _same(descriptor, piece, read):
+                return False
+            end += piece.nbytes
+    except UpfitError:  # the source's file has become shorter
+        return False
+    finally:
+        os.close(descriptor)
+    return end == line["nbytes"]
+
+
+def _same(descriptor: int, piece: Piece, read: Read) -> bool:
+    crc = 0
+    for done in range(0, piece.nbytes, STEP):
+        size = min(STEP, piece.nbytes - done)
+        data = read_exactly(descriptor, size, piece.place + done)
+        if piece.crc is None and piece.file is not None and data != read(piece.file, size, piece.start + done):
+            return False
+        crc = zlib.crc32(data, crc)
+    return piece.crc is None or crc == piece.crc
+
+
+def crc_of(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while data := file.read(STEP):
+            crc = zlib.crc32(data, crc)
+    return crc

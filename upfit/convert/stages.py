@@ -1,0 +1,175 @@
+"""The order of the work on a checkpoint: one file of the source after the other, and what is done while it is read.
+
+A stage moves the file's untouched bytes and runs the rules whose last tensors it holds, so a file of the source is needed for
+one stretch of the time only, and shards of the result are finished one by one.
+"""
+
+import functools
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from upfit.convert import movers
+from upfit.convert.checkpoint import Checkpoint
+from upfit.convert.engine import compute, finish
+from upfit.convert.journal import Journal
+from upfit.convert.movers import Mover, Piece, Run, write_all
+
+if TYPE_CHECKING:
+    import torch
+
+    from upfit.convert.engine import Planned
+    from upfit.convert.recipe import Rule
+    from upfit.convert.writer import Shard
+
+
+class Depot(Protocol):
+    """Source files that are not here all the time."""
+
+    def bring(self, path: Path) -> None: ...
+    def drop(self, path: Path) -> None: ...
+
+
+@dataclass
+class Target:
+    """A shard that is being written: `left` counts the bytes that do not stand yet."""
+
+    shard: "Shard"
+    descriptor: int
+    journal: Journal | None
+    left: int
+    pieces: list[Piece] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def put(self, data: bytes | memoryview, place: int) -> None:
+        write_all(self.descriptor, data, place)
+        self.stands(Piece(place, len(data), zlib.crc32(data)))
+
+    def stands(self, piece: Piece) -> None:
+        with self.lock:
+            self.pieces.append(piece)
+            self.left -= piece.nbytes
+            finished = self.left == 0
+        if finished and self.journal:
+            os.fsync(self.descriptor)
+            self.journal.add(self.shard.name, self.shard.nbytes, self.pieces)
+
+
+@dataclass
+class Stage:
+    """What is done while one file of the source is read: its untouched runs, rules whose last tensors it has, and casts.
+    `files` are all source files that have to be here, `done` those that nothing needs any more afterwards."""
+
+    file: Path
+    runs: list[tuple[Target, Run]] = field(default_factory=list)
+    rules: list["Rule"] = field(default_factory=list)
+    casts: list["Planned"] = field(default_factory=list)
+    files: set[Path] = field(default_factory=set)
+    done: set[Path] = field(default_factory=set)
+
+
+def stages(targets: list[Target], rules: Sequence["Rule"], checkpoint: Checkpoint) -> list[Stage]:
+    """The work, in the order of the source's files; files that nothing is wanted of have no stage."""
+    staged = {file: Stage(file) for file in checkpoint.files}
+    order = {file: index for index, file in enumerate(checkpoint.files)}
+    wanted = {item.name for target in targets for item in target.shard.items}
+    for target in targets:
+        for run in _runs(target.shard, checkpoint):
+            staged[run.file].runs.append((target, run))
+        for item in target.shard.items:
+            if item.cast:
+                staged[checkpoint.info(item.source).file].casts.append(item)
+    for rule in rules:
+        if wanted.intersection(rule.writes):
+            read = {file for name in rule.reads for file in checkpoint.files_of(name)}
+            files = read & order.keys()  # a fit's own files are always here
+            stage = staged[max(files, key=order.__getitem__, default=checkpoint.files[0])]
+            stage.rules.append(rule)
+            stage.files |= files
+    found = [stage for stage in staged.values() if stage.runs or stage.rules or stage.casts]
+    last: dict[Path, Stage] = {}
+    for stage in found:
+        stage.files |= {stage.file} if stage.runs or stage.casts else set()
+        last |= dict.fromkeys(stage.files, stage)
+    for file, stage in last.items():
+        stage.done.add(file)
+    return found
+
+
+def _runs(shard: "Shard", checkpoint: Checkpoint) -> Iterable[Run]:
+    """Untouched tensors as runs of bytes, neighbours joined."""
+    run: Run | None = None
+    for item in [item for item in shard.items if item.untouched]:
+        info, place = checkpoint.info(item.source), shard.offsets[item.name]
+        if run and (run.file, run.start + run.nbytes, run.place + run.nbytes) == (info.file, info.start, place):
+            run = Run(run.file, run.start, run.nbytes + info.nbytes, run.place)
+            continue
+        if run:
+            yield run
+        run = Run(info.file, info.start, info.nbytes, place)
+    if run:
+        yield run
+
+
+class Work:
+    """Does stages: one thread moves bytes while the other computes; they write to different places of the same files."""
+
+    def __init__(
+        self, shards: list["Shard"], targets: list[Target], checkpoint: Checkpoint, advance: Callable[[int], None]
+    ) -> None:
+        self.checkpoint, self.advance = checkpoint, advance
+        self.ways = list(movers.WAYS)
+        self.planned = {item.name: item for shard in shards for item in shard.items}
+        self.places = {item.name: (target, item) for target in targets for item in target.shard.items}
+        self.stopped = threading.Event()
+
+    def run(self, stage: Stage, depot: Depot | None) -> None:
+        if depot:  # what is checked later must be known by itself: the source's bytes will be gone
+            self.ways = [way for way in self.ways if way in movers.SEEN]
+            for file in sorted(stage.files):
+                depot.bring(file)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            moving = pool.submit(self._move, stage)
+            try:
+                self._compute(stage)
+            except BaseException:
+                self.stopped.set()
+                raise
+            moving.result()
+        if depot:
+            for file in stage.done:
+                depot.drop(file)
+
+    def _move(self, stage: Stage) -> None:
+        def tell(target: Target, piece: Piece) -> None:
+            if self.stopped.is_set():
+                raise InterruptedError("the other half of the work has failed")
+            target.stands(piece)
+            self.advance(piece.nbytes)
+
+        with Mover(self.ways) as mover:
+            for target, run in stage.runs:
+                source = self.checkpoint.descriptor(run.file)
+                mover.move(source, target.descriptor, run, functools.partial(tell, target))
+
+    def _compute(self, stage: Stage) -> None:
+        """Run each rule once, one after the other, and put its results where they belong; then what is only cast."""
+        for rule in stage.rules:
+            for name, tensor in compute(rule, self.checkpoint, self.planned).items():
+                if name in self.places:
+                    self._put(name, tensor)
+        for item in stage.casts:
+            self._put(item.name, finish(self.checkpoint.read(item.source), item))
+
+    def _put(self, name: str, tensor: "torch.Tensor") -> None:
+        import torch
+
+        target, item = self.places[name]
+        if item.nbytes:
+            target.put(tensor.reshape(-1).view(torch.uint8).numpy().data, target.shard.offsets[name])
+        self.advance(item.nbytes)
