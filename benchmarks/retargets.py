@@ -1,6 +1,6 @@
-"""How close a model is that was made of another family's: random models, converted with all their heads, in four types.
+"""How close a model is that was made of another family's: random models, with all their heads, in four types.
 
-    python -m benchmarks.retargets [--results benchmarks/results/NAME.json]
+    python -m benchmarks.retargets [MODEL ...] [--results benchmarks/results/NAME.json]
 
 Widths and head counts are those of small published models, layers and vocabulary are fewer; norms have scales from 0.1 to 1.5
 and shifts. Told is the largest difference of logits over 2 x 64 random tokens as a share of the largest logit, whether 8 greedy
@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
-from upfit.convert.conversion import Settings, convert
-from upfit.convert.recipe import find_recipes
+from upfit.convert.checkpoint import open_checkpoint
+from upfit.convert.retarget import retarget
 from upfit.environment import environment
-from upfit.output import Output
 
+IDS = torch.randint(3, 2000, (2, 64), generator=torch.Generator().manual_seed(1))
 TYPES = ("float64", "float32", "bfloat16", "float16")
 WORDS = {"vocab_size": 2048}
 PYTHIA = WORDS | {
@@ -54,11 +55,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("models", nargs="*", choices=[[], *MODELS], metavar="MODEL", help="default: all")
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     logging.disable_progress_bar()
     rows = []
-    for name in MODELS:
+    for name in args.models or MODELS:
         with tempfile.TemporaryDirectory() as place:
             rows.append({"model": name, **tried(name, Path(place))})
         print(json.dumps(rows[-1]), flush=True)
@@ -70,6 +72,7 @@ def tried(name: str, place: Path) -> dict[str, Any]:
     """The two types and, for each type of numbers, the error, that of the source itself, and whether tokens are the same."""
     model_type, settings = MODELS[name]
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings), dtype=torch.float64)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -81,31 +84,48 @@ def tried(name: str, place: Path) -> dict[str, Any]:
         source, out = place / f"{dtype}-source", place / f"{dtype}-out"
         model.to(getattr(torch, dtype)).save_pretrained(source)
         model.to(torch.float64)  # the weights as the type has them
-        recipe = find_recipes()["gqa"]
-        options = recipe.options(kv_heads=model.config.num_attention_heads)
-        convert(recipe, str(source), out, options, Settings(verify=False), Output(quiet=True))
-        told["to"] = json.loads((out / "config.json").read_text())["model_type"]
+        told["to"] = moved(source, out)
         told[dtype] = compared(source, out, dtype)
     return told
+
+
+def moved(source: Path, out: Path) -> str:
+    """Write the model of the other family, with all its heads; its type."""
+    out.mkdir()
+    with open_checkpoint(source) as checkpoint:
+        seen = retarget(checkpoint.config, checkpoint.tensors)
+        assert seen is not None
+        tensors = {new: checkpoint.read(old) for new, old in seen.renames.items()}
+        for rule in seen.rules:
+            tensors |= rule.apply({name: checkpoint.read(name) for name in rule.reads})
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(seen.config), encoding="utf-8")
+    return str(seen.config["model_type"])
 
 
 def compared(source: Path, out: Path, dtype: str) -> dict[str, Any]:
     (before, tokens), (after, same) = answers(source, dtype), answers(out, dtype)
     largest = before.abs().max()
-    own = 0.0 if dtype == "float64" else float((before - answers(source, "float64")[0]).abs().max() / largest)
+    own = 0.0 if dtype == "float64" else float((before - logits_of(loaded(source, "float64"))).abs().max() / largest)
     return {"error": float((before - after).abs().max() / largest), "own": own, "same_tokens": torch.equal(tokens, same)}
 
 
 @torch.no_grad()
 def answers(folder: Path, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [2, 64, vocabulary] in float64 and the tokens with eight more."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    ids = torch.randint(3, 2000, (2, 64), generator=torch.Generator().manual_seed(1))
-    torch.set_default_dtype(torch.float64 if dtype == "float64" else torch.float32)  # XGLM's class needs it in float64
-    tokens = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
-    logits = model(input_ids=ids).logits.double()
-    torch.set_default_dtype(torch.float32)
-    return logits, tokens
+    model = loaded(folder, dtype)
+    tokens = model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    return logits_of(model), tokens
+
+
+def loaded(folder: Path, dtype: str) -> Any:
+    torch.set_default_dtype(torch.float64 if dtype == "float64" else torch.float32)  # XGLM's class runs in float64 only so
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits.double()
 
 
 if __name__ == "__main__":
