@@ -115,11 +115,11 @@ class Seen(Checkpoint):
         return super().info(name) if known else self.under.info(name)
 
     def files_of(self, name: str) -> set[Path]:
+        if name in self.fitted:
+            return super().files_of(name)
         made = self.lens.made.get(name)
         stored = made.rule.reads if made else (self.lens.same.get(name, name),)
-        return (
-            {file for one in stored for file in self.under.files_of(one)} if name not in self.fitted else super().files_of(name)
-        )
+        return {file for one in stored for file in self.under.files_of(one)}
 
     def read(self, name: str) -> "torch.Tensor":
         made = self.lens.made.get(name)
