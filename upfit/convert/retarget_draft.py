@@ -78,8 +78,13 @@ class Draft:
 
 
 def check_class(raw: Mapping[str, Any]) -> None:
-    """Raise UpfitError unless the checkpoint is that of a language model, with its output head."""
-    name = model_class_for(dict(raw)).__name__
+    """Raise UpfitError unless the checkpoint is that of a language model of its type, with its output head."""
+    from transformers import CONFIG_MAPPING
+
+    found = model_class_for(dict(raw))
+    name = found.__name__
+    if found.config_class is not CONFIG_MAPPING[raw["model_type"]]:
+        raise UpfitError(f"config.json names the class {name}, which is not of its model_type {raw['model_type']}; correct one")
     if not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise UpfitError(f"a {name} cannot be moved to another family; give the language model it belongs to")
 

@@ -59,7 +59,9 @@ def read_header(path: Path) -> list[TensorInfo]:
             raise UpfitError(f"{path} has a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
         content = file.read(length)
     header = _parse(path, content)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UpfitError(f"{path} has a damaged safetensors header (__metadata__ is not text by name); fetch it again")
     if len(header) > MAX_TENSORS:
         raise UpfitError(f"{path} lists {len(header)} tensors; at most {MAX_TENSORS} are read")
     infos = [_tensor(path, name, entry, 8 + length) for name, entry in header.items()]

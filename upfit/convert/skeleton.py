@@ -251,7 +251,7 @@ def _loaded(auto_class: Any, folder: Path | None, **options: Any) -> tuple["PreT
     try:
         with quiet_transformers():
             model, info = auto_class.from_pretrained(folder, output_loading_info=True, **options)
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # a class raises whatever it likes on weights or a config that it does not understand
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UpfitError(f"{folder or 'the checkpoint'} does not load into its class: {reason}") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
