@@ -30,6 +30,9 @@ def _add_conversion(target: typer.Typer, name: str, doc: str, options: type, run
         revision: Revision = None,
         max_shard_size: Annotated[str | None, typer.Option(help="Largest file, e.g. 5GB; default: as the source.")] = None,
         no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")] = False,
+        stream: Annotated[
+            bool, typer.Option("--stream", help="Fetch a hub model's files one at a time, and drop each when it is done with.")
+        ] = False,
         overwrite: Overwrite = False,
         as_json: Json = False,
         quiet: Quiet = False,
@@ -38,7 +41,7 @@ def _add_conversion(target: typer.Typer, name: str, doc: str, options: type, run
 
         output = Output(as_json, quiet)
         size = parse_size(max_shard_size) if max_shard_size else None
-        settings = Settings(dry_run, dtype, revision, size, not no_verify, overwrite)
+        settings = Settings(dry_run, dtype, revision, size, not no_verify, overwrite, stream)
         answer = run(source, out, options(**flags), settings, output)
         output.json(answer)
         _show_conversion(answer, output)

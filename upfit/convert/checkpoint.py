@@ -119,6 +119,13 @@ class Checkpoint:
         info = self.info(name)
         return torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
 
+    def forget(self, path: Path) -> None:
+        """The file at `path` is another one now: it is opened anew when it is wanted again."""
+        with self._lock:
+            descriptor = self._descriptors.pop(path, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
     def close(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)

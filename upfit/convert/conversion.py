@@ -7,9 +7,11 @@ import math
 import os
 import shlex
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upfit import history
 from upfit.convert.architectures import Architecture, bind, has_two_ways
@@ -27,13 +29,17 @@ from upfit.options import as_flags, check
 from upfit.output import Output
 from upfit.own import is_own
 
+if TYPE_CHECKING:
+    from upfit.convert.streaming import Stream
+
 FIT_FACTOR = 4  # what a fit keeps beside OUT, in bytes of the attention's weights: it may change the MLP's as well
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags that all conversions share. `max_shard_bytes` None keeps the source's sharding, `dtype` None its type."""
+    """The flags that all conversions share. `max_shard_bytes` None keeps the source's sharding, `dtype` None its type; `stream`
+    fetches a hub model's files one at a time."""
 
     dry_run: bool = False
     dtype: str | None = None
@@ -41,6 +47,7 @@ class Settings:
     max_shard_bytes: int | None = None
     verify: bool = True
     overwrite: bool = False
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,9 +73,14 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     all; the source is never touched.
     """
     check(options)
-    found = find_source(source, settings.revision)
-    with open_checkpoint(found.path) as checkpoint, scratch_folder(out) as scratch:
+    with (
+        _found(source, out, settings) as (found, stream),
+        open_checkpoint(found.path) as checkpoint,
+        scratch_folder(out) as scratch,
+    ):
         job = _prepare(recipe, found, out, options, settings, checkpoint)
+        if stream is not None:
+            stream.forget = checkpoint.forget
         preview: dict[str, Any] | None = None
         bench, fit = Bench(found.path, job.checkpoint, job.architecture, scratch, output), job.plan.fit
         if fit is not None and not settings.dry_run:
@@ -79,8 +91,19 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
             output.note(note)
         answer = _summary(job) | ({"sensitivity": preview} if preview else {})
         if not settings.dry_run:
-            answer["verify"] = _write(job, answer, output)
+            answer["verify"] = _write(job, answer, output, stream)
     return answer
+
+
+@contextmanager
+def _found(source: str, out: Path, settings: Settings) -> "Iterator[tuple[Source, Stream | None]]":
+    if not settings.stream:
+        yield find_source(source, settings.revision), None
+        return
+    from upfit.convert.streaming import streamed
+
+    with streamed(source, settings.revision, out) as stream:
+        yield stream.source, stream
 
 
 def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[str, Any]:
@@ -88,6 +111,8 @@ def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[st
 
     Raises UpfitError for a model of any other type.
     """
+    if settings.stream:
+        raise UpfitError("--stream is for upfit convert; merge reads the whole model, so leave it out")
     found = find_source(source, settings.revision)
     model_type = read_config(found.path)["model_type"]
     recipe = find_merge(model_type)
@@ -139,6 +164,13 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     check_against_class(plan, planned, architecture)
     fitted = sum(item.nbytes for item in planned if item.rule is not None) * FIT_FACTOR if plan.fit else 0
     needed = 0 if settings.dry_run else output_bytes(planned, source.path) + fitted  # a plan may be made where it cannot run
+    if settings.stream and plan.fit is not None:
+        raise UpfitError(
+            "--stream has each file of the model once, and this conversion runs the model on text; leave --stream out, or "
+            "choose what needs no text, such as --method mean"
+        )
+    if settings.stream:
+        needed += max(path.stat().st_size for path in checkpoint.files)
     check_output(out, source.path, needed, settings.overwrite)
     return Job(recipe, options, settings, source, out, checkpoint, architecture, plan, planned, unused)
 
@@ -182,7 +214,7 @@ def _with_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
     return changed, safetensors_dtype(getattr(torch, name))
 
 
-def _write(job: Job, answer: dict[str, Any], output: Output) -> dict[str, Any]:
+def _write(job: Job, answer: dict[str, Any], output: Output, stream: "Stream | None") -> dict[str, Any]:
     shards = split(job.planned, job.checkpoint, job.settings.max_shard_bytes)
     step = history.step(" ".join(_verb(job)), job.source.record(), answer["options"])
     step["command"] = _command(job)
@@ -197,7 +229,7 @@ def _write(job: Job, answer: dict[str, Any], output: Output) -> dict[str, Any]:
         if journal.kept:
             output.note(f"going on: {len(journal.kept)} of {len(shards)} shards are finished already")
         with output.progress(f"converting {job.source.name}", sum(item.nbytes for item in job.planned)) as meter:
-            write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance, journal)
+            write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance, journal, stream)
         if "README.md" in copy_side_files(job.source.path, folder):
             step["readme_sha256"] = hashlib.sha256((folder / "README.md").read_bytes()).hexdigest()  # the card tells it apart
         copy_code(job.plan.config, folder)
@@ -205,7 +237,8 @@ def _write(job: Job, answer: dict[str, Any], output: Output) -> dict[str, Any]:
         (folder / "config.json").write_text(config + "\n", encoding="utf-8")
         if job.settings.verify:
             output.note("verifying ...")
-            report = verify(folder, job.source.path, job.plan.exact, job.plan.close, job.out, job.unused)
+            source = job.source.path if stream is None else None
+            report = verify(folder, source, job.plan.exact, job.plan.close, job.out, job.unused)
             step["measurements"]["verify"] = report.record()
         history.write(folder, [*history.read(job.source.path), step])
     return step["measurements"].get("verify", {})

@@ -49,15 +49,17 @@ RESERVE_BYTES = 64 * 2**20  # left free on the disk for everything else
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder that may be read. `name` and `revision` say how the user called it."""
+    """A model folder that may be read. `name` and `revision` say how the user called it. One that is not `kept` is gone when
+    the work is done."""
 
     path: Path
     name: str
     revision: str | None = None
+    kept: bool = True
 
     def record(self) -> dict[str, Any]:
         """How `recipe.json` remembers this source: enough to find it again."""
-        return {"name": self.name, "revision": self.revision, "path": str(self.path)}
+        return {"name": self.name, "revision": self.revision, "path": str(self.path) if self.kept else None}
 
 
 def find_source(name: str, revision: str | None = None) -> Source:

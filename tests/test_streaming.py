@@ -1,0 +1,141 @@
+"""A hub model converted file by file: the same bytes as from a folder, never more of the source here than one file."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import CommitOperationAdd, HfApi, close_session, constants
+
+from tests.folders import letter_tokenizer
+from tests.hub import Hub
+from tests.tiny import tiny_model
+from upfit.convert import streaming
+from upfit.convert.conversion import Settings, convert
+from upfit.convert.recipe import get_recipe
+from upfit.errors import UpfitError
+from upfit.output import Output
+
+REPO = "alice/tiny"
+SAME = ("config.json", "tokenizer.json", "model.safetensors.index.json")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub({"hf_good": ("alice", "write")}) as hub:
+        for name, value in (("HF_HUB_DISABLE_XET", True), ("HF_HUB_OFFLINE", False), ("ENDPOINT", hub.url)):
+            monkeypatch.setattr(constants, name, value)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setenv("HF_TOKEN", "hf_good")
+        yield hub
+    close_session()
+
+
+@pytest.fixture
+def source(hub: Hub, tmp_path: Path) -> Path:
+    """A model in several files, here and on the hub."""
+    folder = tmp_path / "source"
+    tiny_model("llama").save_pretrained(folder, max_shard_size="20KB")
+    letter_tokenizer().save_pretrained(folder)
+    api = HfApi(endpoint=hub.url, token="hf_good")
+    api.create_repo(REPO)
+    files = [CommitOperationAdd(path.name, path.read_bytes()) for path in sorted(folder.iterdir())]
+    api.create_commit(REPO, files, commit_message="push")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def run(source: str, out: Path, **settings: Any) -> dict[str, Any]:
+    recipe = get_recipe("gqa")
+    return convert(recipe, source, out, recipe.options(kv_heads=2, method="mean"), Settings(**settings), Output(quiet=True))
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in SAME}
+
+
+def test_streamed_is_converted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(str(source), tmp_path / "plain")
+    most, drop = list[int](), streaming.Stream.drop
+
+    def watched(self: streaming.Stream, path: Path) -> None:
+        most.append(sum(path.stat().st_blocks > 8 for path in path.parent.glob("*.safetensors")))
+        drop(self, path)
+
+    monkeypatch.setattr(streaming.Stream, "drop", watched)
+    answer = run(REPO, tmp_path / "streamed", stream=True)
+    assert weights(tmp_path / "streamed") == weights(tmp_path / "plain")
+    assert "streamed" in answer["verify"]["numbers"] and answer["source"]["path"] is None
+    assert len(answer["source"]["revision"]) == 40
+    assert max(most) < len(list(source.glob("*.safetensors"))), "all files were here at once"
+    assert not (tmp_path / "streamed.stream").exists()
+
+
+def test_killed_it_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(str(source), tmp_path / "plain")
+    child = os.fork()
+    if child == 0:
+        bring, before = streaming.Stream.bring, list[Path]()
+
+        def last(self: streaming.Stream, path: Path) -> None:
+            if len(before) == 2:
+                time.sleep(600)
+            before.append(path)
+            bring(self, path)
+
+        monkeypatch.setattr(streaming.Stream, "bring", last)
+        try:
+            run(REPO, tmp_path / "out", stream=True)
+        finally:
+            os._exit(1)
+    journal = tmp_path / "out.partial" / "conversion.jsonl"
+    for _ in range(600):
+        if journal.exists() and len(journal.read_text("utf-8").splitlines()) > 1:
+            break
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not (tmp_path / "out").exists()
+    brought: list[str] = []
+    real = streaming.Stream.bring
+
+    def noted(self: streaming.Stream, path: Path) -> None:
+        brought.append(path.name)
+        real(self, path)
+
+    monkeypatch.setattr(streaming.Stream, "bring", noted)
+    run(REPO, tmp_path / "out", stream=True)
+    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+    assert len(brought) < len(list(source.glob("*.safetensors"))), "finished shards were made again"
+
+
+def test_what_cannot_be_streamed_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UpfitError, match="for models on the hub"):
+        run(str(source), tmp_path / "out", stream=True)
+    recipe = get_recipe("gqa")
+    with pytest.raises(UpfitError, match="leave --stream out, or"):
+        convert(recipe, REPO, tmp_path / "out", recipe.options(kv_heads=2), Settings(stream=True), Output(quiet=True))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.stream").exists()
+
+
+def test_a_download_that_fails_costs_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(str(source), tmp_path / "plain")
+    real, count = streaming.Stream.bring, list[str]()
+
+    def failing(self: streaming.Stream, path: Path) -> None:
+        count.append(path.name)
+        if len(count) == 3:
+            with streaming._told(REPO):
+                raise OSError("the line is cut")
+        real(self, path)
+
+    monkeypatch.setattr(streaming.Stream, "bring", failing)
+    with pytest.raises(UpfitError, match="the same command goes on"):
+        run(REPO, tmp_path / "out", stream=True)
+    run(REPO, tmp_path / "out", stream=True)
+    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+    assert len(count) < 3 + len(list(source.glob("*.safetensors"))), "finished shards were made again"

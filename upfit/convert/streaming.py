@@ -1,0 +1,150 @@
+"""A model on the hub whose weight files are here one at a time: brought when they are needed, dropped when they are done with.
+
+Beside OUT stands a folder with the small files whole and, for each weight file, a ghost: as long as the real one and with its
+header, but without its data, so that it takes no space. Whatever reads headers reads ghosts as it reads files.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upfit.convert.checkpoint import INDEX, SINGLE
+from upfit.convert.folders import HUB_ID, SIDE_FILES, STORY_FILES, Interrupted, Source
+from upfit.convert.safetensors_file import MAX_HEADER_BYTES
+from upfit.errors import UpfitError
+
+SUFFIX = ".stream"  # of the folder beside OUT
+
+
+@dataclass
+class Stream:
+    """The source as a folder of ghosts, and the way to its files. Nothing of it is left when a conversion has ended well."""
+
+    source: Source
+    headers: dict[str, int]  # weight file -> bytes up to the first tensor
+    forget: Callable[[Path], None]  # what is to be told that a file is another one now
+
+    def bring(self, path: Path) -> None:
+        """Put the real file in the ghost's place. A download that was cut off goes on."""
+        from huggingface_hub import hf_hub_download
+
+        with _told(self.source.name):
+            got = hf_hub_download(self.source.name, path.name, revision=self.source.revision, local_dir=_downloads(path.parent))
+        if os.path.getsize(got) != path.stat().st_size:
+            raise UpfitError(f"{path.name} of {self.source.name} has another size than its listing tells; start again")
+        self.forget(path)
+        os.replace(got, path)
+
+    def drop(self, path: Path) -> None:
+        """Make a ghost of the file again: its data give their space back."""
+        self.forget(path)
+        _ghost(path, path.stat().st_size, _beginning(path, self.headers[path.name]))
+
+
+@contextmanager
+def streamed(name: str, revision: str | None, out: Path) -> Iterator[Stream]:
+    """The ghosts of a hub model `id` or `id@revision`, beside `out` as `OUT.stream`.
+
+    The folder goes when the block ends well or in an error of the user's; a kill or a download that fails leaves it, and the
+    next run goes on with it.
+    Raises UpfitError for what is no hub id, and when the hub does not give it.
+    """
+    hub_id, _, tagged = name.partition("@")
+    if Path(name).expanduser().exists() or not HUB_ID.fullmatch(hub_id):
+        raise UpfitError(f"--stream is for models on the hub, and {name} is none; leave it out, or give an id like org/model")
+    folder = out.expanduser().resolve().with_name(out.name + SUFFIX)
+    try:
+        yield _begin(folder, hub_id, revision or tagged or None)
+    except Interrupted:
+        raise
+    except UpfitError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _begin(folder: Path, hub_id: str, revision: str | None) -> Stream:
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _told(hub_id):
+        found = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
+        commit = str(found.sha)
+        sizes = {file.rfilename: file.size for file in found.siblings or [] if "/" not in file.rfilename}
+        small = [*SIDE_FILES, *STORY_FILES, "config.json", INDEX, "additional_chat_templates/*"]
+        snapshot_download(hub_id, revision=commit, allow_patterns=small, ignore_patterns=["*.safetensors"], local_dir=folder)
+        headers = {}
+        for name in _weight_files(folder, sizes):
+            beginning = _header(hub_id, name, commit)
+            headers[name] = len(beginning)
+            _ghost(folder / name, int(sizes[name] or 0), beginning)
+    return Stream(Source(folder, hub_id, commit, kept=False), headers, lambda path: None)
+
+
+def _weight_files(folder: Path, sizes: dict[str, Any]) -> list[str]:
+    """The files that the index names, or the one there is; a name that is not on the hub is left for the reader to miss."""
+    if SINGLE in sizes:
+        return [SINGLE]
+    try:
+        named = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return sorted(name for name in sizes if name in named and name.endswith(".safetensors"))
+
+
+def _header(hub_id: str, name: str, commit: str) -> bytes:
+    """The first bytes of a weight file, up to its first tensor."""
+    length = _range(hub_id, name, commit, 0, 8)
+    size = int.from_bytes(length, "little")
+    if size > MAX_HEADER_BYTES:
+        raise UpfitError(f"{name} of {hub_id} has a header of {size} bytes; at most {MAX_HEADER_BYTES} are read")
+    return length + _range(hub_id, name, commit, 8, 8 + size)
+
+
+def _range(hub_id: str, name: str, commit: str, start: int, end: int) -> bytes:
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url = hf_hub_url(hub_id, name, revision=commit)
+    answer = get_session().get(url, headers={**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}, follow_redirects=True)
+    hf_raise_for_status(answer)
+    if len(answer.content) != end - start:
+        raise UpfitError(f"the hub does not give parts of {name} of {hub_id}; leave --stream out")
+    return bytes(answer.content)
+
+
+def _ghost(path: Path, size: int, beginning: bytes) -> None:
+    temporary = path.with_name(path.name + ".ghost")
+    with open(temporary, "wb") as file:
+        file.write(beginning)
+        file.truncate(size)
+    os.utime(temporary, ns=(0, 0))  # the same ghost is the same source, whenever it was made
+    os.replace(temporary, path)
+
+
+def _beginning(path: Path, size: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
+def _downloads(folder: Path) -> Path:
+    return folder / "downloads"
+
+
+@contextmanager
+def _told(hub_id: str) -> Iterator[None]:
+    """The hub's errors as one line."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except UpfitError:
+        raise
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Interrupted(f"the hub does not give {hub_id}: {reason}; the same command goes on from here") from error
