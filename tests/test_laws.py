@@ -5,7 +5,6 @@ in something that matters here; the full run covers them all.
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,21 +85,38 @@ class Case:
         return out
 
 
+def is_wrapper(name: str) -> bool:
+    """Whether what is converted is a language model inside another model, by the rules of its own type."""
+    return name in table().entries and bool(table().entries[name].nested) and name not in EVERYDAY
+
+
 # What becomes another family is the subject of test_retarget.py.
-CASES = [name for name in (*BUILDABLE, *VARIANTS) if name not in UNGROUPABLE and name not in table().retargets]
+POSSIBLE = [name for name in (*BUILDABLE, *VARIANTS) if name not in UNGROUPABLE and name not in table().retargets]
+CASES = [name for name in POSSIBLE if not is_wrapper(name)]
+WRAPPERS = [name for name in POSSIBLE if is_wrapper(name)]
 
 
 @pytest.fixture(scope="module", params=[sample(name) for name in CASES])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     model_type, changes = VARIANTS.get(request.param, (request.param, {}))
     if model_type not in BUILDABLE:
         pytest.skip(f"the installed transformers has no {model_type}")
-    scratch = tmp_path_factory.mktemp(request.param)
+    return case_of(model_type, changes, tmp_path_factory.mktemp(request.param))
+
+
+def case_of(model_type: str, changes: dict[str, Any], scratch: Path) -> Case:
     model = tiny_model(model_type, **changes)
     model.save_pretrained(scratch / "source")
     with open_checkpoint(scratch / "source") as checkpoint:
         architecture = bind(checkpoint.config, checkpoint.tensors)
-    yield Case(model_type, scratch / "source", tiny_inputs(model), architecture, scratch)
+    return Case(model_type, scratch / "source", tiny_inputs(model), architecture, scratch)
+
+
+def tensors(folder: Path) -> dict[str, str]:
+    """A hash of the bytes of every tensor."""
+    with open_checkpoint(folder) as checkpoint:
+        found = {n: checkpoint.read_bytes(info.file.name, info.nbytes, info.start) for n, info in checkpoint.tensors.items()}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -166,6 +182,16 @@ def test_the_cache_is_as_told(case: Case, recipe: Recipe) -> None:
         for old, new in zip(case.architecture.layers, after.layers, strict=True):
             assert new.geometry.kv_heads == cache * min(wanted, old.geometry.kv_heads)
             assert (new.geometry.heads, new.geometry.head_dim) == (twice * old.geometry.heads, old.geometry.head_dim)
+
+
+@pytest.mark.parametrize("model_type", [sample(name) for name in WRAPPERS])
+def test_a_language_model_inside_another(model_type: str, tmp_path: Path) -> None:
+    """What sees or hears is left alone; the rest is as for the inner type, over which all laws run."""
+    case, recipe = case_of(model_type, {}, tmp_path), find_recipes()["gqa"]
+    same = case.converted(recipe, recipe.identity(case.architecture), "identity")
+    assert tensors(same) == tensors(case.folder)
+    test_dry_is_real_and_stock_loads_it(case, recipe)
+    test_the_cache_is_as_told(case, recipe)
 
 
 def test_round_trip(case: Case) -> None:
