@@ -121,6 +121,12 @@ def entry_for(config: dict[str, Any]) -> Entry:
     return replace(inner, model_type=entry.model_type, kv_heads=tuple(f"{entry.nested}.{key}" for key in inner.kv_heads))
 
 
+def check_known(config: dict[str, Any]) -> None:
+    """Raise UpfitError, with the reason, for a config whose model type cannot be converted, whatever its tensors are."""
+    if config["model_type"] not in table().retargets:
+        entry_for(config)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One checkpoint seen as attention layers."""

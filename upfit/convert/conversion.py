@@ -157,8 +157,9 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     if is_own(checkpoint.config) and recipe.name != MERGE and not is_grouped(checkpoint.config):
         known = checkpoint.config["model_type"]
         raise UpfitError(f"{source.name} is of type {known} already; convert the model it was made from, or merge it first")
-    unused = _check_source(checkpoint)
-    checkpoint, architecture, plan = _first_way(recipe, options, checkpoint)
+    stored = checkpoint
+    checkpoint, architecture, plan = _first_way(recipe, options, stored)
+    unused = _check_source(stored)
     plan, dtype = _with_dtype(checkpoint.written(plan), settings.dtype)
     planned = outline(plan, checkpoint, dtype)
     check_against_class(plan, planned, architecture)

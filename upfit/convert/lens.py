@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.convert.architectures import check_known
 from upfit.convert.checkpoint import Checkpoint, safetensors_dtype, torch_dtype
 from upfit.convert.fused import PARTS, Fused
 from upfit.convert.recipe import Plan, Rule
@@ -136,6 +137,7 @@ class Seen(Checkpoint):
 def see(checkpoint: Checkpoint, own: bool = False) -> Checkpoint:
     """The checkpoint as recipes want it: itself, where its family stores what it is. With `own`, as of its own family even
     where another one computes the same."""
+    check_known(checkpoint.config)
     for look in (apart,) if own else (moved, apart):
         lens = look(checkpoint.config, checkpoint.tensors)
         checkpoint = checkpoint if lens is None else _through(lens, checkpoint)
@@ -146,6 +148,7 @@ def seen_shapes(
     config: dict[str, Any], tensors: "Mapping[str, Described]", own: bool = False
 ) -> "tuple[dict[str, Any], Mapping[str, Described]]":
     """`see`, of tensors that are only described."""
+    check_known(config)
     for look in (apart,) if own else (moved, apart):
         lens = look(config, tensors)
         config, tensors = (config, tensors) if lens is None else (lens.config, lens.shapes(tensors))
