@@ -54,9 +54,6 @@ def skeleton(config: dict[str, Any], meta: bool = True, stored: bool = False) ->
     """
     import torch
 
-    layers = [part.get("num_hidden_layers") for part in (config, *filter(lambda v: isinstance(v, dict), config.values()))]
-    if any(isinstance(count, int) and not 0 <= count <= MAX_LAYERS for count in layers):
-        raise UpfitError(f"config.json asks for {max(filter(None, layers))} layers; between 0 and {MAX_LAYERS} are built")
     parsed = read_as_class(config)
     with _config_errors(config), quiet_transformers():
         model_class = model_class_for(config)
@@ -78,6 +75,9 @@ def read_as_class(config: dict[str, Any]) -> Any:
     model_type = config["model_type"]
     if model_type not in CONFIG_MAPPING:
         raise UpfitError(f"the installed transformers has no model type {model_type!r}; upgrade transformers")
+    layers = [part.get("num_hidden_layers") for part in (config, *filter(lambda v: isinstance(v, dict), config.values()))]
+    if any(isinstance(count, int) and not 0 <= count <= MAX_LAYERS for count in layers):
+        raise UpfitError(f"config.json asks for {max(filter(None, layers))} layers; between 0 and {MAX_LAYERS} are built")
     with _config_errors(config), quiet_transformers():
         return CONFIG_MAPPING[model_type].from_dict(_with_floats(config))
 
