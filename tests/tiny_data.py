@@ -142,17 +142,6 @@ _GRANITE_SPEECH = {
 
 # Layers that alternate by position, lists that must have a certain length, keys that must agree with each other.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "chameleon": {
-        "vocabulary_map": {"<image>": 100},
-        "vq_config": {
-            "embed_dim": 8,
-            "latent_channels": 8,
-            "num_embeddings": 16,
-            "base_channels": 32,
-            "channel_multiplier": [1, 1],
-            "num_res_blocks": 1,
-        },
-    },
     "cohere_compass": {
         "text_config": _SLIDING_FULL | {"rope_parameters": {"sliding_attention": _MROPE, "full_attention": _MROPE}},
         "vision_config": {"deepstack_visual_indexes": [0]},
@@ -374,12 +363,12 @@ UNGROUPABLE: dict[str, str] = {
 }
 
 _NAMES = """
-    afmoe apertus arcee aria aria_text audioflamingo3 aya_vision bamba beam bitnet canary chameleon cohere cohere2
-    cohere2_moe cohere2_vision cohere_asr cohere_compass cohere_compass_text cosmos3_edge cosmos3_omni cwm dbrx deepseek_ocr2
-    deepseek_vl deepseek_vl_hybrid dia diffllama dots1 emu3 ernie4_5 ernie4_5_moe ernie4_5_vl_moe exaone4 exaone4_5
-    exaone_moe falcon falcon_h1 fast_vlm flex_olmo flint fun_asr_nano gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text
-    gemma4 gemma4_assistant gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text glm glm4 glm46v glm4_moe
-    glm4v glm4v_moe glm_ocr glmasr glmga got_ocr2 gpt_bigcode gpt_oss granite granite4_vision granite_docling granite_speech
+    afmoe apertus arcee aria aria_text audioflamingo3 aya_vision bamba beam bitnet canary cohere cohere2 cohere2_moe
+    cohere2_vision cohere_asr cohere_compass cohere_compass_text cosmos3_edge cosmos3_omni cwm dbrx deepseek_ocr2 deepseek_vl
+    deepseek_vl_hybrid dia diffllama dots1 emu3 ernie4_5 ernie4_5_moe ernie4_5_vl_moe exaone4 exaone4_5 exaone_moe falcon
+    falcon_h1 fast_vlm flex_olmo flint fun_asr_nano gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4
+    gemma4_assistant gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text glm glm4 glm46v glm4_moe glm4v
+    glm4v_moe glm_ocr glmasr glmga got_ocr2 gpt_bigcode gpt_oss granite granite4_vision granite_docling granite_speech
     granite_speech_plus granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense
     hunyuan_v1_moe hunyuan_vl hy_v3 hyperclovax hyperclovax_vision_v2 idefics2 idefics3 internlm3 internvl iquestcoder jais2
     jamba janus kolibri1 kyutai_speech_to_text laguna lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl lighton_ocr llama llama4 llama4_text

@@ -50,7 +50,7 @@ def as_rows(told: dict[str, Any]) -> list[list[str]]:
     """Name and value, as people read them, of what `describe` tells of the model itself."""
     return [
         ["architecture", f"{told['model_type']} ({told['class']})"],
-        *([["converted as", told["converted_as"]]] if told["converted_as"] else []),
+        *([["converted as", told["converted_as"]]] if told.get("converted_as") else []),
         ["parameters", f"{human_count(told['parameters'])} in {human_bytes(told['bytes'])}, {', '.join(told['dtypes'])}"],
         ["attention layers", str(told["layers"])],
         ["query heads", ", ".join(map(str, told["heads"]))],
