@@ -178,16 +178,18 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
 
 def _first_way(recipe: Recipe, options: Any, checkpoint: Checkpoint) -> tuple[Checkpoint, Architecture, Plan]:
     """The first way of seeing this checkpoint that the recipe can be planned for: stock classes before ours."""
-    ways = (False, True) if has_two_ways(checkpoint.config) else (False,)
-    for own in ways:
-        try:
-            seen = see(checkpoint, own)
-            architecture = bind(seen.config, seen.tensors, own)
-            return seen, architecture, recipe.plan(architecture, options)
-        except UpfitError:
-            if own == ways[-1]:
-                raise
-    raise AssertionError("there is always a way, or a reason")
+
+    def way(own: bool) -> tuple[Checkpoint, Architecture, Plan]:
+        seen = see(checkpoint, own)
+        architecture = bind(seen.config, seen.tensors, own)
+        return seen, architecture, recipe.plan(architecture, options)
+
+    try:
+        return way(own=False)
+    except UpfitError:
+        if not has_two_ways(checkpoint.config):
+            raise
+    return way(own=True)
 
 
 def _check_source(checkpoint: Checkpoint) -> frozenset[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit.errors import UpfitError
+from upfit.own import family
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 SAMPLE_TOKENS = 512
 MEMORY_FACTOR = 1.3  # weights, plus activations and logits of one short window
 FALLBACK_SEED = 0
-# Of the largest logit, where a plan promises equality to rounding. Some classes have float32 inside whatever their type.
-CLOSE = {"float32": 1e-4, "float64": 1e-6}
+CLOSE = {"float32": 1e-4, "float64": 1e-8}  # of the largest logit, where a plan promises equality to rounding
+CLOSE_MOVED = CLOSE | {"float64": 1e-6}  # between two families, one of which may have float32 inside (GPT-J's rotation)
 CLOSE_COARSE = 3e-2
 FAILED = "the result failed its check and was not kept"
 
@@ -48,7 +49,7 @@ def verify(
 
     `allowed` names tensors that the source's class already left unused. Raises UpfitError when a check fails.
     """
-    from upfit.convert.checkpoint import open_checkpoint
+    from upfit.convert.checkpoint import open_checkpoint, read_config
     from upfit.convert.skeleton import check_structure
 
     try:
@@ -70,7 +71,8 @@ def verify(
         return Report(structure, "not compared: this class takes more than token ids")
     if not after.isfinite().all():
         raise UpfitError(f"{FAILED}: its logits are not finite; check the source's weights")
-    return _compare(structure, before, after, ids, is_text, exact, close)
+    moved = family(read_config(source)) != family(read_config(folder))
+    return _compare(structure, before, after, ids, is_text, exact, (CLOSE_MOVED if moved else CLOSE) if close else None)
 
 
 def _compare(
@@ -80,14 +82,15 @@ def _compare(
     ids: "torch.Tensor",
     is_text: bool,
     exact: bool,
-    close: bool,
+    bounds: dict[str, float] | None,
 ) -> Report:
     import torch
 
     equal = torch.equal(before, after)
     difference = (before.float() - after.float()).abs().max().item()
-    tolerance = CLOSE.get(str(before.dtype).removeprefix("torch."), CLOSE_COARSE) * before.abs().max().item()
-    if (exact and not equal) or (close and difference > tolerance):
+    bound = (bounds or {}).get(str(before.dtype).removeprefix("torch."), CLOSE_COARSE)
+    tolerance = bound * before.abs().max().item()
+    if (exact and not equal) or (bounds is not None and difference > tolerance):
         raise UpfitError(
             f"{FAILED}: its logits differ from the source's by {difference:.2g} where this "
             "setting promises equality; please report it"
