@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from upfit.convert.folders import contained
 from upfit.convert.safetensors_file import TensorInfo, read_exactly, read_header
 from upfit.errors import UpfitError
+from upfit.own import is_own
 
 if TYPE_CHECKING:
     import torch
@@ -165,6 +166,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = _read_json(contained(path, folder))
     if not isinstance(config.get("model_type"), str):
         raise UpfitError(f"{path} names no model_type; give the folder of a transformers model")
+    if is_own(config) and not isinstance(config.get("base_model_type"), str):
+        raise UpfitError(f"{path} has model_type {config['model_type']!r} but names no base_model_type; fetch it again")
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"

@@ -40,9 +40,9 @@ def groups(heads: "Tensor", kv_heads: int) -> "Tensor":
 
 
 def mean(heads: "Tensor", kv_heads: int) -> "Tensor":
-    """[K, ...] → [kv_heads, ...], the mean of each group."""
+    """[K, ...] → [kv_heads, ...], the mean of each group; only one group at a time is there in float32 (or wider)."""
     wide = torch.promote_types(heads.dtype, torch.float32)
-    return groups(heads, kv_heads).to(wide).mean(1).to(heads.dtype)
+    return torch.stack([group.to(wide).mean(0).to(heads.dtype) for group in groups(heads, kv_heads)])
 
 
 def first(heads: "Tensor", kv_heads: int) -> "Tensor":
