@@ -12,6 +12,7 @@ way. Runs whose folder stands in SCRATCH already are not done again. A plot goes
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from upfit.uptrain.config import resolve
 from upfit.uptrain.train import uptrain
 
 LAYERWISE_SHARE = 0.2  # of the FLOPs
-METHODS = ("ce", "kl", "layerwise+kl")
+METHODS = ("ce", "kl", "layerwise+kl", "layerwise+ce")
 SHARES = (0.5, 0.8, 0.9)  # of the gap
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     for name, folder in starts.items():
         for method in args.methods:
             told["runs"].append(row := _best(args, name, folder, method))
-            if method == "layerwise+kl":  # the first stage measures no logits, but it began where the others did
+            if method.startswith("layerwise+"):  # the first stage measures no logits, but it began where the others did
                 others = [other for other in told["runs"] if other["start"] == name and other is not row]
                 for run in row["runs"] if others else []:
                     run["curve"].insert(0, others[0]["runs"][0]["curve"][0])
@@ -74,6 +75,7 @@ def _count(text: str) -> int:
     return int(float(text[:-1]) * {"k": 1e3, "M": 1e6}[text[-1]])
 
 
+@functools.cache
 def flops(folder: str, teacher: str, length: int) -> dict[str, float]:
     """FLOPs a token of training by each method."""
     student, tutor = (trace(read_config(Path(place)), length, "float32") for place in (folder, teacher))
@@ -106,14 +108,16 @@ def _run(args: argparse.Namespace, name: str, folder: str, method: str, rate: fl
     unit = costs["kl"]
     settings: dict[str, Any] = {"length": args.length, "learning_rate": rate, "holdout": args.holdout, "seed": seed}
     tables: dict[str, dict[str, Any]] = {}
-    if method == "layerwise+kl":
+    last = method.removeprefix("layerwise+")
+    stage = "lm" if last == "ce" else "distill"
+    if method != last:
         first = LAYERWISE_SHARE * budget * unit / costs["layerwise"]
-        second = (1 - LAYERWISE_SHARE) * budget
+        second = (1 - LAYERWISE_SHARE) * budget * unit / costs[last]
         share = first / (first + second)
-        settings |= {"stages": f"layerwise={share:.4f},distill", "tokens": str(round(first + second))}
+        settings |= {"stages": f"layerwise={share:.4f},{stage}", "tokens": str(round(first + second))}
         tables = {} if args.layerwise_rate is None else {"layerwise": {"learning_rate": args.layerwise_rate}}
     else:
-        settings |= {"stages": "lm" if method == "ce" else "distill", "tokens": str(round(budget * unit / costs[method]))}
+        settings |= {"stages": stage, "tokens": str(round(budget * unit / costs[method]))}
     steps = max(1, min(100, budget // 4096) // args.points)
     if not out.exists():
         if method != "ce":
@@ -124,12 +128,12 @@ def _run(args: argparse.Namespace, name: str, folder: str, method: str, rate: fl
     trained = [step for step in history.read(out) if step["verb"] == "uptrain"]
     whole = [step["measurements"]["holdout"] for step in trained if step["stage"] != "layerwise"][-1]
     spent = sum(costs["layerwise"] / unit * step["measurements"]["tokens"] for step in trained if step["stage"] == "layerwise")
-    cost = costs["ce" if method == "ce" else "kl"] / unit
+    cost = costs[last] / unit
     curve = [[spent, whole["before"]["ce"]]]
     curve += [[spent + cost * line["tokens"], line["holdout_ce"]] for line in lines if "holdout_ce" in line]
-    last = spent + cost * lines[-1]["tokens"]
-    if curve[-1][0] < last:
-        curve.append([last, whole["after"]["ce"]])
+    end = spent + cost * lines[-1]["tokens"]
+    if curve[-1][0] < end:
+        curve.append([end, whole["after"]["ce"]])
     return {"seed": seed, "curve": curve}
 
 

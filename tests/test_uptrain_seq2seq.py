@@ -122,5 +122,6 @@ def test_it_learns_without_a_teacher(shop: Workshop, tmp_path: Path) -> None:
 
 
 def test_what_decoders_alone_can_have_is_refused(shop: Workshop, tmp_path: Path) -> None:
-    with pytest.raises(UpfitError, match="encoder-decoder"):
-        shop.run(tmp_path / "out", stages="layerwise")
+    for changes in ({"stages": "layerwise"}, {"chunk": 64}, {"document_mask": False}):
+        with pytest.raises(UpfitError, match="encoder-decoder"):
+            shop.run(tmp_path / "out", **changes)

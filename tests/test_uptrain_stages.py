@@ -61,6 +61,8 @@ def test_shares_of_the_budget(text: str, shares: dict[str, float | None]) -> Non
         ({"stages": "lm"}, {"distill": {"seed": 1}}, r"\[distill\]"),
         ({"stages": "layerwise,distill"}, {"distill": {"tokens": "5k"}}, "tokens"),
         ({"stages": "layerwise,distill"}, {"distill": {"seed": -1}}, "--seed"),
+        ({"stages": "layerwise", "kl_weight": 0.5}, {}, "--kl-weight does nothing"),
+        ({"stages": "layerwise,distill"}, {"layerwise": {"chunk": 8}}, "--chunk does nothing"),
     ],
 )
 def test_stages_that_cannot_be_are_one_line(settings: dict[str, Any], tables: dict[str, Any], message: str) -> None:

@@ -20,7 +20,17 @@ OF_TEXT = ("length", "kl_weight", "ce_weight", "temperature", "teacher", "docume
 OF_ANSWERS = ("mix", "mix_share", "mix_weight")
 # Settings that change how a run is carried out but not what it computes (beyond rounding): a resumed run may change them.
 FREE = frozenset(
-    {"micro_batch", "gradient_checkpointing", "parallel", "shard_teacher", "chunk", "verify_data", "measure_every"}
+    {
+        "micro_batch",
+        "gradient_checkpointing",
+        "compile",
+        "packed",
+        "parallel",
+        "shard_teacher",
+        "chunk",
+        "verify_data",
+        "measure_every",
+    }
     | {"save_every", "keep", "async_save", "max_bad_steps", "max_rollbacks", "track"}
 )
 
@@ -69,6 +79,9 @@ class Config:
     gradient_checkpointing: bool = option(
         False, help="keep only the borders of layers for the backward pass and compute the rest again: slower, far less memory"
     )
+    compile: bool = option(
+        False, help="torch.compile each layer (and the teacher's): faster steps for a minute or so at the start"
+    )
     parallel: Literal["ddp", "fsdp", "hsdp"] | None = option(
         None,
         help="over several processes: the whole model on each (ddp), sharded over all (fsdp), or sharded within nodes (hsdp); "
@@ -76,6 +89,9 @@ class Config:
     )
     shard_teacher: bool = option(False, help="with fsdp or hsdp: shard the teacher too instead of keeping it whole everywhere")
     document_mask: bool = option(True, help="keep documents packed in one row from seeing each other")
+    packed: bool = option(
+        True, help="attend to packed documents one by one where the class allows it, instead of hiding the others with a mask"
+    )
     dtype: DTYPES = option("auto", help="compute dtype; auto: bfloat16 on CUDA and on CPUs with AMX, else float32")
     chunk: int = option(512, help="token positions whose logits are in memory at once")
     save_every: str = option("15m", help="time or steps between checkpoints, such as 15m or 200")

@@ -6,7 +6,7 @@ Legend: B rows, T tokens a row, H hidden size, V vocabulary.
 import hashlib
 import inspect
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from upfit.convert.checkpoint import open_checkpoint, read_config, torch_dtype
 from upfit.convert.skeleton import load_strictly
 from upfit.errors import UpfitError
+from upfit.uptrain import packed
 from upfit.uptrain.losses import Head, Objective, chunked_loss, dense_loss
 from upfit.uptrain.rows import IGNORE
 
@@ -134,10 +135,7 @@ def examine(model: PreTrainedModel) -> Traits:
     model.eval()
     takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
     traits = Traits(takes_positions, takes_positions, None)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary_size(model), (1, PROBE_TOKENS), generator=generator).to(model.device)
-    half = PROBE_TOKENS // 2
-    positions = torch.arange(half, device=model.device).repeat(2)[None]
+    ids, positions, half = probe(model)
     whole = hidden_states(model, ids, positions, traits)
     alone = hidden_states(model, ids[:, half:], positions[:, half:], traits)
     head, weight = configured_head(model), head_weight(model)
@@ -148,6 +146,38 @@ def examine(model: PreTrainedModel) -> Traits:
         plain = ours.shape == logits.shape and alike(ours, logits.float(), model.dtype)
     model.train(was_training)
     return Traits(takes_positions, takes_positions and alike(whole[:, half:], alone, model.dtype), head if plain else None)
+
+
+def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor, int]:
+    """Ids and positions [1, T] of two documents in a row, and where the second one begins."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary_size(model), (1, PROBE_TOKENS), generator=generator).to(model.device)
+    half = PROBE_TOKENS // 2
+    return ids, torch.arange(half, device=model.device).repeat(2)[None], half
+
+
+@torch.no_grad()
+def pack(model: PreTrainedModel, traits: Traits, dtype: torch.dtype | None = None) -> Traits | None:
+    """Let `model` attend to packed documents one by one (packed.py), as it will be run (autocast to `dtype`).
+
+    None where its class cannot, or says anything else than of the documents apart; it is then left as it was.
+    """
+    if model.config.is_encoder_decoder or not traits.takes_positions:
+        return None
+    was_training, before = model.training, model.config._attn_implementation
+    model.eval()
+    ids, positions, half = probe(model)
+    with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype is not None):
+        apart = [hidden_states(model, ids[:, part], positions[:, part], traits) for part in (slice(half), slice(half, None))]
+        try:
+            model.set_attn_implementation(packed.NAME)
+            fits = alike(hidden_states(model, ids, positions, traits), torch.cat(apart, 1), dtype or model.dtype)
+        except Exception:  # of a class that asks for more than causal attention, or a kernel that does not take its sizes
+            fits = False
+    if not fits:
+        model.set_attn_implementation(before)
+    model.train(was_training)
+    return replace(traits, separates_documents=True) if fits else None
 
 
 def alike(first: Tensor, second: Tensor, dtype: torch.dtype) -> bool:

@@ -1,6 +1,6 @@
 """From what the user gave to a run that can start: checks, models, optimiser, plan. Reads much and writes nothing."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,22 @@ from transformers import PreTrainedModel
 from upfit.convert.checkpoint import open_checkpoint, read_config
 from upfit.convert.folders import Source, check_output, find_source, teacher_source
 from upfit.errors import UpfitError
+from upfit.options import flag
 from upfit.output import Output, human_count
 from upfit.tokenizer import load_tokenizer
-from upfit.uptrain import attention, models
+from upfit.uptrain import models
 from upfit.uptrain.answers import AnswerRows
-from upfit.uptrain.config import FREE, Config
+from upfit.uptrain.build import compute_dtype, load_models, make_distiller, make_layerwise, make_optimizer
+from upfit.uptrain.compiled import compile_layers
+from upfit.uptrain.config import FREE, Config, default
 from upfit.uptrain.data import Data, lay_out
-from upfit.uptrain.feed import MAIN, MIX, Feed
-from upfit.uptrain.layerwise import Layerwise, attention_paths, converted_paths
-from upfit.uptrain.loop import Learner, Run, tensors
-from upfit.uptrain.losses import Objective
-from upfit.uptrain.models import Distiller, Traits
+from upfit.uptrain.feed import Feed
+from upfit.uptrain.loop import Learner, Run
 from upfit.uptrain.parallel import accelerator_for, mesh_of, prepare
 from upfit.uptrain.places import Place
 from upfit.uptrain.preflight import preflight
 from upfit.uptrain.saver import Saver
-from upfit.uptrain.schedule import ADAM_BETAS, Plan, peak_rate
-from upfit.uptrain.seq2seq import Seq2Seq
+from upfit.uptrain.schedule import Plan, peak_rate
 from upfit.uptrain.spans import Vocabulary, find_vocabulary
 from upfit.uptrain.stages import Stage
 from upfit.uptrain.state import Counters, Workspace
@@ -96,69 +95,6 @@ def make_accelerator(config: Config, out: Path) -> Accelerator:
     )
 
 
-def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it faster than float32, unless the config decides."""
-    if config.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def load_models(
-    source: Source, teacher: Source | None, dtype: torch.dtype, device: torch.device, output: Output
-) -> tuple[PreTrainedModel, Traits, tuple[PreTrainedModel, Traits] | None]:
-    """The student in float32 and the teacher, frozen, in the type it is stored in (float32 where that is computed in)."""
-    student = models.load(source.path, torch.float32, device)
-    traits = models.examine(student)
-    pair = None
-    if teacher is not None:
-        stored = torch.float32 if dtype == torch.float32 else models.stored_dtype(teacher.path)
-        tutor = models.load(teacher.path, stored, device).requires_grad_(False)
-        pair = (tutor, models.examine(tutor))
-        sizes = models.vocabulary_size(tutor), models.vocabulary_size(student)
-        if sizes[0] != sizes[1]:
-            raise UpfitError(
-                f"the teacher {teacher.name} has {sizes[0]} tokens and the model {sizes[1]}; "
-                "give one with the same vocabulary, or --teacher none"
-            )
-    if traits.head is None or (pair is not None and pair[1].head is None):
-        output.note("the logits are more than hidden states times a matrix: they are computed whole, which needs more memory")
-    student.train()
-    return student, traits, pair
-
-
-def make_optimizer(student: PreTrainedModel, config: Config) -> torch.optim.AdamW:
-    """Fused AdamW; only matrices decay that are not embeddings (a tied head is one) and were not added by a conversion.
-
-    Each group's `scale` is its learning rate in units of the peak.
-    """
-    embedding, added = models.embedding(student), attention.added(student)
-    scales = attention.rates(student, config.added_rate, config.query_rate)
-    groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
-    for parameter in student.parameters():
-        if parameter.requires_grad:
-            decays = parameter.ndim >= 2 and parameter is not embedding and id(parameter) not in added
-            groups.setdefault((decays, scales.get(id(parameter), 1.0)), []).append(parameter)
-    listed = [
-        {"params": group, "weight_decay": config.weight_decay if decays else 0.0, "scale": scale}
-        for (decays, scale), group in groups.items()
-    ]
-    return torch.optim.AdamW(listed, lr=0.0, betas=ADAM_BETAS, eps=1e-8, fused=True)
-
-
-def make_objectives(config: Config, data: Data, with_teacher: bool) -> dict[str, Objective]:
-    """What is minimised on the rows of each part: on answers their cross-entropy, on text what the settings say."""
-    if with_teacher:
-        text = Objective(config.ce_weight, config.kl_weight, config.temperature, config.chunk)
-    else:
-        text = Objective(config.ce_weight or 1.0, 0.0, 1.0, config.chunk)
-    answers = Objective(1.0, 0.0, 1.0, config.chunk)
-    return {MAIN: text} if data.contexts is None else {MAIN: answers, MIX: text}
-
-
 def stage_name(stage: Stage, data: Data, teacher: Source | None) -> str:
     """What is done, where the user has not said it: what the data and the teacher allow."""
     if stage.name is None:
@@ -169,12 +105,16 @@ def stage_name(stage: Stage, data: Data, teacher: Source | None) -> str:
     return stage.name
 
 
-def spans_vocabulary(source: Source, name: str) -> Vocabulary | None:
-    """What an encoder-decoder is trained with; None for a decoder. Raises UpfitError for a stage that it cannot have."""
+def spans_vocabulary(source: Source, name: str, config: Config) -> Vocabulary | None:
+    """What an encoder-decoder is trained with; None for a decoder. Raises UpfitError for a stage that it cannot have, and for
+    settings that would do nothing: all its logits are made at once, and nothing keeps its documents apart."""
     if not models.is_seq2seq(read_config(source.path)):
         return None
     if name not in ("distill", "lm"):
         raise UpfitError(f"{source.name} is an encoder-decoder, and the stage {name} is for decoders; choose distill or lm")
+    for key in ("chunk", "document_mask"):
+        if getattr(config, key) != default(key):
+            raise UpfitError(f"{flag(key)} does nothing for an encoder-decoder; leave it out")
     return find_vocabulary(load_tokenizer(str(source.path)))
 
 
@@ -183,48 +123,14 @@ def most_positions(student: PreTrainedModel) -> int | None:
     return getattr(student.config.get_text_config(), "max_position_embeddings", None)
 
 
-def make_distiller(
-    student: PreTrainedModel,
-    traits: Traits,
-    pair: tuple[PreTrainedModel, Traits] | None,
-    config: Config,
-    data: Data,
-    autocast: torch.dtype | None,
-) -> Distiller:
-    """The student, and its teacher, who is measured by the cross-entropy alone."""
-    kind = Seq2Seq if student.config.is_encoder_decoder else Distiller
-    objectives = make_objectives(config, data, pair is not None)
-    if pair is None:
-        return kind(student, traits, None, objectives, autocast)
-    alone = {name: replace(objective, kl_weight=0.0) for name, objective in objectives.items()}
-    return kind(student, traits, kind(*pair, None, alone, autocast).eval(), objectives, autocast)
-
-
-def make_layerwise(
-    student: PreTrainedModel,
-    pair: tuple[PreTrainedModel, Traits],
-    teacher: Source,
-    feed: Feed,
-    accelerator: Accelerator,
-    autocast: torch.dtype | None,
-) -> Layerwise:
-    """Raises UpfitError where there is nothing to learn, or the model is to be sharded: its attention runs by itself."""
-    if accelerator.is_fsdp2:
-        raise UpfitError("the stage layerwise trains attention alone, which is not sharded; leave --parallel out for it")
-    learner = Layerwise(student, *pair, converted_paths(student, pair[0], attention_paths(teacher)), autocast)
-    rows = [feed.main.at(feed.main.sample(at)) for at in range(UNIT_ROWS)]
-    learner.take_units(*tensors(rows, accelerator.device)[:2])
-    return learner
-
-
 def set_up(
     stage: Stage, source: Source, data: Data, teacher: Source | None, place: Place, accelerator: Accelerator, output: Output
 ) -> Run:
     """Everything the loop needs. Raises UpfitError when data, budget and model do not fit together."""
     config, name = stage.config, stage_name(stage, data, teacher)
-    vocabulary = spans_vocabulary(source, name)
+    vocabulary = spans_vocabulary(source, name, config)
     dtype = compute_dtype(config, accelerator.device)
-    student, traits, pair = load_models(source, teacher, dtype, accelerator.device, output)
+    student, traits, pair = load_models(source, teacher, dtype, accelerator.device, config.packed, output)
     known, hidden_size = models.embedding(student).shape
     if data.largest_id >= known:
         unknown = f"{data.folders[-1]} holds token {data.largest_id}, the model knows {known} tokens"
@@ -245,6 +151,8 @@ def set_up(
     else:
         learner = make_distiller(student, traits, pair, config, data, autocast)
         preflight(learner, feed, config, accelerator, output)
+    if config.compile:
+        compile_layers(learner)
     optimizer = make_optimizer(student, config)
     module, prepared = prepare(accelerator, learner, optimizer, config.shard_teacher)
     on_cpu = accelerator.device.type == "cpu"

@@ -17,6 +17,7 @@ from upfit.errors import UpfitError
 from upfit.uptrain.config import FREE, NAMES, OF_ANSWERS, OF_TEXT, Config, budget, check, default
 
 TOTAL = ("tokens", "share", "original_tokens", "stages", "questions")  # settings of all stages together
+IDLE = {"layerwise": ("kl_weight", "ce_weight", "temperature", "chunk", "gradient_checkpointing")}  # of no use
 ENOUGH = 1e-9  # of rounding, in sums of shares
 
 
@@ -79,6 +80,9 @@ def _settings(config: Config, name: str, share: float | None, table: dict[str, A
     own = next((key for key in table if key in TOTAL), None)
     if own is not None:
         raise UpfitError(f"the table [{name}] sets {own}, which is of all stages; put it above the tables")
+    for key in IDLE.get(name, ()):
+        if key in table or (stages == 1 and getattr(config, key) != default(key)):
+            raise UpfitError(f"{options.flag(key)} does nothing in the stage {name}; leave it out")
     fixed: dict[str, Any] = {"stages": name, "questions": None}
     if stages > 1:
         tokens = None if share is None else str(max(1, round(share * budget(config))))

@@ -1,0 +1,117 @@
+"""Packed documents attended to one by one: the same numbers as under a mask and as apart, in values and gradients."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.tiny import tiny_model
+from tests.uptraining import Workshop, make_workshop, metrics
+from upfit.uptrain import packed
+from upfit.uptrain.models import Traits, examine, hidden_states, pack
+from upfit.uptrain.packed import documents
+
+LENGTHS = {"several": [[9, 15], [24]], "one": [[24], [24]], "many": [[1, 2, 1, 3, 2, 1, 2, 1, 3, 2, 1, 5], [2] * 12]}
+# Repeated key/value heads, windows, norms, biases, partial rotary.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 4},
+    "gemma3_text": {"sliding_window": 4},
+    "olmo2": {},
+    "phi": {},
+    "gpt_neox": {},
+}
+
+
+def positions(lengths: list[list[int]]) -> torch.Tensor:
+    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("name", LENGTHS)
+def test_one_by_one_is_as_under_a_mask(model_type: str, name: str) -> None:
+    model, places = tiny_model(model_type, **FAMILIES[model_type]).eval(), positions(LENGTHS[name])
+    ids = torch.randint(3, 90, places.shape, generator=torch.Generator().manual_seed(0))
+    traits, found = examine(model), {}
+    for packing in (False, True):
+        if packing:
+            assert pack(model, traits) is not None
+        model.zero_grad()
+        states = hidden_states(model, ids, places, traits)
+        states.square().sum().backward()
+        found[packing] = [states, *(p.grad for p in model.base_model.parameters() if p.grad is not None)]
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_where_documents_begin() -> None:
+    found = documents(positions([[3, 2], [5]]))
+    assert (found.ends, found.longest, found.bounds.dtype) == ([0, 3, 5, 10], 5, torch.int32)
+
+
+def test_what_flash_attention_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments as torch documents them, computed by plain products; its kernels need CUDA."""
+    generator, given = torch.Generator().manual_seed(0), []
+
+    def varlen(q: Any, k: Any, v: Any, bounds: Any, *_: Any, scale: Any, window_size: Any, **more: Any) -> torch.Tensor:
+        given.append((window_size, more))
+        outputs = []
+        for start, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
+            queries, keys, values = (t[start:end].transpose(0, 1)[None] for t in (q, k, v))
+            place = torch.arange(end - start)
+            near = place[:, None] - place
+            mask = (near >= 0) & ((near <= window_size[0]) | (window_size[0] < 0))
+            outputs.append(F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=True))
+        return torch.cat(outputs, 2)[0].transpose(0, 1)
+
+    monkeypatch.setattr(packed, "varlen_attn", varlen)
+    q, k, v = (torch.randn(2, heads, 24, 8, generator=generator) for heads in (4, 2, 2))
+    found = documents(positions(LENGTHS["several"]))
+    for window in (None, 4):
+        wanted = packed._one_by_one(q, k, v, found, 0.3, window, positions(LENGTHS["several"]))
+        torch.testing.assert_close(packed._varlen(q, k, v, found, 0.3, window), wanted)
+    assert [sides for sides, _ in given] == [(-1, 0), (3, 0)]
+
+
+def test_what_is_more_than_causal_keeps_its_mask() -> None:
+    """Soft caps, sinks, no positions; the model is left as it was."""
+    for name in ("gemma2", "gpt_oss", "bloom"):
+        model = tiny_model(name)
+        before = model.config._attn_implementation
+        assert pack(model, examine(model)) is None
+        assert model.config._attn_implementation == before
+
+
+def test_a_class_that_says_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(packed, "documents", lambda _: packed.Documents(torch.tensor([0, 16]), [0, 16], 16))
+    assert pack(model, Traits(True, True, None)) is None
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.mark.parametrize("changes", [{"stages": "layerwise=50%,distill"}, {"gradient_checkpointing": True}])
+def test_a_run_learns_the_same(shop: Workshop, tmp_path: Path, changes: dict[str, Any]) -> None:
+    losses = []
+    for packing in (True, False):
+        shop.run(tmp_path / str(packing), packed=packing, **changes)
+        losses.append([line["loss"] for line in metrics(tmp_path / str(packing))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # rounding grows with every step of Adam
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"stages": "layerwise=50%,distill"}, {"gradient_checkpointing": True}])
+def test_compiled_it_learns_the_same(shop: Workshop, tmp_path: Path, changes: dict[str, Any]) -> None:
+    losses = []
+    for compiled in (True, False):
+        shop.run(tmp_path / str(compiled), compile=compiled, **changes)
+        losses.append([line["loss"] for line in metrics(tmp_path / str(compiled))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # rounding grows with every step of Adam
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)

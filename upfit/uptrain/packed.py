@@ -1,0 +1,133 @@
+"""Attention over documents packed in rows, without a mask: each document is attended to by itself.
+
+A mask that keeps documents apart takes length² a row, and what it hides is computed all the same. Here the documents of a batch
+are found where positions do not go on, and each is computed alone: on CUDA (bfloat16, float16) by torch's FlashAttention for
+sequences of various lengths, elsewhere by causal SDPA of one document after the other.
+
+transformers calls it as an attention implementation, with the arguments of a layer. Whatever it has no answer to (soft caps,
+sinks, attention in two directions) it refuses; whether it serves a class at all is found by trying (`models.examine`).
+
+Legend: B rows, T tokens a row, H query heads, K key/value heads, D head size, N documents.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+NAME = "upfit_packed"
+SHORT = 32  # tokens; of documents shorter than that on average, one masked product is faster than many small ones
+REPEATS = "enable_gqa" not in inspect.signature(varlen_attn).parameters  # torch 2.11 wants as many key heads as query heads
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Of a batch, its rows laid end to end: `bounds` [N + 1] int32 on the device, the same on the host, and the longest."""
+
+    bounds: Tensor
+    ends: list[int]
+    longest: int
+
+
+def documents(positions: Tensor) -> Documents:
+    """Where documents begin in `positions` [B, T]: at the start of a row, and where a position is not the one before plus 1.
+
+    Kept with the tensor, which all layers are given: one synchronisation with the device a batch.
+    """
+    found = getattr(positions, NAME, None)
+    if found is None:
+        starts = torch.ones_like(positions, dtype=torch.bool)
+        starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+        bounds = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=positions.numel()).to(torch.int32)
+        ends = bounds.tolist()
+        found = Documents(bounds, ends, max(end - start for start, end in zip(ends, ends[1:], strict=False)))
+        setattr(positions, NAME, found)
+    return found
+
+
+@torch.compiler.disable
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    """`query` [B, H, T, D], `key` and `value` [B, K, T, D] → [B, T, H, D]. Raises NotImplementedError for what it cannot do."""
+    if position_ids is None or position_ids.shape != query.shape[::2][:2] or key.shape[2] != query.shape[2]:
+        raise NotImplementedError("documents are found by the positions of all keys")
+    known = getattr(module, "is_causal", True) and given.get("is_causal") is not False
+    if attention_mask is not None or dropout or not known or any(given.get(name) is not None for name in UNKNOWN):
+        raise NotImplementedError("this attention is more than causal")
+    found = documents(position_ids)
+    window = sliding_window if sliding_window and sliding_window < found.longest else None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, found, scaling, window), None
+    return _one_by_one(query, key, value, found, scaling, window, position_ids), None
+
+
+UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias", "cache")
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, found: Documents, scaling: float | None, window: int | None) -> Tensor:
+    rows, heads, length, _ = q.shape
+    more: dict[str, Any] = {}
+    if k.shape[1] != heads:
+        if REPEATS:
+            k, v = (tensor.repeat_interleave(heads // k.shape[1], 1) for tensor in (k, v))
+        else:
+            more["enable_gqa"] = True
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v))
+    sides = (-1 if window is None else window - 1, 0)
+    bounds, longest = found.bounds, found.longest
+    output = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, **more)
+    assert isinstance(output, Tensor), "nothing else was asked for"
+    return output.view(rows, length, heads, -1)
+
+
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, found: Documents, scaling: float | None, window: int | None, positions: Tensor
+) -> Tensor:
+    rows, heads, length, _ = q.shape
+    more: dict[str, Any] = {"scale": scaling, "enable_gqa": k.shape[1] != heads}
+    if len(found.ends) - 1 > 2 * rows + rows * length / SHORT:
+        mask = _mask(positions, window)
+        return F.scaled_dot_product_attention(q, k, v, mask, **more).transpose(1, 2)
+    outputs = []
+    for start, end in zip(found.ends, found.ends[1:], strict=False):
+        row, first = divmod(start, length)
+        queries, keys, values = (tensor[row : row + 1, :, first : first + end - start] for tensor in (q, k, v))
+        place = torch.arange(end - start, device=q.device)
+        near = None if window is None or end - start <= window else _near(place[:, None] - place, window)
+        outputs.append(F.scaled_dot_product_attention(queries, keys, values, near, is_causal=near is None, **more))
+    return torch.cat(outputs, 2).transpose(1, 2).reshape(rows, length, heads, -1)
+
+
+def _mask(positions: Tensor, window: int | None) -> Tensor:
+    """[B, 1, T, T]: what a query may look at, kept with `positions`."""
+    name = f"{NAME}_mask_{window}"
+    mask: Tensor | None = getattr(positions, name, None)
+    if mask is None:
+        starts = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0)).cumsum(1)
+        place = torch.arange(positions.shape[1], device=positions.device)
+        near = _near(place[:, None] - place, window or len(place))
+        mask = ((starts[:, :, None] == starts[:, None, :]) & near)[:, None]
+        setattr(positions, name, mask)
+    return mask
+
+
+def _near(distance: Tensor, window: int) -> Tensor:
+    return (distance >= 0) & (distance < window)
+
+
+AttentionInterface.register(NAME, packed_attention)
