@@ -6,7 +6,8 @@ SCRATCH needs 28 GB. The runs alternate, cp first; before each the page cache is
 each everything is synced and that is part of its time. Conversions are whole processes, imports included. In the first
 `--others` rounds the same folder also goes through safetensors (load and save, shard by shard), through transformers
 (from_pretrained, save_pretrained) and, where `mergekit-yaml` is on the path, through mergekit's passthrough: these change
-nothing, they only copy. Memory is the largest anonymous memory (RssAnon) seen while the process ran. Then the plan (dry run) of
+nothing, they only copy. Memory is the largest anonymous memory (RssAnon) seen while the process ran, and the disk's is what it
+had less of afterwards: on a file system with reflinks, what was not shared. Then the plan (dry run) of
 a Llama-2-70B-shaped checkpoint of sparse files is timed. Prints JSON: medians, minima and maxima in seconds, and the ratio of
 the medians.
 """
@@ -170,6 +171,7 @@ def convert_command(source: Path, out: Path, kv_heads: int, *more: str) -> list[
 def summary(rows: list[dict[str, float]]) -> dict[str, float]:
     seconds = [row["seconds"] for row in rows]
     told = {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
+    told |= {"new_gb": statistics.median(row["new_gb"] for row in rows)}
     return told | {"peak_anonymous_mb": max(row["anonymous_mb"] for row in rows), "runs": len(rows)}
 
 
@@ -204,7 +206,9 @@ def main() -> None:
     for turn in range(args.rounds):
         for name, command in (commands | (others if turn < args.others else {})).items():
             shutil.rmtree(out, ignore_errors=True)
-            runs.setdefault(name, []).append(timed(command))
+            os.sync()
+            used = shutil.disk_usage(args.scratch).used
+            runs.setdefault(name, []).append(timed(command) | {"new_gb": (shutil.disk_usage(args.scratch).used - used) / 1e9})
             print(name, runs[name][-1], file=sys.stderr, flush=True)
     shutil.rmtree(out, ignore_errors=True)
     told = {name: summary(rows) for name, rows in runs.items()}

@@ -14,6 +14,7 @@ from upfit.errors import UpfitError
 from upfit.plan.options import Options
 from upfit.plan.plan import plan
 from upfit.plan.trace import trace
+from upfit.uptrain.layerwise import Layerwise, freeze_all_but
 from upfit.uptrain.losses import Objective
 from upfit.uptrain.models import Distiller, examine
 from upfit.uptrain.preflight import _kept
@@ -95,6 +96,63 @@ def test_shards_divide_what_is_trained_and_a_teacher_if_it_is_asked(folder: Path
     assert all(whole[part] == shards[part] for part in ("activations", "head", "logits", "mask"))
 
 
+def test_attention_alone_takes_less_of_all_but_time_for_what_it_reads(folder: Path) -> None:
+    everything, attention = (plan(str(folder), Options(tokens="1M", trainable=what)) for what in ("all", "attention"))
+    inside = 2 * 4 * 32 * 32  # parameters of four projections in two layers
+    assert (
+        attention["memory"]["moments"]
+        == 2 * attention["memory"]["gradients"]
+        == 2 * attention["memory"]["weights"]
+        == 8 * inside
+    )
+    assert attention["memory"]["activations"] < everything["memory"]["activations"]
+    spared = everything["flops_a_token"]["backward"] - attention["flops_a_token"]["backward"]
+    assert spared == 2 * (2 * 3 * 32 * 48 + 32 * 100), "the gradients of the MLPs and the head"
+
+
+def test_stages_are_told_one_by_one(folder: Path) -> None:
+    told = plan(str(folder), Options(tokens="1M", stages="layerwise=25%,distill"))
+    first, second = told["stages"]
+    assert (first["stage"], first["tokens"], second["tokens"]) == ("layerwise", 250_000, 750_000)
+    assert first["flops"] + second["flops"] == pytest.approx(told["flops"])
+    assert first["gpu_hours"] + second["gpu_hours"] == pytest.approx(told["gpu_hours"])
+    traced = trace(config(folder), 128, "float32")
+    attention = 2 * 2 * 4 * 32 * 32 + traced.attention
+    assert first["flops_a_token"]["total"] == 3 * attention + traced.forward - traced.head
+    assert told["memory"] == second["memory"] and first["memory"]["peak"] < second["memory"]["peak"]
+    assert plan(str(folder), Options(tokens="1M"))["stages"][0]["flops_a_token"] == second["flops_a_token"]
+
+
+@pytest.mark.parametrize("trained", ["attention", "layerwise"])
+def test_what_is_kept_where_attention_alone_learns(folder: Path, trained: Any) -> None:
+    student, teacher = tiny_llama(num_key_value_heads=1).train(), tiny_llama()
+    paths = [f"model.layers.{number}.self_attn" for number in range(2)]
+    told = trace(config(folder, num_key_value_heads=1), 64, "float32", trained).kept
+    if trained == "layerwise":
+        learner: Any = Layerwise(student, teacher, examine(teacher), paths)
+        outputs = 2 * 4 * 64 * 32  # the errors, of two layers
+        assert told == pytest.approx(_kept(learner, 64) - outputs, rel=0.1)
+        return
+    freeze_all_but(student, None, paths)
+    learner = Distiller(student, examine(student), None, {"": Objective(1.0, 0.0)})
+    assert told == pytest.approx(_kept(learner, 64) - 4 * 8 * 32 - 4 * 64 * 32, rel=0.05)
+
+
+EIGHT_B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "tie_word_embeddings": False, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def test_eight_billion_parameters_and_their_teacher_fit_one_gpu_where_attention_alone_learns(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(EIGHT_B))
+    with pytest.raises(UpfitError, match="--trainable attention"):
+        plan(str(tmp_path), Options(tokens="1M", gpu="h200", gradient_checkpointing=True))
+    how: dict[str, Any] = {"tokens": "1M", "gpu": "h200", "trainable": "attention", "gradient_checkpointing": True}
+    assert plan(str(tmp_path), Options(**how, stages="layerwise=20%,distill"))["memory"]["peak"] < 134e9
+
+
 def test_what_cannot_fit_is_refused_with_what_would_help(folder: Path) -> None:
     with pytest.raises(UpfitError, match="are needed on each GPU, NVIDIA A100 .* give --gradient-checkpointing"):
         plan(str(folder), Options(tokens="1M", gpu="a100", micro_batch=10_000_000))
@@ -106,6 +164,9 @@ WRONG: dict[str, tuple[Options, str]] = {
     "unknown GPU": (Options(tokens="1M", gpu="rtx"), "--gpu rtx is not known; give one of a100"),
     "half a node": (Options(tokens="1M", gpus=12, parallel="hsdp"), "no whole number of nodes of 8"),
     "a teacher to shard": (Options(tokens="1M", shard_teacher=True), "--shard-teacher goes with"),
+    "answers": (Options(tokens="1M", stages="distill,answers"), "--stages got answers"),
+    "layers without a teacher": (Options(tokens="1M", stages="layerwise,lm", teacher="none"), "--teacher none leaves none"),
+    "layers in shards": (Options(tokens="1M", stages="layerwise,lm", parallel="fsdp"), "is not for the stage layerwise"),
     "all of the peak and more": (Options(tokens="1M", mfu=1.2), "--mfu got 1.2"),
     "longer than the model": (Options(tokens="1M", length=4096), "longer than the model's 128 positions"),
 }

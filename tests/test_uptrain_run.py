@@ -56,6 +56,26 @@ def test_a_run_leaves_a_standard_folder_that_is_better(shop: Workshop, tmp_path:
     assert history.teacher(out) == told["teacher"], "a second uptraining finds the same teacher"
 
 
+def test_attention_alone_learns_and_the_rest_is_held_once(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[bool] = []
+    made = Distiller.__init__
+
+    def seen(self: Distiller, student: Any, traits: Any, teacher: Any, *more: Any) -> None:
+        made(self, student, traits, teacher, *more)
+        if teacher is not None:
+            pointers = [model.model.embed_tokens.weight.data_ptr() for model in (student, teacher.student)]
+            shared.append(pointers[0] == pointers[1])
+
+    monkeypatch.setattr(Distiller, "__init__", seen)
+    report = shop.run(tmp_path / "out", trainable="attention", tokens="4096")
+    assert report["holdout"]["after"]["kl"] < report["holdout"]["before"]["kl"] and shared == [True]
+    before, after = load_file(shop.student / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".self_attn." in name}
+
+
 def test_the_student_that_is_its_teacher_has_nothing_to_learn(shop: Workshop, tmp_path: Path) -> None:
     same = config(teacher=str(shop.teacher), tokens="256", learning_rate=1e-9, weight_decay=0.0)
     report = uptrain(str(shop.teacher), str(shop.data), tmp_path / "out", same, False, False, QUIET)

@@ -19,6 +19,11 @@ class Options:
     length: int | None = option(None, help="tokens a row; default: what the model can take, at most 2048")
     micro_batch: int | None = option(None, help="rows at once on each GPU; default: as many as hold 8192 tokens")
     teacher: Literal["self", "none"] = option("self", help="learn from a model of the same size, or from the text alone")
+    stages: str | None = option(
+        None,
+        help="as in upfit uptrain, of layerwise, distill and lm; default: distill, or lm where there is no teacher",
+    )
+    trainable: Literal["all", "attention"] = option("all", help="as in upfit uptrain: what learns")
     gradient_checkpointing: bool = option(False, help="as in upfit uptrain: layers are computed again in the backward pass")
     dtype: Literal["float32", "bfloat16"] = option("bfloat16", help="type of the computation")
     gpu: str = option("h200", help="kind of GPU: a100, h100, h200 or b200")
@@ -30,6 +35,21 @@ class Options:
     gpus_a_node: int = option(8, help="with hsdp: GPUs over which the model is sharded")
     shard_teacher: bool = option(False, help="as in upfit uptrain: with fsdp or hsdp the teacher is sharded too")
     mfu: float = option(0.4, help="share of the GPU's peak that is reached; an assumption, told as one")
+
+
+def stage_shares(options: Options) -> dict[str, float]:
+    """--stages as shares. Raises UpfitError for what is no such list, or needs what the other settings leave out."""
+    from upfit.uptrain.stages import parse
+
+    assert options.stages is not None, "only asked where it is given"
+    shares = {name: share for name, share in parse(options.stages).items() if share is not None}
+    if len(shares) < len(parse(options.stages)) or "answers" in shares:
+        raise UpfitError("--stages got answers, whose cost is that of its questions; plan for the other stages")
+    if options.teacher == "none" and shares.keys() != {"lm"}:
+        raise UpfitError(f"--stages {options.stages} learns from a teacher, and --teacher none leaves none; give lm alone")
+    if "layerwise" in shares and options.parallel != "ddp":
+        raise UpfitError(f"--parallel {options.parallel} is not for the stage layerwise, which is not sharded; leave it out")
+    return shares
 
 
 def check_options(options: Options) -> None:

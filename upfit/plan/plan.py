@@ -5,6 +5,8 @@ causal attention looks at half of the map, a backward pass is twice its forward 
 computed again (gradient checkpointing) take time but are no FLOPs of the model.
 """
 
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from upfit.convert.checkpoint import most_positions, read_config
@@ -13,46 +15,95 @@ from upfit.errors import UpfitError
 from upfit.options import parse_count, parse_share
 from upfit.output import human_bytes
 from upfit.plan.hardware import Gpu, find_gpu
-from upfit.plan.options import Options, check_options
-from upfit.plan.trace import Trace, trace
+from upfit.plan.options import Options, check_options, stage_shares
+from upfit.plan.trace import Trace, Trained, trace
 
 DEFAULT_LENGTH, MICRO_TOKENS, CHUNK = 2048, 8192, 512
 BACKWARD = 2.0  # forward passes
 FREE_SHARE = 0.95  # of a GPU's memory; the rest is its driver's, and lost between allocations
 
 
-def plan(model: str, options: Options, revision: str | None = None) -> dict[str, Any]:
-    """What uptraining `model` would take, as a dictionary that JSON can hold.
+@dataclass(frozen=True)
+class Work:
+    """One stage: what learns from whom, and its share of the tokens."""
 
-    Raises UpfitError for settings out of range, a model that cannot be traced, and one that does not fit into the GPU.
+    name: str
+    share: float
+    student: Trace
+    teacher: Trace | None
+
+    @property
+    def layerwise(self) -> bool:
+        return self.name == "layerwise"
+
+
+def plan(model: str, options: Options, revision: str | None = None) -> dict[str, Any]:
+    """What uptraining `model` would take, as a dictionary that JSON can hold: of all stages together, and of each in `stages`.
+
+    `flops_a_token` is the mean over the tokens, `memory` that of the stage that needs most. Raises UpfitError for settings out
+    of range, a model that cannot be traced, and one that does not fit into the GPU.
     """
     check_options(options)
     gpu = find_gpu(options.gpu)
     source = find_source(model, revision)
     length = _length(source, options)
-    student = trace(read_config(source.path), length, options.dtype)
-    teacher = _teacher(source, length, options)
-    flops = flops_a_token(student, teacher)
-    tokens = _tokens(options, flops, student if teacher is None else teacher)
-    memory = memory_by_part(student, teacher, options, length)
-    needed, room = memory["peak"], FREE_SHARE * gpu.memory
-    if needed > room:
-        raise UpfitError(_too_large(needed, gpu, memory, options))
+    works = _works(source, length, options)
+    flops = [flops_a_token(work, options) for work in works]
+    mean = {key: sum(work.share * one[key] for work, one in zip(works, flops, strict=True)) for key in flops[0]}
+    original = next((work.teacher for work in works if work.teacher), works[0].student)
+    tokens = _tokens(options, mean, original)
+    memories = [memory_by_part(work, options, length) for work in works]
+    memory = max(memories, key=lambda one: one["peak"])
+    if memory["peak"] > FREE_SHARE * gpu.memory:
+        raise UpfitError(_too_large(gpu, memory, options))
+    stages: list[dict[str, Any]] = [
+        {
+            "stage": work.name,
+            "tokens": round(work.share * tokens),
+            "flops_a_token": one,
+            "flops": one["total"] * work.share * tokens,
+            "memory": told,
+            "gpu_hours": hours(work, one, options, gpu) * work.share * tokens,
+        }
+        for work, one, told in zip(works, flops, memories, strict=True)
+    ]
+    spent = sum(stage["gpu_hours"] for stage in stages)
     return {
         "model": source.record(),
-        "parameters": student.parameters,
-        "teacher_parameters": teacher.parameters if teacher else None,
+        "parameters": works[0].student.parameters,
+        "teacher_parameters": next((work.teacher.parameters for work in works if work.teacher), None),
         "length": length,
         "tokens": tokens,
-        "flops_a_token": flops,
-        "flops": flops["total"] * tokens,
-        "share_of_original": _share(options, flops, student if teacher is None else teacher, tokens),
+        "flops_a_token": mean,
+        "flops": mean["total"] * tokens,
+        "share_of_original": _share(options, mean, original, tokens),
         "memory": memory,
         "gpu": {"name": gpu.name, "gpus": options.gpus, "memory": gpu.memory, "peak_flops": gpu.peak(options.dtype)},
         "mfu": options.mfu,
-        "gpu_hours": hours(student, teacher, options, gpu) * tokens,
-        "hours": hours(student, teacher, options, gpu) * tokens / options.gpus,
+        "gpu_hours": spent,
+        "hours": spent / options.gpus,
+        "stages": stages,
     }
+
+
+def _works(source: Source, length: int, options: Options) -> list[Work]:
+    """The stages with their traces; without --stages the one that `upfit uptrain` would take."""
+    shares = {"distill" if options.teacher == "self" else "lm": 1.0} if options.stages is None else stage_shares(options)
+    student, teacher = read_config(source.path), read_config((teacher_source(source.path) or source).path)
+
+    @cache
+    def traced(of_teacher: bool, trained: Trained) -> Trace:
+        return trace(teacher if of_teacher else student, length, options.dtype, trained)
+
+    return [
+        Work(
+            name,
+            share,
+            traced(False, "layerwise" if name == "layerwise" else options.trainable),
+            traced(True, "all") if name != "lm" else None,
+        )
+        for name, share in shares.items()
+    ]
 
 
 def _length(source: Source, options: Options) -> int:
@@ -63,23 +114,26 @@ def _length(source: Source, options: Options) -> int:
     return length
 
 
-def _teacher(source: Source, length: int, options: Options) -> Trace | None:
-    """The teacher that `upfit uptrain` would take: the source in recipe.json where it is there, else a model like this one."""
-    if options.teacher == "none":
-        return None
-    found = teacher_source(source.path)
-    return trace(read_config((found or source).path), length, options.dtype)
+def flops_a_token(work: Work, options: Options) -> dict[str, float]:
+    """FLOPs of training on a token, by part, and by the rule of six FLOPs a parameter (embeddings not counted).
 
-
-def flops_a_token(student: Trace, teacher: Trace | None) -> dict[str, float]:
-    """FLOPs of training on a token, by part, and by the rule of six FLOPs a parameter (embeddings not counted)."""
-    learned = teacher.forward if teacher else 0.0
+    A backward pass is the gradients of what goes through, as many FLOPs as forward, and those of the weights that learn.
+    Layer by layer, the teacher runs to its last layer, and of the student attention alone.
+    """
+    student, teacher = work.student, work.teacher
+    learning = 2.0 * student.attention_parameters
+    forward = learning + student.attention if work.layerwise else student.forward
+    if work.layerwise or options.trainable == "all":
+        backward = BACKWARD * forward
+    else:
+        backward = student.forward + student.attention + learning
+    learned = 0.0 if teacher is None else teacher.forward - (teacher.head if work.layerwise else 0.0)
     return {
-        "forward": student.forward,
+        "forward": forward,
         "attention_in_forward": student.attention,
-        "backward": BACKWARD * student.forward,
+        "backward": backward,
         "teacher": learned,
-        "total": (1 + BACKWARD) * student.forward + learned,
+        "total": forward + backward + learned,
         "six_n": 6.0 * (student.parameters - student.embedding) + (0.0 if _untied(student) else 6.0 * student.embedding),
     }
 
@@ -105,35 +159,45 @@ def _share(options: Options, flops: dict[str, float], original: Trace, tokens: i
     return flops["total"] * tokens / spent
 
 
-def memory_by_part(student: Trace, teacher: Trace | None, options: Options, length: int) -> dict[str, float]:
+def memory_by_part(work: Work, options: Options, length: int) -> dict[str, float]:
     """Bytes on each GPU. `peak` is the larger of two moments: the end of the forward pass, when everything is kept, and the
-    end of the backward pass, when all of that has become gradients."""
+    end of the backward pass, when all of that has become gradients.
+
+    What does not learn lies in the teacher's memory, if there is one that is whole, and else as it is.
+    """
+    student, teacher, shards = work.student, work.teacher, shards_of(options)
     rows = options.micro_batch or max(1, MICRO_TOKENS // length)
     short = options.dtype == "bfloat16"
+    part = work.layerwise or options.trainable == "attention"
+    learning = student.attention_parameters if part else student.parameters
+    frozen = 0 if teacher and shards == 1 else student.parameters - learning
     kept = float(rows * student.kept)
     layer = kept / student.layers  # gradients of about as many numbers, while a layer's backward pass runs
-    if options.gradient_checkpointing:
+    if options.gradient_checkpointing and not work.layerwise:
         kept = layer + 4.0 * rows * length * student.hidden * student.layers
     width = 2.0 if short else 4.0
-    shards = shards_of(options)
     beside = 0.0
     if shards > 1:
         beside = gathered(student, width) + (width + 4.0) * ends_and_layer(student)[1]  # a layer's gradients, to be added up
         beside += gathered(teacher, width) if teacher and options.shard_teacher else 0.0
+    weight_of_head = 0.0 if part else 4.0
+    mask = 0.0 if student.packed and (teacher is None or teacher.packed) else rows * length**2 * (3.0 if short else 5.0)
     parts = {
-        "weights": 4.0 * student.parameters / shards,
-        "moments": 8.0 * student.parameters / shards,
-        "weights_in_bfloat16": float(student.cast) if shards == 1 else 0.0,
+        "weights": 4.0 * (learning + frozen) / shards,
+        "moments": 8.0 * learning / shards,
+        "weights_in_bfloat16": student.cast + 2.0 * short * frozen if shards == 1 else 0.0,
         "gathered": beside,
         "teacher": width * teacher.parameters / (shards if options.shard_teacher else 1) if teacher else 0.0,
         "activations": kept,
         "one_layer_backward": layer,
-        "mask": rows * length**2 * (3.0 if short else 5.0),  # keeps packed documents apart: as bool, and as it is added
+        "mask": mask,  # keeps packed documents apart: as bool, and as it is added
         # the gradient of the head is made with the loss, and its weight is cast for it
-        "head": (4.0 + 2.0 * short) * student.vocabulary * student.hidden + 4.0 * rows * length * student.hidden,
+        "head": (weight_of_head + 2.0 * short) * student.vocabulary * student.hidden + 4.0 * rows * length * student.hidden,
         "logits": (6.0 if teacher else 4.0) * 4.0 * min(CHUNK, rows * length) * student.vocabulary,
-        "gradients": 4.0 * student.parameters / shards,
+        "gradients": 4.0 * learning / shards,
     }
+    if work.layerwise:
+        parts |= {"head": 0.0, "logits": 0.0}
     always = sum(parts[name] for name in ("weights", "moments", "weights_in_bfloat16", "gathered", "teacher"))
     forward = sum(parts[name] for name in ("activations", "one_layer_backward", "mask", "head", "logits"))
     return parts | {"rows": float(rows), "peak": always + max(forward, parts["gradients"])}
@@ -156,23 +220,24 @@ def ends_and_layer(trace: Trace) -> tuple[float, float]:
     return ends, (trace.parameters - ends) / trace.layers
 
 
-def hours(student: Trace, teacher: Trace | None, options: Options, gpu: Gpu) -> float:
+def hours(work: Work, flops: dict[str, float], options: Options, gpu: Gpu) -> float:
     """GPU-hours a token: the FLOPs that are really done over what the GPU is taken to reach."""
-    again = student.forward if options.gradient_checkpointing else 0.0
-    done = (1 + BACKWARD) * student.forward + again + (teacher.forward if teacher else 0.0)
-    return done / (options.mfu * gpu.peak(options.dtype)) / 3600
+    again = work.student.forward if options.gradient_checkpointing and not work.layerwise else 0.0
+    return (flops["total"] + again) / (options.mfu * gpu.peak(options.dtype)) / 3600
 
 
-def _too_large(needed: float, gpu: Gpu, memory: dict[str, float], options: Options) -> str:
+def _too_large(gpu: Gpu, memory: dict[str, float], options: Options) -> str:
     advice = []
     if not options.gradient_checkpointing:
         advice.append("give --gradient-checkpointing")
     if memory["rows"] > 1:
         advice.append("a smaller --micro-batch")
+    if options.trainable == "all":
+        advice.append("--trainable attention")
     if options.teacher != "none":
         advice.append("--teacher none")
     if options.parallel == "ddp":
         advice.append("--parallel fsdp with more --gpus")
-    words = f"{human_bytes(needed)} are needed on each GPU, {gpu.name} has {human_bytes(gpu.memory)}"
+    words = f"{human_bytes(memory['peak'])} are needed on each GPU, {gpu.name} has {human_bytes(gpu.memory)}"
     parts = ", ".join(f"{name.replace('_', ' ')} {human_bytes(memory[name])}" for name in ("weights", "moments", "activations"))
     return f"{words} ({parts}); {', or '.join([*advice, 'a smaller model or a larger --gpu'])}"

@@ -22,7 +22,8 @@ def show(told: dict[str, Any], output: Output) -> None:
         ["tokens", f"{human_count(told['tokens'])}, rows of {told['length']}"],
         ["FLOPs", f"{told['flops']:.3g}{share}"],
         ["a token", f"{_giga(flops['total'])}: forward {_giga(flops['forward'])}, of which attention "
-                    f"{_giga(flops['attention_in_forward'])} (causal); backward twice that; teacher {_giga(flops['teacher'])}"],
+                    f"{_giga(flops['attention_in_forward'])} (causal); backward {_giga(flops['backward'])}; "
+                    f"teacher {_giga(flops['teacher'])}"],
         ["by the rule", f"{_giga(flops['six_n'])} a token without the teacher (six a parameter, attention left out)"],
         ["time", f"{told['hours']:,.1f} h on {gpu['gpus']} x {gpu['name']} ({told['gpu_hours']:,.1f} GPU-hours), if "
                  f"{told['mfu']:.0%} of {gpu['peak_flops'] / 1e12:,.0f} TFLOP/s are reached: an assumption, not a measurement"],
@@ -30,6 +31,15 @@ def show(told: dict[str, Any], output: Output) -> None:
         *[["" if number else "by part", f"{name.replace('_', ' ')} {human_bytes(memory[name])}"]
           for number, name in enumerate(PARTS)],
     ]  # fmt: skip
+    if len(told["stages"]) > 1:
+        lines += [
+            [
+                f"{one['stage']}",
+                f"{human_count(one['tokens'])} tokens, {_giga(one['flops_a_token']['total'])} a token, "
+                f"{one['gpu_hours']:,.1f} GPU-hours, {human_bytes(one['memory']['peak'])}",
+            ]
+            for one in told["stages"]
+        ]
     for name, value in lines:
         output.line(f"{name:12} {value}")
 

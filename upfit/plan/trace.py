@@ -8,7 +8,7 @@ and SDPA's fused kernels), and a causal map costs half of a full one.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from upfit.convert.skeleton import skeleton
 from upfit.errors import UpfitError
+from upfit.uptrain.packed import UNKNOWN
 
+Trained = Literal["all", "attention", "layerwise"]
 NAME = "upfit_traced"  # of our function in transformers' attention interface
 
 
@@ -26,7 +28,8 @@ NAME = "upfit_traced"  # of our function in transformers' attention interface
 class Trace:
     """Of one model and one row of `length` tokens. FLOPs are of a forward pass, a token: those of `matrices` without the head,
     of the `attention` (causal), and of the `head`. `kept` are bytes that autograd keeps below the head, copies of weights in
-    the type of the computation not counted; those are `cast`. `hidden` and `vocabulary` are sizes."""
+    the type of the computation not counted; those are `cast`. `hidden` and `vocabulary` are sizes, `attention_parameters` those
+    inside attention modules. `packed`: attention is told positions, so that packed documents need no mask."""
 
     length: int
     parameters: int
@@ -39,6 +42,8 @@ class Trace:
     head: float
     kept: int
     cast: int
+    attention_parameters: int
+    packed: bool
 
     @property
     def forward(self) -> float:
@@ -61,13 +66,16 @@ class _Attention(torch.autograd.Function):
 
 
 class _Counter:
-    """FLOPs of the attention calls of one trace."""
+    """FLOPs of the attention calls of one trace, and the modules that they come from."""
 
-    flops = 0.0
+    def __init__(self) -> None:
+        self.flops, self.modules, self.packed = 0.0, dict[int, nn.Module](), True
 
     def __call__(
-        self, _: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, sliding_window: int | None = None, **__: Any
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, sliding_window: int | None = None, **given: Any
     ) -> tuple[Tensor, None]:
+        self.modules[id(module)] = module
+        self.packed &= given.get("position_ids") is not None and all(given.get(name) is None for name in UNKNOWN)
         rows, keys = q.shape[2], k.shape[2]
         window = min(keys, sliding_window or keys)
         pairs = rows * window - window * (window - 1) / 2  # what a causal map, cut to a window, looks at
@@ -75,9 +83,10 @@ class _Counter:
         return _Attention.apply(q, k, v), None
 
 
-def trace(config: dict[str, Any], length: int, dtype: str) -> Trace:
+def trace(config: dict[str, Any], length: int, dtype: str, trained: Trained = "all") -> Trace:
     """Trace the class of this `config.json` on a row of `length` tokens, computing in `dtype` (weights are float32).
 
+    What is kept depends on what is `trained`: all of it, attention alone, or attention layer by layer (`layerwise`).
     Raises UpfitError when the model's code cannot be run without numbers.
     """
     counter = _Counter()
@@ -86,13 +95,17 @@ def trace(config: dict[str, Any], length: int, dtype: str) -> Trace:
         model = skeleton(_plain(config) | {"dtype": "float32"}, meta=False, stored=True).train()
         model.set_attn_implementation(NAME)
         weights = {parameter.untyped_storage()._cdata: parameter for parameter in model.parameters()}
-        with _kept(weights) as found, FlopCounterMode(display=False) as flops, _autocast(dtype):
+        with FlopCounterMode(display=False) as flops, _autocast(dtype):
             states = _run(model, length)
+        attention, counted = list(counter.modules.values()), counter.flops
+        _freeze(model, attention, trained)
+        with _kept(weights) as found, _weights_kept(model, dtype) as copies, _autocast(dtype):
+            _run(model, length)
         sizes = sum(parameter.numel() for parameter in weights.values())
         embedding = next(model.get_input_embeddings().parameters()).numel()
         vocabulary = _vocabulary(model)
         casts = _casts(model, dtype)
-    kept = sum(size for size in found.values()) - casts
+    kept = max(0, sum(found.values()) - sum(copies.values()))
     text = model.config.get_text_config()
     return Trace(
         length=length,
@@ -102,11 +115,51 @@ def trace(config: dict[str, Any], length: int, dtype: str) -> Trace:
         hidden=states.shape[-1],
         vocabulary=vocabulary,
         matrices=flops.get_total_flops() / length,
-        attention=counter.flops / length,
+        attention=counted / length,
         head=2.0 * states.shape[-1] * vocabulary,
         kept=kept,
         cast=casts,
+        attention_parameters=sum({id(p): p.numel() for module in attention for p in module.parameters()}.values()),
+        packed=counter.packed and bool(attention),
     )
+
+
+def _freeze(model: PreTrainedModel, attention: list[nn.Module], trained: Trained) -> None:
+    """Let only what is trained learn. Layer by layer nothing is kept outside of attention: no gradient leaves a layer."""
+    if trained == "all":
+        return
+    model.requires_grad_(False)
+    for module in attention:
+        module.requires_grad_(True)
+    if trained == "layerwise":
+        switch = torch.set_grad_enabled
+        model.base_model.register_forward_pre_hook(lambda *_: _nothing(switch(False)))
+        model.base_model.register_forward_hook(lambda *_: _nothing(switch(True)))
+        for module in attention:
+            module.register_forward_pre_hook(lambda *_: _nothing(switch(True)))
+            module.register_forward_hook(lambda *_: _nothing(switch(False)))
+
+
+def _nothing(_: Any) -> None:
+    """What a hook returns that changes nothing."""
+
+
+@contextmanager
+def _weights_kept(model: PreTrainedModel, dtype: str) -> Iterator[dict[int, int]]:
+    """Bytes of the copies of weights, in the type of the computation, that linear layers keep inside the block: those through
+    which a gradient passes."""
+    found: dict[int, int] = {}
+
+    def seen(module: Any, given: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled() and given[0].requires_grad:
+            found[id(module.weight)] = 2 * module.weight.numel()
+
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    hooks = [module.register_forward_pre_hook(seen) for module in linear if dtype != "float32"]
+    yield found
+    for hook in hooks:
+        hook.remove()
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -142,12 +195,12 @@ def _kept(weights: dict[int, Any]) -> Iterator[dict[int, int]]:
 
 
 def _casts(model: PreTrainedModel, dtype: str) -> int:
-    """Bytes of the weights of linear layers in the type of the computation, kept until the backward pass is done."""
+    """Bytes of the trained weights of linear layers in the type of the computation, there until the backward pass is done."""
     if dtype == "float32":
         return 0
     head = model.get_output_embeddings()
     linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
-    return sum(2 * weight.numel() for weight in linear)
+    return sum(2 * weight.numel() for weight in linear if weight.requires_grad)
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

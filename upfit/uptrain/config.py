@@ -76,6 +76,10 @@ class Config:
     mix: str | None = option(None, help="with answers as DATA: general text, as for DATA, learned from in every step too")
     mix_share: float = option(0.25, help="with --mix: share of a step's tokens that are general text")
     mix_weight: float = option(1.0, help="with --mix: weight of the text's mean loss beside the answers' mean loss")
+    trainable: Literal["all", "attention"] = option(
+        "all",
+        help="what learns: all weights, or attention's alone; the rest then shares the teacher's memory where it is equal",
+    )
     gradient_checkpointing: bool = option(
         False, help="keep only the borders of layers for the backward pass and compute the rest again: slower, far less memory"
     )

@@ -24,18 +24,18 @@ from upfit.uptrain.models import Traits, hidden_states
 from upfit.uptrain.rows import IGNORE
 
 
-def attention_paths(teacher: Source) -> list[str]:
-    """Where the attention modules of the teacher in a folder lie, as names of its class.
+def attention_paths(source: Source) -> list[str]:
+    """Where the attention modules of the model in a folder lie, as names of its class.
 
-    Raises UpfitError for a teacher of a family that is converted as another one.
+    Raises UpfitError for a model of a family that is converted as another one.
     """
-    with open_checkpoint(teacher.path) as checkpoint:
+    with open_checkpoint(source.path) as checkpoint:
         architecture, model_type = bind(checkpoint.config, checkpoint.tensors), checkpoint.config["model_type"]
     if architecture.config["model_type"] != model_type:
         raise UpfitError(
-            f"the teacher is of type {model_type}, which is converted as {architecture.config['model_type']}, so its attention "
-            f"cannot be set beside the model's; make it one too (upfit convert gqa {teacher.name} TEACHER --kv-heads "
-            f"{architecture.kv_heads}) and give that as --teacher, or leave the stage layerwise out"
+            f"{source.name} is of type {model_type}, which is converted as {architecture.config['model_type']}; its attention "
+            f"cannot be trained by itself or set beside another's; make it one too (upfit convert gqa {source.name} OUT "
+            f"--kv-heads {architecture.kv_heads}), or leave out the stage layerwise and --trainable attention"
         )
     return [layer.path for layer in architecture.layers]
 
@@ -68,9 +68,9 @@ def equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.float(), other.float())
 
 
-def freeze_all_but(student: PreTrainedModel, tutor: PreTrainedModel, paths: list[str]) -> None:
+def freeze_all_but(student: PreTrainedModel, tutor: PreTrainedModel | None, paths: list[str]) -> None:
     """Leave only the modules at `paths` to be trained; what is equal to the teacher's shares its memory."""
-    theirs = dict(tutor.named_parameters())
+    theirs = {} if tutor is None else dict(tutor.named_parameters())
     for name, parameter in student.named_parameters():
         if not name.startswith(tuple(path + "." for path in paths)):
             parameter.requires_grad_(False)

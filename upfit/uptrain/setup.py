@@ -24,6 +24,7 @@ from upfit.uptrain.compiled import compile_layers
 from upfit.uptrain.config import FREE, Config, default
 from upfit.uptrain.data import Data, lay_out
 from upfit.uptrain.feed import Feed
+from upfit.uptrain.layerwise import attention_paths, freeze_all_but
 from upfit.uptrain.loop import Learner, Run
 from upfit.uptrain.parallel import accelerator_for, mesh_of, prepare
 from upfit.uptrain.places import Place
@@ -149,6 +150,8 @@ def set_up(
         assert teacher is not None and pair is not None, "the stage has refused to do without"
         learner = make_layerwise(student, pair, teacher, feed, accelerator, autocast)
     else:
+        if config.trainable == "attention":
+            freeze_all_but(student, None if pair is None or accelerator.is_fsdp2 else pair[0], attention_paths(source))
         learner = make_distiller(student, traits, pair, config, data, autocast)
         preflight(learner, feed, config, accelerator, output)
     if config.compile:

@@ -17,7 +17,7 @@ from upfit.errors import UpfitError
 from upfit.uptrain.config import FREE, NAMES, OF_ANSWERS, OF_TEXT, Config, budget, check, default
 
 TOTAL = ("tokens", "share", "original_tokens", "stages", "questions")  # settings of all stages together
-IDLE = {"layerwise": ("kl_weight", "ce_weight", "temperature", "chunk", "gradient_checkpointing")}  # of no use
+IDLE = {"layerwise": ("kl_weight", "ce_weight", "temperature", "chunk", "gradient_checkpointing", "trainable")}  # of no use
 ENOUGH = 1e-9  # of rounding, in sums of shares
 
 
