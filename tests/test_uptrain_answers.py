@@ -34,14 +34,18 @@ from upfit.uptrain.prepare import prepare
 from upfit.uptrain.rows import IGNORE
 from upfit.uptrain.train import uptrain
 
-SETTINGS: dict[str, Any] = {"batch_tokens": "4000", "holdout": 3, "learning_rate": 3e-3, "save_every": "1"}
+SETTINGS: dict[str, Any] = {
+    "batch_tokens": "4000",
+    "holdout": 3,
+    "learning_rate": 3e-3,
+    "save_every": "1",
+    "dtype": "float32",
+}
 FAMILIES = ["record", "count"]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_home(folder: Path) -> Path:
     """A model that takes 2048 tokens, questions on up to 2000 letters, and token shards."""
-    folder = tmp_path_factory.mktemp("home")
     save_tiny(folder / "model", tiny_llama(max_position_embeddings=2048))
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text(seed)}) for seed in range(60)))
     prepare([str(folder / "text.jsonl")], folder / "shards", str(folder / "model"), "text", QUIET)
@@ -50,6 +54,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert synth([str(folder / "text.jsonl")], folder / "data", options, QUIET)["finished"]
     return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("home"))
 
 
 def run(home: Path, out: Path, resume: bool = False, output: Output = QUIET, **changes: Any) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from tests.folders import save_tiny, tiny_llama
+from tests.test_uptrain_answers import SETTINGS, make_home
 from tests.test_uptrain_attention import differential
 from tests.test_uptrain_resume import Interrupting
-from tests.uptraining import BASE, Workshop, make_workshop, metrics, weights
+from tests.uptraining import BASE, QUIET, Workshop, make_workshop, metrics, weights
 from tests.warm_python import warm_python
 from upfit.errors import UpfitError
 from upfit.uptrain.config import Config
@@ -28,6 +29,7 @@ from upfit.uptrain.losses import Objective
 from upfit.uptrain.models import Distiller, examine
 from upfit.uptrain.parallel import Mesh, mesh_of, prepare
 from upfit.uptrain.state import Workspace
+from upfit.uptrain.train import uptrain
 
 pytestmark = pytest.mark.xdist_group("parallel")  # the runs that its tests look at are made once
 ROOT = Path(__file__).parent.parent
@@ -53,7 +55,7 @@ one_step = loop.one_step
 def looked_at(run, *rest):  # accelerate makes DDP of FSDP where it does not like the device
     layers = [isinstance(layer, FSDPModule) for layer in run.learner.student.model.layers]
     assert all(layers) if run.config.parallel else not any(layers)
-    assert isinstance(run.learner.teacher, FSDPModule) == run.config.shard_teacher, "teacher"
+    assert isinstance(getattr(run.learner, "teacher", None), FSDPModule) == run.config.shard_teacher, "teacher"
     return one_step(run, *rest)
 loop.one_step = looked_at
 for model, data, out, stop, resume, settings in json.loads(sys.argv[1]):
@@ -121,8 +123,18 @@ def runs(python: str, place: Path, shops: dict[str, Workshop]) -> Path:
     untied.run(place / "one-micro", **SIX, micro_batch=2)
     tied.run(place / "one-tied", **SIX, **taught)
     untied.run(place / "stopped-one", output=Interrupting(3), **SIX)
+    untied.run(place / "one-layerwise", **SIX, stages="layerwise")
+    untied.run(place / "one-attention", **SIX, trainable="attention")
+    (place / "home").mkdir()
+    home = make_home(place / "home")
+    asked = {**SETTINGS, "tokens": "12000", "micro_batch": 1}
+    uptrain(str(home / "model"), str(home / "data"), place / "one-answers", Config(**asked), False, False, QUIET)
     whole = [
         job(untied, place / "ddp-micro", micro_batch=1),
+        job(untied, place / "ddp-layerwise", stages="layerwise"),
+        job(untied, place / "ddp-attention", trainable="attention"),
+        job(untied, place / "fsdp-attention", trainable="attention", **fsdp),
+        [str(home / "model"), str(home / "data"), str(place / "ddp-answers"), 0, "", asked],
         job(untied, place / "fsdp", **fsdp),
         job(tied, place / "fsdp-tied", **fsdp, **taught, micro_batch=1, async_save=False),
         job(untied, place / "fsdp-all", **fsdp, shard_teacher=True, gradient_checkpointing=True, micro_batch=[1, 2]),
@@ -143,7 +155,7 @@ def runs(python: str, place: Path, shops: dict[str, Workshop]) -> Path:
 
 def alike(one: Path, other: Path) -> None:
     for ours, theirs in zip(metrics(one), metrics(other), strict=True):
-        for key in ("loss", "ce", "kl", "grad_norm"):
+        for key in {"loss", "ce", "kl", "attention_error", "grad_norm"} & theirs.keys():
             assert ours[key] == pytest.approx(theirs[key], rel=SUMMED), (key, ours["step"])
 
 
@@ -151,6 +163,12 @@ def alike(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("name", ["one-micro", "ddp-micro", "fsdp", "fsdp-tied", "fsdp-all", "fsdp-all-tied"])
 def test_processes_micro_batches_and_shards_do_not_change_the_losses(runs: Path, name: str) -> None:
     alike(runs / name, runs / ("one-tied" if "tied" in name else "one"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp-layerwise", "ddp-attention", "fsdp-attention", "ddp-answers"])
+def test_nor_does_what_is_learned(runs: Path, name: str) -> None:
+    alike(runs / name, runs / f"one-{name.partition('-')[2]}")
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from upfit.uptrain.state import Workspace
 ROOT = Path(__file__).parent.parent
 TIMED = {"tokens_per_second", "seconds"}
 DRIVER = """
-import gc, json, sys
+import gc, json, os, sys
 from pathlib import Path
 import torch
 from accelerate import Accelerator
@@ -37,6 +37,7 @@ def checked(accelerator):  # a wrapped model that is still there when the proces
     end(accelerator)
 Accelerator.end_training = checked
 model, data, out, resume, settings = sys.argv[1:]
+Path(out + ".pid" + os.environ.get("RANK", "0")).write_text(str(os.getpid()))
 report = uptrain(model, data, Path(out), Config(**json.loads(settings)), resume == "resume", False, Output(quiet=True))
 print(json.dumps(report))
 """
@@ -268,6 +269,24 @@ def test_sigterm_to_torchrun_saves_and_resumes_bit_exactly(shop: Workshop, pytho
     assert int(saved[-1].name[5:]) == len(metrics(tmp_path / "broken.uptrain"))
     run("broken", resume=True)
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_one_process_dies_all_end_and_nothing_is_lost_but_the_last_steps(shop: Workshop, python: str, tmp_path: Path) -> None:
+    def run(out: str, resume: bool = False) -> None:
+        words = torchrun(python, shop, tmp_path, tmp_path / out, resume, **LONG)
+        subprocess.run(words, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+
+    run("whole")
+    with running(torchrun(python, shop, tmp_path, tmp_path / "broken", **LONG), tmp_path / "broken.uptrain", 23) as process:
+        os.kill(int((tmp_path / "broken.pid1").read_text()), signal.SIGKILL)
+        assert process.wait(PATIENCE) == 1
+    assert not (tmp_path / "broken").exists()
+    saved = Workspace(tmp_path / "broken").checkpoints()
+    assert int(saved[-1].name[5:]) >= 10, "a checkpoint is due every ten steps, and written while the next ones go on"
+    run("broken", resume=True)
+    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
+    assert untimed(tmp_path / "broken") == untimed(tmp_path / "whole")
 
 
 @pytest.mark.slow

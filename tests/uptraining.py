@@ -27,6 +27,7 @@ BASE: dict[str, Any] = {
     "holdout": 4,
     "learning_rate": 3e-3,
     "save_every": "4",
+    "dtype": "float32",  # on every machine: the laws are of sums, not of rounding
 }
 
 
