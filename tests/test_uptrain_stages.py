@@ -12,12 +12,14 @@ from transformers import LlamaForCausalLM
 
 from tests.folders import save_tiny, tiny_llama
 from tests.test_uptrain_resume import Interrupting, untimed
-from tests.uptraining import Workshop, make_workshop, metrics, pooled, weights
+from tests.uptraining import Workshop, config, make_workshop, metrics, pooled, weights
 from upfit import history
 from upfit.convert.folders import Source
 from upfit.errors import UpfitError
 from upfit.output import Meter
 from upfit.uptrain.config import Config
+from upfit.uptrain.data import open_data
+from upfit.uptrain.default_stages import default_stages
 from upfit.uptrain.layerwise import Layerwise, attention_paths, converted_paths
 from upfit.uptrain.models import examine, load
 from upfit.uptrain.rows import IGNORE
@@ -214,6 +216,25 @@ def test_a_stage_without_what_it_needs_is_one_line(
     with pytest.raises(UpfitError, match=message):
         shop.run(tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_merged_blindly_have_their_attention_repaired_first(shop: Workshop, tmp_path: Path) -> None:
+    """Right after such a conversion, and only where the teacher's attention can be set beside the model's."""
+    student = save_tiny(tmp_path / "student", pooled(tiny_llama()))
+    told = history.read(shop.student)[0]["source"]
+    merged = history.step("convert gqa", told, {"kv_heads": 2, "method": "mean"})
+    history.write(student, [merged])
+    fresh = Workshop(shop.teacher, student, shop.data)
+    report = fresh.run(tmp_path / "out", tokens="512")
+    assert [stage["stage"] for stage in report["stages"]] == ["layerwise", "distill"]
+    assert 'stages = "layerwise=30%,distill"' in (tmp_path / "out" / "uptrain.toml").read_text()
+    data = open_data(str(shop.data), Source(student, "student"), config())
+    for changes in ({"stages": "distill"}, {"teacher": "none"}, {"kl_weight": 0.0}):
+        assert default_stages(config(**changes), Source(student, "student"), data) is None
+    assert default_stages(config(), Source(tmp_path / "out", "out"), data) is None, "it has been uptrained since"
+    for other in ({"kv_heads": 2, "method": "aligned"}, {"kv_heads": 2}):
+        history.write(student, [history.step("convert gqa", told, other)])
+        assert default_stages(config(), Source(student, "student"), data) is None
 
 
 def test_lm_learns_without_a_teacher(shop: Workshop, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from upfit.options import as_flags
 from upfit.output import Output
 from upfit.uptrain.config import Config, check, dump
 from upfit.uptrain.data import Data, open_data
+from upfit.uptrain.default_stages import default_stages
 from upfit.uptrain.export import export
 from upfit.uptrain.faults import one_line, watch_for_signals
 from upfit.uptrain.loop import Run, measure, train
@@ -60,6 +61,10 @@ def uptrain(
     out = out.expanduser().resolve()
     source = find_source(model)
     opened = [open_data(stage.data, source, stage.config) for stage in stages]
+    if (named := default_stages(config, source, opened[0])) is not None:
+        config = replace(config, stages=named)
+        stages = split(config, tables or {}, data)
+        opened *= len(stages)
     accelerator = make_accelerator(config, out)
     job = Job(source, opened[0].record()["folder"], out, config, tables or {}, resume, overwrite)
     if accelerator.is_main_process:
