@@ -7,7 +7,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,15 +81,25 @@ def find_source(name: str, revision: str | None = None) -> Source:
 
 def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [*WEIGHT_PATTERNS, *SIDE_FILES, *STORY_FILES, "additional_chat_templates/*"]
-    try:
+    at = f" at revision {revision}" if revision else ""
+    with hub_errors(lambda reason: UpfitError(f"no folder {hub_id} here, and the hub does not give it{at}: {reason}")):
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+
+
+@contextmanager
+def hub_errors(told: Callable[[str], UpfitError]) -> Iterator[None]:
+    """What goes wrong with the hub, or on the way to it, as the error that `told` makes of its reason, a line."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except UpfitError:
+        raise
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        at = f" at revision {revision}" if revision else ""
-        raise UpfitError(f"no folder {hub_id} here, and the hub does not give it{at}: {reason}") from error
+        raise told(reason) from error
 
 
 def teacher_source(folder: Path) -> Source | None:

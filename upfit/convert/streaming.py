@@ -8,13 +8,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from upfit.convert.checkpoint import INDEX, SINGLE
-from upfit.convert.folders import HUB_ID, SIDE_FILES, STORY_FILES, Interrupted, Source
+from upfit.convert.folders import HUB_ID, SIDE_FILES, STORY_FILES, Interrupted, Source, hub_errors
 from upfit.convert.safetensors_file import MAX_HEADER_BYTES
 from upfit.errors import UpfitError
 
@@ -136,15 +136,8 @@ def _downloads(folder: Path) -> Path:
     return folder / "downloads"
 
 
-@contextmanager
-def _told(hub_id: str) -> Iterator[None]:
+def _told(hub_id: str) -> AbstractContextManager[None]:
     """The hub's errors as one line."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        yield
-    except UpfitError:
-        raise
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Interrupted(f"the hub does not give {hub_id}: {reason}; the same command goes on from here") from error
+    return hub_errors(
+        lambda reason: Interrupted(f"the hub does not give {hub_id}: {reason}; the same command goes on from here")
+    )
