@@ -118,11 +118,12 @@ def _run(args: argparse.Namespace, name: str, folder: str, method: str, rate: fl
         tables = {} if args.layerwise_rate is None else {"layerwise": {"learning_rate": args.layerwise_rate}}
     else:
         settings |= {"stages": stage, "tokens": str(round(budget * unit / costs[method]))}
-    steps = max(1, min(100, budget // 4096) // args.points)
+    # About a hundred steps, or as many as there are rows. What only chooses a rate is measured before and after.
+    every = max(1, min(100, budget // args.length) // args.points) if budget != args.choose_at else None
     if not out.exists():
         if method != "ce":
             settings["teacher"] = args.source
-        config = resolve(None, settings | {"measure_every": steps})
+        config = resolve(None, settings | {"measure_every": every})
         uptrain(folder, args.data, out, config, True, False, Output(quiet=True), tables)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trained = [step for step in history.read(out) if step["verb"] == "uptrain"]
