@@ -29,7 +29,7 @@ from upfit.uptrain.config import resolve
 from upfit.uptrain.train import uptrain
 
 LAYERWISE_SHARE = 0.2  # of the FLOPs
-METHODS = ("ce", "kl", "layerwise+kl", "layerwise+ce")
+METHODS = ("ce", "kl", "kl+ce", "layerwise+kl", "layerwise+ce", "layerwise+kl+ce")
 SHARES = (0.5, 0.8, 0.9)  # of the gap
 
 
@@ -84,7 +84,8 @@ def flops(folder: str, teacher: str, length: int) -> dict[str, float]:
         projections = sum(info.numel for name, info in checkpoint.tensors.items() if name.startswith(tuple(paths)))
     body = tutor.forward - tutor.head  # layerwise makes no logits
     attention = 2.0 * projections + student.attention
-    return {"ce": 3 * student.forward, "kl": 3 * student.forward + tutor.forward, "layerwise": body + 3 * attention}
+    taught = 3 * student.forward + tutor.forward
+    return {"ce": 3 * student.forward, "kl": taught, "kl+ce": taught, "layerwise": body + 3 * attention}
 
 
 def _best(args: argparse.Namespace, name: str, folder: str, method: str) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def _run(args: argparse.Namespace, name: str, folder: str, method: str, rate: fl
     costs = flops(folder, args.source, args.length)
     unit = costs["kl"]
     settings: dict[str, Any] = {"length": args.length, "learning_rate": rate, "holdout": args.holdout, "seed": seed}
-    tables: dict[str, dict[str, Any]] = {}
+    tables: dict[str, dict[str, Any]] = {"distill": {"ce_weight": 1.0}} if method.endswith("kl+ce") else {}
     last = method.removeprefix("layerwise+")
     stage = "lm" if last == "ce" else "distill"
     if method != last:
@@ -115,7 +116,7 @@ def _run(args: argparse.Namespace, name: str, folder: str, method: str, rate: fl
         second = (1 - LAYERWISE_SHARE) * budget * unit / costs[last]
         share = first / (first + second)
         settings |= {"stages": f"layerwise={share:.4f},{stage}", "tokens": str(round(first + second))}
-        tables = {} if args.layerwise_rate is None else {"layerwise": {"learning_rate": args.layerwise_rate}}
+        tables |= {} if args.layerwise_rate is None else {"layerwise": {"learning_rate": args.layerwise_rate}}
     else:
         settings |= {"stages": stage, "tokens": str(round(budget * unit / costs[method]))}
     # About a hundred steps, or as many as there are rows. What only chooses a rate is measured before and after.
