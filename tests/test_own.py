@@ -17,8 +17,10 @@ from upfit.output import Output
     [
         "import upfit; from transformers import AutoConfig",
         "from transformers import AutoConfig; import upfit",
-        "import upfit; from transformers import PreTrainedModel, AutoConfig",
-        "import upfit; import transformers.quantizers; from transformers import AutoConfig",
+        pytest.param("import upfit; from transformers import PreTrainedModel, AutoConfig", marks=pytest.mark.slow),
+        pytest.param(
+            "import upfit; import transformers.quantizers; from transformers import AutoConfig", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_any_order_of_imports_does(tmp_path: Path, imports: str) -> None:

@@ -145,6 +145,7 @@ EIGHT_B = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_eight_billion_parameters_and_their_teacher_fit_one_gpu_where_attention_alone_learns(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(EIGHT_B))
     with pytest.raises(UpfitError, match="--trainable attention"):

@@ -135,6 +135,7 @@ def evaluated(folder: Path) -> float:
         return float(loaded(folder)(ids, labels=ids).loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["split", "diffllama"])
 def test_calibration_gains(tmp_path: Path, variant: str) -> None:
     """On the embedded model both lossy variants stay near the source's loss, where the naive cut does not."""
@@ -171,6 +172,7 @@ def test_no_dead_points_here_either(tmp_path: Path, options: dict[str, Any]) -> 
     assert still_after_ten_steps(model, ids, names) == []
 
 
+@pytest.mark.slow
 def test_spread_heads_have_more_entropy(tmp_path: Path) -> None:
     seen = seen_of(4, 2, 30, 8)
     scale = torch.tensor([5.0, 0.0, 5.0, 0.1], dtype=torch.float64)
