@@ -111,6 +111,10 @@ class _Measure:
 
 
 def _curve(folder: Path) -> list[list[float]]:
-    """[tokens, loss] of every step of an uptraining."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [[row["tokens"], row["ce"]] for row in map(json.loads, lines)]
+    """[tokens, loss] of every step of an uptraining that tells one; a stage of attention alone does not, but takes tokens."""
+    points, of_stages, last = [], 0, 0
+    for row in map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
+        of_stages += last if row["tokens"] < last else 0  # another stage counts from 0
+        last = row["tokens"]
+        points += [[of_stages + last, row["ce"]]] if "ce" in row else []
+    return points
