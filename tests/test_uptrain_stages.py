@@ -18,7 +18,6 @@ from upfit.convert.folders import Source
 from upfit.errors import UpfitError
 from upfit.output import Meter
 from upfit.uptrain.config import Config
-from upfit.uptrain.data import open_data
 from upfit.uptrain.default_stages import default_stages
 from upfit.uptrain.layerwise import Layerwise, attention_paths, converted_paths
 from upfit.uptrain.models import examine, load
@@ -221,20 +220,21 @@ def test_a_stage_without_what_it_needs_is_one_line(
 def test_heads_merged_blindly_have_their_attention_repaired_first(shop: Workshop, tmp_path: Path) -> None:
     """Right after such a conversion, and only where the teacher's attention can be set beside the model's."""
     student = save_tiny(tmp_path / "student", pooled(tiny_llama()))
-    told = history.read(shop.student)[0]["source"]
-    merged = history.step("convert gqa", told, {"kv_heads": 2, "method": "mean"})
-    history.write(student, [merged])
-    fresh = Workshop(shop.teacher, student, shop.data)
-    report = fresh.run(tmp_path / "out", tokens="512")
-    assert [stage["stage"] for stage in report["stages"]] == ["layerwise", "distill"]
-    assert 'stages = "layerwise=30%,distill"' in (tmp_path / "out" / "uptrain.toml").read_text()
-    data = open_data(str(shop.data), Source(student, "student"), config())
-    for changes in ({"stages": "distill"}, {"teacher": "none"}, {"kl_weight": 0.0}):
-        assert default_stages(config(**changes), Source(student, "student"), data) is None
-    assert default_stages(config(), Source(tmp_path / "out", "out"), data) is None, "it has been uptrained since"
-    for other in ({"kv_heads": 2, "method": "aligned"}, {"kv_heads": 2}):
-        history.write(student, [history.step("convert gqa", told, other)])
-        assert default_stages(config(), Source(student, "student"), data) is None
+    told, source = history.read(shop.student)[0]["source"], Source(student, "student")
+
+    def after(method: str | None, sharded: bool = False, **changes: Any) -> str | None:
+        history.write(student, [history.step("convert gqa", told, {"kv_heads": 2, "method": method})])
+        return default_stages(config(**changes), source, sharded)
+
+    assert after("mean") == "layerwise=35%,lm" and after("aligned") == after("mean", sharded=True) == "lm"
+    assert after("mean", ce_weight=0.5) == "layerwise=35%,distill" and after("aligned", teacher=str(shop.teacher)) == "distill"
+    assert [after("mean", **one) for one in ({"stages": "distill"}, {"teacher": "none"}, {"kl_weight": 0.0})] == [None] * 3
+    assert after(None) is None
+    after("mean")
+    report = Workshop(shop.teacher, student, shop.data).run(tmp_path / "out", tokens="512")
+    assert [stage["stage"] for stage in report["stages"]] == ["layerwise", "lm"]
+    assert 'stages = "layerwise=35%,lm"' in (tmp_path / "out" / "uptrain.toml").read_text()
+    assert default_stages(config(), Source(tmp_path / "out", "out"), False) is None, "it has been uptrained since"
 
 
 def test_lm_learns_without_a_teacher(shop: Workshop, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ class Options:
     teacher: Literal["self", "none"] = option("self", help="learn from a model of the same size, or from the text alone")
     stages: str | None = option(
         None,
-        help="as in upfit uptrain, of layerwise, distill and lm; default: distill, or lm where there is no teacher",
+        help="as in upfit uptrain, of layerwise, distill and lm; default: that of upfit uptrain",
     )
     trainable: Literal["all", "attention"] = option("all", help="as in upfit uptrain: what learns")
     gradient_checkpointing: bool = option(False, help="as in upfit uptrain: layers are computed again in the backward pass")

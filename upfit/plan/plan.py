@@ -5,7 +5,7 @@ causal attention looks at half of the map, a backward pass is twice its forward 
 computed again (gradient checkpointing) take time but are no FLOPs of the model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,8 @@ from upfit.output import human_bytes
 from upfit.plan.hardware import Gpu, find_gpu
 from upfit.plan.options import Options, check_options, stage_shares
 from upfit.plan.trace import Trace, Trained, trace
+from upfit.uptrain.config import Config
+from upfit.uptrain.default_stages import default_stages
 
 DEFAULT_LENGTH, MICRO_TOKENS, CHUNK = 2048, 8192, 512
 BACKWARD = 2.0  # forward passes
@@ -88,7 +90,10 @@ def plan(model: str, options: Options, revision: str | None = None) -> dict[str,
 
 def _works(source: Source, length: int, options: Options) -> list[Work]:
     """The stages with their traces; without --stages the one that `upfit uptrain` would take."""
-    shares = {"distill" if options.teacher == "self" else "lm": 1.0} if options.stages is None else stage_shares(options)
+    if options.stages is None and options.teacher == "self":
+        named = default_stages(Config(), source, options.parallel != "ddp") or "distill"
+        options = replace(options, stages=named)
+    shares = {"lm": 1.0} if options.stages is None else stage_shares(options)
     student, teacher = read_config(source.path), read_config((teacher_source(source.path) or source).path)
 
     @cache

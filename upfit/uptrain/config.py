@@ -45,7 +45,8 @@ class Config:
     stages: str | None = option(
         None,
         help="what to do, in order, with shares of the budget: layerwise, distill, lm, answers, such as layerwise=10%,distill; "
-        "default: distill, lm where there is no teacher, answers where DATA holds questions",
+        "default: lm after convert gqa or mqa, with layerwise=35% before it where heads were merged without text; distill "
+        "after other conversions, lm where there is no teacher, answers where DATA holds questions",
     )
     questions: str | None = option(None, help="with answers among several stages: the folder of upfit synth that they are in")
     length: int | None = option(None, help="tokens a row; default: what the model can take, at most 2048")

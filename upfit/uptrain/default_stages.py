@@ -1,36 +1,35 @@
 """The stages of a run whose user names none: what recovered most where it was measured (benchmarks/README.md).
 
 Heads that were merged without looking at what they do leave attention far from its teacher's: there a share of the budget spent
-on attention alone, layer by layer, brings more than the same spent on the whole model. Elsewhere one stage does.
+on attention alone, layer by layer, brings more than the same spent on the whole model. After that, and from an aligned merge,
+the text itself taught more than the teacher's distribution at equal FLOPs.
 """
 
 from upfit import history
 from upfit.convert.checkpoint import read_config
 from upfit.convert.folders import Source, find_source, teacher_source
 from upfit.own import is_own
-from upfit.uptrain.config import Config
-from upfit.uptrain.data import Data
-from upfit.uptrain.parallel import mesh_of
+from upfit.uptrain.config import Config, default
+from upfit.uptrain.models import is_seq2seq
 
-MERGED = ("mean", "first", "random")  # methods of convert gqa and mqa that look at no text
-AFTER_MERGING = "layerwise=30%,distill"
+BLIND = ("mean", "first", "random")  # methods of convert gqa and mqa that look at no text
+OF_A_TEACHER = ("teacher", "kl_weight", "ce_weight", "temperature")
 
 
-def default_stages(config: Config, source: Source, data: Data) -> str | None:
-    """What `--stages` is taken to be; None for the one stage that teacher and data suggest.
+def default_stages(config: Config, source: Source, sharded: bool) -> str | None:
+    """What `--stages` is taken to be on text; None for the one stage that the teacher suggests.
 
-    Only right after a conversion: what has been uptrained since is no longer far from its teacher.
+    Only right after a conversion to fewer key/value heads: nothing else has been measured. Whoever says how to learn from a
+    teacher learns from one.
     """
-    if config.stages is not None or config.teacher == "none" or not config.kl_weight or data.contexts is not None:
+    last = (history.read(source.path) or [{"verb": None}])[-1]
+    merged = last["verb"] in ("convert gqa", "convert mqa") and last["options"].get("method") in (*BLIND, "aligned")
+    student = read_config(source.path)
+    if config.stages is not None or config.teacher == "none" or not config.kl_weight or not merged or is_seq2seq(student):
         return None
-    steps = history.read(source.path)
-    merged = (
-        bool(steps) and steps[-1]["verb"] in ("convert gqa", "convert mqa") and steps[-1]["options"].get("method") in MERGED
-    )
-    if not merged or mesh_of(config).shards:
-        return None
+    whole = "lm" if all(getattr(config, name) == default(name) for name in OF_A_TEACHER) else "distill"
+    if last["options"]["method"] == "aligned" or sharded or is_own(student):
+        return whole
     teacher = teacher_source(source.path) if config.teacher is None else find_source(config.teacher)
-    student, tutor = read_config(source.path), None if teacher is None else read_config(teacher.path)
-    if tutor is None or is_own(student) or student["model_type"] != tutor["model_type"]:
-        return None
-    return AFTER_MERGING
+    beside = teacher is not None and read_config(teacher.path)["model_type"] == student["model_type"]
+    return f"layerwise=35%,{whole}" if beside else whole

@@ -24,7 +24,7 @@ from upfit.uptrain.export import export
 from upfit.uptrain.faults import one_line, watch_for_signals
 from upfit.uptrain.loop import Run, measure, train
 from upfit.uptrain.models import Distiller
-from upfit.uptrain.parallel import gathered
+from upfit.uptrain.parallel import gathered, mesh_of
 from upfit.uptrain.places import Place, clear_up, finished, make_way
 from upfit.uptrain.setup import check_places, find_teacher, make_accelerator, set_up
 from upfit.uptrain.stages import Stage, split
@@ -61,7 +61,9 @@ def uptrain(
     out = out.expanduser().resolve()
     source = find_source(model)
     opened = [open_data(stage.data, source, stage.config) for stage in stages]
-    if (named := default_stages(config, source, opened[0])) is not None:
+    named = default_stages(config, source, mesh_of(config).shards > 0) if opened[0].contexts is None else None
+    if named is not None:
+        output.note(f"stages: {named} (see upfit uptrain --help; --stages names others)")
         config = replace(config, stages=named)
         stages = split(config, tables or {}, data)
         opened *= len(stages)
