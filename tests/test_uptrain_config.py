@@ -102,6 +102,8 @@ def test_schedules_at_their_edges() -> None:
     assert learning_rate(0, 1, 1.0, 0.0, 0.0, 0.0) == 1.0
     assert learning_rate(0, 1, 1.0, 0.02, 0.2, 0.0) > 0
     assert peak_rate(Config(learning_rate=0.5), 64, "lm") == 0.5
+    assert peak_rate(Config(), 64, "lm", healthy=True) == pytest.approx(peak_rate(Config(), 64, "lm") / 5)
+    assert peak_rate(Config(), 64, "distill", healthy=True) == peak_rate(Config(), 64, "lm")
     assert peak_rate(Config(), 64, "lm") > peak_rate(Config(), 4096, "lm") > peak_rate(Config(), 4096, "answers") > 0
 
 

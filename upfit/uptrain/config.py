@@ -57,7 +57,8 @@ class Config:
         None, help="rows at once on each process; default: as many as hold 2048 tokens on a CPU, 8192 elsewhere"
     )
     learning_rate: float | None = option(
-        None, help="peak learning rate; default: 0.2 / hidden size of the model, for answers a tenth"
+        None,
+        help="peak learning rate; default: 0.2 / hidden size, for answers a tenth, for lm after an aligned merge a fifth",
     )
     added_rate: float = option(
         1.0, help="learning rate of parameters that the conversion added (λ of differential attention), in units of the peak"

@@ -16,19 +16,25 @@ BLIND = ("mean", "first", "random")  # methods of convert gqa and mqa that look 
 OF_A_TEACHER = ("teacher", "kl_weight", "ce_weight", "temperature")
 
 
+def merged_by(source: Source) -> str | None:
+    """The method by which heads were merged in the last step of the model's history; None where that was something else."""
+    last = (history.read(source.path) or [{"verb": None}])[-1]
+    return last["options"].get("method") if last["verb"] in ("convert gqa", "convert mqa") else None
+
+
 def default_stages(config: Config, source: Source, sharded: bool) -> str | None:
     """What `--stages` is taken to be on text; None for the one stage that the teacher suggests.
 
     Only right after a conversion to fewer key/value heads: nothing else has been measured. Whoever says how to learn from a
     teacher learns from one.
     """
-    last = (history.read(source.path) or [{"verb": None}])[-1]
-    merged = last["verb"] in ("convert gqa", "convert mqa") and last["options"].get("method") in (*BLIND, "aligned")
-    student = read_config(source.path)
-    if config.stages is not None or config.teacher == "none" or not config.kl_weight or not merged or is_seq2seq(student):
+    method, student = merged_by(source), read_config(source.path)
+    if config.stages is not None or config.teacher == "none" or not config.kl_weight or is_seq2seq(student):
+        return None
+    if method not in (*BLIND, "aligned"):
         return None
     whole = "lm" if all(getattr(config, name) == default(name) for name in OF_A_TEACHER) else "distill"
-    if last["options"]["method"] == "aligned" or sharded or is_own(student):
+    if method == "aligned" or sharded or is_own(student):
         return whole
     teacher = teacher_source(source.path) if config.teacher is None else find_source(config.teacher)
     beside = teacher is not None and read_config(teacher.path)["model_type"] == student["model_type"]

@@ -11,6 +11,7 @@ DEFAULT_LENGTH = 2048
 MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 4096, 524_288
 DEFAULT_STEPS, FEWEST_STEPS = 100, 50
 RATE_TIMES_HIDDEN = 0.2  # the peak learning rate falls with the width of the model
+HEALTHY = 0.2  # of the rate; measured in benchmarks/results/2026-11-22-recovery-embedded.json
 STAGE_RATES = {  # in units of that
     "answers": 0.1,  # a step has a few hundred labels, and a healthy model is not to be pulled apart by them
 }
@@ -82,10 +83,11 @@ def make_answers_plan(config: Config, examples: int, mean_length: int, longest: 
     return Plan(mean_length, rows, max(1, math.ceil(tokens / (rows * mean_length + mix_rows * length))), length, mix_rows)
 
 
-def peak_rate(config: Config, hidden_size: int, stage: str) -> float:
+def peak_rate(config: Config, hidden_size: int, stage: str, healthy: bool = False) -> float:
+    """The peak learning rate; by default a fifth for the text alone where the model is `healthy`, with little to win back."""
     if config.learning_rate is not None:
         return config.learning_rate
-    return RATE_TIMES_HIDDEN / hidden_size * STAGE_RATES.get(stage, 1.0)
+    return RATE_TIMES_HIDDEN / hidden_size * STAGE_RATES.get(stage, HEALTHY if healthy and stage == "lm" else 1.0)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: float, min_rate: float) -> float:
