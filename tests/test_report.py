@@ -3,13 +3,14 @@
 import base64
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.uptraining import QUIET, Workshop, make_workshop
+from tests.uptraining import QUIET, Workshop, config, make_workshop
 from upfit import history
 from upfit.errors import UpfitError
 from upfit.evaluate.evaluate import evaluate
@@ -18,6 +19,7 @@ from upfit.report import figures
 from upfit.report.run import report
 from upfit.report.sections import tell
 from upfit.report.story import Story, gather
+from upfit.uptrain.train import uptrain
 
 PREDICTED: dict[str, Any] = {
     "kv_heads": [1, 2],
@@ -81,6 +83,21 @@ def test_a_run_of_several_stages_is_told_stage_by_stage(shop: Workshop, tmp_path
     assert [row[0][:9] for row in first.tables[0].rows] == ["attention"]
     history.append(tmp_path / "out", {**history.step("evaluate", {}, {}), "measurements": {"model": {"loss": {}}}})
     assert [label for label, _ in gather(str(tmp_path / "out"), []).evaluations] == ["after convert gqa", "after uptrain"]
+
+
+def test_several_sources_are_told_each_by_itself(shop: Workshop, tmp_path: Path) -> None:
+    for name in ("code", "prose"):
+        shutil.copytree(shop.data, tmp_path / name)
+    both = f"{tmp_path}/code=0.5,{tmp_path}/prose=0.5"
+    uptrain(str(shop.student), both, tmp_path / "out", config(tokens="1024", measure_every=4), False, False, QUIET)
+    story = gather(str(tmp_path / "out"), [])
+    kinds = ["cross-entropy to the text", "divergence from the teacher"]
+    expected = [f"{kind}{of}" for kind in kinds for of in ("", ", code alone", ", prose alone")]
+    assert [row[0] for row in tell(story)[-1].tables[0].rows] == expected
+    drawn = figures.training(story.training, None, None)
+    assert drawn is not None and drawn.axes[0].get_title() == figures.STEPS["ce"]
+    told = [line.get_label() for line in drawn.axes[0].lines[1:]]
+    assert told == ["held-out rows", "held-out rows of code", "held-out rows of prose"]
 
 
 def test_a_conversion_tells_what_it_measured_and_what_it_left_out() -> None:

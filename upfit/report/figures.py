@@ -89,8 +89,9 @@ def training(lines: list[dict[str, Any]], teacher: float | None, apart: float | 
     figure, drawn = panels(len(found))
     for axes, (key, points) in zip(drawn, found.items(), strict=True):
         axes.plot(*zip(*points, strict=True), linewidth=1)
-        if measured := _points(lines, f"holdout_{key}"):
-            axes.plot(*zip(*measured, strict=True), "o-", color="black", markersize=3, label="held-out rows")
+        for source, measured in _held_out(lines, key).items():
+            label = f"held-out rows of {source}" if source else "held-out rows"
+            axes.plot(*zip(*measured, strict=True), "o-" if source else "ko-", linewidth=1, markersize=3, label=label)
             axes.legend(fontsize=8)
         axes.set_title(STEPS[key], fontsize=9)
         axes.set_xlabel("tokens")
@@ -114,6 +115,15 @@ def _says_something(points: list[tuple[float, float]]) -> bool:
 
 def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(line["tokens"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+
+
+def _held_out(lines: list[dict[str, Any]], key: str) -> dict[str, list[tuple[float, float]]]:
+    """What was measured on the way, as [tokens, value]: of all held-out rows ("") and of each of several sources."""
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith("holdout_"))
+    sources = {"": f"holdout_{key}"} | {
+        name.removeprefix("holdout_").removesuffix(f"/{key}"): name for name in names if name.endswith(f"/{key}")
+    }
+    return {source: points for source, name in sources.items() if (points := _points(lines, name))}
 
 
 def watched(lines: list[dict[str, Any]]) -> Figure | None:

@@ -109,8 +109,8 @@ def _uptraining(step: dict[str, Any], lines: list[dict[str, Any]]) -> Section:
     tables, plots, teacher = [], [], None
     holdout = told.get("holdout") or {}
     before, after = holdout.get("before") or {}, holdout.get("after") or {}
-    told_of = [key for key in _LOSSES if key in before and key in after and (before[key] or after[key])]
-    rows = [[_LOSSES[key], f"{before[key]:.4f}", f"{after[key]:.4f}"] for key in told_of]
+    told_of = [key for key in sorted(before, key=_place) if key in after and _name(key) and (before[key] or after[key])]
+    rows = [[_name(key), f"{before[key]:.4f}", f"{after[key]:.4f}"] for key in told_of]
     if rows:
         unit = "error" if "attention_error" in before else "loss, nats a token"
         title = f"Held-out {unit}, {told['holdout_rows']} rows of the training data"
@@ -142,3 +142,16 @@ _LOSSES = {
     "mix_ce": "cross-entropy to the text mixed in",
     "mix_kl": "divergence from the teacher, on the text mixed in",
 }
+
+
+def _name(key: str) -> str:
+    """What is measured under `key`, as `ce` or, of the rows of one source alone, `code/ce`; "" for what no table shows."""
+    source, _, kind = key.rpartition("/")
+    told = _LOSSES.get(kind, "")
+    return f"{told}, {source} alone" if told and source else told
+
+
+def _place(key: str) -> tuple[int, str]:
+    """Where `key` stands: kinds in the order of _LOSSES, each before what its sources have."""
+    source, _, kind = key.rpartition("/")
+    return (list(_LOSSES).index(kind) if kind in _LOSSES else len(_LOSSES)), source
