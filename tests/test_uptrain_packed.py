@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.folders import save_tiny, tiny_llama
 from tests.tiny import tiny_model
-from tests.uptraining import Workshop, make_workshop, metrics
+from tests.uptraining import QUIET, Workshop, make_workshop, metrics
+from upfit.convert.conversion import Settings, convert
+from upfit.convert.recipe import find_recipes
 from upfit.uptrain import packed
 from upfit.uptrain.models import Traits, examine, hidden_states, pack
 from upfit.uptrain.packed import documents
@@ -101,6 +104,34 @@ def test_a_run_learns_the_same(shop: Workshop, tmp_path: Path, changes: dict[str
     losses = []
     for packing in (True, False):
         shop.run(tmp_path / str(packing), packed=packing, **changes)
+        losses.append([line["loss"] for line in metrics(tmp_path / str(packing))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+STARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "positions by content": ("cope", {"gates": "constant", "positions": 6}),
+    "pairs, nothing lost": ("diff", {"variant": "v2"}),
+    "pairs, split": ("diff", {"variant": "split", "naive": True}),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_new_attention_learns_as_under_a_mask(shop: Workshop, tmp_path: Path, name: str) -> None:
+    recipe, options = find_recipes()[STARTS[name][0]], STARTS[name][1]
+    start = tmp_path / "start"
+    convert(recipe, str(shop.teacher), start, recipe.options(**options), Settings(verify=False), QUIET)
+    _learns_as_under_a_mask(Workshop(shop.teacher, start, shop.data), tmp_path)
+
+
+def test_dropout_of_attention_weights_keeps_its_mask(shop: Workshop, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "start", tiny_llama(attention_dropout=0.1))
+    _learns_as_under_a_mask(Workshop(shop.teacher, tmp_path / "start", shop.data), tmp_path)
+
+
+def _learns_as_under_a_mask(shop: Workshop, tmp_path: Path) -> None:
+    losses = []
+    for packing in (True, False):
+        shop.run(tmp_path / str(packing), packed=packing, kl_weight=0.0, ce_weight=1.0, tokens="512")
         losses.append([line["loss"] for line in metrics(tmp_path / str(packing))])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

@@ -160,7 +160,8 @@ def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor, int]:
 def pack(model: PreTrainedModel, traits: Traits, dtype: torch.dtype | None = None) -> Traits | None:
     """Let `model` attend to packed documents one by one (packed.py), as it will be run (autocast to `dtype`).
 
-    None where its class cannot, or says anything else than of the documents apart; it is then left as it was.
+    None where its class cannot, or says anything else than of the documents apart; it is then left as it was. A model that is
+    going to be trained is tried in training too: dropout, and what is learned, may ask attention for more.
     """
     if model.config.is_encoder_decoder or not traits.takes_positions:
         return None
@@ -172,6 +173,8 @@ def pack(model: PreTrainedModel, traits: Traits, dtype: torch.dtype | None = Non
         try:
             model.set_attn_implementation(packed.NAME)
             fits = alike(hidden_states(model, ids, positions, traits), torch.cat(apart, 1), dtype or model.dtype)
+            with torch.set_grad_enabled(was_training):
+                hidden_states(model.train(was_training), ids, positions, traits)
         except Exception:  # of a class that asks for more than causal attention, or a kernel that does not take its sizes
             fits = False
     if not fits:
