@@ -12,9 +12,11 @@ from transformers import LlamaForCausalLM
 
 from tests.folders import save_tiny, tiny_llama
 from tests.test_uptrain_resume import Interrupting, untimed
-from tests.uptraining import Workshop, config, make_workshop, metrics, pooled, weights
+from tests.uptraining import QUIET, Workshop, config, make_workshop, metrics, pooled, weights
 from upfit import history
+from upfit.convert.conversion import Settings, convert
 from upfit.convert.folders import Source
+from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.output import Meter
 from upfit.uptrain.config import Config
@@ -230,11 +232,32 @@ def test_heads_merged_blindly_have_their_attention_repaired_first(shop: Workshop
     assert after("mean", ce_weight=0.5) == "layerwise=35%,distill" and after("aligned", teacher=str(shop.teacher)) == "distill"
     assert [after("mean", **one) for one in ({"stages": "distill"}, {"teacher": "none"}, {"kl_weight": 0.0})] == [None] * 3
     assert after(None) is None
+    after("aligned")
+    history.append(student, history.step("evaluate", {}, {}))
+    assert default_stages(config(), source, False) == "lm", "to be measured changes nothing"
     after("mean")
     report = Workshop(shop.teacher, student, shop.data).run(tmp_path / "out", tokens="512")
     assert [stage["stage"] for stage in report["stages"]] == ["layerwise", "lm"]
     assert 'stages = "layerwise=35%,lm"' in (tmp_path / "out" / "uptrain.toml").read_text()
     assert default_stages(config(), Source(tmp_path / "out", "out"), False) is None, "it has been uptrained since"
+
+
+def test_a_conversion_that_lost_nothing_learns_from_the_text(shop: Workshop, tmp_path: Path) -> None:
+    """From what it was it could learn nothing but rounding."""
+
+    def after(**options: Any) -> str | None:
+        recipe, out = find_recipes()["cope"], tmp_path / f"cope-{len(list(tmp_path.iterdir()))}"
+        chosen = recipe.options(gates="constant", positions=6, **options)
+        convert(recipe, str(shop.teacher), out, chosen, Settings(verify=False), QUIET)
+        assert history.read(out)[-1]["measurements"]["lossless"]
+        return default_stages(config(), Source(out, "out"), False)
+
+    assert after() == "lm" and after(drop_rope=True) is None
+    assert default_stages(config(teacher=str(shop.teacher)), Source(tmp_path / "cope-0", "out"), False) == "distill"
+    report = Workshop(shop.teacher, tmp_path / "cope-0", shop.data).run(tmp_path / "out", tokens="512", learning_rate=None)
+    assert report["stage"] == "lm" and report["holdout"]["after"]["ce"] < report["holdout"]["before"]["ce"]
+    resolved = history.read(tmp_path / "out")[-1]["options"]["resolved"]
+    assert resolved["peak_learning_rate"] == pytest.approx(0.2 * 0.2 / 32)
 
 
 def test_lm_learns_without_a_teacher(shop: Workshop, tmp_path: Path) -> None:

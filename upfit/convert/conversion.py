@@ -225,6 +225,8 @@ def _write(job: Job, answer: dict[str, Any], output: Output, stream: "Stream | N
     if job.checkpoint.said:
         moved = (read_config(job.source.path)["model_type"], job.plan.config["model_type"])
         step["retarget"] = {"from": moved[0], "to": moved[1], "why": job.checkpoint.said}
+    if job.plan.exact or job.plan.close:
+        step["measurements"]["lossless"] = True  # promised by the plan; verify holds it to that
     if job.plan.report:
         step["measurements"] |= job.plan.report
     with staged(job.out, resumable=True) as folder:

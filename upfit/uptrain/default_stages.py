@@ -2,7 +2,8 @@
 
 Heads that were merged without looking at what they do leave attention far from its teacher's: there a share of the budget spent
 on attention alone, layer by layer, brings more than the same spent on the whole model. After that, and from an aligned merge,
-the text itself taught more than the teacher's distribution at equal FLOPs.
+the text itself taught more than the teacher's distribution at equal FLOPs. A conversion that lost nothing has nothing to learn
+from what it was: its divergence from that is 0, and AdamW would make steps of rounding errors.
 """
 
 from upfit import history
@@ -13,28 +14,35 @@ from upfit.uptrain.config import Config, default
 from upfit.uptrain.models import is_seq2seq
 
 BLIND = ("mean", "first", "random")  # methods of convert gqa and mqa that look at no text
+LOSSLESS = "lossless"
+HEALTHY = ("aligned", LOSSLESS)  # starts that are to be changed with care
 OF_A_TEACHER = ("teacher", "kl_weight", "ce_weight", "temperature")
 
 
-def merged_by(source: Source) -> str | None:
-    """The method by which heads were merged in the last step of the model's history; None where that was something else."""
-    last = (history.read(source.path) or [{"verb": None}])[-1]
+def converted_by(source: Source) -> str | None:
+    """The method by which heads were merged in the last step of the model's history, or that the step was LOSSLESS; None where
+    it was something else. One that takes rotary positions away while training loses them only then."""
+    last = next((step for step in reversed(history.read(source.path)) if step["verb"] != "evaluate"), None)
+    if last is None or not last["verb"].startswith("convert"):
+        return None
+    if last["measurements"].get("lossless") and not last["options"].get("drop_rope"):
+        return LOSSLESS
     return last["options"].get("method") if last["verb"] in ("convert gqa", "convert mqa") else None
 
 
 def default_stages(config: Config, source: Source, sharded: bool) -> str | None:
     """What `--stages` is taken to be on text; None for the one stage that the teacher suggests.
 
-    Only right after a conversion to fewer key/value heads: nothing else has been measured. Whoever says how to learn from a
-    teacher learns from one.
+    Only right after a conversion that lost nothing, or to fewer key/value heads: nothing else has been measured. Whoever says
+    how to learn from a teacher learns from one.
     """
-    method, student = merged_by(source), read_config(source.path)
+    method, student = converted_by(source), read_config(source.path)
     if config.stages is not None or config.teacher == "none" or not config.kl_weight or is_seq2seq(student):
         return None
-    if method not in (*BLIND, "aligned"):
+    if method not in (*BLIND, *HEALTHY):
         return None
     whole = "lm" if all(getattr(config, name) == default(name) for name in OF_A_TEACHER) else "distill"
-    if method == "aligned" or sharded or is_own(student):
+    if method in HEALTHY or sharded or is_own(student):
         return whole
     teacher = teacher_source(source.path) if config.teacher is None else find_source(config.teacher)
     beside = teacher is not None and read_config(teacher.path)["model_type"] == student["model_type"]

@@ -11,7 +11,7 @@ DEFAULT_LENGTH = 2048
 MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 4096, 524_288
 DEFAULT_STEPS, FEWEST_STEPS = 100, 50
 RATE_TIMES_HIDDEN = 0.2  # the peak learning rate falls with the width of the model
-HEALTHY = 0.2  # of the rate; measured in benchmarks/results/2026-11-22-recovery-embedded.json
+CAREFUL = 0.2  # of the rate, for a healthy model; measured in benchmarks/results/2026-11-22-recovery-embedded.json
 STAGE_RATES = {  # in units of that
     "answers": 0.1,  # a step has a few hundred labels, and a healthy model is not to be pulled apart by them
 }
@@ -87,7 +87,7 @@ def peak_rate(config: Config, hidden_size: int, stage: str, healthy: bool = Fals
     """The peak learning rate; by default a fifth for the text alone where the model is `healthy`, with little to win back."""
     if config.learning_rate is not None:
         return config.learning_rate
-    return RATE_TIMES_HIDDEN / hidden_size * STAGE_RATES.get(stage, HEALTHY if healthy and stage == "lm" else 1.0)
+    return RATE_TIMES_HIDDEN / hidden_size * STAGE_RATES.get(stage, CAREFUL if healthy and stage == "lm" else 1.0)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: float, min_rate: float) -> float:

@@ -23,7 +23,7 @@ from upfit.uptrain.build import compute_dtype, load_models, make_distiller, make
 from upfit.uptrain.compiled import compile_layers
 from upfit.uptrain.config import FREE, Config, default
 from upfit.uptrain.data import Data, lay_out
-from upfit.uptrain.default_stages import merged_by
+from upfit.uptrain.default_stages import HEALTHY, converted_by
 from upfit.uptrain.feed import Feed
 from upfit.uptrain.layerwise import attention_paths, freeze_all_but
 from upfit.uptrain.loop import Learner, Run
@@ -161,7 +161,7 @@ def set_up(
     module, prepared = prepare(accelerator, learner, optimizer, config.shard_teacher)
     on_cpu = accelerator.device.type == "cpu"
     micro = MICRO_BATCH_TOKENS_CPU if on_cpu else MICRO_BATCH_TOKENS
-    peak = peak_rate(config, hidden_size, name, healthy=merged_by(source) == "aligned")
+    peak = peak_rate(config, hidden_size, name, healthy=converted_by(source) in HEALTHY)
     same = run_identity(config, plan, source, data, teacher, dtype)
     announce(plan, feed, peak, student, teacher, dtype, output)
     workspace = Workspace(place.folder)
