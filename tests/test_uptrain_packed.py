@@ -79,6 +79,36 @@ def test_what_flash_attention_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [sides for sides, _ in given] == [(-1, 0), (3, 0)]
 
 
+def test_what_the_package_flash_attn_is_given() -> None:
+    """Its arguments as it documents them, computed by plain products; its kernels need CUDA."""
+    generator, given = torch.Generator().manual_seed(0), []
+
+    def flash(q: Any, k: Any, v: Any, bounds_q: Any, bounds_k: Any, most_q: int, most_k: int, **more: Any) -> torch.Tensor:
+        given.append((most_q, most_k, more))
+        assert bounds_q is bounds_k and bounds_q.dtype == torch.int32 and more["causal"]
+        outputs = []
+        for start, end in zip(bounds_q.tolist(), bounds_q.tolist()[1:], strict=False):
+            queries, keys, values = (t[start:end].transpose(0, 1) for t in (q, k, v))
+            keys, values = (t.repeat_interleave(len(queries) // len(t), 0) for t in (keys, values))
+            logits = queries @ keys.mT * more["softmax_scale"]
+            logits = more["softcap"] * torch.tanh(logits / more["softcap"]) if more["softcap"] else logits
+            near = torch.ones(end - start, end - start).tril() > 0
+            if more["window_size"][0] >= 0:
+                near &= torch.ones(end - start, end - start).triu(-more["window_size"][0]) > 0
+            outputs.append(logits.masked_fill(~near, float("-inf")).softmax(-1) @ values)
+        return torch.cat(outputs, 1).transpose(0, 1)
+
+    q, k, v = (torch.randn(2, heads, 24, 8, generator=generator) for heads in (4, 2, 2))
+    places = positions(LENGTHS["several"])
+    found = documents(places)
+    for window in (None, 4):
+        plain = packed._flash(flash, q, k, v, found, 0.3, window, {"softcap": 0.0, "dropout_p": 0.0})
+        torch.testing.assert_close(plain, packed._one_by_one(q, k, v, found, 0.3, window, places))
+    capped = packed._flash(flash, q, k, v, found, 0.3, None, {"softcap": 0.5, "dropout_p": 0.0})
+    assert capped.shape == plain.shape and (capped - plain).abs().max() > 0.01
+    assert [more["window_size"] for *_, more in given] == [(-1, 0), (3, 0), (-1, 0)] and given[0][:2] == (24, 24)
+
+
 def test_what_is_more_than_causal_keeps_its_mask() -> None:
     """Soft caps, sinks, no positions; the model is left as it was."""
     for name in ("gemma2", "gpt_oss", "bloom"):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from upfit.convert.folders import Source
 from upfit.errors import UpfitError
 from upfit.output import Output
-from upfit.uptrain import attention, models
+from upfit.uptrain import attention, liger, models
 from upfit.uptrain.config import Config
 from upfit.uptrain.data import Data
 from upfit.uptrain.feed import MAIN, MIX, Feed
@@ -35,7 +35,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def load_models(
-    source: Source, teacher: Source | None, dtype: torch.dtype, device: torch.device, packed: bool, output: Output
+    source: Source, teacher: Source | None, dtype: torch.dtype, device: torch.device, config: Config, output: Output
 ) -> tuple[PreTrainedModel, Traits, tuple[PreTrainedModel, Traits] | None]:
     """The student in float32 and the teacher, frozen, in the type it is stored in (float32 where that is computed in)."""
     student = models.load(source.path, torch.float32, device)
@@ -54,7 +54,10 @@ def load_models(
     if traits.head is None or (pair is not None and pair[1].head is None):
         output.note("the logits are more than hidden states times a matrix: they are computed whole, which needs more memory")
     student.train()
-    return (student, *pack_all(student, traits, pair, dtype)) if packed else (student, traits, pair)
+    if config.liger:
+        for model, known in ((student, traits), *([pair] if pair else [])):
+            liger.fuse(model, known)
+    return (student, *pack_all(student, traits, pair, dtype)) if config.packed else (student, traits, pair)
 
 
 def pack_all(

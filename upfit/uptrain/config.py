@@ -24,6 +24,7 @@ FREE = frozenset(
         "micro_batch",
         "gradient_checkpointing",
         "compile",
+        "liger",
         "packed",
         "parallel",
         "shard_teacher",
@@ -87,6 +88,9 @@ class Config:
     )
     compile: bool = option(
         False, help="torch.compile each layer (and the teacher's): faster steps for a minute or so at the start"
+    )
+    liger: bool = option(
+        False, help="norms and gated feed-forward layers by Liger's Triton kernels, on a GPU (extra liger): faster, less memory"
     )
     parallel: Literal["ddp", "fsdp", "hsdp"] | None = option(
         None,

@@ -2,15 +2,18 @@
 
 A mask that keeps documents apart takes length² a row, and what it hides is computed all the same. Here the documents of a batch
 are found where positions do not go on, and each is computed alone: on CUDA (bfloat16, float16) by torch's FlashAttention for
-sequences of various lengths, elsewhere by causal SDPA of one document after the other.
+sequences of various lengths, elsewhere by causal SDPA of one document after the other. Soft caps and dropout, which torch's
+does not know, are left to the package flash-attn where it is installed.
 
-transformers calls it as an attention implementation, with the arguments of a layer. Whatever it has no answer to (soft caps,
-sinks, attention in two directions) it refuses; whether it serves a class at all is found by trying (`models.examine`).
+transformers calls it as an attention implementation, with the arguments of a layer. Whatever it has no answer to (sinks,
+attention in two directions) it refuses; whether it serves a class at all is found by trying (`models.pack`).
 
 Legend: B rows, T tokens a row, H query heads, K key/value heads, D head size, N documents.
 """
 
+import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +69,17 @@ def packed_attention(
     """`query` [B, H, T, D], `key` and `value` [B, K, T, D] → [B, T, H, D]. Raises NotImplementedError for what it cannot do."""
     if position_ids is None or position_ids.shape != query.shape[::2][:2] or key.shape[2] != query.shape[2]:
         raise NotImplementedError("documents are found by the positions of all keys")
-    known = getattr(module, "is_causal", True) and given.get("is_causal") is not False
-    if attention_mask is not None or dropout or not known or any(given.get(name) is not None for name in UNKNOWN):
+    on_cuda = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    more = {"dropout_p": dropout, "softcap": given.pop("softcap", None) or 0.0}
+    flash = _flash_attn() if on_cuda and any(more.values()) else None
+    known = getattr(module, "is_causal", True) and given.get("is_causal") is not False and (flash or not any(more.values()))
+    if attention_mask is not None or not known or any(given.get(name) is not None for name in UNKNOWN):
         raise NotImplementedError("this attention is more than causal")
     found = documents(position_ids)
     window = sliding_window if sliding_window and sliding_window < found.longest else None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if flash is not None:
+        return _flash(flash, query, key, value, found, scaling, window, more), None
+    if on_cuda:
         return _varlen(query, key, value, found, scaling, window), None
     return _one_by_one(query, key, value, found, scaling, window, position_ids), None
 
@@ -87,12 +95,47 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, found: Documents, scaling: float | 
             k, v = (tensor.repeat_interleave(heads // k.shape[1], 1) for tensor in (k, v))
         else:
             more["enable_gqa"] = True
-    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v))
-    sides = (-1 if window is None else window - 1, 0)
-    bounds, longest = found.bounds, found.longest
+    q, k, v = map(_end_to_end, (q, k, v))
+    bounds, longest, sides = found.bounds, found.longest, _sides(window)
     output = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, **more)
     assert isinstance(output, Tensor), "nothing else was asked for"
     return output.view(rows, length, heads, -1)
+
+
+def _flash(
+    attention: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    found: Documents,
+    scaling: float | None,
+    window: int | None,
+    more: dict[str, Any],
+) -> Tensor:
+    rows, heads, length, _ = q.shape
+    bounds, longest = found.bounds, found.longest
+    told: dict[str, Any] = {"softmax_scale": scaling, "causal": True, "window_size": _sides(window), **more}
+    output = attention(*map(_end_to_end, (q, k, v)), bounds, bounds, longest, longest, **told)
+    return output.view(rows, length, heads, -1)
+
+
+@functools.cache
+def _flash_attn() -> Callable[..., Tensor] | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+def _end_to_end(tensor: Tensor) -> Tensor:
+    """[B, H, T, D] → [B · T, H, D]."""
+    return tensor.transpose(1, 2).flatten(0, 1)
+
+
+def _sides(window: int | None) -> tuple[int, int]:
+    """How many keys before a query and after it are looked at; -1: all."""
+    return (-1 if window is None else window - 1, 0)
 
 
 def _one_by_one(

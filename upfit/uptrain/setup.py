@@ -132,7 +132,7 @@ def set_up(
     config, name = stage.config, stage_name(stage, data, teacher)
     vocabulary = spans_vocabulary(source, name, config)
     dtype = compute_dtype(config, accelerator.device)
-    student, traits, pair = load_models(source, teacher, dtype, accelerator.device, config.packed, output)
+    student, traits, pair = load_models(source, teacher, dtype, accelerator.device, config, output)
     known, hidden_size = models.embedding(student).shape
     if data.largest_id >= known:
         unknown = f"{data.folders[-1]} holds token {data.largest_id}, the model knows {known} tokens"
