@@ -3,10 +3,11 @@
     unshare -rm python -m benchmarks.faults SCRATCH [--times 50] --results RESULTS.json
 
 Kinds in turn: SIGKILL, SIGTERM, USR1, a disk that is full (a tmpfs, hence `unshare`; to the end of the run or for a while), and
-SIGKILL with a file of the newest checkpoint cut short. The model is the tests' tiny Llama with half of its key/value heads, and
-what it was as its teacher: what is tried is the order in which files appear, not their size. After each fault the same command
-with --resume has to go on from the newest whole checkpoint to the same weights and the same metrics.jsonl (times aside) as the
-run that nothing befell. Ends at the first that does not. The results are written anew after each fault.
+SIGKILL with a file of the newest checkpoint cut short; about half of the runs write checkpoints beside training. The model is the
+tests' tiny Llama with half of its key/value heads, and what it was as its teacher: what is tried is the order in which files
+appear, not their size. After each fault the same command with --resume has to go on from the newest whole checkpoint to the
+same weights and the same metrics.jsonl (times aside) as the run that nothing befell. Ends at the first that does not. The results
+are written anew after each fault.
 """
 
 import argparse
@@ -50,10 +51,18 @@ class Bench:
         self.seconds = time.monotonic() - began
         self.step = statistics.median(1 / line["tokens_per_second"] for line in metrics(self.whole)) * ROWS * LENGTH
 
-    def words(self, out: Path, resume: bool = False) -> list[Any]:
+    def words(self, out: Path, resume: bool = False, background: bool = True) -> list[Any]:
         settings = {"length": LENGTH, "batch-tokens": ROWS * LENGTH, "tokens": STEPS * ROWS * LENGTH, "save-every": SAVE_EVERY}
         flags = [word for name, value in {**settings, "holdout": 4}.items() for word in (f"--{name}", value)]
-        return ["uptrain", self.shop.student, self.shop.data, out, *flags, *(["--resume"] if resume else [])]
+        return [
+            "uptrain",
+            self.shop.student,
+            self.shop.data,
+            out,
+            *flags,
+            *["--resume"] * resume,
+            *["--no-async-save"] * (not background),
+        ]
 
     def run(self, *words: Any) -> str:
         """stderr of a command that must end well."""
@@ -121,7 +130,10 @@ def summary(faults: list[dict[str, Any]]) -> dict[str, Any]:
         "same_bytes": sum(fault["same_bytes"] for fault in faults),
         "in_the_middle_of_a_save": sum(fault["half_written"] for fault in faults),
         "before_the_first_checkpoint": sum(fault["newest"] is None for fault in faults),
-        "most_steps_lost": max((fault["lost"] for fault in faults), default=0),
+        "most_steps_lost": {
+            name: max((fault["lost"] for fault in faults if fault["background"] == beside), default=0)
+            for name, beside in (("saved beside training", True), ("--no-async-save", False))
+        },
         "codes": dict(Counter(str(fault["code"]) for fault in faults)),
     }
 
@@ -133,7 +145,8 @@ def befall(bench: Bench, kind: str, draw: random.Random) -> dict[str, Any] | Non
     for path in place.glob("out*"):
         shutil.rmtree(path)
     with open(bench.scratch / "stderr", "w+", encoding="utf-8") as stderr:
-        words = [bench.python, "-m", "upfit", *map(str, bench.words(out))]
+        background = draw.random() < 0.5
+        words = [bench.python, "-m", "upfit", *map(str, bench.words(out, background=background))]
         process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=stderr)
         moment = draw.uniform(0, STEPS + 2)  # in steps; the last two for what comes after them
         while process.poll() is None and lines_in(out) < int(min(moment, STEPS)):
@@ -151,7 +164,7 @@ def befall(bench: Bench, kind: str, draw: random.Random) -> dict[str, Any] | Non
         said = stderr.read()
     if kind == "torn" and not tear(out, draw):
         return None
-    return look(bench, kind, out, code, said)
+    return look(bench, kind, out, code, said, background)
 
 
 def fill_the_disk(bench: Bench, process: subprocess.Popen[bytes], draw: random.Random) -> None:
@@ -178,7 +191,7 @@ def tear(out: Path, draw: random.Random) -> bool:
     return True
 
 
-def look(bench: Bench, kind: str, out: Path, code: int, said: str) -> dict[str, Any]:
+def look(bench: Bench, kind: str, out: Path, code: int, said: str, background: bool) -> dict[str, Any]:
     """What the fault left, checked; and the end of the run that goes on from it."""
     workspace = Workspace(out)
     there = workspace.path.exists()
@@ -193,7 +206,8 @@ def look(bench: Bench, kind: str, out: Path, code: int, said: str) -> dict[str, 
     stopped = there and (workspace.path / STOPPED).exists()
     assert not stopped or (done == lines and code == 0), "a clean stop saves every step"
     if kind in ("killed", "terminated", "usr1") and not finished:
-        assert lines - done <= SAVE_EVERY, "more is lost than the steps since the last checkpoint"
+        # What is written beside training takes a while, but no longer than until the next one is due.
+        assert lines - done <= SAVE_EVERY * (1 + background), "more is lost than the steps since the last checkpoint"
     if kind == "disk full":
         assert "Traceback" not in said and (code == 0) == finished, said[-2000:]
         told = [line for line in said.splitlines() if line.startswith("upfit: ")]  # libraries may add lines at their end
@@ -206,7 +220,8 @@ def look(bench: Bench, kind: str, out: Path, code: int, said: str) -> dict[str, 
     assert same and not left, f"bytes equal: {same}; left behind: {left}"
     newest = done or None
     return {"kind": kind, "code": code, "steps_done": lines, "newest": newest, "lost": max(0, lines - done) * (not finished),
-            "half_written": half, "stopped_cleanly": stopped, "finished_itself": finished, "same_bytes": same}  # fmt: skip
+            "half_written": half, "background": background, "stopped_cleanly": stopped, "finished_itself": finished,
+            "same_bytes": same}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +19,15 @@ from tests.uptraining import BASE, QUIET, Workshop, make_workshop, metrics, one_
 from upfit import history
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
+from upfit.uptrain import faults
+from upfit.uptrain.config import Config
 from upfit.uptrain.faults import data_step
 from upfit.uptrain.feed import Feed, Part
 from upfit.uptrain.metrics import Journal
 from upfit.uptrain.models import Distiller
 from upfit.uptrain.rows import TextRows
 from upfit.uptrain.shards import Shards
-from upfit.uptrain.state import Workspace
+from upfit.uptrain.state import Counters, Workspace
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +146,28 @@ def poison(monkeypatch: pytest.MonkeyPatch, shop: Workshop, steps: set[int]) -> 
         return (loss * float("nan") if any(bytes(row.numpy()) in bad for row in ids) else loss), ce, kl
 
     monkeypatch.setattr(Distiller, "forward", forward)
+
+
+@pytest.mark.parametrize(
+    "since,took,writing,due",
+    [
+        (14 * 60, 0, False, False),
+        (15 * 60, 0, False, True),
+        (13 * 60, 120, False, True),  # whole when 15 minutes are over
+        (12 * 60, 120, False, False),
+        (20 * 60, 0, True, False),
+        (60, 16 * 60, False, True),
+    ],
+)
+def test_a_checkpoint_is_whole_before_more_time_is_lost(since: int, took: int, writing: bool, due: bool) -> None:
+    saver = SimpleNamespace(writing=Future() if writing else None, took=took)
+    config, sound = Config(save_every="15m"), Counters(step=7)
+    first = SimpleNamespace(is_main_process=True)
+    run: Any = SimpleNamespace(config=config, accelerator=first, sound=sound, counters=sound, saved_step=3, saver=saver)
+    run.saved_at = time.monotonic() - since
+    assert faults.save_due(run) == due
+    run.saved_step = 7
+    assert not faults.save_due(run), "there is one of this step"
 
 
 def test_a_burst_is_left_out_exactly_and_resumably(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

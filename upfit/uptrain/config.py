@@ -104,7 +104,7 @@ class Config:
     )
     dtype: DTYPES = option("auto", help="compute dtype; auto: bfloat16 on CUDA and on CPUs with AMX, else float32")
     chunk: int = option(512, help="token positions whose logits are in memory at once")
-    save_every: str = option("15m", help="time or steps between checkpoints, such as 15m or 200")
+    save_every: str = option("15m", help="most work to lose, such as 15m, or steps between checkpoints, such as 200")
     keep: int = option(2, help="checkpoints to keep")
     async_save: bool = option(True, help="write checkpoints while training goes on; takes memory of the host for a copy")
     holdout: int = option(32, help="rows of DATA never trained on, to measure the loss before and after (at most a tenth)")

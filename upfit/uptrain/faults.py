@@ -43,13 +43,18 @@ def watch_for_signals() -> Iterator[threading.Event]:
 
 
 def save_due(run: "Run") -> bool:
-    """Whether this process asks for a checkpoint: only the first one does, so that clocks need not agree."""
+    """Whether this process asks for a checkpoint: only the first one does, so that clocks need not agree.
+
+    A time is how much work may be lost, so the next checkpoint is begun as much earlier as the last one took to become whole,
+    but not before that one is.
+    """
     steps, seconds = save_interval(run.config.save_every)
     if not run.accelerator.is_main_process or run.sound.step == run.saved_step:
         return False
     if steps is not None:
         return run.counters.step % steps == 0
-    return seconds is not None and time.monotonic() - run.saved_at >= seconds
+    saver = run.saver
+    return seconds is not None and saver.writing is None and time.monotonic() - run.saved_at >= seconds - saver.took
 
 
 def save(run: "Run") -> None:

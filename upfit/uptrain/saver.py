@@ -4,6 +4,7 @@ One checkpoint at a time. Where each process holds everything, the first one wri
 """
 
 import shutil
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from datetime import timedelta
@@ -32,6 +33,9 @@ class Saver:
         self.writing: Future | None = None
         self.saved: tuple[Counters, dict[str, Any], int] | None = None
         self.failure: BaseException | None = None
+        self.began = self.took = (
+            0.0  # seconds: when the newest checkpoint was begun, and how long the last one was written beside training
+        )
 
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters, identity: dict[str, Any], keep: int
@@ -46,7 +50,7 @@ class Saver:
         if self.accelerator.is_main_process:  # it also plans who writes what, so the others write later
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        self.saved = replace(counters), identity, keep
+        self.saved, self.began = (replace(counters), identity, keep), time.monotonic()
         self.writing = self._write(tensors_of(model, optimizer), partial)
         self.settle()
 
@@ -79,6 +83,8 @@ class Saver:
             except OSError as error:
                 self.failure = error
         self.writing = None
+        if self.background:  # else no work is done meanwhile
+            self.took = time.monotonic() - self.began
 
     def finish(self) -> str:
         """Wait until what is being written has its name; what kept it from that, on all processes, empty where nothing did.
