@@ -3,11 +3,11 @@
     unshare -rm python -m benchmarks.faults SCRATCH [--times 50] --results RESULTS.json
 
 Kinds in turn: SIGKILL, SIGTERM, USR1, a disk that is full (a tmpfs, hence `unshare`; to the end of the run or for a while), and
-SIGKILL with a file of the newest checkpoint cut short; about half of the runs write checkpoints beside training. The model is the
-tests' tiny Llama with half of its key/value heads, and what it was as its teacher: what is tried is the order in which files
-appear, not their size. After each fault the same command with --resume has to go on from the newest whole checkpoint to the
-same weights and the same metrics.jsonl (times aside) as the run that nothing befell. Ends at the first that does not. The results
-are written anew after each fault.
+SIGKILL with a file of the newest checkpoint cut short; about half of the runs write checkpoints beside training. The model is
+the tests' tiny Llama with half of its key/value heads, and what it was as its teacher: what is tried is the order in which
+files appear, not their size. After each fault the same command with --resume has to go on from the newest whole checkpoint to
+the same weights and the same metrics.jsonl (times aside) as the run that nothing befell. Ends at the first that does not. The
+results are written anew after each fault.
 """
 
 import argparse

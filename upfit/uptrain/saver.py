@@ -33,9 +33,8 @@ class Saver:
         self.writing: Future | None = None
         self.saved: tuple[Counters, dict[str, Any], int] | None = None
         self.failure: BaseException | None = None
-        self.began = self.took = (
-            0.0  # seconds: when the newest checkpoint was begun, and how long the last one was written beside training
-        )
+        self.began = 0.0  # when the newest checkpoint was begun
+        self.took = 0.0  # seconds in which the last one was written beside training
 
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters, identity: dict[str, Any], keep: int
