@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.uptraining import BASE, Workshop, make_workshop, metrics, one_thread,
 from tests.warm_python import warm_python
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
+from upfit.uptrain import state
 from upfit.uptrain.state import Workspace
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +170,24 @@ def test_a_damaged_checkpoint_is_passed_over(shop: Workshop, tmp_path: Path, how
 def test_only_the_newest_checkpoints_are_kept(shop: Workshop, tmp_path: Path) -> None:
     place = Path(stopped(shop, tmp_path, at=9))
     assert sorted(path.name for path in place.glob("step-*")) == ["step-00000008", "step-00000009"]
+
+
+def test_killed_while_old_ones_are_removed_none_is_left_by_half(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path) -> None:
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(state, "shutil", SimpleNamespace(rmtree=killed))
+    with pytest.raises(KeyboardInterrupt):
+        shop.run(tmp_path / "out", keep=1, async_save=False)
+    monkeypatch.undo()
+    workspace = state.Workspace(tmp_path / "out")
+    named = [path for path in workspace.path.iterdir() if state.STEP_NAME.fullmatch(path.name)]
+    assert named == workspace.checkpoints() and len(list(workspace.path.glob("*.old"))) == 1
+    shop.run(tmp_path / "out", resume=True)
+    assert not workspace.path.exists()
 
 
 def test_two_runs_cannot_share_a_place(shop: Workshop, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class Workspace:
         self.sweep()
         for path in self.path.iterdir():
             if STEP_NAME.fullmatch(path.name):
-                shutil.rmtree(path)
+                discard(path)
         (self.path / METRICS).unlink(missing_ok=True)
 
     def remove(self) -> None:
@@ -127,7 +127,7 @@ class Workspace:
         replace_folder(partial, target, target.with_suffix(".old"))
         sync_path(self.path)
         for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old)
+            discard(old)
         return target
 
     def truncate_metrics(self, step: int) -> None:
@@ -139,6 +139,14 @@ class Workspace:
         new = path.with_suffix(".new")
         new.write_text("".join(kept), encoding="utf-8")
         new.replace(path)
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint under another name, so that one that is half removed has none."""
+    leaving = checkpoint.with_suffix(".old")
+    if leaving.exists():
+        shutil.rmtree(leaving)
+    shutil.rmtree(checkpoint.rename(leaving))
 
 
 def _is_until(line: str, step: int) -> bool:
