@@ -50,6 +50,7 @@ def chunk_terms(
     """CE and KL sums of one chunk of logits [C, V], and the gradient of the weighted loss by the student's logits.
 
     d CE / d logits = softmax − onehot;  d (T² KL) / d logits = T · (softmax(student / T) − softmax(teacher / T)).
+    The gradient is that of all rows; those whose label is IGNORE are left out of the products made of it, which are smaller.
     """
     kept = labels != IGNORE
     targets = labels.clamp_min(0)[:, None]
@@ -58,9 +59,10 @@ def chunk_terms(
     kl = torch.zeros_like(ce)
     grad = None
     if want_grad and objective.ce_weight:
-        grad = log_p.exp()
+        grad = log_p.exp_() if teacher is None else log_p.exp()
         grad.scatter_add_(1, targets, -torch.ones_like(targets, dtype=grad.dtype))
-        grad *= objective.ce_weight
+        if objective.ce_weight != 1.0:
+            grad *= objective.ce_weight
     if teacher is not None:
         heat = objective.temperature
         log_p = log_p if heat == 1.0 else (student / heat).log_softmax(-1)
@@ -68,10 +70,12 @@ def chunk_terms(
         q = log_q.exp()
         kl = torch.linalg.vecdot(q, log_q.sub_(log_p)).mul(kept).sum() * heat**2
         if want_grad and objective.kl_weight:
-            part = log_p.exp().sub_(q).mul_(objective.kl_weight * heat)
+            part = log_p.exp_().sub_(q)
+            if objective.kl_weight * heat != 1.0:
+                part *= objective.kl_weight * heat
             grad = part if grad is None else grad.add_(part)
-    if want_grad:
-        grad = torch.zeros_like(student) if grad is None else grad.mul_(kept[:, None])
+    if want_grad and grad is None:
+        grad = torch.zeros_like(student)
     return ce, kl, grad
 
 
@@ -109,11 +113,11 @@ class _ChunkedLoss(torch.autograd.Function):
             kl += chunk_kl
             if grad is None:
                 continue
-            grad_c = head.backward(grad, student).to(compute)
+            grad_c, kept = head.backward(grad, student).to(compute), (labels[rows] != IGNORE)[:, None]
             if d_hidden is not None:
-                d_hidden[rows] = (grad_c @ weight_c).to(hidden.dtype)
+                d_hidden[rows] = (grad_c @ weight_c).to(hidden.dtype) * kept
             if d_weight is not None:
-                d_weight += grad_c.t() @ hidden_c
+                d_weight += grad_c.t() @ (hidden_c * kept)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         ctx.mark_non_differentiable(ce, kl)
         return objective.ce_weight * ce + objective.kl_weight * kl, ce, kl
@@ -121,8 +125,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
-        scaled = [None if saved is None else (saved * grad).to(saved.dtype) for saved in (d_hidden, d_weight)]
+        # In place, for the weight's may be the largest tensor of a step: a second backward pass is an error.
+        scaled = [None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors]
         return scaled[0], scaled[1], None, None, None, None, None, None
 
 

@@ -143,6 +143,8 @@ def _one_by_one(
 ) -> Tensor:
     rows, heads, length, _ = q.shape
     more: dict[str, Any] = {"scale": scaling, "enable_gqa": k.shape[1] != heads}
+    if len(found.ends) - 1 == rows and window is None:  # each row is one
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **more).transpose(1, 2)
     if len(found.ends) - 1 > 2 * rows + rows * length / SHORT:
         mask = _mask(positions, window)
         return F.scaled_dot_product_attention(q, k, v, mask, **more).transpose(1, 2)
