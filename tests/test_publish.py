@@ -42,7 +42,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     from tests.uptraining import config
     from upfit.uptrain.train import uptrain
 
-    uptrain(str(root / "small"), str(made.data), root / "better", config(tokens="512"), False, False, QUIET)
+    uptrain(str(root / "small"), str(made.data), root / "better", config(tokens="512", stages="distill"), False, False, QUIET)
     evaluate(str(root / "better"), options, QUIET)
     return made
 
