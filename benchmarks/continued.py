@@ -84,7 +84,8 @@ def main() -> None:
         if row["group"] in controls and row["start"] != "source":
             pairs = zip(row["after"]["values"], controls[row["group"]], strict=True)
             row["after_over_source"] = _over_seeds([own - other for own, other in pairs])
-    told = {"model": args.model, "tokens": args.tokens, "seeds": args.seeds, "rows": rows, "environment": environment()}
+    name = Path(args.model).name if Path(args.model).is_absolute() else args.model
+    told = {"model": name, "tokens": args.tokens, "seeds": args.seeds, "rows": rows, "environment": environment()}
     args.results.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
