@@ -139,7 +139,7 @@ def test_a_run_learns_the_same(shop: Workshop, tmp_path: Path, changes: dict[str
 
 
 STARTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "positions by content": ("cope", {"gates": "constant", "positions": 6}),
+    "contextual positions": ("cope", {"gates": "constant", "positions": 6}),
     "pairs, nothing lost": ("diff", {"variant": "v2"}),
     "pairs, split": ("diff", {"variant": "split", "naive": True}),
 }

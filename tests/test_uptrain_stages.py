@@ -253,6 +253,10 @@ def test_a_conversion_that_lost_nothing_learns_from_the_text(shop: Workshop, tmp
         return default_stages(config(), Source(out, "out"), False)
 
     assert after() == "lm" and after(drop_rope=True) is None
+    rounded = tmp_path / "rounded"
+    chosen = find_recipes()["cope"].options(gates="constant", positions=6)
+    convert(find_recipes()["cope"], str(shop.teacher), rounded, chosen, Settings(verify=True, dtype="bfloat16"), QUIET)
+    assert default_stages(config(), Source(rounded, "rounded"), False) == "lm", "rounding is nothing to learn from"
     assert default_stages(config(teacher=str(shop.teacher)), Source(tmp_path / "cope-0", "out"), False) == "distill"
     report = Workshop(shop.teacher, tmp_path / "cope-0", shop.data).run(tmp_path / "out", tokens="512", learning_rate=None)
     assert report["stage"] == "lm" and report["holdout"]["after"]["ce"] < report["holdout"]["before"]["ce"]

@@ -213,7 +213,7 @@ def _with_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
         return plan, None
     if name not in DTYPES:
         raise UpfitError(f"--dtype {name!r} is not known; choose one of {', '.join(DTYPES)}")
-    changed = dataclasses.replace(plan, config={"dtype": name} | edit_dtype(plan.config, name), exact=False, close=False)
+    changed = dataclasses.replace(plan, config={"dtype": name} | edit_dtype(plan.config, name))
     return changed, safetensors_dtype(getattr(torch, name))
 
 
@@ -226,7 +226,7 @@ def _write(job: Job, answer: dict[str, Any], output: Output, stream: "Stream | N
         moved = (read_config(job.source.path)["model_type"], job.plan.config["model_type"])
         step["retarget"] = {"from": moved[0], "to": moved[1], "why": job.checkpoint.said}
     if job.plan.exact or job.plan.close:
-        step["measurements"]["lossless"] = True  # promised by the plan; verify holds it to that
+        step["measurements"]["lossless"] = True  # but for --dtype's rounding; verify holds the plan to it
     if job.plan.report:
         step["measurements"] |= job.plan.report
     with staged(job.out, resumable=True) as folder:
@@ -243,7 +243,9 @@ def _write(job: Job, answer: dict[str, Any], output: Output, stream: "Stream | N
         if job.settings.verify:
             output.note("verifying ...")
             source = job.source.path if stream is None else None
-            report = verify(folder, source, job.plan.exact, job.plan.close, job.out, job.unused)
+            rounded = job.settings.dtype is not None
+            exact, close = job.plan.exact and not rounded, job.plan.close and not rounded
+            report = verify(folder, source, exact, close, job.out, job.unused)
             step["measurements"]["verify"] = report.record()
         history.write(folder, [*history.read(job.source.path), step])
     return step["measurements"].get("verify", {})

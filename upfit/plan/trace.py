@@ -75,7 +75,8 @@ class _Counter:
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, sliding_window: int | None = None, **given: Any
     ) -> tuple[Tensor, None]:
         self.modules[id(module)] = module
-        self.packed &= given.get("position_ids") is not None and all(given.get(name) is None for name in UNKNOWN)
+        self.packed &= given.get("position_ids") is not None
+        self.packed &= all(given.get(name) is None for name in ("softcap", *UNKNOWN))  # without flash-attn
         rows, keys = q.shape[2], k.shape[2]
         window = min(keys, sliding_window or keys)
         pairs = rows * window - window * (window - 1) / 2  # what a causal map, cut to a window, looks at

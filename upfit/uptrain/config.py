@@ -46,8 +46,8 @@ class Config:
     stages: str | None = option(
         None,
         help="what to do, in order, with shares of the budget: layerwise, distill, lm, answers, such as layerwise=10%,distill; "
-        "default: lm after convert gqa or mqa, with layerwise=35% before it where heads were merged without text; distill "
-        "after other conversions, lm where there is no teacher, answers where DATA holds questions",
+        "default: lm right after convert gqa or mqa (with layerwise=35% before it where heads were merged without text) or a "
+        "conversion that lost nothing; else distill, lm where there is no teacher, answers where DATA holds questions",
     )
     questions: str | None = option(None, help="with answers among several stages: the folder of upfit synth that they are in")
     length: int | None = option(None, help="tokens a row; default: what the model can take, at most 2048")
@@ -59,7 +59,8 @@ class Config:
     )
     learning_rate: float | None = option(
         None,
-        help="peak learning rate; default: 0.2 / hidden size, for answers a tenth, for lm after an aligned merge a fifth",
+        help="peak learning rate; default: 0.2 / hidden size, for answers a tenth, for lm right after an aligned merge or a "
+        "conversion that lost nothing a fifth",
     )
     added_rate: float = option(
         1.0, help="learning rate of parameters that the conversion added (λ of differential attention), in units of the peak"

@@ -8,7 +8,6 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,9 +35,9 @@ def fuse(model: PreTrainedModel, traits: Traits) -> None:
     change = known[family]
     taken = inspect.signature(change).parameters
     before = _computed(model, traits)
-    with _family_kept(model):
-        change(model=model, **{name: False for name in LEFT_OUT if name in taken})
     try:
+        with _family_kept(model):
+            change(model=model, **{name: False for name in LEFT_OUT if name in taken})
         same = all(alike(new, old, model.dtype) for new, old in zip(_computed(model, traits), before, strict=True))
     except Exception as error:  # Triton, the compilers below it and the driver raise anything
         told = str(error).strip().partition("\n")[0]
@@ -65,9 +64,8 @@ def _computed(model: PreTrainedModel, traits: Traits) -> list[Tensor]:
 @contextmanager
 def _family_kept(model: PreTrainedModel) -> Iterator[None]:
     """Liger also puts its classes in the place of the family's, for models to come; here those are to be what they were."""
-    kept: list[tuple[Any, dict[str, Any]]] = []
-    for name in {kind.__module__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")}:
-        kept.append((sys.modules[name], dict(vars(sys.modules[name]))))
+    families = {kind.__module__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")}
+    kept = {name: dict(vars(sys.modules[name])) for name in families}
     yield
-    for module, names in kept:
-        vars(module).update(names)
+    for name, names in kept.items():
+        vars(sys.modules[name]).update(names)

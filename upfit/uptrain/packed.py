@@ -64,16 +64,19 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     position_ids: Tensor | None = None,
+    softcap: float | None = None,
     **given: Any,
 ) -> tuple[Tensor, None]:
     """`query` [B, H, T, D], `key` and `value` [B, K, T, D] → [B, T, H, D]. Raises NotImplementedError for what it cannot do."""
     if position_ids is None or position_ids.shape != query.shape[::2][:2] or key.shape[2] != query.shape[2]:
         raise NotImplementedError("documents are found by the positions of all keys")
     on_cuda = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    more = {"dropout_p": dropout, "softcap": given.pop("softcap", None) or 0.0}
-    flash = _flash_attn() if on_cuda and any(more.values()) else None
-    known = getattr(module, "is_causal", True) and given.get("is_causal") is not False and (flash or not any(more.values()))
-    if attention_mask is not None or not known or any(given.get(name) is not None for name in UNKNOWN):
+    more = {"dropout_p": dropout, "softcap": softcap or 0.0}
+    beyond_torch = any(more.values())
+    flash = _flash_attn() if on_cuda and beyond_torch else None
+    known = getattr(module, "is_causal", True) and given.get("is_causal") is not False
+    known = known and not any(given.get(name) is not None for name in UNKNOWN)
+    if attention_mask is not None or not known or (beyond_torch and flash is None):
         raise NotImplementedError("this attention is more than causal")
     found = documents(position_ids)
     window = sliding_window if sliding_window and sliding_window < found.longest else None
@@ -84,7 +87,7 @@ def packed_attention(
     return _one_by_one(query, key, value, found, scaling, window, position_ids), None
 
 
-UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias", "cache")
+UNKNOWN = ("s_aux", "sinks", "position_bias", "cache")
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, found: Documents, scaling: float | None, window: int | None) -> Tensor:
