@@ -13,9 +13,11 @@ from upfit.modeling.cope_attention import (
     TENSORS,
     Inputs,
     Sight,
+    attend,
     chunked,
-    find_band,
+    counted,
     fused,
+    near_gates,
     position_logits,
     reference,
     whole,
@@ -177,12 +179,21 @@ def test_far_keys_are_plain() -> None:
     inputs = given(queries=600, bias=1.0)
     seen = Sight(600, 600).rows(590, 600, torch.device("cpu"))
     rows = replace(inputs, **{name: getattr(inputs, name)[:, :, 590:600] for name in ("q", "z", "gate_q")})
-    left = find_band(rows, seen, 16)
-    assert 500 < left < 590
-    assert torch.allclose(chunked(rows, Sight(10, 600)), whole(rows, Sight(10, 600))[0], atol=1e-12)
     assert isinstance(inputs.gate_k, Tensor)
+    assert 10 < near_gates(replace(rows, gate_k=inputs.gate_k.flip(2)), seen.flip(-1), 16).shape[-1] < 100
+    assert torch.allclose(chunked(rows, Sight(10, 600)), whole(rows, Sight(10, 600))[0], atol=1e-12)
     (grad,) = torch.autograd.grad(chunked(inputs, Sight(600, 600))[:, 590:].sum(), inputs.gate_k)
     assert not grad[:, :, :500].any() and grad[:, :, 590:].any()
+
+
+def test_autocast_lowers_content_and_not_gates() -> None:
+    """q, k and v are taken as plain attention would take them; a position is a sum of many gates, so those stay as they are."""
+    inputs, sight = cast(given(queries=200, positions=64), torch.float32), Sight(200, 200)
+    low = replace(inputs, **{name: getattr(inputs, name).bfloat16() for name in ("q", "k", "v")})
+    positions = counted(inputs, sight.rows(0, 200, torch.device("cpu")))[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(inputs, sight), attend(low, sight))
+        assert torch.equal(counted(inputs, sight.rows(0, 200, torch.device("cpu")))[1], positions)
 
 
 def test_embeddings_share_a_null_direction() -> None:
