@@ -17,6 +17,7 @@ Legend: B rows, H query heads, K key/value heads, T queries, S keys, D head widt
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -175,7 +176,8 @@ def _gates(rows: Inputs, seen: Tensor, start: int, stop: int) -> Tensor:
     bias, unseen = rows.gate_bias.to(wide)[:, None, None], ~seen[..., start:stop]
     if rows.gate_q is None or rows.gate_k is None:
         return bias.masked_fill(unseen, float("-inf")).sigmoid().expand(*rows.z.shape[:3], -1)
-    with torch.autocast(bias.device.type, enabled=False):
+    device = bias.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         logits = grouped(rows.gate_q.to(wide), _cut(rows.gate_k, start, stop).to(wide)).add_(bias)
     return logits.masked_fill_(unseen, float("-inf")).sigmoid()
 
@@ -433,9 +435,8 @@ def _kernels() -> Any:
 def attend(given: Inputs, sight: Sight) -> Tensor:
     """[B, T, H, V] by the best implementation for where the tensors are; under autocast q, k and v are in its type."""
     device = given.q.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         lower = torch.get_autocast_dtype(device)
         given = replace(given, q=given.q.to(lower), k=given.k.to(lower), v=given.v.to(lower))
-    with torch.autocast(device, enabled=False):
-        found = fused(given, sight) if given.q.is_cuda else None
-        return chunked(given, sight) if found is None else found
+    found = fused(given, sight) if given.q.is_cuda else None
+    return chunked(given, sight) if found is None else found

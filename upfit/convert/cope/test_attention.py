@@ -196,6 +196,23 @@ def test_autocast_lowers_content_and_not_gates() -> None:
         assert torch.equal(counted(inputs, sight.rows(0, 200, torch.device("cpu")))[1], positions)
 
 
+def test_chunks_leave_out_what_no_query_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows and documents cost what they show, not what there is."""
+    inputs, mask = given(queries=60), sight_of("window", 60, 60).mask
+    assert mask is not None
+    mask[:, :, 32:48] = False  # a chunk that sees nothing
+    run, asked = cope_attention._Chunk.run, []
+
+    def watched(chunk: Any) -> Tensor:
+        asked.append(chunk.rows.k.shape[2])
+        return run(chunk)
+
+    monkeypatch.setattr(cope_attention._Chunk, "run", watched)
+    sight = Sight(60, 60, mask)
+    assert torch.allclose(chunked(inputs, sight, 16), whole(inputs, sight)[0], atol=1e-12)
+    assert asked == [16, 27, 1, 23]
+
+
 def test_embeddings_share_a_null_direction() -> None:
     """Gradients of the position logits of a query sum to zero: adding one vector to all embeddings changes nothing."""
     inputs = given()
