@@ -68,7 +68,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     import psutil
     import torch
 
-    from upfit.modeling import cope_attention as cope
+    from upfit.modeling import cope_equations as cope
+    from upfit.modeling.cope_attention import fused
+    from upfit.modeling.cope_chunks import chunked
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     length, heads, width = case["length"], case["heads"], case["width"]
@@ -102,8 +104,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
     run = {
         "listing": lambda: cope.reference(given, sight),
-        "chunked": lambda: cope.chunked(given, sight),
-        "fused": lambda: cope.fused(given, sight),
+        "chunked": lambda: chunked(given, sight),
+        "fused": lambda: fused(given, sight),
         "sdpa": sdpa,
     }[case["case"]]
     before = _memory(device)

@@ -11,7 +11,7 @@ programs. Not as theirs: no dropout on attention weights (`--attention-dropout 0
 kernels), and position logits are not divided by √d (`--scale code`). Not public, so assumed: all of the training on Flip-Flop
 and selective copy, and how CoPE goes with RoPE (gates and position logits from queries and keys before the rotation).
 
-CoPE is `upfit.modeling.cope_attention`. Told are errors in % on test items that no run trains on, the same for all runs, over
+CoPE is `upfit.modeling.cope_equations`. Told are errors in % on test items that no run trains on, the same for all runs, over
 answers and over whole sequences; intervals are over seeds (initial weights, order, dropout). Longer programs are cut to a block
 as much longer; absolute positions beyond the training block have never been trained, relative ones are those of its end. The
 results file is written after each run, and runs that stand in it already are not done again.
@@ -34,7 +34,8 @@ from torch.nn import functional as F
 
 from upfit.environment import environment
 from upfit.evaluate.statistics import mean_interval
-from upfit.modeling.cope_attention import Inputs, Sight, attend, whole
+from upfit.modeling.cope_attention import attend
+from upfit.modeling.cope_equations import Inputs, Sight, whole
 from upfit.tasks import counting, flipflop, selective_copy
 from upfit.tasks.items import Item
 

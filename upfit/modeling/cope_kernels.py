@@ -1,6 +1,6 @@
 """Contextual position encoding as fused Triton kernels: forward and backward, O(N) memory, deterministic dK and dV.
 
-This file ships inside converted folders, so it imports torch and triton only. The mathematics is that of `cope_attention.py`.
+This file ships inside converted folders, so it imports torch and triton only. The mathematics is that of `cope_equations.py`.
 
 Forward: for a block of queries, key blocks from the diagonal leftwards, with the gates' sum so far carried along; once every
 query of the block is at its last position (or sees nothing further left), what remains is plain attention. Backward: positions
@@ -339,7 +339,7 @@ def _padded(width: int) -> int:
 class Fused(torch.autograd.Function):
     """`apply(q, k, v, gate_q, gate_k, gate_bias, sinks, z, starts, ends, scaling, cap)` → [B, T, H, V].
 
-    Shapes as in `cope_attention.Inputs`; starts and ends [B, T] int32: the first and the last key that each query sees.
+    Shapes as in `cope_equations.Inputs`; starts and ends [B, T] int32: the first and the last key that each query sees.
     """
 
     @staticmethod

@@ -3,7 +3,7 @@
 Not Clipped RoPE, which has the same short name. This file ships inside converted folders (`auto_map`), so it imports torch,
 transformers and its neighbours only. The model is that of the stock family which `config.json` names (see `upfit_base.py`);
 `cope` in it holds the settings. In the layers listed there, gates between each query and key say how far a key is away, and
-each distance adds a learned logit (see `cope_attention.py`). Queries and keys for both are those before any rotation.
+each distance adds a learned logit (see `cope_equations.py`). Queries and keys for both are those before any rotation.
 
 Gates:
     content   sigmoid(scale_h · q · k + bias_h), with the attention's own queries and keys
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cope_attention import Inputs, Sight, as_mask, attend, last_query, whole
+from .cope_attention import attend
+from .cope_equations import Inputs, Sight, as_mask, last_query, whole
 from .upfit_base import Own, OwnConfig, OwnModel, Plain, put_in_front, stock_attention
 
 INTERFACE = "upfit_cope"

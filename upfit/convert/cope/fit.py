@@ -21,7 +21,7 @@ from upfit.convert.fitted import keep, note_default_text, told_of
 from upfit.convert.recipe import Plan, Rule
 from upfit.convert.stream import Block, Opaque, Stream, run_block
 from upfit.errors import UpfitError
-from upfit.modeling.cope_attention import grouped, positions_of
+from upfit.modeling.cope_equations import grouped, positions_of
 from upfit.modeling.modeling_upfit_cope import heads_of, is_heads_first, rotate_back
 
 if TYPE_CHECKING:

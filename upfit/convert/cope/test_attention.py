@@ -8,20 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from upfit.modeling import cope_attention
-from upfit.modeling.cope_attention import (
-    TENSORS,
-    Inputs,
-    Sight,
-    attend,
-    chunked,
-    counted,
-    fused,
-    near_gates,
-    position_logits,
-    reference,
-    whole,
-)
+from upfit.modeling import cope_attention, cope_chunks
+from upfit.modeling.cope_attention import attend, fused
+from upfit.modeling.cope_chunks import chunked, near_gates
+from upfit.modeling.cope_equations import TENSORS, Inputs, Sight, counted, position_logits, reference, whole
 
 SHAPES: dict[str, dict[str, Any]] = {
     "ragged": {"queries": 37},
@@ -201,13 +191,13 @@ def test_chunks_leave_out_what_no_query_sees(monkeypatch: pytest.MonkeyPatch) ->
     inputs, mask = given(queries=60), sight_of("window", 60, 60).mask
     assert mask is not None
     mask[:, :, 32:48] = False  # a chunk that sees nothing
-    run, asked = cope_attention._Chunk.run, []
+    run, asked = cope_chunks._Chunk.run, []
 
     def watched(chunk: Any) -> Tensor:
         asked.append(chunk.rows.k.shape[2])
         return run(chunk)
 
-    monkeypatch.setattr(cope_attention._Chunk, "run", watched)
+    monkeypatch.setattr(cope_chunks._Chunk, "run", watched)
     sight = Sight(60, 60, mask)
     assert torch.allclose(chunked(inputs, sight, 16), whole(inputs, sight)[0], atol=1e-12)
     assert asked == [16, 27, 1, 23]
