@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cope_equations import TENSORS, Inputs, Sight, gates_of, grouped, mixed, of_queries
+from .cope_equations import TENSORS, Inputs, Sight, cut, gates_of, grouped, mixed, of_queries, position_logits
 
 CHUNK_ELEMENTS = 1 << 19  # scores of one row chunk; some ten tensors of that many elements are alive at once
 BAND = 256  # keys that are first tried, from the diagonal leftwards, for all positions to be passed
@@ -42,6 +42,29 @@ def _last_first(given: Inputs, keys: int) -> Inputs:
         return replace(given, **turned, gate_k=gate_k.flip(2).contiguous())
     made = None if gate_k is None else lambda start, stop: gate_k(keys - stop, keys - start).flip(2)
     return replace(given, **turned, gate_k=made)
+
+
+def newest(given: Inputs, sight: Sight) -> Tensor:
+    """[B, 1, H, V] for one query: torch's own attention, with a mask that is made of the keys before the last position only.
+
+    No gradients, caps or sinks. A query that may look at nothing gets the mean of all values, as it does in torch.
+    """
+    batch, heads = given.q.shape[:2]
+    first, end = sight.stretch(0, 1)
+    seen, gate_k = sight.rows(0, 1, given.q.device)[..., first:end], given.gate_k
+    turned = replace(given, gate_k=None if gate_k is None else lambda start, stop: cut(gate_k, end - stop, end - start).flip(2))
+    gates = near_gates(turned, seen.flip(-1))
+    positions = gates.cumsum(-1).clamp_(max=given.z.shape[-1] - 1).flip(-1)
+    added = torch.zeros(batch, heads, 1, end - first, dtype=given.q.dtype, device=given.q.device)
+    added[..., end - first - gates.shape[-1] :] = position_logits(given.z.to(gates.dtype), positions)
+    if sight.mask is not None:
+        added.masked_fill_(~seen, torch.finfo(added.dtype).min)
+    k, v = given.k[:, :, first:end], given.v[:, :, first:end]
+    shared = (batch, k.shape[1], heads // k.shape[1], -1)  # heads that share a key are queries of it
+    output = torch.nn.functional.scaled_dot_product_attention(
+        given.q.reshape(shared), k, v, added.view(shared), scale=given.scaling
+    )
+    return output.reshape(batch, 1, heads, -1)
 
 
 @dataclass

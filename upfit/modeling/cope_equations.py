@@ -138,7 +138,7 @@ def reference(given: Inputs, sight: Sight) -> Tensor:
         content = given.cap * torch.tanh(content / given.cap)
     gate_logits = given.gate_bias[:, None, None].expand_as(content)
     if given.gate_q is not None and given.gate_k is not None:
-        gate_k = _cut(given.gate_k, 0, sight.keys).repeat_interleave(group, 1)
+        gate_k = cut(given.gate_k, 0, sight.keys).repeat_interleave(group, 1)
         gate_logits = gate_logits + given.gate_q @ gate_k.transpose(-1, -2)
     positions = positions_of(torch.sigmoid(gate_logits) * seen, given.z.shape[-1] - 1)
     logits = (content + position_logits(given.z, positions)).masked_fill(~seen, float("-inf"))
@@ -162,7 +162,7 @@ def mixed(weights: Tensor, v: Tensor) -> Tensor:
     return folded.view(batch, heads, rows, v.shape[3]).transpose(1, 2)
 
 
-def _cut(gate_k: Tensor | Callable[[int, int], Tensor], start: int, stop: int) -> Tensor:
+def cut(gate_k: Tensor | Callable[[int, int], Tensor], start: int, stop: int) -> Tensor:
     return gate_k[:, :, start:stop] if isinstance(gate_k, Tensor) else gate_k(start, stop)
 
 
@@ -174,7 +174,7 @@ def gates_of(rows: Inputs, seen: Tensor, start: int, stop: int) -> Tensor:
         return bias.masked_fill(unseen, float("-inf")).sigmoid().expand(*rows.z.shape[:3], -1)
     device = bias.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        logits = grouped(rows.gate_q.to(wide), _cut(rows.gate_k, start, stop).to(wide)).add_(bias)
+        logits = grouped(rows.gate_q.to(wide), cut(rows.gate_k, start, stop).to(wide)).add_(bias)
     return logits.masked_fill_(unseen, float("-inf")).sigmoid()
 
 

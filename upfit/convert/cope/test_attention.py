@@ -146,8 +146,21 @@ def test_open_gates_count_tokens() -> None:
     assert torch.allclose(chunked(inputs, Sight(40, 40)), plain, atol=1e-12)
 
 
-def test_the_last_query_alone_is_the_last_row() -> None:
-    """Decoding asks gate keys only as far as the last position."""
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_newest_query_alone_is_the_last_row(mask: str, gated: bool) -> None:
+    inputs, sight = given(queries=300, bias=1.0, gated=gated), sight_of(mask, 300, 300)
+    full = reference(inputs, sight)[:, -1:]
+    inputs = replace(
+        inputs, **{name: x[:, :, -1:] for name in ("q", "z", "gate_q") if (x := getattr(inputs, name)) is not None}
+    )
+    with torch.no_grad():
+        one = attend(inputs, Sight(1, 300, None if sight.mask is None else sight.mask[:, :, -1:]))
+    assert torch.allclose(one, full, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [chunked, attend])
+def test_decoding_asks_gate_keys_only_as_far_as_the_last_position(function: Any) -> None:
     inputs = given(queries=600, bias=1.0)
     full = chunked(inputs, Sight(600, 600))
     asked = []
@@ -159,7 +172,7 @@ def test_the_last_query_alone_is_the_last_row() -> None:
 
     one: dict[str, Any] = {name: getattr(inputs, name)[:, :, -1:] for name in ("q", "z", "gate_q")}
     with torch.no_grad():
-        last = chunked(replace(inputs, **one, gate_k=gate_keys), Sight(1, 600))
+        last = function(replace(inputs, **one, gate_k=gate_keys), Sight(1, 600))
     assert torch.allclose(last, full[:, -1:], atol=1e-12)
     assert min(asked) > 300
 
