@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .cope_equations import TENSORS, Inputs, Sight, cut, gates_of, grouped, mixed, of_queries, position_logits
 
-CHUNK_ELEMENTS = 1 << 19  # scores of one row chunk; some ten tensors of that many elements are alive at once
+CHUNK_ELEMENTS = 1 << 18  # scores of one row chunk; some ten tensors of that many elements are alive at once
+CHUNK_QUERIES = 32  # at least: with fewer, reading keys takes longer than what is done with their scores
 BAND = 256  # keys that are first tried, from the diagonal leftwards, for all positions to be passed
 
 
@@ -205,8 +206,10 @@ def _chunk(turned: Inputs, sight: Sight, start: int, stop: int, band: int | None
 
 def chunked(given: Inputs, sight: Sight, size: int | None = None) -> Tensor:
     """[B, T, H, V], `size` queries at a time: memory O(T · (D + P)) besides one chunk's scores; any device, any type."""
-    batch, heads = given.q.shape[:2]
-    size = size or max(1, min(sight.queries, CHUNK_ELEMENTS // max(1, batch * heads * sight.keys)))
+    if given.q.shape[0] > 1:  # row by row of the batch: more queries to a product, and each row's own keys
+        rows = zip(given.each(), sight.each(given.q.shape[0]), strict=True)
+        return torch.cat([chunked(*row, size) for row in rows])
+    size = size or max(CHUNK_QUERIES, CHUNK_ELEMENTS // (given.q.shape[1] * sight.keys))
     if not torch.is_grad_enabled():
         turned = _last_first(given, sight.keys)
         return torch.cat([_chunk(turned, sight, *piece).run() for piece in _pieces(sight, size)], 1)

@@ -19,6 +19,7 @@ import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,12 @@ class Sight:
         found, seen = seen.any(-1), seen.int()
         first = torch.where(found, seen.argmax(-1), self.keys)
         return first.tolist(), torch.where(found, self.keys - seen.flip(-1).argmax(-1), 0).tolist()
+
+    def each(self, batch: int) -> list["Sight"]:
+        """For the rows of the batch, one by one."""
+        if self.mask is None or self.mask.shape[0] == 1:
+            return [self] * batch
+        return [Sight(self.queries, self.keys, mask) for mask in self.mask.split(1)]
 
     def stretches(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """First and last key that each query sees, [batch, T] int32 each, or None when it is not all between them.
@@ -111,7 +118,17 @@ class Inputs:
     scaling: float = 1.0
     cap: float | None = None
 
+    def each(self) -> list["Inputs"]:
+        """The rows of the batch, one by one."""
+        gate_k, batch = self.gate_k, self.q.shape[0]
+        parts: dict[str, Any] = {n: x.split(1) for n in BY_ROW if isinstance(x := getattr(self, n), Tensor)}
+        if callable(gate_k) and not isinstance(gate_k, Tensor):
+            made = functools.cache(gate_k)
+            parts["gate_k"] = [lambda start, stop, row=row: made(start, stop)[row : row + 1] for row in range(batch)]
+        return [replace(self, **{name: part[row] for name, part in parts.items()}) for row in range(batch)]
 
+
+BY_ROW = ("q", "k", "v", "z", "gate_q", "gate_k")
 TENSORS = ("q", "k", "v", "z", "gate_bias", "gate_q", "gate_k", "sinks")
 
 

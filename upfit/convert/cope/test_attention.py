@@ -213,7 +213,7 @@ def test_chunks_leave_out_what_no_query_sees(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cope_chunks._Chunk, "run", watched)
     sight = Sight(60, 60, mask)
     assert torch.allclose(chunked(inputs, sight, 16), whole(inputs, sight)[0], atol=1e-12)
-    assert asked == [16, 27, 1, 23]
+    assert asked == [16, 27, 1, 23] * 2  # rows of the batch
 
 
 def test_embeddings_share_a_null_direction() -> None:
