@@ -215,13 +215,11 @@ def whole(given: Inputs, sight: Sight, dropout: float = 0.0) -> tuple[Tensor, Te
     if given.cap is not None:
         content = given.cap * torch.tanh(content / given.cap)
     added = counted(given, seen)[2]
-    logits = (content.to(added.dtype) + added).masked_fill(~seen, float("-inf"))
+    logits = (content.to(added.dtype) + added).masked_fill(~seen, torch.finfo(added.dtype).min)
     if given.sinks is not None:
         logits = torch.cat([logits, given.sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)], -1)
-    most = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min).detach()
-    weights = torch.exp(logits - most)
-    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
-    weights = torch.dropout(weights[..., : sight.keys], dropout, dropout > 0).to(given.v.dtype)
+    weights = logits.softmax(-1)[..., : sight.keys] * seen.any(-1, keepdim=True)  # a query that may look at nothing: 0
+    weights = torch.dropout(weights, dropout, dropout > 0).to(given.v.dtype)
     return mixed(weights, given.v), weights
 
 

@@ -90,10 +90,12 @@ def check_same(said: dict[str, Tensor], true: dict[str, Tensor], tolerance: floa
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chunks_are_the_equations(shape: str, mask: str) -> None:
+def test_chunks_and_all_at_once_are_the_equations(shape: str, mask: str) -> None:
     inputs = given(**SHAPES[shape])
     sight = sight_of(mask, inputs.q.shape[2], inputs.k.shape[2])
-    check_same(results(lambda i, s: chunked(i, s, 16), inputs, sight), results(reference, inputs, sight), 1e-10)
+    true = results(reference, inputs, sight)
+    check_same(results(lambda i, s: chunked(i, s, 16), inputs, sight), true, 1e-10)
+    check_same(results(lambda i, s: whole(i, s)[0], inputs, sight), true, 1e-10)
 
 
 @pytest.mark.slow
