@@ -63,7 +63,9 @@ class Config:
         "conversion that lost nothing a fifth",
     )
     added_rate: float = option(
-        1.0, help="learning rate of parameters that the conversion added (λ of differential attention), in units of the peak"
+        1.0,
+        help="learning rate of parameters that the conversion added (λ of differential attention; CoPE's gates, and its "
+        "embeddings ten times as fast), in units of the peak",
     )
     query_rate: float = option(
         0.5, help="learning rate of queries that the conversion duplicated, in units of the peak: a pair moves twice as far"

@@ -1,9 +1,10 @@
 """Watches the source on text: where queries and keys are before their rotation, and what gates reach how far.
 
 A gate's logit is scale · q · k / √d + bias. Per head, the scale gives the logits of the nearest `span` keys a standard
-deviation of SPREAD, so that gates choose and still are nowhere closed; the bias then makes the mean gate there
-(positions - 1) / span, so that the last position is reached about `span` keys away. With embeddings of zero any gates are
-exact: this is only where training begins.
+deviation of SPREAD; the bias then makes the mean gate there (positions - 1) / span, so that the last position is reached about
+`span` keys away. With embeddings of zero any gates are exact: this is only where training begins. It begins near constant
+gates and learns to choose: gates that choose at random from the first step on send noise to the queries and keys that they are
+made of, and training falls behind (docs/log.md).
 """
 
 import itertools
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from upfit.convert.attention import Layer
     from upfit.convert.recipe import Bench
 
-SPREAD = 1.0
+SPREAD = 0.1
 ROWS = 16  # query positions of each window, in its second half
 CLOSE = 1e-9  # share of the energy that an undone rotation may leave unexplained, in float32
 Rotation = tuple[str, str | None, str]
