@@ -164,10 +164,10 @@ def test_everything_new_moves_within_ten_steps(tmp_path: Path, gates: str) -> No
 
 
 def test_gates_begin_at_the_span(tmp_path: Path) -> None:
-    """On the text they were set on, the last position is reached about `span` tokens away."""
+    """Nearly constant, so that on the text they were set on the last position is reached `span` tokens away."""
     _, out = made(tmp_path, span=20)
     layers = json.loads((out / "recipe.json").read_text())["steps"][-1]["measurements"]["layers"]
-    assert len(layers) == 2 and all(12 < layer["span"] < 32 for layer in layers)
+    assert len(layers) == 2 and all(19 < layer["span"] < 21 for layer in layers)
     assert load_file(out / "model.safetensors")["model.layers.0.self_attn.cope_gate_scale"].min() > 0
 
 
