@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.folders import save_tiny
-from upfit.cli.conversions import parse_size
+from upfit.cli.conversions import cache_words, parse_size
 from upfit.convert.listing import NOT_LOOKED_AT
 from upfit.errors import UpfitError
 from upfit.options import as_flags, parse_count, parse_share
@@ -128,3 +128,11 @@ def test_shares(text: str, share: float) -> None:
 def test_shares_that_are_none(text: str) -> None:
     with pytest.raises(UpfitError, match="--share got"):
         parse_share(text, "--share")
+
+
+def test_a_cache_is_said_to_grow_where_it_grows() -> None:
+    """Gate keys of contextual positions are cached too, with no head more."""
+    grown = cache_words({"kv_bytes_per_token": [46080, 69120], "kv_heads": [3, 3]})
+    assert grown == "KV cache 46.1 kB → 69.1 kB a token (1.50x larger)"
+    shrunk = cache_words({"kv_bytes_per_token": [46080, 15360], "kv_heads": [3, 1]})
+    assert shrunk == "3 → 1 key/value heads, KV cache 46.1 kB → 15.4 kB a token (3.00x smaller)"

@@ -71,6 +71,16 @@ def _merge(source: str, out: Path, options: Any, settings: Any, output: Output) 
     return merge(source, out, settings, output)
 
 
+def cache_words(answer: dict[str, Any]) -> str:
+    """What became of key/value heads and of the bytes that a token's keys and values take."""
+    (before, after), heads = answer["kv_bytes_per_token"], answer["kv_heads"]
+    if before == after:
+        return f"KV cache {human_bytes(before)} a token, as before"
+    changed = f"{heads[0]} → {heads[1]} key/value heads, " if heads[0] != heads[1] else ""
+    factor = f"{before / after:.2f}x smaller" if after < before else f"{after / before:.2f}x larger"
+    return f"{changed}KV cache {human_bytes(before)} → {human_bytes(after)} a token ({factor})"
+
+
 def _show_conversion(answer: dict[str, Any], output: Output) -> None:
     if answer["dry_run"]:
         rows = [
@@ -79,17 +89,12 @@ def _show_conversion(answer: dict[str, Any], output: Output) -> None:
         output.table(["tensor", "before", "after", "rule"], rows, "Would write")
     if answer.get("sensitivity"):
         _show_sensitivity(answer["sensitivity"], output)
-    before, after = answer["kv_bytes_per_token"]
     verb = "Would write" if answer["dry_run"] else "Wrote"
-    cache = f"KV cache {human_bytes(before)} a token, as before"
-    if before != after:
-        heads = f"{answer['kv_heads'][0]} → {answer['kv_heads'][1]} key/value heads"
-        cache = f"{heads}, KV cache {human_bytes(before)} → {human_bytes(after)} a token ({before / after:.2f}x smaller)"
     added = answer["parameters"][1] - answer["parameters"][0]
     more = f" (+{human_count(added)})" if added > 0 else ""
     output.line(
         f"{verb} {answer['out']}: {human_bytes(answer['bytes'][1])}, "
-        f"{human_count(answer['parameters'][1])} parameters{more}, {cache}"
+        f"{human_count(answer['parameters'][1])} parameters{more}, {cache_words(answer)}"
     )
     if answer["dry_run"]:
         return
