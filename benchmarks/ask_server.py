@@ -195,7 +195,7 @@ def _command(args: argparse.Namespace, out: Path, port: int) -> list[str]:
 
 def _killed(command: list[str], out: Path, items: int) -> set[int]:
     """Run until two fifths of the answers are kept, then kill; the numbers of the items kept."""
-    path = out.with_name(out.name + ".synth") / "answers-0-of-1.jsonl"
+    path = out.with_name(out.name + ".upfit-work") / "answers-0-of-1.jsonl"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None and len(_kept(path)) < 2 * items // 5:
         time.sleep(0.1)

@@ -90,10 +90,10 @@ def killed(source: Path, out: Path, after: float, whole: dict[str, str]) -> str:
     if out.exists():
         check(out, whole)
         return "finished"
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(out.name + ".upfit-work")
     if not partial.exists():
         return "nothing written yet"
-    journal = partial / "conversion.jsonl"
+    journal = partial / "result" / "conversion.jsonl"
     finished = max(0, len(journal.read_text(encoding="utf-8").splitlines()) - 1) if journal.exists() else 0
     return "begun, no shard finished" if finished == 0 else "some or all shards finished"
 

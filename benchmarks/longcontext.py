@@ -70,7 +70,7 @@ def _synth(args: argparse.Namespace, out: Path, shard: str) -> None:
 def _killed(args: argparse.Namespace, out: Path) -> None:
     """Shard 1 of 3, killed when it has written something."""
     process = subprocess.Popen(_command(args, out, "1/3"))
-    part = out.with_name(out.name + ".synth") / "part-1-of-3.jsonl"
+    part = out.with_name(out.name + ".upfit-work") / "part-1-of-3.jsonl"
     while process.poll() is None and not (part.exists() and part.stat().st_size > 100_000):
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)

@@ -135,7 +135,7 @@ def measure(arm: str, model: str, data: Path, scratch: Path, args: argparse.Name
 
 
 def child(python: str, arm: str, model: str, data: Path, args: argparse.Namespace) -> dict[str, float]:
-    words = [python, "-m", "benchmarks.uptrain", str(args.scratch), "--models", model, "--arm", arm]
+    words = [python, "-m", "benchmarks.upfit-work", str(args.scratch), "--models", model, "--arm", arm]
     words += ["--data", str(data), "--results", os.devnull, "--dtype", args.dtype, "--steps", str(args.steps)]
     words += ["--length", str(args.length), "--rows", str(args.rows), "--micro-batch", str(args.micro_batch)]
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)

@@ -34,9 +34,11 @@ def model(tmp_path: Path) -> Path:
     return save_tiny(tmp_path / "model")
 
 
-def run(model: Path, name: str = "stats.safetensors", tokens: str = "1k", length: int = 64) -> dict[str, Any]:
+def run(
+    model: Path, name: str = "stats.safetensors", tokens: str = "1k", length: int = 64, overwrite: bool = False
+) -> dict[str, Any]:
     text = [str(model.parent / "text.txt")]
-    return calibrate(str(model), text, model.parent / name, tokens, length, None, False, QUIET)
+    return calibrate(str(model), text, model.parent / name, tokens, length, None, overwrite, QUIET)
 
 
 def converted(model: Path, name: str, **options: Any) -> Path:
@@ -106,7 +108,7 @@ def test_killed_is_resumed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None
     run(model)
     assert seen == [0, 1, 1]
     assert (model.parent / "stats.safetensors").read_bytes() == (model.parent / "unbroken.safetensors").read_bytes()
-    assert not list(model.parent.glob("*.partial"))
+    assert not list(model.parent.glob("*.upfit-work"))
 
 
 def test_another_text_starts_anew(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +123,9 @@ def test_another_text_starts_anew(model: Path, monkeypatch: pytest.MonkeyPatch) 
         patch.setattr(room, "gather_layer", failing)
         with pytest.raises(KeyboardInterrupt):
             run(model, length=32)
-    run(model, length=64)
+    with pytest.raises(UpfitError, match="begun with other settings"):
+        run(model, length=64)
+    run(model, length=64, overwrite=True)
     run(model, "fresh.safetensors", length=64)
     assert (model.parent / "stats.safetensors").read_bytes() == (model.parent / "fresh.safetensors").read_bytes()
 

@@ -17,11 +17,13 @@ import torch
 from tests.folders import letter_tokenizer, logits, save_tiny, tiny_llama
 from tests.warm_python import warm_python
 from upfit import history
-from upfit.convert import conversion, folders, writer
+from upfit.convert import conversion, writer
+from upfit.convert import work_folder as work_room
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.folders import staged, teacher_source
+from upfit.convert.folders import teacher_source
 from upfit.convert.recipe import get_recipe
+from upfit.convert.work_folder import RESULT, work_folder
 from upfit.errors import UpfitError
 from upfit.output import Output
 
@@ -102,7 +104,7 @@ def test_a_broken_promise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(conversion, "write_shards", damaged)
     with pytest.raises(UpfitError, match="promises equality"):
         run(save_tiny(tmp_path / "source"), tmp_path / "out", 4)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.upfit-work").exists()
 
 
 def test_without_kernel_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,10 +167,12 @@ def test_code_and_pickles_do_not_travel(tmp_path: Path) -> None:
 
 
 def test_two_writers_of_one_place(tmp_path: Path) -> None:
-    with staged(tmp_path / "out") as folder:
-        (folder / "a").write_text("first")
-        with pytest.raises(UpfitError, match="another process"), staged(tmp_path / "out"):
-            pass
+    with work_folder(tmp_path / "out", "convert") as work:
+        made = work.folder(RESULT)
+        (made / "a").write_text("first")
+        with pytest.raises(UpfitError, match="another process"):
+            run(save_tiny(tmp_path / "source"), tmp_path / "out")
+        work.publish(made, overwrite=False)
     assert (tmp_path / "out" / "a").read_text() == "first"
 
 
@@ -180,7 +184,7 @@ def test_an_error_leaves_what_stood_there(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(path: Path) -> None:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(folders, "sync_tree", fail)
+    monkeypatch.setattr(work_room, "sync_tree", fail)
     with pytest.raises(RuntimeError):
         run(source, tmp_path / "out", 1, overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -201,7 +205,7 @@ def test_killed_at_any_moment_nothing_looks_finished(tmp_path: Path, python: str
     command = [python, "-m", "upfit", "convert", "gqa", str(source), str(tmp_path / "out"), "-q"]
     command += ["--kv-heads", "2", "--method", "mean"]
     process = subprocess.Popen(command)
-    while not (tmp_path / "out.partial").exists() and process.poll() is None:
+    while not (tmp_path / "out.upfit-work").exists() and process.poll() is None:
         time.sleep(0.001)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
@@ -211,7 +215,7 @@ def test_killed_at_any_moment_nothing_looks_finished(tmp_path: Path, python: str
     else:
         subprocess.run(command, check=True)
         logits(tmp_path / "out")
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out.upfit-work").exists()
 
 
 def test_tokenizer_of_the_tests_reads_text() -> None:

@@ -28,7 +28,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`out.partial` as a kill leaves it after all shards but the last: a stop by the user keeps the same."""
+    """the work folder as a kill leaves it after all shards but the last: a stop by the user keeps the same."""
     source = save_tiny(tmp_path / "source", tiny_llama(num_hidden_layers=4), shards=SHARDS)
     run(source, tmp_path / "whole")
     original = conversion.write_shards
@@ -52,7 +52,7 @@ def identities(folder: Path) -> dict[str, int]:
 
 
 def test_finished_shards_are_kept(stopped: Path) -> None:
-    before = identities(stopped / "out.partial")
+    before = identities(stopped / "out.upfit-work" / "result")
     run(stopped / "source", stopped / "out")
     after = identities(stopped / "out")
     assert sum(before[name] == after[name] for name in before) >= len(before) - 1
@@ -61,7 +61,7 @@ def test_finished_shards_are_kept(stopped: Path) -> None:
 
 
 def test_a_damaged_shard_is_written_again(stopped: Path) -> None:
-    for path in (stopped / "out.partial").glob("*.safetensors"):
+    for path in (stopped / "out.upfit-work" / "result").glob("*.safetensors"):
         before = path.stat()
         with open(path, "r+b") as file:
             file.seek(-3, os.SEEK_END)

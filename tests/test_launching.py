@@ -83,12 +83,13 @@ def test_the_job_asks_slurm_for_what_its_script_counts_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "leaves,code,requeued", [("mkdir -p $OUT", 0, False), ("touch $OUT.uptrain/stopped; false", 0, True), ("false", 1, False)]
+    "leaves,code,requeued",
+    [("mkdir -p $OUT", 0, False), ("touch $OUT.upfit-work/stopped; false", 0, True), ("false", 1, False)],
 )
 def test_the_job_follows_itself_after_a_clean_stop_only(tmp_path: Path, leaves: str, code: int, requeued: bool) -> None:
     out, asked = tmp_path / "out", tmp_path / "asked"
-    (tmp_path / "out.uptrain").mkdir()
-    (tmp_path / "out.uptrain" / "stopped").touch()  # of the job before
+    (tmp_path / "out.upfit-work").mkdir()
+    (tmp_path / "out.upfit-work" / "stopped").touch()  # of the job before
     stands_in = {"srun": leaves, "scontrol": f'if [ $1 = requeue ]; then echo $2 > {asked}; else echo "n1\nn2"; fi'}
     for name, script in stands_in.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")

@@ -89,7 +89,7 @@ def test_lengths_and_depths_are_spread_evenly(contexts: Contexts) -> None:
 
 
 def test_parts_and_interruptions_change_no_byte(made: Path, tmp_path: Path) -> None:
-    out, work = tmp_path / "out", tmp_path / "out.synth"
+    out, work = tmp_path / "out", tmp_path / "out.upfit-work"
     options = replace(OPTIONS, export="film")
     asked = template.ask
 
@@ -296,7 +296,7 @@ def test_a_server_that_falls_silent_is_one_line_and_asked_again_later(
     server.silent = 2
     with pytest.raises(UpfitError, match="does not answer .*timed out.*; the same command goes on"):
         synth(TEXT, tmp_path / "out", options, QUIET)
-    kept = (tmp_path / "out.synth" / "answers-0-of-1.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = (tmp_path / "out.upfit-work" / "answers-0-of-1.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(kept) == 2
     server.silent, server.count = 10**6, 0
     monkeypatch.setattr(backends, "RETRIES", 3)
@@ -308,7 +308,7 @@ def test_requests_go_out_and_responses_come_in(tmp_path: Path) -> None:
     options = replace(OPTIONS, ask="file", model="m", items=6, several_share=0.0)
     waiting = synth(TEXT, tmp_path / "out", options, QUIET)
     assert not waiting["finished"]
-    rows = [json.loads(line) for line in (tmp_path / "out.synth" / "requests-0-of-1.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out.upfit-work" / "requests-0-of-1.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and rows[0]["url"] == "/v1/chat/completions" and rows[0]["body"]["model"] == "m"
 
     def response(row: dict[str, Any]) -> str:
@@ -331,7 +331,7 @@ def test_a_model_in_this_process_can_ask(tmp_path: Path) -> None:
     options = replace(OPTIONS, ask="hf", model=MODEL, items=2, temperature=0.0)
     with pytest.raises(UpfitError, match=r"no question was kept: .*\(2\)"):  # the embedded model asks nothing sensible
         synth(TEXT, tmp_path / "out", options, QUIET)
-    answered = (tmp_path / "out.synth" / "answers-0-of-1.jsonl").read_text(encoding="utf-8").splitlines()
+    answered = (tmp_path / "out.upfit-work" / "answers-0-of-1.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(answered) == 2, "what it said is kept"
 
 

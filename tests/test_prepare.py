@@ -102,17 +102,20 @@ def test_bad_text_is_one_line_and_leaves_nothing(tmp_path: Path, tokenizer: str,
 def test_bad_places_are_refused(tmp_path: Path, tokenizer: str) -> None:
     (tmp_path / "a.txt").write_text("abc")
     (tmp_path / "binary").write_bytes(b"a\0b")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("mine")
     cases: list[tuple[str, Path, str]] = [
         (str(tmp_path / "none.txt"), tmp_path / "out", "no file"),
         (str(tmp_path / "binary"), tmp_path / "out", "UTF-8"),
         (str(tmp_path), tmp_path / "out", "overlaps"),
-        (str(tmp_path / "a.txt"), tmp_path / "tokenizer", "not empty"),
+        (str(tmp_path / "a.txt"), tmp_path / "tokenizer", "overlaps"),
+        (str(tmp_path / "a.txt"), tmp_path / "taken", "not empty"),
     ]
     for given, out, told in cases:
         with pytest.raises(UpfitError, match=told):
             prepare([given], out, tokenizer, "text", QUIET)
     with pytest.raises(UpfitError, match="no tokenizer"):
-        prepare([str(tmp_path / "a.txt")], tmp_path / "out", str(tmp_path), "text", QUIET)
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", str(tmp_path / "taken"), "text", QUIET)
 
 
 def test_overwrite_replaces_only_what_upfit_wrote(tmp_path: Path, tokenizer: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from tests.folders import letter_tokenizer
 from tests.uptraining import QUIET, text
 from tests.warm_python import ROOT, warm_python
+from upfit.convert.work_folder import work_folder
 from upfit.errors import UpfitError
 from upfit.history import FILE
 from upfit.output import Meter, Output
@@ -97,21 +98,21 @@ def test_stopped_after_any_batch_it_goes_on(tmp_path: Path, tokenizer: str, corp
     for at in (2, 1, 9, 3):
         with pytest.raises(Stop):
             prepare([corpus], tmp_path / "broken", tokenizer, "text", Stopping(at), tokens=tokens, workers=1 + at % 3)
-        read.append(json.loads((tmp_path / "broken.prepare" / "state.json").read_text())["read"])
+        read.append(json.loads((tmp_path / "broken.upfit-work" / "state.json").read_text())["read"])
         assert not (tmp_path / "broken").exists()
-        with open(max((tmp_path / "broken.prepare" / "shards").glob("tokens-*")), "ab") as file:
+        with open(max((tmp_path / "broken.upfit-work" / "shards").glob("tokens-*")), "ab") as file:
             file.write(b"what was written after the state was saved")
-        (tmp_path / "broken.prepare" / "shards" / "tokens-00077.bin").write_bytes(b"too")
+        (tmp_path / "broken.upfit-work" / "shards" / "tokens-00077.bin").write_bytes(b"too")
     assert 0 < read[0] == read[1] < read[2] < read[3] < DOCUMENTS, "what was saved is not done again"
     prepare([corpus], tmp_path / "broken", tokenizer, "text", QUIET, tokens=tokens)
-    assert content(tmp_path / "broken") == content(tmp_path / "whole") and not (tmp_path / "broken.prepare").exists()
+    assert content(tmp_path / "broken") == content(tmp_path / "whole") and not (tmp_path / "broken.upfit-work").exists()
     Shards(tmp_path / "broken").verify()
 
 
 def stopped(tmp_path: Path, tokenizer: str, corpus: str) -> Path:
     with pytest.raises(Stop):
         prepare([corpus], tmp_path / "out", tokenizer, "text", Stopping(4))
-    return tmp_path / "out.prepare"
+    return tmp_path / "out.upfit-work"
 
 
 def test_work_of_other_settings_or_another_text_is_not_gone_on_with(tmp_path: Path, tokenizer: str, corpus: str) -> None:
@@ -121,7 +122,7 @@ def test_work_of_other_settings_or_another_text_is_not_gone_on_with(tmp_path: Pa
     (tmp_path / "in.jsonl").write_text(lines(DOCUMENTS + 1))
     with pytest.raises(UpfitError, match="begun with other settings"):
         prepare([corpus], tmp_path / "out", tokenizer, "text", QUIET)
-    assert content(tmp_path / "out.prepare" / "shards") == before, "the refused commands touched the work"
+    assert content(tmp_path / "out.upfit-work" / "shards") == before, "the refused commands touched the work"
     assert prepare([corpus], tmp_path / "out", tokenizer, "text", QUIET, overwrite=True)["documents"] == DOCUMENTS
 
 
@@ -129,16 +130,13 @@ def test_work_that_was_damaged_is_told(tmp_path: Path, tokenizer: str, corpus: s
     work = stopped(tmp_path, tokenizer, corpus)
     shard = max((work / "shards").glob("tokens-*"))
     shard.write_bytes(b"\xff" + shard.read_bytes()[1:])
-    with pytest.raises(UpfitError, match="is not what was written there; remove .*prepare and start anew"):
+    with pytest.raises(UpfitError, match="is not what was written there; remove .*upfit-work and start anew"):
         prepare([corpus], tmp_path / "out", tokenizer, "text", QUIET)
 
 
 def test_two_commands_cannot_prepare_the_same(tmp_path: Path, tokenizer: str, corpus: str) -> None:
-    from upfit.convert.work import held
-
-    with held(tmp_path / "out.prepare"), pytest.raises(UpfitError, match="another process"):
+    with work_folder(tmp_path / "out", "prepare"), pytest.raises(UpfitError, match="another process"):
         prepare([corpus], tmp_path / "out", tokenizer, "text", QUIET)
-    assert (tmp_path / "out.prepare").exists(), "the other one's work"
 
 
 def test_no_workers_are_refused(tmp_path: Path, tokenizer: str, corpus: str) -> None:
@@ -167,7 +165,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path, tokenizer: str) -> None
     (tmp_path / "driver.py").write_text(DRIVER)
     prepare([str(tmp_path / "in.jsonl")], tmp_path / "whole", tokenizer, "text", QUIET)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    state, kills, saved = tmp_path / "out.prepare" / "state.json", 0, 0.0
+    state, kills, saved = tmp_path / "out.upfit-work" / "state.json", 0, 0.0
     with warm_python(environment) as python:
         command = [python, str(tmp_path / "driver.py"), str(tmp_path / "in.jsonl"), str(tmp_path / "out"), tokenizer]
         for wait in (0.0, 0.01, 0.05, 0.1):
@@ -180,4 +178,4 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path, tokenizer: str) -> None
             saved = state.stat().st_mtime if state.exists() else 0.0
         subprocess.run(command, env=environment, check=True)
     assert kills, "it was too fast to be killed"
-    assert content(tmp_path / "out") == content(tmp_path / "whole") and not (tmp_path / "out.prepare").exists()
+    assert content(tmp_path / "out") == content(tmp_path / "whole") and not (tmp_path / "out.upfit-work").exists()

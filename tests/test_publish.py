@@ -156,7 +156,7 @@ def test_weights_that_were_not_measured_are_not_praised(folder: Path) -> None:
 def test_unfinished_folders_and_foreign_ones_do_not_go(folder: Path, shop: Workshop) -> None:
     with pytest.raises(UpfitError, match="nothing to make a model card of"):
         pack(shop.teacher, "alice/poet", Options())
-    partial = copied(folder, folder.with_name("better.partial"))
+    partial = copied(folder, folder.with_name("better.upfit-work"))
     with pytest.raises(UpfitError, match="unfinished run"):
         pack(partial, "alice/poet", Options())
     weights = folder / "model.safetensors"

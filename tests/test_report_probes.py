@@ -251,7 +251,7 @@ def test_pictures_are_a_folder_of_their_own_whole_or_absent(tmp_path: Path, monk
         (taken, False, "not empty"),
         (taken, True, "holds mine.txt"),
         (result, False, "is a file"),
-        (model / "png", False, "lie in the model"),
+        (model / "png", False, "overlaps the source"),
         (tmp_path, False, "would hold the page"),
     ):
         with pytest.raises(UpfitError, match=message):
@@ -259,7 +259,7 @@ def test_pictures_are_a_folder_of_their_own_whole_or_absent(tmp_path: Path, monk
     with monkeypatch.context() as broken, pytest.raises(OSError, match="full"):
         broken.setattr("upfit.report.page.Plot.png", lambda plot: (_ for _ in ()).throw(OSError("full")))
         report(str(model), out, [result], png, False)
-    assert not out.exists() and not png.exists() and not list(tmp_path.glob("*.partial"))
+    assert not out.exists() and not png.exists() and not list(tmp_path.glob("*.upfit-work"))
     told = report(str(model), out, [result], png, False)
     assert sorted(told["plots"]) == sorted(str(path) for path in png.iterdir()) and len(told["plots"]) >= 3
     assert report(str(model), out, [result], png, True) == told

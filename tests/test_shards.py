@@ -150,7 +150,11 @@ def test_a_run_ends_at_damaged_tokens_with_all_steps_before_saved(shop: Workshop
     for resume in (False, True):
         with pytest.raises(UpfitError, match="tokens-00000.bin is damaged in the 64 bytes from offset"):
             broken.run(tmp_path / "out", resume=resume, save_every="100")
-        assert int(Workspace(tmp_path / "out").checkpoints()[-1].name[5:]) == step == len(metrics(tmp_path / "out.uptrain"))
+        assert (
+            int(Workspace(tmp_path / "out.upfit-work").checkpoints()[-1].name[5:])
+            == step
+            == len(metrics(tmp_path / "out.upfit-work"))
+        )
     shutil.copy(shop.data / path.name, path)
     broken.run(tmp_path / "out", resume=True)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
@@ -162,7 +166,7 @@ def test_data_can_be_verified_before_the_first_step(shop: Workshop, tmp_path: Pa
     settings = config(verify_data=True)
     with pytest.raises(UpfitError, match="SHA-256"):
         uptrain(str(broken.student), str(broken.data), tmp_path / "out", settings, False, False, QUIET)
-    assert not (tmp_path / "out.uptrain").exists()
+    assert not (tmp_path / "out.upfit-work").exists()
 
 
 @pytest.mark.slow
@@ -173,4 +177,4 @@ def test_one_process_that_reads_damaged_tokens_ends_all_with_a_checkpoint(shop: 
         ended = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert ended.returncode and "tokens-00000.bin is damaged in the 64 bytes" in ended.stderr
     assert "another process could not read its rows" in ended.stderr
-    assert [saved.name for saved in Workspace(tmp_path / "out").checkpoints()] == [f"step-{step:08d}"]
+    assert [saved.name for saved in Workspace(tmp_path / "out.upfit-work").checkpoints()] == [f"step-{step:08d}"]

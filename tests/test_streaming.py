@@ -72,7 +72,7 @@ def test_streamed_is_converted(source: Path, tmp_path: Path, monkeypatch: pytest
     assert "streamed" in answer["verify"]["numbers"] and answer["source"]["path"] is None
     assert len(answer["source"]["revision"]) == 40
     assert max(most) < len(list(source.glob("*.safetensors"))), "all files were here at once"
-    assert not (tmp_path / "streamed.stream").exists()
+    assert not (tmp_path / "streamed.upfit-work").exists()
 
 
 def test_killed_it_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_killed_it_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.Mon
             run(REPO, tmp_path / "out", stream=True)
         finally:
             os._exit(1)
-    journal = tmp_path / "out.partial" / "conversion.jsonl"
+    journal = tmp_path / "out.upfit-work" / "result" / "conversion.jsonl"
     for _ in range(600):
         if journal.exists() and len(journal.read_text("utf-8").splitlines()) > 1:
             break
@@ -119,7 +119,7 @@ def test_what_cannot_be_streamed_is_refused(source: Path, tmp_path: Path) -> Non
     recipe = get_recipe("gqa")
     with pytest.raises(UpfitError, match="leave --stream out, or"):
         convert(recipe, REPO, tmp_path / "out", recipe.options(kv_heads=2), Settings(stream=True), Output(quiet=True))
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.stream").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.upfit-work").exists()
 
 
 def test_a_download_that_fails_costs_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

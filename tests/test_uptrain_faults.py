@@ -79,7 +79,7 @@ def test_a_disk_full_for_a_while_costs_its_checkpoints(
     shop: Workshop, whole: Path, tmp_path: Path, disk: Callable[[int], object]
 ) -> None:
     seen: list[str] = []
-    workspace = Workspace(tmp_path / "out")
+    workspace = Workspace(tmp_path / "out.upfit-work")
     output = Telling(
         {
             3: lambda: disk(1000),
@@ -102,7 +102,7 @@ def test_a_disk_full_to_the_end_is_one_line_and_resume_goes_on(
     with pytest.raises(UpfitError, match="out could not be written .*step-00000004; free some space") as caught:
         shop.run(tmp_path / "out", output=Telling({6: lambda: disk(1000)}), async_save=False)
     disk(resource.RLIM_INFINITY)
-    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.glob("out*")] == ["out.uptrain"]
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.glob("out*")] == ["out.upfit-work"]
     shop.run(tmp_path / "out", resume=True)
     assert weights(tmp_path / "out") == weights(whole)
     assert untimed(tmp_path / "out") == untimed(whole)
@@ -115,7 +115,7 @@ def test_a_stop_that_cannot_be_saved_leaves_no_mark(shop: Workshop, tmp_path: Pa
 
     with pytest.raises(UpfitError, match="stopped, but the checkpoint of step 3 could not be written"):
         shop.run(tmp_path / "out", output=Telling({3: fill_and_signal}))
-    assert not (tmp_path / "out.uptrain" / "stopped").exists()
+    assert not (tmp_path / "out.upfit-work" / "stopped").exists()
 
 
 def test_lines_wait_for_the_disk_and_none_is_lost(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def looked_at(run, *rest):  # accelerate makes DDP of FSDP where it does not lik
 loop.one_step = looked_at
 for model, data, out, stop, resume, settings in json.loads(sys.argv[1]):
     if resume and resume != out and os.environ["RANK"] == "0":
-        shutil.copytree(resume + ".uptrain", out + ".uptrain")
+        shutil.copytree(resume + ".upfit-work", out + ".upfit-work")
     output = Interrupting(stop) if stop else Output(quiet=True)
     if isinstance(settings.get("micro_batch"), list):
         settings["micro_batch"] = settings["micro_batch"][int(os.environ["RANK"])]
@@ -147,7 +147,7 @@ def runs(python: str, place: Path, shops: dict[str, Workshop]) -> Path:
         job(untied, place / "fsdp-to-fsdp", resume=place / "stopped-fsdp", **fsdp),
     ]
     launch(python, place, 2, [begun, *whole, *resumed])
-    shutil.copytree(place / "stopped-fsdp.uptrain", place / "fsdp-to-one.uptrain")
+    shutil.copytree(place / "stopped-fsdp.upfit-work", place / "fsdp-to-one.upfit-work")
     untied.run(place / "fsdp-to-one", resume=True, **SIX)
     torch.set_num_threads(threads)
     return place
@@ -211,7 +211,7 @@ import sys, time
 from pathlib import Path
 import torch.distributed.checkpoint as dcp
 from tests.uptraining import Workshop
-write, place = dcp.FileSystemWriter.write_data, Path(sys.argv[4] + ".uptrain")
+write, place = dcp.FileSystemWriter.write_data, Path(sys.argv[4] + ".upfit-work")
 def slowly(self, *plan):  # the first checkpoint is late, the second never comes
     late = self.path.name == "step-00000002.tmp"
     (place / "writing").touch()
@@ -227,7 +227,7 @@ Workshop(*map(Path, sys.argv[1:4])).run(Path(sys.argv[4]), tokens="768", save_ev
 def test_killed_while_a_checkpoint_is_being_written_it_goes_on_from_the_one_before(
     python: str, shops: dict[str, Workshop], tmp_path: Path
 ) -> None:
-    shop, place = shops["untied"], tmp_path / "out.uptrain"
+    shop, place = shops["untied"], tmp_path / "out.upfit-work"
     (tmp_path / "slow.py").write_text(SLOW)
     words = [python, str(tmp_path / "slow.py"), str(shop.teacher), str(shop.student), str(shop.data), str(tmp_path / "out")]
     process = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -239,7 +239,7 @@ def test_killed_while_a_checkpoint_is_being_written_it_goes_on_from_the_one_befo
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert [path.name for path in Workspace(tmp_path / "out").checkpoints()] == ["step-00000002"]
+    assert [path.name for path in Workspace(tmp_path / "out.upfit-work").checkpoints()] == ["step-00000002"]
     shop.run(tmp_path / "out", resume=True, **SIX)
     shop.run(tmp_path / "whole", **SIX)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole"), "what is written late is what was there in time"
@@ -256,7 +256,7 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
     with pytest.raises(UpfitError, match="the checkpoint of step 2 .*No space left on device.* go on with --resume") as caught:
         shops["untied"].run(tmp_path / "out", tokens="512", output=Interrupting(2), async_save=background)
-    assert "\n" not in str(caught.value) and not Workspace(tmp_path / "out").checkpoints()
+    assert "\n" not in str(caught.value) and not Workspace(tmp_path / "out.upfit-work").checkpoints()
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true"}

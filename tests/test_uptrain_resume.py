@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.uptraining import BASE, Workshop, make_workshop, metrics, one_thread, weights
 from tests.warm_python import warm_python
+from upfit.convert.work_folder import LOCK, MARK, work_folder
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
 from upfit.uptrain import state
@@ -81,23 +81,23 @@ def test_a_signal_saves_and_a_resumed_run_ends_with_the_same_bytes(shop: Worksho
     report = shop.run(tmp_path / "broken", output=Interrupting(5), save_every="100")
     assert signal.getsignal(signal.SIGTERM) is handler
     assert report["stopped"] and report["step"] == 5 and not (tmp_path / "broken").exists()
-    assert [path.name for path in Workspace(tmp_path / "broken").checkpoints()] == ["step-00000005"]
-    assert (tmp_path / "broken.uptrain" / "stopped").exists()
+    assert [path.name for path in Workspace(tmp_path / "broken.upfit-work").checkpoints()] == ["step-00000005"]
+    assert (tmp_path / "broken.upfit-work" / "stopped").exists()
     report = shop.run(tmp_path / "broken", resume=True, output=Interrupting(3, signal.SIGUSR1))
     assert report["stopped"] and report["step"] == 8
-    (tmp_path / "broken.uptrain" / "step-00000008").rename(tmp_path / "broken.uptrain" / "step-00000008.tmp")
+    (tmp_path / "broken.upfit-work" / "step-00000008").rename(tmp_path / "broken.upfit-work" / "step-00000008.tmp")
     with pytest.raises(UpfitError, match="--resume"):
         shop.run(tmp_path / "broken")
-    assert not (tmp_path / "broken.uptrain" / "stopped").exists(), "it would be taken for that of the run that failed"
+    assert not (tmp_path / "broken.upfit-work" / "stopped").exists(), "it would be taken for that of the run that failed"
     finished = shop.run(tmp_path / "broken", resume=True)
-    assert not finished["stopped"] and not (tmp_path / "broken.uptrain").exists()
+    assert not finished["stopped"] and not (tmp_path / "broken.upfit-work").exists()
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
     assert untimed(tmp_path / "broken") == untimed(tmp_path / "whole")
 
 
 def stopped(shop: Workshop, tmp_path: Path, at: int = 9) -> Path:
     shop.run(tmp_path / "out", output=Interrupting(at))
-    return tmp_path / "out.uptrain"
+    return tmp_path / "out.upfit-work"
 
 
 def test_a_run_begun_is_neither_lost_nor_mixed_up(shop: Workshop, tmp_path: Path) -> None:
@@ -124,10 +124,11 @@ def test_overwrite_begins_anew(shop: Workshop, tmp_path: Path) -> None:
 
 
 def test_files_of_the_user_in_the_workspace_survive(shop: Workshop, tmp_path: Path) -> None:
-    (tmp_path / "out.uptrain" / "step-notes").mkdir(parents=True)
-    (tmp_path / "out.uptrain" / "diary.txt").write_text("mine")
+    place = stopped(shop, tmp_path)
+    (place / "step-notes").mkdir()
+    (place / "diary.txt").write_text("mine")
     shop.run(tmp_path / "out", tokens="256", overwrite=True)
-    assert sorted(path.name for path in (tmp_path / "out.uptrain").iterdir()) == ["diary.txt", "step-notes"]
+    assert {path.name for path in place.iterdir()} - {MARK, LOCK} == {"diary.txt", "step-notes"}
 
 
 def test_resume_without_a_checkpoint_starts_anew(shop: Workshop, tmp_path: Path) -> None:
@@ -160,9 +161,9 @@ def damage(checkpoint: Path, how: str) -> None:
 def test_a_damaged_checkpoint_is_passed_over(shop: Workshop, tmp_path: Path, how: str) -> None:
     shop.run(tmp_path / "whole")
     place = stopped(shop, tmp_path)
-    assert [path.name for path in Workspace(tmp_path / "out").checkpoints()] == ["step-00000008", "step-00000009"]
+    assert [path.name for path in Workspace(tmp_path / "out.upfit-work").checkpoints()] == ["step-00000008", "step-00000009"]
     damage(place / "step-00000009", how)
-    assert [path.name for path in Workspace(tmp_path / "out").checkpoints()] == ["step-00000008"]
+    assert [path.name for path in Workspace(tmp_path / "out.upfit-work").checkpoints()] == ["step-00000008"]
     shop.run(tmp_path / "out", resume=True)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
@@ -176,14 +177,16 @@ def test_killed_while_old_ones_are_removed_none_is_left_by_half(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(path: Path) -> None:
+        if not path.exists():
+            return
         next(path.iterdir()).unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(state, "shutil", SimpleNamespace(rmtree=killed))
+    monkeypatch.setattr(state, "remove_tree", killed)
     with pytest.raises(KeyboardInterrupt):
         shop.run(tmp_path / "out", keep=1, async_save=False)
     monkeypatch.undo()
-    workspace = state.Workspace(tmp_path / "out")
+    workspace = state.Workspace(tmp_path / "out.upfit-work")
     named = [path for path in workspace.path.iterdir() if state.STEP_NAME.fullmatch(path.name)]
     assert named == workspace.checkpoints() and len(list(workspace.path.glob("*.old"))) == 1
     shop.run(tmp_path / "out", resume=True)
@@ -191,7 +194,7 @@ def test_killed_while_old_ones_are_removed_none_is_left_by_half(
 
 
 def test_two_runs_cannot_share_a_place(shop: Workshop, tmp_path: Path) -> None:
-    with Workspace(tmp_path / "out").held(), pytest.raises(UpfitError, match="another process"):
+    with work_folder(tmp_path / "out", "uptrain"), pytest.raises(UpfitError, match="another process"):
         shop.run(tmp_path / "out")
 
 
@@ -240,7 +243,7 @@ def test_killed_at_any_moment_and_resumed_ends_with_the_same_bytes(shop: Worksho
     subprocess.run(whole, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     for count, resume in ((15, False), (60, True)):
         broken = [python, *command(shop, tmp_path, tmp_path / "broken", resume, **LONG)]
-        with running(broken, tmp_path / "broken.uptrain", count) as process:
+        with running(broken, tmp_path / "broken.upfit-work", count) as process:
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL and not (tmp_path / "broken").exists()
     final = [python, *command(shop, tmp_path, tmp_path / "broken", True, **LONG)]
@@ -281,12 +284,12 @@ def test_sigterm_to_torchrun_saves_and_resumes_bit_exactly(shop: Workshop, pytho
         subprocess.run(words, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
 
     run("whole")
-    with running(torchrun(python, shop, tmp_path, tmp_path / "broken", **LONG), tmp_path / "broken.uptrain", 13) as process:
+    with running(torchrun(python, shop, tmp_path, tmp_path / "broken", **LONG), tmp_path / "broken.upfit-work", 13) as process:
         process.send_signal(signal.SIGTERM)
         process.wait()
-    assert not (tmp_path / "broken").exists() and not list((tmp_path / "broken.uptrain").glob("*.tmp"))
-    saved = Workspace(tmp_path / "broken").checkpoints()
-    assert int(saved[-1].name[5:]) == len(metrics(tmp_path / "broken.uptrain"))
+    assert not (tmp_path / "broken").exists() and not list((tmp_path / "broken.upfit-work").glob("*.tmp"))
+    saved = Workspace(tmp_path / "broken.upfit-work").checkpoints()
+    assert int(saved[-1].name[5:]) == len(metrics(tmp_path / "broken.upfit-work"))
     run("broken", resume=True)
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
 
@@ -298,11 +301,11 @@ def test_one_process_dies_all_end_and_nothing_is_lost_but_the_last_steps(shop: W
         subprocess.run(words, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
 
     run("whole")
-    with running(torchrun(python, shop, tmp_path, tmp_path / "broken", **LONG), tmp_path / "broken.uptrain", 23) as process:
+    with running(torchrun(python, shop, tmp_path, tmp_path / "broken", **LONG), tmp_path / "broken.upfit-work", 23) as process:
         os.kill(int((tmp_path / "broken.pid1").read_text()), signal.SIGKILL)
         assert process.wait(PATIENCE) == 1
     assert not (tmp_path / "broken").exists()
-    saved = Workspace(tmp_path / "broken").checkpoints()
+    saved = Workspace(tmp_path / "broken.upfit-work").checkpoints()
     assert int(saved[-1].name[5:]) >= 10, "a checkpoint is due every ten steps, and written while the next ones go on"
     run("broken", resume=True)
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
@@ -316,11 +319,11 @@ def test_two_nodes_find_each_other_and_stop_together(shop: Workshop, python: str
         port = free.getsockname()[1]
     flags = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     flags += ["--rdzv-id", "7", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    place = tmp_path / "out.uptrain"
+    place = tmp_path / "out.upfit-work"
     words = [python, "-m", "torch.distributed.run", *flags, *command(shop, tmp_path, tmp_path / "out", **LONG)]
     with running(words, place, 0) as first, running(words, place, 2) as second:
         for node in (first, second):
             node.send_signal(signal.SIGUSR1)
         assert [node.wait(PATIENCE) for node in (first, second)] == [1, 1]
     assert (place / "stopped").exists() and not (tmp_path / "out").exists()
-    assert int(Workspace(tmp_path / "out").checkpoints()[-1].name[5:]) == len(metrics(place)) >= 2
+    assert int(Workspace(tmp_path / "out.upfit-work").checkpoints()[-1].name[5:]) == len(metrics(place)) >= 2

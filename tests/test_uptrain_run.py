@@ -183,7 +183,7 @@ def test_bad_steps_in_a_row_end_the_run(shop: Workshop, tmp_path: Path, monkeypa
     with pytest.raises(UpfitError, match="3 steps in a row"):
         shop.run(tmp_path / "out", max_bad_steps=2, max_rollbacks=0)
     assert not (tmp_path / "out").exists()
-    assert len(metrics(tmp_path / "out.uptrain")) == 7
+    assert len(metrics(tmp_path / "out.upfit-work")) == 7
 
 
 def other_tokenizer(shop: Workshop, folder: Path) -> Path:
@@ -221,7 +221,7 @@ def test_what_cannot_be_is_one_line(
     model, data, out, settings = arrange(shop, tmp_path)
     with pytest.raises(UpfitError, match=told) as caught:
         uptrain(str(model), str(data), out, settings, False, False, QUIET)
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists() and not (tmp_path / "out.uptrain").exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists() and not (tmp_path / "out.upfit-work").exists()
 
 
 def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_both_stages_are_told_and_each_wins(shop: Workshop, tmp_path: Path) -> N
     lines = metrics(tmp_path / "out")
     assert [line["stage"] for line in lines] == ["layerwise"] * 24 + ["distill"] * 24
     assert len(lines[0]["attention_errors"]) == 2
-    assert not (tmp_path / "out.uptrain").exists()
+    assert not (tmp_path / "out.upfit-work").exists()
 
 
 class InterruptingStage(Interrupting):
@@ -171,7 +171,7 @@ def test_stopped_on_either_side_of_the_border_it_ends_with_the_same_bytes(shop: 
     shop.run(tmp_path / "whole", **BOTH)
     report = shop.run(tmp_path / "broken", output=InterruptingStage(stage, 3), **BOTH)
     assert report["stopped"] and len(report["stages"]) == stage and not (tmp_path / "broken").exists()
-    between = tmp_path / "broken.uptrain" / "stage-1-layerwise"
+    between = tmp_path / "broken.upfit-work" / "stage-1-layerwise"
     assert between.exists() == (stage == 2)
     with pytest.raises(UpfitError, match="--resume"):
         shop.run(tmp_path / "broken", **BOTH)
@@ -182,13 +182,13 @@ def test_stopped_on_either_side_of_the_border_it_ends_with_the_same_bytes(shop: 
     assert [one["steps"] for one in report["stages"]] == [4, 4]
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
     assert untimed(tmp_path / "broken") == untimed(tmp_path / "whole")
-    assert not (tmp_path / "broken.uptrain").exists()
+    assert not (tmp_path / "broken.upfit-work").exists()
 
 
 def test_overwrite_throws_finished_stages_away(shop: Workshop, tmp_path: Path) -> None:
     shop.run(tmp_path / "out", output=InterruptingStage(2, 3), **BOTH)
     report = shop.run(tmp_path / "out", overwrite=True, **{**BOTH, "seed": 1})
-    assert not report["stopped"] and not (tmp_path / "out.uptrain").exists()
+    assert not report["stopped"] and not (tmp_path / "out.upfit-work").exists()
 
 
 def test_nothing_is_rounded_between_stages(shop: Workshop, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_nothing_is_rounded_between_stages(shop: Workshop, tmp_path: Path) -> No
     history.write(student, history.read(shop.student))
     half = Workshop(shop.teacher, student, shop.data)
     half.run(tmp_path / "out", output=InterruptingStage(2, 3), **BOTH)
-    between = load_file(tmp_path / "out.uptrain" / "stage-1-layerwise" / "model.safetensors")
+    between = load_file(tmp_path / "out.upfit-work" / "stage-1-layerwise" / "model.safetensors")
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in between.values())
     half.run(tmp_path / "out", resume=True, **BOTH)
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}

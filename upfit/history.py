@@ -7,12 +7,12 @@ the uptrainer finds its teacher in it, so it is written by the same code that wr
 import functools
 import importlib.metadata
 import json
-import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from upfit.durable import write_whole
 from upfit.errors import UpfitError
 from upfit.output import to_json
 
@@ -70,16 +70,31 @@ def step(
 
 
 def write(folder: Path, steps: list[dict[str, Any]]) -> None:
+    """Write `recipe.json` into a folder that is otherwise finished: the steps, and the files that are Upfit's: all of them."""
+    listed = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    _write(folder, sorted({*listed, FILE}), steps)
+
+
+def _write(folder: Path, listed: list[str] | None, steps: list[dict[str, Any]]) -> None:
     """All of the file or nothing of it, so that a killed `append` loses no earlier step."""
-    text = to_json({"format": FORMAT, "steps": steps})
-    partial = folder / f"{FILE}.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, folder / FILE)
+    content = {"format": FORMAT} | ({"files": listed} if listed is not None else {}) | {"steps": steps}
+    write_whole(folder / FILE, to_json(content) + "\n")
+
+
+def files(folder: Path) -> list[str] | None:
+    """The names of all files that Upfit has written into `folder`, relative to it; None where its `recipe.json` (of another
+    program, or none) does not list them."""
+    try:
+        steps = read(folder)
+        listed = json.loads((folder / FILE).read_text(encoding="utf-8")).get("files") if steps else None
+    except (UpfitError, OSError, ValueError):
+        return None
+    return listed if isinstance(listed, list) and all(isinstance(name, str) for name in listed) else None
 
 
 def append(folder: Path, entry: dict[str, Any]) -> None:
     """Add a step to a finished folder."""
-    write(folder, [*read(folder), entry])
+    _write(folder, files(folder), [*read(folder), entry])
 
 
 def teacher(folder: Path) -> dict[str, Any] | None:

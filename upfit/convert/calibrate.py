@@ -1,12 +1,10 @@
 """The verb `calibrate`: runs a model over text, one layer in memory at a time, and keeps statistics of each attention layer.
 
-It can be stopped at any moment: `STATS.partial` holds the finished layers and the hidden states before the next one, and the
-same command goes on from there.
+It can be stopped at any moment: the work folder beside STATS holds the finished layers and the hidden states before the next
+one, and the same command goes on from there.
 """
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +20,7 @@ from upfit.convert.calibration import (
     LENGTH,
     TOKENS,
     Sample,
+    check_statistics,
     facts_from,
     fingerprint,
     make_sample,
@@ -30,12 +29,15 @@ from upfit.convert.calibration import (
 )
 from upfit.convert.checkpoint import Checkpoint, most_positions, open_checkpoint, safetensors_dtype
 from upfit.convert.facts import Facts, understand, watch
-from upfit.convert.folders import find_source, sync_path
+from upfit.convert.folders import find_source
 from upfit.convert.lens import see
+from upfit.convert.output_folder import check_place, resolved
 from upfit.convert.safetensors_file import encode_header, read_header
 from upfit.convert.skeleton import quiet_transformers, vocabulary
 from upfit.convert.statistics import ROWS, add, observe, sample_rows
 from upfit.convert.stream import Opaque, Stream, run_block
+from upfit.convert.work_folder import work_folder
+from upfit.durable import write_whole
 from upfit.errors import UpfitError
 from upfit.options import parse_count
 from upfit.output import Output
@@ -66,11 +68,15 @@ def calibrate(
     """
     if out.suffix != ".safetensors":
         raise UpfitError(f"STATS {out} must end in .safetensors, for that is what it is")
-    if out.exists() and not overwrite:
-        raise UpfitError(f"{out} exists; choose another name or pass --overwrite")
+    out = resolved(out)
+    if out.exists():
+        if not overwrite:
+            raise UpfitError(f"{out} exists; choose another name or pass --overwrite")
+        check_statistics(out)
     if not out.parent.is_dir():
         raise UpfitError(f"there is no folder {out.parent}; make it first")
     source, began = find_source(model, revision), time.monotonic()
+    check_place(out, [source.path, *map(Path, texts)], 0)
     with open_checkpoint(source.path) as checkpoint:
         checkpoint = see(checkpoint)
         architecture = bind(checkpoint.config, checkpoint.tensors)
@@ -79,14 +85,18 @@ def calibrate(
         except Opaque as reason:
             raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
         output.note(f"calibrating on {sample.tokens:,} tokens in windows of {' and '.join(map(str, sorted(sample.windows)))}")
-        partial = out.with_name(out.name + ".partial")
-        work = Partial(partial, {"model": fingerprint(checkpoint), "text": json.dumps(sample.text), "rows": str(ROWS)})
-        try:
-            facts = _gather(checkpoint, architecture, sample, work, output)
-        except Opaque as reason:
-            raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
-        _join(work, out, sample, metadata(checkpoint, sample, facts, ROWS))
-    shutil.rmtree(partial)
+        settings = {"model": fingerprint(checkpoint), "text": sample.text, "rows": ROWS}
+        with work_folder(out, "calibrate", overwrite, check=check_statistics) as work:
+            work.claim(settings, overwrite)
+            layers = FinishedLayers(work.folder("layers"))
+            work.keep = bool(layers.read()["next"])
+            try:
+                facts = _gather(checkpoint, architecture, sample, layers, output)
+            except Opaque as reason:
+                raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
+            made = work.path / "result.safetensors"
+            _join(layers, made, sample, metadata(checkpoint, sample, facts, ROWS))
+            work.publish(made, overwrite)
     opaque = {path: value for path, value in facts.items() if isinstance(value, str)}
     return {
         "out": str(out),
@@ -128,26 +138,19 @@ def sample_for(folder: Path, checkpoint: Checkpoint, texts: list[str] | None, to
     return sample
 
 
-class Partial:
-    """The work folder of a calibration: one file for each finished layer, and the hidden states before the next."""
+class FinishedLayers:
+    """What of a calibration is done: in `folder`, one file for each finished layer, and the hidden states before the next."""
 
-    def __init__(self, folder: Path, identity: dict[str, str]) -> None:
-        self.folder, self.identity = folder, identity
-        told = folder / "work.json"
-        if folder.exists() and (not told.exists() or json.loads(told.read_text("utf-8")).get("identity") != identity):
-            shutil.rmtree(folder)
-        folder.mkdir(exist_ok=True)
-        if not told.exists():
-            self._write({"identity": identity, "next": 0, "facts": {}})
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.state = folder, folder / "state.json"
+        if not self.state.exists():
+            self._write({"next": 0, "facts": {}})
 
     def _write(self, content: dict[str, Any]) -> None:
-        temporary = self.folder / "work.json.new"
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        sync_path(temporary)
-        temporary.rename(self.folder / "work.json")
+        write_whole(self.state, json.dumps(content))
 
     def read(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.folder / "work.json").read_text("utf-8"))
+        content: dict[str, Any] = json.loads(self.state.read_text("utf-8"))
         return content
 
     def layer_file(self, index: int) -> Path:
@@ -157,7 +160,7 @@ class Partial:
         return self.folder / f"hidden-{index:05d}.safetensors"
 
     def keep(self, index: int, found: LayerSums | None, hidden: list[Tensor]) -> None:
-        """Layer `index` is done. Whatever is killed in here, `work.json` names files that are whole."""
+        """Layer `index` is done. Whatever is killed in here, `state.json` names files that are whole."""
         content = self.read()
         if found is not None:
             save_file({f"{found.path}/{name}": tensor for name, tensor in found.sums.items()}, self.layer_file(index))
@@ -172,7 +175,7 @@ class Partial:
 
 
 def _gather(
-    checkpoint: Checkpoint, architecture: Architecture, sample: Sample, work: Partial, output: Output
+    checkpoint: Checkpoint, architecture: Architecture, sample: Sample, work: FinishedLayers, output: Output
 ) -> dict[str, Facts | str]:
     device = pick_device()
     pieces, held = sample.batches()
@@ -225,24 +228,19 @@ def pick_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _join(work: Partial, out: Path, sample: Sample, told: dict[str, str]) -> None:
-    """Put windows and layers into one file, a tensor at a time, which appears under its name when it is whole."""
+def _join(work: FinishedLayers, made: Path, sample: Sample, told: dict[str, str]) -> None:
+    """Put windows and layers into the file `made`, a tensor at a time."""
     windows = {f"windows.{length}": some.int() for length, some in sorted(sample.windows.items())}
     infos = [info for path in sorted(work.folder.glob("layer-*.safetensors")) for info in read_header(path)]
     listed = [(name, safetensors_dtype_of(some), tuple(some.shape), some.nbytes) for name, some in windows.items()]
     listed += [(info.name, info.dtype, info.shape, info.nbytes) for info in infos]
-    temporary = work.folder / "joined.safetensors"
-    with temporary.open("wb") as file:
+    with made.open("wb") as file:
         file.write(encode_header(listed, told))
         for some in windows.values():
             file.write(some.contiguous().numpy().tobytes())
         for info in infos:
             for piece in _pieces(info.file, info.start, info.end):
                 file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(out)
-    sync_path(out.parent)
 
 
 def safetensors_dtype_of(tensor: Tensor) -> str:

@@ -189,6 +189,17 @@ def is_statistics(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
+def check_statistics(path: Path) -> None:
+    """Raise UpfitError when `path` is not a statistics file of `upfit calibrate`, of any version."""
+    try:
+        if not path.is_file() or "upfit" not in (read_header(path) and read_metadata(path)):
+            raise UpfitError("it has no mark of upfit calibrate")
+    except UpfitError as error:
+        raise UpfitError(
+            f"{path} is no statistics file of upfit calibrate, so it is not replaced; choose another name"
+        ) from error
+
+
 def open_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
     """Raises UpfitError when `path` is not a statistics file, or not one of this model."""
     if not path.exists():

@@ -8,21 +8,24 @@ import os
 import shlex
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from upfit import history
 from upfit.convert.architectures import Architecture, bind, has_two_ways
 from upfit.convert.checkpoint import Checkpoint, open_checkpoint, read_config, safetensors_dtype
 from upfit.convert.engine import Planned, check_against_class, edit_dtype, outline, output_bytes, shape_changes
-from upfit.convert.folders import Source, check_output, copy_code, copy_side_files, find_source, scratch_folder, staged
-from upfit.convert.journal import Journal, crc_of
+from upfit.convert.folders import Source, copy_code, copy_side_files, find_source
+from upfit.convert.journal import JOURNAL, Journal, crc_of
 from upfit.convert.lens import see
+from upfit.convert.output_folder import check_output
 from upfit.convert.own_class import is_grouped
 from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, find_merge
 from upfit.convert.verify import verify
+from upfit.convert.work_folder import RESULT, WorkFolder, work_folder
 from upfit.convert.writer import Shard, split, write_shards
 from upfit.errors import UpfitError
 from upfit.options import as_flags, check
@@ -73,16 +76,9 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     all; the source is never touched.
     """
     check(options)
-    with (
-        _found(source, out, settings) as (found, stream),
-        open_checkpoint(found.path) as checkpoint,
-        scratch_folder(out) as scratch,
-    ):
-        job = _prepare(recipe, found, out, options, settings, checkpoint)
-        if stream is not None:
-            stream.forget = checkpoint.forget
+    with _opened(source, out, options, recipe, settings, output) as (job, bench, work, stream):
         preview: dict[str, Any] | None = None
-        bench, fit = Bench(found.path, job.checkpoint, job.architecture, scratch, output), job.plan.fit
+        fit = job.plan.fit
         if fit is not None and not settings.dry_run:
             job = _fitted(job, fit, bench)
         elif fit is not None and fit.calibrated:
@@ -90,20 +86,37 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
         for note in job.plan.notes:
             output.note(note)
         answer = _summary(job) | ({"sensitivity": preview} if preview else {})
-        if not settings.dry_run:
-            answer["verify"] = _write(job, answer, output, stream)
+        if work is not None:
+            answer["verify"] = _write(job, answer, output, work, stream)
     return answer
 
 
 @contextmanager
-def _found(source: str, out: Path, settings: Settings) -> "Iterator[tuple[Source, Stream | None]]":
-    if not settings.stream:
-        yield find_source(source, settings.revision), None
-        return
-    from upfit.convert.streaming import streamed
+def _opened(
+    source: str, out: Path, options: Any, recipe: Recipe, settings: Settings, output: Output
+) -> "Iterator[tuple[Job, Bench, WorkFolder | None, Stream | None]]":
+    """The checked job, and where it works: beside OUT, or for a dry run in a folder that goes at once."""
+    with ExitStack() as stack:
+        work, stream, place = None, None, Path()
+        if settings.dry_run:
+            place = Path(stack.enter_context(TemporaryDirectory(prefix="upfit-")))
+        if settings.stream:
+            from upfit.convert.streaming import streamed
 
-    with streamed(source, settings.revision, out) as stream:
-        yield stream.source, stream
+            check_output(out, [], 0, settings.overwrite)
+            if not settings.dry_run:
+                work = stack.enter_context(work_folder(out, _verb(recipe).split()[0], settings.overwrite))
+                place = work.path
+            stream = streamed(source, settings.revision, place / "stream")
+        found = stream.source if stream is not None else find_source(source, settings.revision)
+        checkpoint = stack.enter_context(open_checkpoint(found.path))
+        job = _prepare(recipe, found, out, options, settings, checkpoint)
+        if stream is not None:
+            stream.forget = checkpoint.forget
+        elif not settings.dry_run:
+            work = stack.enter_context(work_folder(out, _verb(recipe).split()[0], settings.overwrite))
+            place = work.path
+        yield job, Bench(found.path, job.checkpoint, job.architecture, place / "fit", output), work, stream
 
 
 def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[str, Any]:
@@ -128,7 +141,7 @@ def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
     """The job with the plan that the fit makes, checked again; with the fallback where the model cannot be watched."""
     from upfit.convert.stream import Opaque
 
-    bench.scratch.mkdir(parents=True)
+    bench.scratch.mkdir(parents=True, exist_ok=True)
     try:
         plan, checkpoint = fit.run(bench), bench.checkpoint.with_fitted(bench.scratch)
     except Opaque as reason:
@@ -172,7 +185,7 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
         )
     if settings.stream:
         needed += max(path.stat().st_size for path in checkpoint.files)
-    check_output(out, source.path, needed, settings.overwrite)
+    check_output(out, [source.path] if source.kept else [], needed, settings.overwrite)
     return Job(recipe, options, settings, source, out, checkpoint, architecture, plan, planned, unused)
 
 
@@ -217,9 +230,31 @@ def _with_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
     return changed, safetensors_dtype(getattr(torch, name))
 
 
-def _write(job: Job, answer: dict[str, Any], output: Output, stream: "Stream | None") -> dict[str, Any]:
-    shards = split(job.planned, job.checkpoint, job.settings.max_shard_bytes)
-    step = history.step(" ".join(_verb(job)), job.source.record(), answer["options"])
+def _write(job: Job, answer: dict[str, Any], output: Output, work: WorkFolder, stream: "Stream | None") -> dict[str, Any]:
+    step = _step(job, answer)
+    folder = work.folder(RESULT)
+    _write_weights(job, folder, output, stream)
+    if "README.md" in copy_side_files(job.source.path, folder):
+        step["readme_sha256"] = hashlib.sha256((folder / "README.md").read_bytes()).hexdigest()  # the card tells it apart
+    copy_code(job.plan.config, folder)
+    config = json.dumps(job.plan.config, indent=2, ensure_ascii=False)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+    if job.settings.verify:
+        output.note("verifying ...")
+        source = job.source.path if stream is None else None
+        rounded = job.settings.dtype is not None
+        exact, close = job.plan.exact and not rounded, job.plan.close and not rounded
+        report = verify(folder, source, exact, close, job.out, job.unused)
+        step["measurements"]["verify"] = report.record()
+    (folder / JOURNAL).unlink()
+    history.write(folder, [*history.read(job.source.path), step])
+    work.publish(folder, job.settings.overwrite)
+    return step["measurements"].get("verify", {})
+
+
+def _step(job: Job, answer: dict[str, Any]) -> dict[str, Any]:
+    """What recipe.json will say of this conversion."""
+    step = history.step(_verb(job.recipe), job.source.record(), answer["options"])
     step["command"] = _command(job)
     step["measurements"] = {key: answer[key] for key in ("parameters", "kv_heads", "kv_bytes_per_token")}
     if job.checkpoint.said:
@@ -229,26 +264,16 @@ def _write(job: Job, answer: dict[str, Any], output: Output, stream: "Stream | N
         step["measurements"]["lossless"] = True  # but for --dtype's rounding; verify holds the plan to it
     if job.plan.report:
         step["measurements"] |= job.plan.report
-    with staged(job.out, resumable=True) as folder:
-        journal = Journal(folder, _work(job, shards), job.checkpoint.read_bytes)
-        if journal.kept:
-            output.note(f"going on: {len(journal.kept)} of {len(shards)} shards are finished already")
-        with output.progress(f"converting {job.source.name}", sum(item.nbytes for item in job.planned)) as meter:
-            write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance, journal, stream)
-        if "README.md" in copy_side_files(job.source.path, folder):
-            step["readme_sha256"] = hashlib.sha256((folder / "README.md").read_bytes()).hexdigest()  # the card tells it apart
-        copy_code(job.plan.config, folder)
-        config = json.dumps(job.plan.config, indent=2, ensure_ascii=False)
-        (folder / "config.json").write_text(config + "\n", encoding="utf-8")
-        if job.settings.verify:
-            output.note("verifying ...")
-            source = job.source.path if stream is None else None
-            rounded = job.settings.dtype is not None
-            exact, close = job.plan.exact and not rounded, job.plan.close and not rounded
-            report = verify(folder, source, exact, close, job.out, job.unused)
-            step["measurements"]["verify"] = report.record()
-        history.write(folder, [*history.read(job.source.path), step])
-    return step["measurements"].get("verify", {})
+    return step
+
+
+def _write_weights(job: Job, folder: Path, output: Output, stream: "Stream | None") -> None:
+    shards = split(job.planned, job.checkpoint, job.settings.max_shard_bytes)
+    journal = Journal(folder, _work(job, shards), job.checkpoint.read_bytes)
+    if journal.kept:
+        output.note(f"going on: {len(journal.kept)} of {len(shards)} shards are finished already")
+    with output.progress(f"converting {job.source.name}", sum(item.nbytes for item in job.planned)) as meter:
+        write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance, journal, stream)
 
 
 def _work(job: Job, shards: list[Shard]) -> dict[str, Any]:
@@ -281,10 +306,10 @@ def _summary(job: Job) -> dict[str, Any]:
     }
 
 
-def _verb(job: Job) -> list[str]:
-    return [MERGE] if job.recipe.name == MERGE else ["convert", job.recipe.name]
+def _verb(recipe: Recipe) -> str:
+    return MERGE if recipe.name == MERGE else f"convert {recipe.name}"
 
 
 def _command(job: Job) -> str:
-    words = ["upfit", *_verb(job), job.source.name, str(job.out), *as_flags(job.options)]
+    words = ["upfit", *_verb(job.recipe).split(), job.source.name, str(job.out), *as_flags(job.options)]
     return shlex.join(words + (["--dtype", job.settings.dtype] if job.settings.dtype else []))

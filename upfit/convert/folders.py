@@ -1,10 +1,8 @@
-"""Folders in and out: where a source model lies, and how an output folder appears whole or not at all.
+"""Where a source model lies, and which of its files travel with the weights.
 
-Used by every verb that reads or writes a model folder. Knows nothing of tensors.
+Used by every verb that reads a model folder. Knows nothing of tensors.
 """
 
-import fcntl
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -40,11 +38,9 @@ SIDE_FILES = (
     "README.md",
 )
 WEIGHT_PATTERNS = ("*.safetensors", "model.safetensors.index.json", "config.json")
-JOURNAL = "conversion.jsonl"  # in a folder that is being written: what of it is finished
 STORY_FILES = (history.FILE, "metrics.jsonl")
 HUB_ID = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
 NEVER_COPIED = {".py", ".bin", ".pt", ".pth", ".pkl", ".safetensors"}
-RESERVE_BYTES = 64 * 2**20  # left free on the disk for everything else
 
 
 @dataclass(frozen=True)
@@ -118,108 +114,6 @@ def teacher_source(folder: Path) -> Source | None:
     except UpfitError as error:
         where = f"which is not at {place}" if place else "which is not here"
         raise UpfitError(f"{folder / history.FILE} names the source {told['name']}, {where}; give it with --teacher") from error
-
-
-def check_output(out: Path, source: Path, needed_bytes: int, overwrite: bool) -> None:
-    """Raise UpfitError when `out` may not be written: it holds something, overlaps `source`, or the disk is too small."""
-    out, source = out.expanduser().resolve(), source.resolve()
-    if out == source or out in source.parents or source in out.parents:
-        raise UpfitError(f"output {out} overlaps the source {source}; choose a folder outside it")
-    if out.exists() and not out.is_dir():
-        raise UpfitError(f"output {out} is a file; choose another name")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise UpfitError(f"output {out} exists and is not empty; choose another folder or pass --overwrite")
-        if not (out / history.FILE).exists():
-            raise UpfitError(f"output {out} holds no {history.FILE}, so Upfit did not write it; remove it yourself first")
-    parent = next(p for p in out.parents if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise UpfitError(f"no permission to write in {parent}; choose another place for the output")
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes + RESERVE_BYTES:
-        raise UpfitError(
-            f"the disk of {parent} has {free / 1e9:.2f} GB free, the output needs {needed_bytes / 1e9:.2f} GB; free some space"
-        )
-
-
-@contextmanager
-def scratch_folder(out: Path) -> Iterator[Path]:
-    """An empty folder `OUT.fit` beside `out`, made when the block makes it and removed when the block ends.
-
-    What a killed run left there is cleared.
-    """
-    out = out.expanduser().resolve()
-    folder = out.with_name(out.name + ".fit")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def staged(out: Path, resumable: bool = False) -> Iterator[Path]:
-    """A sibling folder to write into, which becomes `out` when the block ends well, in one rename after everything is synced.
-
-    On an error it is removed; after a kill it is left as `OUT.partial`, which the next run clears. With `resumable` the next
-    run finds it as it was left, also where the user stopped the work or a download failed (`Interrupted`). A folder that stood
-    at `out` (the caller has checked that it may go) is replaced at the very end. Raises UpfitError when another process is
-    writing to the same place.
-    """
-    out = out.expanduser().resolve()
-    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock_path = out.with_name(f".{out.name}.lock")
-    with open(lock_path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UpfitError(f"another process is writing {out}; wait for it or choose another output") from error
-        try:
-            if not resumable:
-                shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(exist_ok=resumable)
-            try:
-                yield partial
-                sync_tree(partial)
-                (partial / JOURNAL).unlink(missing_ok=True)
-                replace_folder(partial, out, old)
-            except BaseException as error:
-                if not (resumable and isinstance(error, Interrupted | KeyboardInterrupt)):
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise
-        finally:
-            lock_path.unlink(missing_ok=True)
-
-
-class Interrupted(UpfitError):
-    """The work could not go on, and the same command can go on with it later."""
-
-
-def replace_folder(new: Path, out: Path, old: Path) -> None:
-    """Put `new` where `out` is. What was there is kept as `old` until `new` stands."""
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    new.rename(out)
-    sync_path(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync_tree(folder: Path) -> None:
-    """fsync every file and folder below `folder`, so that a rename afterwards can never show half-written data."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            sync_path(Path(root, name))
-        sync_path(Path(root))
-
-
-def sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:

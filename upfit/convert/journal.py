@@ -14,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from upfit.convert.folders import JOURNAL
 from upfit.convert.movers import Piece
 from upfit.convert.safetensors_file import read_exactly
 from upfit.errors import UpfitError
 
+JOURNAL = "conversion.jsonl"  # in a folder that is being written: what of it is finished
 STEP = 8 * 2**20
 Read = Callable[[str, int, int], bytes | bytearray]  # bytes of a source file: its name, how many, from where
 

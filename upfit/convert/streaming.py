@@ -1,24 +1,22 @@
 """A model on the hub whose weight files are here one at a time: brought when they are needed, dropped when they are done with.
 
-Beside OUT stands a folder with the small files whole and, for each weight file, a ghost: as long as the real one and with its
-header, but without its data, so that it takes no space. Whatever reads headers reads ghosts as it reads files.
+In a folder of the work on OUT stand the small files whole and, for each weight file, a ghost: as long as the real one and with
+its header, but without its data, so that it takes no space. Whatever reads headers reads ghosts as it reads files.
 """
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from upfit.convert.checkpoint import INDEX, SINGLE
-from upfit.convert.folders import HUB_ID, SIDE_FILES, STORY_FILES, Interrupted, Source, hub_errors
+from upfit.convert.folders import HUB_ID, SIDE_FILES, STORY_FILES, Source, hub_errors
 from upfit.convert.safetensors_file import MAX_HEADER_BYTES
+from upfit.convert.work_folder import Interrupted
 from upfit.errors import UpfitError
-
-SUFFIX = ".stream"  # of the folder beside OUT
 
 
 @dataclass
@@ -46,27 +44,15 @@ class Stream:
         _ghost(path, path.stat().st_size, _beginning(path, self.headers[path.name]))
 
 
-@contextmanager
-def streamed(name: str, revision: str | None, out: Path) -> Iterator[Stream]:
-    """The ghosts of a hub model `id` or `id@revision`, beside `out` as `OUT.stream`.
+def streamed(name: str, revision: str | None, folder: Path) -> Stream:
+    """The ghosts of a hub model `id` or `id@revision` in `folder`; what an earlier run has left there is gone on with.
 
-    The folder goes when the block ends well or in an error of the user's; a kill or a download that fails leaves it, and the
-    next run goes on with it.
-    Raises UpfitError for what is no hub id, and when the hub does not give it.
+    Raises UpfitError for what is no hub id, and Interrupted when the hub does not give it.
     """
     hub_id, _, tagged = name.partition("@")
     if Path(name).expanduser().exists() or not HUB_ID.fullmatch(hub_id):
         raise UpfitError(f"--stream is for models on the hub, and {name} is none; leave it out, or give an id like org/model")
-    folder = out.expanduser().resolve().with_name(out.name + SUFFIX)
-    try:
-        yield _begin(folder, hub_id, revision or tagged or None)
-    except Interrupted:
-        raise
-    except UpfitError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+    return _begin(folder, hub_id, revision or tagged or None)
 
 
 def _begin(folder: Path, hub_id: str, revision: str | None) -> Stream:

@@ -146,6 +146,10 @@ def _check_recordable(source: Source) -> None:
             f"--record: {source.name} has no {history.FILE}, so Upfit did not write it and will not change it; "
             "keep the answer with --json > FILE instead"
         )
+    if (source.path / history.FILE).is_symlink() or source.path.parent.name == "snapshots":
+        raise UpfitError(
+            f"--record: {source.name} lies in the hub's cache, which is not changed; keep the answer with --json > FILE instead"
+        )
     if not os.access(source.path, os.W_OK):
         raise UpfitError(f"--record: {source.path} cannot be written to; keep the answer with --json > FILE instead")
     history.read(source.path)

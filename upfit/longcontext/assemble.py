@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit import history
-from upfit.convert.folders import staged
+from upfit.convert.work_folder import RESULT, WorkFolder
 from upfit.errors import UpfitError
 from upfit.longcontext.ask import template
 from upfit.longcontext.compose import Composer, Recipe
@@ -20,30 +20,37 @@ from upfit.longcontext.options import Options
 
 
 def put_together(
-    work: Path, parts: list[Path], out: Path, composer: Composer, settings: dict[str, Any], options: Options
+    work: WorkFolder, parts: list[Path], out: Path, composer: Composer, settings: dict[str, Any], options: Options
 ) -> dict[str, Any]:
-    """All parts as the folder `out`, by item number; what was written. The work folder goes when that stands."""
+    """All parts as the folder `out`, by item number; what was written."""
     rejected: Counter[str] = Counter()
     families: Counter[str] = Counter()
     patterns: dict[str, str] = {}
-    with staged(out) as folder:
-        with open(folder / ITEMS, "w", encoding="utf-8") as items, open(folder / CONTEXTS, "w", encoding="utf-8") as contexts:
-            for item, recipe in _kept(parts, composer, options, rejected):
-                items.write(item.line() + "\n")
-                contexts.write(recipe.line() + "\n")
-                families[item.family] += 1
-                patterns[item.family] = item.pattern
-        if not families:
-            reasons = ", ".join(f"{reason} ({count})" for reason, count in rejected.most_common())
-            raise UpfitError(f"no question was kept: {reasons}; ask another model, other --families, or with more --max-tokens")
-        shutil.copytree(work / SEGMENTS, folder / SEGMENTS)
-        told = {"items": families.total(), "rejected": dict(rejected), "families": dict(families), "patterns": patterns}
-        (folder / SETTINGS).write_text(json.dumps(settings | told, indent=2) + "\n", encoding="utf-8")
-        if options.export != "none":
-            write_export(Contexts(folder, composer.wording), options.export)
-        origin = {"name": ", ".join(settings["texts"]), "revision": None, "path": None}
-        history.write(folder, [history.step("synth", origin, asdict(options), told)])
-    shutil.rmtree(work)
+    folder = work.folder(RESULT, clear=True)
+    with open(folder / ITEMS, "w", encoding="utf-8") as items, open(folder / CONTEXTS, "w", encoding="utf-8") as contexts:
+        for item, recipe in _kept(parts, composer, options, rejected):
+            items.write(item.line() + "\n")
+            contexts.write(recipe.line() + "\n")
+            families[item.family] += 1
+            patterns[item.family] = item.pattern
+    if not families:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in rejected.most_common())
+        raise UpfitError(f"no question was kept: {reasons}; ask another model, other --families, or with more --max-tokens")
+    shutil.copytree(work.path / SEGMENTS, folder / SEGMENTS)
+    told = {"items": families.total(), "rejected": dict(rejected), "families": dict(families), "patterns": patterns}
+    (folder / SETTINGS).write_text(json.dumps(settings | told, indent=2) + "\n", encoding="utf-8")
+    if options.export != "none":
+        write_export(Contexts(folder, composer.wording), options.export)
+    origin = {"name": ", ".join(settings["texts"]), "revision": None, "path": None}
+    history.write(folder, [history.step("synth", origin, asdict(options), told)])
+    work.publish(folder, overwrite=False)
+    return written(out)
+
+
+def written(out: Path) -> dict[str, Any]:
+    """What was written to the finished folder `out`."""
+    settings = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    told = {name: settings[name] for name in ("items", "rejected", "families", "patterns")}
     return {"finished": True, "out": str(out), **told, "bytes": (out / CONTEXTS).stat().st_size}
 
 

@@ -1,23 +1,24 @@
 """`upfit synth`: segment, ask, compose, each a stage that is done once, split over processes, and gone on with after a kill.
 
-Work lies in `OUT.synth` until every part is there; then it is put together and becomes OUT. Every question and every context is
-a pure function of the corpus, the settings and its number, so the bytes do not depend on how the work was split or interrupted.
+Work lies in OUT's work folder until every part is there; then it is put together and becomes OUT. Every question and every
+context is a pure function of the corpus, the settings and its number, so the bytes do not depend on how the work was split or
+interrupted.
 """
 
 import hashlib
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from upfit.convert.folders import check_output, staged
-from upfit.convert.work import claim
+from upfit.convert.output_folder import check_output
+from upfit.convert.work_folder import WorkFolder, locked, work_folder
 from upfit.corpus import documents, files_of, local_inputs
+from upfit.durable import rename_new, sync_tree
 from upfit.errors import UpfitError
 from upfit.longcontext.ask import backends, dataset, model, template
-from upfit.longcontext.assemble import put_together
+from upfit.longcontext.assemble import put_together, written
 from upfit.longcontext.compose import Composer
 from upfit.longcontext.contexts import SEGMENTS
 from upfit.longcontext.items import Item
@@ -28,7 +29,6 @@ from upfit.output import Output
 from upfit.tokenizer import identity, load_tokenizer
 
 FLUSH_EVERY = 256
-POLL_SECONDS = 1.0
 TOO_LONG = "longer than --max-tokens by itself"
 # Settings that change nothing of what is asked.
 FREE = ("shard", "export", "responses", "concurrency", "budget_tokens", "base_url")
@@ -43,25 +43,31 @@ def synth(texts: list[str], out: Path, options: Options, output: Output) -> dict
     shard, shards = check_options(options)
     local = local_inputs(texts)
     check_families(options)
-    for source in local or [Path(os.devnull)]:
-        check_output(out, source, sum(path.stat().st_size for path in files_of(source)) if source in local else 0, False)
+    size = sum(path.stat().st_size for source in local for path in files_of(source))
+    check_output(out, [*local, *([Path(options.tokenizer)] if Path(options.tokenizer).is_dir() else [])], size, False)
     tokenizer = load_tokenizer(options.tokenizer)
     wording = Wording(tokenizer, options.format)
-    work = out.with_name(out.name + ".synth")
     settings = _settings(texts, options, identity(tokenizer)["sha256"])
-    claim(work, settings)
-    segments = _segmented(work, texts, local, options, tokenizer, output)
-    ask = asker(segments, options)
-    total = len(ask.known) if isinstance(ask, Known) else options.items
-    composer = Composer(segments, wording, options.seed, max(1, total), options.min_tokens, options.max_tokens)
-    if isinstance(ask, Model) and (waiting := ask.gather(work, range(shard, total, shards), f"{shard}-of-{shards}", output)):
-        return waiting
-    _do_part(work / f"part-{shard}-of-{shards}.jsonl", range(shard, total, shards), ask, composer, options, output)
-    parts = [work / f"part-{index}-of-{shards}.jsonl" for index in range(shards)]
-    missing = [path.name for path in parts if not _whole(path)]
-    if missing:
-        return {"finished": False, "missing": missing, "work": str(work)}
-    return put_together(work, parts, out, composer, settings, options)
+    part = f"{shard}-of-{shards}"
+    with work_folder(out, "synth", shared=True) as work, locked(work.path / f"part-{part}.lock", f"part {part} of {out}"):
+        with locked(work.path / "claim.lock", f"{out}", wait=True):
+            work.claim(settings, restart=False)
+        segments = _segmented(work, texts, local, options, tokenizer, output)
+        work.keep = True  # a question that is answered is not asked again
+        ask = asker(segments, options)
+        total = len(ask.known) if isinstance(ask, Known) else options.items
+        composer = Composer(segments, wording, options.seed, max(1, total), options.min_tokens, options.max_tokens)
+        indices = range(shard, total, shards)
+        if isinstance(ask, Model) and (waiting := ask.gather(work.path, indices, part, output)):
+            return waiting
+        _do_part(work.path / f"part-{part}.jsonl", indices, ask, composer, options, output)
+        parts = [work.path / f"part-{index}-of-{shards}.jsonl" for index in range(shards)]
+        missing = [path.name for path in parts if not _whole(path)]
+        if missing:
+            return {"finished": False, "missing": missing, "work": str(work.path)}
+        if not work.alone():  # another process has put the parts together
+            return written(out)
+        return put_together(work, parts, out, composer, settings, options)
 
 
 def check_families(options: Options) -> None:
@@ -76,22 +82,22 @@ def _settings(texts: list[str], options: Options, tokenizer: str) -> dict[str, A
     return {"texts": texts, "options": kept, "tokenizer_sha256": tokenizer, "questions_sha256": questions}
 
 
-def _segmented(work: Path, texts: list[str], local: list[Path], options: Options, tokenizer: Any, output: Output) -> Segments:
+def _segmented(
+    work: WorkFolder, texts: list[str], local: list[Path], options: Options, tokenizer: Any, output: Output
+) -> Segments:
     """The corpus in segments: made by whichever process comes first, the others wait for it."""
-    folder = work / SEGMENTS
-    while not folder.exists():
-        try:
-            with staged(folder) as partial:
-                banned = {gram for name in options.decontaminate or () for gram in _grams(name, options.field, output)}
-                size = sum(path.stat().st_size for source in local for path in files_of(source))
-                about = {"texts": texts, "segment_tokens": options.segment_tokens, "tokenizer": identity(tokenizer)["sha256"]}
-                with output.progress("segments", size) as meter:
-                    read = (text for text, _ in documents(texts, options.field, output))
-                    write_segments(partial, read, tokenizer, options.segment_tokens, banned, about, meter)
-        except UpfitError as error:
-            if "another process is writing" not in str(error):
-                raise
-            time.sleep(POLL_SECONDS)
+    folder = work.path / SEGMENTS
+    with locked(work.path / "claim.lock", SEGMENTS, wait=True):
+        if not folder.exists():
+            making = work.folder(f"{SEGMENTS}.partial", clear=True)
+            banned = {gram for name in options.decontaminate or () for gram in _grams(name, options.field, output)}
+            size = sum(path.stat().st_size for source in local for path in files_of(source))
+            about = {"texts": texts, "segment_tokens": options.segment_tokens, "tokenizer": identity(tokenizer)["sha256"]}
+            with output.progress("segments", size) as meter:
+                read = (text for text, _ in documents(texts, options.field, output))
+                write_segments(making, read, tokenizer, options.segment_tokens, banned, about, meter)
+            sync_tree(making)
+            rename_new(making, folder)
     return Segments(folder)
 
 

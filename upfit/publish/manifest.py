@@ -7,6 +7,7 @@ from typing import Any
 from upfit import history
 from upfit.convert.checkpoint import INDEX, open_checkpoint
 from upfit.convert.folders import NEVER_COPIED, SIDE_FILES, contained
+from upfit.convert.output_folder import WORK
 from upfit.convert.skeleton import check_structure
 from upfit.errors import UpfitError
 from upfit.own import is_own, shipped
@@ -27,7 +28,7 @@ def check_folder(folder: Path) -> list[dict[str, Any]]:
     """The steps of a folder that may be published. Raises UpfitError for one that Upfit did not write, or did not finish."""
     if not folder.is_dir():
         raise UpfitError(f"no folder at {folder}; give the folder of a converted model")
-    if folder.name.endswith((".partial", ".uptrain", ".fit")):
+    if any(part.endswith(WORK) for part in folder.resolve().parts):
         raise UpfitError(f"{folder} is a work folder of an unfinished run; finish it, then push what it writes")
     steps = history.read(folder)
     if not steps:

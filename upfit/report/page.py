@@ -5,6 +5,7 @@ import io
 import re
 from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 
 import matplotlib
 from jinja2 import Environment, StrictUndefined
@@ -13,6 +14,8 @@ from matplotlib.figure import Figure
 from upfit import __version__
 
 PNG_DPI = 150
+MADE_BY = "Upfit report"  # by which pages and pictures are known again
+HEAD_BYTES = 4096  # it stands in the first of them
 TOGETHER = re.compile(r"\[[^\[\]]*\]|\d ± \d|\d [kMGT]?B\b")
 
 
@@ -47,7 +50,7 @@ class Plot:
 
     def png(self) -> bytes:
         written = io.BytesIO()
-        self.figure.savefig(written, format="png", dpi=PNG_DPI)
+        self.figure.savefig(written, format="png", dpi=PNG_DPI, metadata={"Software": MADE_BY})
         return written.getvalue()
 
 
@@ -65,9 +68,26 @@ def unbroken(cell: str) -> str:
     return TOGETHER.sub(lambda found: found[0].replace(" ", "\u00a0"), cell)
 
 
+def is_page(path: Path) -> bool:
+    """Whether the file is a page of `render`."""
+    return f'<meta name="generator" content="{MADE_BY}">'.encode() in _head(path)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether the file is a picture of `Plot.png`."""
+    return (head := _head(path)).startswith(b"\x89PNG") and MADE_BY.encode() in head
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(HEAD_BYTES)
+
+
 def render(title: str, sections: list[Section], results: list[str]) -> str:
     """The page. Whatever comes from a folder is escaped: a model's name cannot become markup."""
     template = (files("upfit.report") / "page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["unbroken"] = unbroken
-    return environment.from_string(template).render(title=title, sections=sections, results=results, version=__version__)
+    return environment.from_string(template).render(
+        title=title, sections=sections, results=results, version=__version__, made_by=MADE_BY
+    )

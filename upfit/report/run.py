@@ -1,12 +1,14 @@
 """`upfit report`: gather, tell, write the page and, where asked, each plot as a PNG."""
 
-import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from upfit.convert.folders import find_source, staged
+from upfit.convert.folders import find_source
+from upfit.convert.output_folder import check_place, resolved
+from upfit.convert.work_folder import RESULT, work_folder
 from upfit.errors import UpfitError
-from upfit.report.page import render
+from upfit.report.page import is_page, is_picture, render
 from upfit.report.sections import tell
 from upfit.report.story import gather
 
@@ -23,21 +25,21 @@ def report(model: str, out: Path | None, results: list[Path], png: Path | None, 
         raise UpfitError(f"OUT is {out}; give a name that ends in .html")
     _check_free(out, overwrite)
     if png is not None:
-        _check_pictures(png, out, find_source(model).path, overwrite)
+        _check_png(png, out, find_source(model).path, overwrite)
     sections = tell(gather(model, results))
     plots = [plot for section in sections for plot in section.plots]
     page = render(f"{name}: the story of a model", sections, [str(path) for path in results]).encode()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        partial.write_bytes(page)
+    with ExitStack() as stack:
+        work = stack.enter_context(work_folder(out, "report", overwrite, check=check_page))
+        made = work.path / RESULT
+        made.write_bytes(page)
         if png is not None:
-            with staged(png) as folder:
-                for plot in plots:
-                    (folder / f"{plot.name}.png").write_bytes(plot.png())
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+            beside = stack.enter_context(work_folder(png, "report", overwrite, check=check_pictures))
+            folder = beside.folder(RESULT, clear=True)
+            for plot in plots:
+                (folder / f"{plot.name}.png").write_bytes(plot.png())
+            beside.publish(folder, overwrite)
+        work.publish(made, overwrite)
     pictures = [] if png is None else [str(png / f"{plot.name}.png") for plot in plots]
     return {"out": str(out), "sections": [section.title for section in sections], "plots": pictures}
 
@@ -45,20 +47,34 @@ def report(model: str, out: Path | None, results: list[Path], png: Path | None, 
 def _check_free(out: Path, overwrite: bool) -> None:
     if out.is_dir():
         raise UpfitError(f"OUT {out} is a folder; give the name of a file that ends in .html")
-    if out.exists() and not overwrite:
-        raise UpfitError(f"{out} exists; choose another name or pass --overwrite")
+    check_place(resolved(out), [], 0)
+    if out.exists():
+        if not overwrite:
+            raise UpfitError(f"{out} exists; choose another name or pass --overwrite")
+        check_page(out)
 
 
-def _check_pictures(png: Path, out: Path, model: Path, overwrite: bool) -> None:
-    """The folder for pictures is replaced as a whole, so nothing but pictures may be in it."""
-    place = png.expanduser().resolve()
-    if place in (*out.resolve().parents, model) or model in place.parents:
-        raise UpfitError(f"--png {png} would hold the page or lie in the model; choose a folder for the pictures alone")
-    if place.exists() and not place.is_dir():
-        raise UpfitError(f"--png {png} is a file; choose a folder")
-    held = sorted(place.iterdir()) if place.is_dir() else []
-    if held and not overwrite:
-        raise UpfitError(f"--png {png} exists and is not empty; choose another folder or pass --overwrite")
-    other = next((path.name for path in held if path.is_dir() or path.suffix != ".png"), None)
+def check_page(out: Path) -> None:
+    """Raise UpfitError when `out` is not a page of `upfit report`."""
+    if not (out.is_file() and is_page(out)):
+        raise UpfitError(f"{out} is no page of upfit report, and stays; choose another name")
+
+
+def check_pictures(png: Path) -> None:
+    """Raise UpfitError when the folder `png` holds anything but pictures of a report: it is replaced as a whole."""
+    other = next((path.name for path in sorted(png.iterdir()) if not (path.is_file() and is_picture(path))), None)
     if other is not None:
         raise UpfitError(f"--png {png} holds {other}, which is no picture of a report; choose another folder")
+
+
+def _check_png(png: Path, out: Path, model: Path, overwrite: bool) -> None:
+    place = resolved(png)
+    if place in resolved(out).parents:
+        raise UpfitError(f"--png {png} would hold the page; choose a folder for the pictures alone")
+    check_place(place, [model], 0)
+    if place.exists() and not place.is_dir():
+        raise UpfitError(f"--png {png} is a file; choose a folder")
+    if place.is_dir() and any(place.iterdir()):
+        if not overwrite:
+            raise UpfitError(f"--png {png} exists and is not empty; choose another folder or pass --overwrite")
+        check_pictures(place)

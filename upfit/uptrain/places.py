@@ -1,38 +1,48 @@
-"""Where the stages of a run leave their models until the last one is done: `OUT.uptrain/stage-1-layerwise/` and so on."""
+"""Where the stages of a run leave their models until the last one is done: `OUT.upfit-work/stage-1-layerwise/` and so on.
+
+The checkpoints of the last stage, and the mark of a clean stop, lie in the work folder itself; those of a stage before it in
+`OUT.upfit-work/stage-1-layerwise.steps/`.
+"""
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from upfit import history
+from upfit.convert.output_folder import work_path
+from upfit.durable import remove_tree
 from upfit.errors import UpfitError
 from upfit.uptrain.stages import Stage
-from upfit.uptrain.state import STOPPED
+from upfit.uptrain.state import STOPPED, Workspace
 
-if TYPE_CHECKING:
-    from upfit.uptrain.train import Job
-
-FOLDER = re.compile(r"stage-\d+-[a-z]+(\.uptrain|\.partial)?")
+FOLDER = re.compile(r"stage-\d+-[a-z]+(\.steps|\.partial)?")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Stage `number` (from 1) of `stages`, on the way to `out`."""
+    """Stage `number` (from 1) of `stages`, on the way to `out`, an absolute path."""
 
     out: Path
     stages: list[Stage]
     number: int
 
     @property
+    def work(self) -> Path:
+        return work_path(self.out)
+
+    @property
     def last(self) -> bool:
         return self.number == len(self.stages)
 
     @property
+    def name(self) -> str:
+        return f"stage-{self.number}-{self.stages[self.number - 1].name}"
+
+    @property
     def folder(self) -> Path:
         """The model folder that this stage writes."""
-        return self.out if self.last else _between(self.out) / f"stage-{self.number}-{self.stages[self.number - 1].name}"
+        return self.out if self.last else self.work / self.name
 
     @property
     def before(self) -> Path | None:
@@ -40,17 +50,18 @@ class Place:
         return None if self.number == 1 else Place(self.out, self.stages, self.number - 1).folder
 
     @property
+    def workspace(self) -> Workspace:
+        """Where its checkpoints are."""
+        return Workspace(self.work if self.last else self.work / f"{self.name}.steps")
+
+    @property
     def mark(self) -> Path:
         """By which a job script knows that a signal has ended the run, and that it can be gone on with."""
-        return _between(self.out) / STOPPED
+        return self.work / STOPPED
 
     @property
     def title(self) -> str:
         return f"{self.number} of {len(self.stages)}, {self.stages[self.number - 1].name}"
-
-
-def _between(out: Path) -> Path:
-    return out.with_name(out.name + ".uptrain")
 
 
 def finished(place: Place, stage: Stage) -> dict[str, Any] | None:
@@ -66,28 +77,15 @@ def finished(place: Place, stage: Stage) -> dict[str, Any] | None:
     return {"stopped": False, "stage": entry["stage"], **entry["measurements"]}
 
 
-def make_way(job: "Job", stages: list[Stage]) -> None:
-    """Remove the stages of an earlier run where it is to be thrown away.
+def make_way(work: Path, resume: bool, overwrite: bool) -> None:
+    """Remove the mark of a clean stop, and the stages of an earlier run where it is to be thrown away.
 
-    Raises UpfitError when there are some and neither --resume nor --overwrite says what to do with them.
+    Raises UpfitError when there are some and neither `resume` nor `overwrite` says what to do with them.
     """
-    (_between(job.out) / STOPPED).unlink(missing_ok=True)
-    found = leftovers(job.out)
-    if found and job.overwrite and not job.resume:
-        clear_up(job.out)
-    elif found and not job.resume:
-        raise UpfitError(f"{found[0]} is of an unfinished run; go on with --resume or start anew with --overwrite")
-
-
-def leftovers(out: Path) -> list[Path]:
-    place = _between(out)
-    return sorted(path for path in place.iterdir() if FOLDER.fullmatch(path.name)) if place.is_dir() else []
-
-
-def clear_up(out: Path) -> None:
-    """Remove the folders between stages, and what held them unless somebody keeps files there."""
-    found = leftovers(out)
-    for path in found:
-        shutil.rmtree(path)
-    if found and not any(_between(out).iterdir()):
-        _between(out).rmdir()
+    (work / STOPPED).unlink(missing_ok=True)
+    earlier = sorted(path for path in work.iterdir() if FOLDER.fullmatch(path.name))
+    if earlier and not resume and not overwrite:
+        raise UpfitError(f"{earlier[0]} is of an unfinished run; go on with --resume or start anew with --overwrite")
+    if earlier and not resume:
+        for path in earlier:
+            remove_tree(path)

@@ -1,24 +1,24 @@
 """Text in, token shards out: the verb `prepare`. Knows nothing of models or training.
 
-Work lies in `OUT.prepare` until it is whole; then its shards become OUT. The bytes are the same for every number of workers and
-however often the work was interrupted: documents are written in the order in which they are read.
+Work lies in OUT's work folder until it is whole; then its shards become OUT. The bytes are the same for every number of workers
+and however often the work was interrupted: documents are written in the order in which they are read.
 """
 
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit import history
-from upfit.convert.folders import check_output, replace_folder, sync_tree
-from upfit.convert.work import claim, held, write_whole
+from upfit.convert.output_folder import check_output
+from upfit.convert.work_folder import work_folder
 from upfit.corpus import documents, files_of, local_inputs
+from upfit.durable import write_whole
 from upfit.errors import UpfitError
 from upfit.options import parse_count
 from upfit.output import Meter, Output, human_count
@@ -60,18 +60,18 @@ def prepare(
     local = local_inputs(inputs)
     files = [path for source in local for path in files_of(source)]
     size = sum(path.stat().st_size for path in files)
-    for source in local or [Path(os.devnull)]:  # a hub data set lies nowhere that `out` could overlap
-        check_output(out, source, size, overwrite)
+    check_output(out, [*local, *([Path(tokenizer)] if Path(tokenizer).is_dir() else [])], size, overwrite)
     encoder = load_tokenizer(tokenizer)
     about = {"tokenizer": {"name": tokenizer, **identity(encoder)}, "inputs": inputs, "field": field}
     settings = {**about, "tokens": limit, "text": _stamp(files)}
-    out = out.expanduser().resolve()
-    work = out.with_name(out.name + ".prepare")
-    with held(work), _kept_if_saved(work):
-        if not (work / STATE).exists():
-            shutil.rmtree(work / SHARDS, ignore_errors=True)
-        claim(work, settings, overwrite)
-        writer = _written(work, inputs, field, encoder, limit, size, workers or _enough_workers(local, size), output)
+    with work_folder(out, "prepare", overwrite) as work:
+        work.claim(settings, overwrite)
+        work.keep = (work.path / STATE).exists()
+        folder = work.folder(SHARDS, clear=not work.keep)
+        try:
+            writer = _written(folder, inputs, field, encoder, limit, size, workers or _enough_workers(local, size), output)
+        finally:
+            work.keep = (work.path / STATE).exists()
         if writer.tokens == 0:
             raise UpfitError(f"no text in {', '.join(inputs)}; give files with text")
         manifest = writer.finish(about)
@@ -79,21 +79,8 @@ def prepare(
         options = {"tokenizer": tokenizer, "field": field, "tokens": tokens}
         counts = {"tokens": writer.tokens, "documents": writer.documents}
         history.write(writer.folder, [history.step("prepare", origin, options, counts)])
-        sync_tree(writer.folder)
-        replace_folder(writer.folder, out, out.with_name(out.name + ".replaced"))
-        shutil.rmtree(work)
+        work.publish(writer.folder, overwrite)
     return manifest
-
-
-@contextmanager
-def _kept_if_saved(work: Path) -> Iterator[None]:
-    """Remove the work folder on an error before anything was saved in it."""
-    try:
-        yield
-    except BaseException:
-        if not (work / STATE).exists():
-            shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def _stamp(files: list[Path]) -> str:
@@ -108,7 +95,7 @@ def _enough_workers(local: list[Path], size: int) -> int:
 
 
 def _written(
-    work: Path,
+    folder: Path,
     inputs: list[str],
     field: str,
     tokenizer: "PreTrainedTokenizerBase",
@@ -118,7 +105,8 @@ def _written(
     output: Output,
 ) -> ShardWriter:
     """The writer of all shards; goes on from the work that was saved. Tells how fast it was."""
-    writer, read = _begun(work, token_dtype(len(tokenizer)))
+    writer, read = _begun(folder, token_dtype(len(tokenizer)))
+    work = folder.parent
     texts = documents(inputs, field, output)
     with output.progress("prepare", limit or size) as meter:
         if read:
@@ -132,16 +120,14 @@ def _written(
     return writer
 
 
-def _begun(work: Path, dtype: str) -> tuple[ShardWriter, int]:
+def _begun(folder: Path, dtype: str) -> tuple[ShardWriter, int]:
     """A writer with what was saved, and how many documents of the input were read for it."""
-    writer = ShardWriter(work / SHARDS, dtype)
-    if (work / STATE).exists() and writer.folder.is_dir():
-        state = json.loads((work / STATE).read_text(encoding="utf-8"))
-        writer.go_on(state["writer"])
-        return writer, state["read"]
-    (work / STATE).unlink(missing_ok=True)
-    writer.folder.mkdir()
-    return writer, 0
+    writer, saved = ShardWriter(folder, dtype), folder.parent / STATE
+    if not saved.exists():
+        return writer, 0
+    state = json.loads(saved.read_text(encoding="utf-8"))
+    writer.go_on(state["writer"])
+    return writer, state["read"]
 
 
 def _write(

@@ -3,7 +3,6 @@
 One checkpoint at a time. Where each process holds everything, the first one writes; of shards each writes its own.
 """
 
-import shutil
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -18,6 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from upfit.durable import remove_tree
 from upfit.uptrain.state import Counters, Workspace, expect_one_process, restore, tensors_of
 
 
@@ -47,8 +47,8 @@ class Saver:
             return
         partial = self.workspace.partial(counters.step)
         if self.accelerator.is_main_process:  # it also plans who writes what, so the others write later
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            remove_tree(partial)
+            partial.mkdir()
         self.saved, self.began = (replace(counters), identity, keep), time.monotonic()
         self.writing = self._write(tensors_of(model, optimizer), partial)
         self.settle()

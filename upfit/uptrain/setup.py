@@ -12,7 +12,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel
 
 from upfit.convert.checkpoint import open_checkpoint, read_config
-from upfit.convert.folders import Source, check_output, find_source, teacher_source
+from upfit.convert.folders import Source, find_source, teacher_source
+from upfit.convert.output_folder import check_output
 from upfit.errors import UpfitError
 from upfit.options import flag
 from upfit.output import Output, human_count
@@ -34,7 +35,7 @@ from upfit.uptrain.saver import Saver
 from upfit.uptrain.schedule import Plan, peak_rate
 from upfit.uptrain.spans import Vocabulary, find_vocabulary
 from upfit.uptrain.stages import Stage
-from upfit.uptrain.state import Counters, Workspace
+from upfit.uptrain.state import Counters
 
 MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_CPU = 8192, 2048
 UNIT_ROWS = 8  # of the text, on which the size of attention outputs is measured
@@ -73,8 +74,7 @@ def check_places(out: Path, source: Source, data: Data, teacher: Source | None, 
     with open_checkpoint(source.path) as checkpoint:
         result, parameters = checkpoint.nbytes, checkpoint.numel
     needed = result + parameters * (4 + CHECKPOINT_BYTES * (config.keep + 1))
-    for place in (source.path, *data.folders, *([teacher.path] if teacher else [])):
-        check_output(out, place, needed, overwrite)
+    check_output(out, [source.path, *data.folders, *([teacher.path] if teacher else [])], needed, overwrite)
 
 
 def make_accelerator(config: Config, out: Path) -> Accelerator:
@@ -164,7 +164,7 @@ def set_up(
     peak = peak_rate(config, hidden_size, name, healthy=converted_by(source) in HEALTHY)
     same = run_identity(config, plan, source, data, teacher, dtype)
     announce(plan, feed, peak, student, teacher, dtype, output)
-    workspace = Workspace(place.folder)
+    workspace = place.workspace
     saver = Saver(workspace, accelerator, accelerator.is_fsdp2, config.async_save, TIMEOUT)
     return Run(
         accelerator,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from upfit.convert.folders import sync_path
+from upfit.durable import sync_path
 from upfit.errors import UpfitError
 from upfit.uptrain.shards import BLOCK_BYTES, DOCUMENTS, FORMAT, MANIFEST, OFFSET_DTYPE, READ_BYTES, TOKEN_DTYPES
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, whole or absent: `OUT.uptrain/step-00000100/`.
+"""Checkpoints of a run, whole or absent: `OUT.upfit-work/step-00000100/`.
 
 A checkpoint is written beside its name (see saver.py), synced and renamed; older ones are removed only after that. Random
 numbers need no place in it: every step seeds its own from the run's seed and its number. Tensors are kept by torch's
@@ -6,14 +6,10 @@ distributed checkpoint under `KIND/NAME`, such as `weight/model.norm.weight` or 
 processes, sharding or not, can go on from what any other has written.
 """
 
-import fcntl
 import hashlib
 import json
 import re
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +19,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from upfit.convert.folders import replace_folder, sync_path, sync_tree
+from upfit.durable import remove_tree, rename_new, sync_tree, write_whole
 from upfit.errors import UpfitError
 
 WEIGHT, FACTS, METRICS = "weight", "trainer.json", "metrics.jsonl"
-LOCK = "lock"
 STOPPED = "stopped"  # a signal ended the run, and --resume goes on: for job scripts
 FORMAT = 2
 STEP_NAME = re.compile(r"step-\d{8}")
@@ -54,28 +49,17 @@ class Counters:
 
 
 class Workspace:
-    """The folder `OUT.uptrain`, where a run keeps its checkpoints and metrics until OUT is written."""
+    """The folder `path`, in OUT's work folder, where a stage keeps its checkpoints and metrics until its model is written."""
 
-    def __init__(self, out: Path) -> None:
-        out = out.expanduser().resolve()
-        self.path = out.with_name(out.name + ".uptrain")
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other runs out; raises UpfitError when one is already there."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / LOCK, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UpfitError(f"another process is training in {self.path}; wait for it or choose another output") from error
-            yield
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def begin(self, resume: bool, overwrite: bool) -> Path | None:
         """The checkpoint to go on from, None for a new run. Clears the leftovers of runs that are not resumed.
 
         Raises UpfitError when there are checkpoints and neither `resume` nor `overwrite` says what to do with them.
         """
+        self.path.mkdir(exist_ok=True)
         self.sweep()
         found = self.checkpoints()
         if found and resume:
@@ -90,7 +74,7 @@ class Workspace:
         """Remove checkpoints that were not finished."""
         for path in self.path.iterdir():
             if LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path)
+                remove_tree(path)
 
     def clear(self) -> None:
         """Remove what a run writes here, and nothing else."""
@@ -99,13 +83,6 @@ class Workspace:
             if STEP_NAME.fullmatch(path.name):
                 discard(path)
         (self.path / METRICS).unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Remove the folder, unless somebody keeps files of their own in it."""
-        self.clear()
-        (self.path / LOCK).unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
-            self.path.rmdir()
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, oldest first; half-written and damaged ones are passed over."""
@@ -124,8 +101,9 @@ class Workspace:
         (partial / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
         sync_tree(partial)
         target = partial.with_suffix("")
-        replace_folder(partial, target, target.with_suffix(".old"))
-        sync_path(self.path)
+        if target.exists():  # damaged, or of steps that were undone
+            discard(target)
+        rename_new(partial, target)
         for old in self.checkpoints()[:-keep]:
             discard(old)
         return target
@@ -136,17 +114,14 @@ class Workspace:
         if not path.exists():
             return
         kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_until(line, step)]
-        new = path.with_suffix(".new")
-        new.write_text("".join(kept), encoding="utf-8")
-        new.replace(path)
+        write_whole(path, "".join(kept))
 
 
 def discard(checkpoint: Path) -> None:
     """Remove a checkpoint under another name, so that one that is half removed has none."""
     leaving = checkpoint.with_suffix(".old")
-    if leaving.exists():
-        shutil.rmtree(leaving)
-    shutil.rmtree(checkpoint.rename(leaving))
+    remove_tree(leaving)
+    remove_tree(checkpoint.rename(leaving))
 
 
 def _is_until(line: str, step: int) -> bool:

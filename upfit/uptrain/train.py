@@ -4,6 +4,7 @@ import contextlib
 import gc
 import shlex
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from upfit import history
-from upfit.convert.folders import Source, find_source, staged
+from upfit.convert.folders import Source, find_source
+from upfit.convert.output_folder import resolved
+from upfit.convert.work_folder import RESULT, WorkFolder, work_folder
+from upfit.durable import remove_tree, rename_new, sync_tree
 from upfit.options import as_flags
 from upfit.output import Output
 from upfit.uptrain.config import Config, check, dump
@@ -25,7 +29,7 @@ from upfit.uptrain.faults import one_line, watch_for_signals
 from upfit.uptrain.loop import Run, measure, train
 from upfit.uptrain.models import Distiller
 from upfit.uptrain.parallel import gathered, mesh_of
-from upfit.uptrain.places import Place, clear_up, finished, make_way
+from upfit.uptrain.places import Place, finished, make_way
 from upfit.uptrain.setup import check_places, find_teacher, make_accelerator, set_up
 from upfit.uptrain.stages import Stage, split
 from upfit.uptrain.state import METRICS
@@ -58,7 +62,7 @@ def uptrain(
     Raises UpfitError for anything a user can put right: see the messages.
     """
     stages = split(check(config), tables or {}, data)
-    out = out.expanduser().resolve()
+    out = resolved(out)
     source = find_source(model)
     opened = [open_data(stage.data, source, stage.config) for stage in stages]
     named = default_stages(config, source, mesh_of(config).shards > 0) if opened[0].contexts is None else None
@@ -69,19 +73,25 @@ def uptrain(
         opened *= len(stages)
     accelerator = make_accelerator(config, out)
     job = Job(source, opened[0].record()["folder"], out, config, tables or {}, resume, overwrite)
-    if accelerator.is_main_process:
-        make_way(job, stages)
-    accelerator.wait_for_everyone()
     reports: list[dict[str, Any]] = []
-    with watch_for_signals() as stop:
+    with watch_for_signals() as stop, _work(accelerator, job) as work:
         for number, (stage, folder) in enumerate(zip(stages, opened, strict=True), 1):
             if reports and reports[-1]["stopped"]:
                 break
-            reports.append(one_stage(accelerator, job, stage, folder, Place(out, stages, number), output, stop))
-    leave(accelerator)
-    if accelerator.is_main_process and not reports[-1]["stopped"]:
-        clear_up(out)
+            reports.append(one_stage(accelerator, job, stage, folder, Place(out, stages, number), output, stop, work))
+        leave(accelerator)
     return reports[-1] if len(stages) == 1 else reports[-1] | {"stages": reports}
+
+
+@contextlib.contextmanager
+def _work(accelerator: Accelerator, job: "Job") -> Iterator[WorkFolder | None]:
+    """OUT's work folder, which the first process alone holds; the others begin when it does."""
+    with work_folder(job.out, "uptrain", job.overwrite) if accelerator.is_main_process else contextlib.nullcontext() as work:
+        if work is not None:
+            work.keep = True
+            make_way(work.path, job.resume, job.overwrite)
+        accelerator.wait_for_everyone()
+        yield work
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,14 @@ def leave(accelerator: Accelerator) -> None:
 
 
 def one_stage(
-    accelerator: Accelerator, job: Job, stage: Stage, data: Data, place: Place, output: Output, stop: threading.Event
+    accelerator: Accelerator,
+    job: Job,
+    stage: Stage,
+    data: Data,
+    place: Place,
+    output: Output,
+    stop: threading.Event,
+    work: WorkFolder | None,
 ) -> dict[str, Any]:
     """Train stage `place.number` and write its folder, or take the report of the one that is finished already."""
     if not accelerator.is_main_process:
@@ -131,17 +148,16 @@ def one_stage(
     check_places(job.out, job.source, data, teacher, stage.config, job.overwrite)
     run = set_up(stage, start, data, teacher, place, accelerator, output)
     run.stop = stop
-    with run.workspace.held() if accelerator.is_main_process else contextlib.nullcontext():
-        report = carry_out(run, job, data, teacher, place)
-    if accelerator.is_main_process and not report["stopped"]:
-        run.workspace.remove()
+    report = carry_out(run, job, data, teacher, place, work)
+    if accelerator.is_main_process and not place.last and not report["stopped"]:
+        remove_tree(run.workspace.path)
     del run
     accelerator.free_memory()
     gc.collect()
     return report
 
 
-def carry_out(run: Run, job: Job, data: Data, teacher: Source | None, place: Place) -> dict[str, Any]:
+def carry_out(run: Run, job: Job, data: Data, teacher: Source | None, place: Place, work: WorkFolder | None) -> dict[str, Any]:
     """Start or go on, train, measure, and write the stage's folder unless a signal ended the run."""
     start(run, job.resume, job.overwrite)
     if job.config.track is not None and not run.accelerator.trackers:
@@ -155,9 +171,9 @@ def carry_out(run: Run, job: Job, data: Data, teacher: Source | None, place: Pla
     after = measure(run, run.learner)
     report = report_of(run, {"before": run.counters.before, "after": after}, stopped=False)
     weights = gathered(run.learner.student, run.accelerator.is_main_process)
-    if run.accelerator.is_main_process:
+    if work is not None:
         with one_line(run, str(place.folder)):
-            write(run, weights, job, data, teacher, place, report)
+            write(run, weights, job, data, teacher, place, report, work)
     run.accelerator.wait_for_everyone()
     return report
 
@@ -212,6 +228,7 @@ def write(
     teacher: Source | None,
     place: Place,
     report: dict[str, Any],
+    work: WorkFolder,
 ) -> None:
     """The finished folder: weights, metrics, the config in force, and the history with one step more.
 
@@ -226,10 +243,15 @@ def write(
     entry["command"] = job.command
     run.journal.flush()
     before = place.before or job.source.path
-    with staged(place.folder) as folder:
-        export(run.learner.student, weights, job.source.path, folder, None if place.last else torch.float32)
-        with open(folder / METRICS, "wb") as metrics:
-            for path in ([place.before / METRICS] if place.before else []) + [run.workspace.path / METRICS]:
-                metrics.write(path.read_bytes())
-        (folder / CONFIG_FILE).write_text(dump(job.config, job.tables), encoding="utf-8")
-        history.write(folder, [*history.read(before), entry])
+    folder = work.folder(RESULT if place.last else f"{place.name}.partial", clear=True)
+    export(run.learner.student, weights, job.source.path, folder, None if place.last else torch.float32)
+    with open(folder / METRICS, "wb") as metrics:
+        for path in ([place.before / METRICS] if place.before else []) + [run.workspace.path / METRICS]:
+            metrics.write(path.read_bytes())
+    (folder / CONFIG_FILE).write_text(dump(job.config, job.tables), encoding="utf-8")
+    history.write(folder, [*history.read(before), entry])
+    if place.last:
+        work.publish(folder, job.overwrite)
+    else:
+        sync_tree(folder)
+        rename_new(folder, place.folder)
