@@ -16,7 +16,7 @@ from upfit.uptrain.config import Config as UptrainConfig
 @app.command()
 def prepare(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Files, folders, or a hub data set id.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; work lies in OUT.prepare until it is whole.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; work lies in OUT.upfit-work until it is whole.")],
     tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer is used: folder or hub id.")],
     field: Annotated[str, typer.Option(help="Field of jsonl and parquet rows that holds the text.")] = "text",
     tokens: Annotated[str | None, typer.Option(help="Stop after so many tokens, such as 100M; default: all.")] = None,
@@ -37,7 +37,7 @@ def prepare(
 
 def _synth(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Files, folders, or a hub data set id.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; work lies in OUT.synth until it is whole.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; work lies in OUT.upfit-work until it is whole.")],
     flags: dict[str, Any],
     as_json: Json = False,
     quiet: Quiet = False,
@@ -86,7 +86,7 @@ def _uptrain(
             metavar="DATA", help="Text of `upfit prepare` (several: code=0.7,prose=0.3) or questions of `upfit synth`."
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; checkpoints go to OUT.uptrain.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; checkpoints go to OUT.upfit-work.")],
     flags: dict[str, Any],
     config: Annotated[Path | None, typer.Option(help="TOML file with these settings; flags go first.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of OUT.")] = False,

@@ -58,7 +58,7 @@ class WorkFolder:
     lock: int
     check: Callable[[Path], None]
     keep: bool = False
-    published: bool = field(default=False, init=False)
+    finished: bool = field(default=False, init=False)
 
     def entries(self) -> list[Path]:
         """What verbs have put into it."""
@@ -119,7 +119,7 @@ class WorkFolder:
             ) from error
         except UpfitError as error:
             raise OutputTaken(f"{error}; the result is whole in {made}") from error
-        self.published = True
+        self.finished = True
         with suppress(OSError, UpfitError):
             remove_tree(self.path / REPLACED)
 
@@ -167,7 +167,7 @@ def work_folder(
 ) -> Iterator[WorkFolder]:
     """The work folder of `out`, for `verb`, locked; several processes may be in it at once with `shared`.
 
-    Removed when the block has published its result, and after an error unless something in it is worth keeping (`keep`, or
+    Removed when the block has finished its result, and after an error unless something in it is worth keeping (`keep`, or
     Interrupted, Ctrl-C); then a note on the exception tells of it. `check` raises UpfitError for an output that is not Upfit's.
 
     Raises UpfitError when another process is at work on this output, the unfinished work of another verb lies there (with
@@ -182,7 +182,7 @@ def work_folder(
         except BaseException as error:
             _leave(work, error)
             raise
-        if work.published:
+        if work.finished:
             work.remove()
     finally:
         os.close(work.lock)
@@ -192,7 +192,7 @@ def _leave(work: WorkFolder, error: BaseException) -> None:
     """Remove the folder where nothing in it is worth going on with; else say that it is kept."""
     if isinstance(error, Refused):
         return
-    if work.published or not work.begun() or not (work.keep or isinstance(error, KEEPING)):
+    if work.finished or not work.begun() or not (work.keep or isinstance(error, KEEPING)):
         with suppress(OSError, UpfitError):
             work.remove()
     elif isinstance(error, KeyboardInterrupt | SystemExit):

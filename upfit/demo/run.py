@@ -1,7 +1,6 @@
 """`upfit demo`: convert the embedded model by every method, uptrain each result, measure all on held-out files."""
 
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,12 @@ from typing import Any
 from upfit import history
 from upfit.convert.calibrate import calibrate
 from upfit.convert.conversion import Settings, convert
+from upfit.convert.output_folder import check_ours, check_place, resolved
 from upfit.convert.recipe import get_recipe
+from upfit.convert.work_folder import work_folder
 from upfit.demo import embedded_model
 from upfit.demo.text import standard_library
+from upfit.durable import remove_tree, write_whole
 from upfit.errors import UpfitError
 from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options
@@ -25,7 +27,8 @@ WINDOWS = 48
 LENGTH = 512
 CALIBRATION_TOKENS = "16k"
 CALIBRATION_SHARE = 8  # one training file of so many
-RESULT = "demo.json"
+RESULT, PLOT = "demo.json", "demo.png"
+TEXT, STATISTICS, TOKENS = "calibration.txt", "calibration.safetensors", "tokens"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ CONVERSIONS = (
     Conversion("gqa-2-random", "gqa", {"kv_heads": 2, "method": "random"}),
     Conversion("mqa-aligned", "mqa", {"method": "aligned"}, calibrated=True),
 )
+NAMES = {RESULT, PLOT, TEXT, STATISTICS, TOKENS} | {f"{c.name}{end}" for c in CONVERSIONS for end in ("", "-uptrained")}
 
 
 def run_demo(out: Path, tokens: str, overwrite: bool, output: Output) -> dict[str, Any]:
@@ -52,13 +56,23 @@ def run_demo(out: Path, tokens: str, overwrite: bool, output: Output) -> dict[st
 
     Raises UpfitError when `out` holds anything but an earlier demo.
     """
-    _clear(out, overwrite)
+    out = resolved(out)
+    check_free(out, overwrite)
+    with work_folder(out, "demo", overwrite) as work:
+        _clear(out)
+        result = _everything(out, tokens, output)
+        write_whole(out / RESULT, json.dumps(result, indent=2) + "\n")
+        work.finished = True
+    return result
+
+
+def _everything(out: Path, tokens: str, output: Output) -> dict[str, Any]:
     config = resolve(None, {"tokens": tokens, "length": LENGTH, "holdout": 0})
     began, source = time.monotonic(), embedded_model()
     training, held_out = standard_library()
     output.note(f"{len(training)} files of the standard library to train on, {len(held_out)} to measure on")
-    prepare([str(path) for path in training], out / "tokens", str(source), "text", output)
-    text, statistics = out / "calibration.txt", out / "calibration.safetensors"
+    prepare([str(path) for path in training], out / TOKENS, str(source), "text", output)
+    text, statistics = out / TEXT, out / STATISTICS
     text.write_text("\n".join(path.read_text("utf-8") for path in training[::CALIBRATION_SHARE]), encoding="utf-8")
     calibrate(str(source), [str(text)], statistics, CALIBRATION_TOKENS, LENGTH, None, False, output)
     measure = _Measure([str(path) for path in held_out], output)
@@ -69,7 +83,7 @@ def run_demo(out: Path, tokens: str, overwrite: bool, output: Output) -> dict[st
         recipe = get_recipe(conversion.recipe)
         options = conversion.options | ({"calibration": [str(statistics)]} if conversion.calibrated else {})
         convert(recipe, str(source), converted, recipe.options(**options), Settings(), output)
-        uptrain(str(converted), str(out / "tokens"), uptrained, config, False, False, output)
+        uptrain(str(converted), str(out / TOKENS), uptrained, config, False, False, output)
         row = {
             "name": conversion.name,
             "converted": measure(converted, source),
@@ -77,19 +91,39 @@ def run_demo(out: Path, tokens: str, overwrite: bool, output: Output) -> dict[st
             "curve": _curve(uptrained),
         }
         result["conversions"].append(row)
-    result |= {"seconds": time.monotonic() - began, "versions": history.versions(), "plot": str(out / "demo.png")}
-    (out / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return result
+    return result | {"seconds": time.monotonic() - began, "versions": history.versions(), "plot": str(out / PLOT)}
 
 
-def _clear(out: Path, overwrite: bool) -> None:
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise UpfitError(f"output {out} exists and is not empty; choose another folder or pass --overwrite")
-        if not (out / RESULT).exists():
-            raise UpfitError(f"output {out} holds no {RESULT}, so it is not a finished demo; remove it yourself first")
-        shutil.rmtree(out)
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise UpfitError when `out` holds anything but an earlier demo that may go."""
+    check_place(out, [], 0)
+    if out.exists() and not out.is_dir():
+        raise UpfitError(f"output {out} is a file; choose another name")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UpfitError(f"output {out} exists and is not empty; choose another folder or pass --overwrite")
+    if not _is_result(out / RESULT):
+        raise UpfitError(f"output {out} holds no {RESULT} of a finished demo; remove it yourself first")
+    for path in sorted(out.iterdir()):
+        if path.name not in NAMES:
+            raise UpfitError(f"output {out} holds {path.name}, which upfit demo did not write; move it away first")
+        if path.is_dir():
+            check_ours(path)
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return "upfit" in result["versions"] and isinstance(result["conversions"], list)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _clear(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    for path in out.iterdir():
+        remove_tree(path)
 
 
 @dataclass(frozen=True)

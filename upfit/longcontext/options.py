@@ -27,7 +27,9 @@ class Options:
         None, help="with --ask openai, hf or file: the model that asks: its name there, or a folder or hub id"
     )
     base_url: str | None = option(None, help="with --ask openai: an OpenAI-compatible server, such as http://localhost:8000/v1")
-    responses: list[str] | None = option(None, help="with --ask file: what a batch service answered to OUT.synth/requests-*")
+    responses: list[str] | None = option(
+        None, help="with --ask file: what a batch service answered to OUT.upfit-work/requests-*"
+    )
     concurrency: int = option(8, help="with --ask openai: requests at a time")
     budget_tokens: int | None = option(None, help="with --ask openai: stop asking after so many tokens, prompts counted")
     temperature: float = option(0.7, help="temperature of a model's questions")
