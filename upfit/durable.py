@@ -74,11 +74,13 @@ def rename_new(old: Path, new: Path, over_empty: bool = False) -> None:
 
 def _rename_plainly(old: Path, new: Path) -> None:
     """`rename_new` where the system has no such call: no link is made where a file is, a folder replaces an empty one only."""
-    if old.is_dir():
-        os.rename(old, new)
-    else:
+    if not old.is_dir():
         os.link(old, new)
         old.unlink()
+    elif os.path.lexists(new):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new))
+    else:
+        os.rename(old, new)
 
 
 def exchange(one: Path, other: Path) -> bool:
