@@ -236,10 +236,10 @@ def inputs_of(place: Place, *but: str) -> dict[Path, dict[str, str]]:
 
 
 def taken_names(judge: Judge, verb: Verb, rounds: int) -> None:
-    """Every name that a verb could want beside OUT, taken by the user; for a finished, a refused and a dry run."""
+    """Every name that a verb could want beside OUT, taken by the user; also for a dry run."""
     for ending in ENDINGS:
-        for kind in KINDS if ending == WORK else ("folder", "link to a folder"):
-            for flags in ([], ["--dry-run"] if verb.name.startswith("convert") else ["--no-such-flag"]):
+        for kind in KINDS if ending == WORK else ("folder",):
+            for flags in ([], ["--dry-run"]) if verb.name.startswith("convert") else ([],):
                 place = Place(judge.scratch, judge.inputs, verb)
                 put(place.beside(ending), kind, place.root / "elsewhere")
                 users = inputs_of(place)
