@@ -23,6 +23,7 @@ from upfit.convert.calibration import (
     TOKENS,
     Sample,
     facts_from,
+    fast_tokenizer,
     fingerprint,
     make_sample,
     metadata,
@@ -33,7 +34,7 @@ from upfit.convert.facts import Facts, understand, watch
 from upfit.convert.folders import find_source, sync_path
 from upfit.convert.lens import see
 from upfit.convert.safetensors_file import encode_header, read_header
-from upfit.convert.skeleton import quiet_transformers, vocabulary
+from upfit.convert.skeleton import vocabulary
 from upfit.convert.statistics import ROWS, add, observe, sample_rows
 from upfit.convert.stream import Opaque, Stream, run_block
 from upfit.errors import UpfitError
@@ -79,13 +80,13 @@ def calibrate(
         except Opaque as reason:
             raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
         output.note(f"calibrating on {sample.tokens:,} tokens in windows of {' and '.join(map(str, sorted(sample.windows)))}")
-        partial = out.with_name(out.name + ".partial")
-        work = Partial(partial, {"model": fingerprint(checkpoint), "text": json.dumps(sample.text), "rows": str(ROWS)})
+        partial, model_hash = out.with_name(out.name + ".partial"), fingerprint(checkpoint)
+        work = Partial(partial, {"model": model_hash, "text": json.dumps(sample.text), "rows": str(ROWS)})
         try:
             facts = _gather(checkpoint, architecture, sample, work, output)
         except Opaque as reason:
             raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
-        _join(work, out, sample, metadata(checkpoint, sample, facts, ROWS))
+        _join(work, out, sample, metadata(model_hash, sample, facts, ROWS))
     shutil.rmtree(partial)
     opaque = {path: value for path, value in facts.items() if isinstance(value, str)}
     return {
@@ -104,16 +105,8 @@ def sample_for(folder: Path, checkpoint: Checkpoint, texts: list[str] | None, to
 
     Raises UpfitError for text or sizes that cannot be used, Opaque when the model's folder has no tokenizer of its own.
     """
-    from transformers import AutoTokenizer
-
     count = parse_count(tokens or str(TOKENS), "--calibration-tokens")
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            if not tokenizer.is_fast:
-                raise ValueError("it is not a fast one")
-    except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise Opaque("it has no fast tokenizer that can be loaded here") from error
+    tokenizer = fast_tokenizer(folder)
     longest = most_positions(checkpoint.config)
     if length is not None and length < 8:
         raise UpfitError(f"--calibration-length got {length}; give at least 8 tokens")
