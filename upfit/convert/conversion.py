@@ -128,7 +128,7 @@ def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
     """The job with the plan that the fit makes, checked again; with the fallback where the model cannot be watched."""
     from upfit.convert.stream import Opaque
 
-    bench.scratch.mkdir(parents=True)
+    bench.scratch.mkdir(parents=True, exist_ok=True)
     try:
         plan, checkpoint = fit.run(bench), bench.checkpoint.with_fitted(bench.scratch)
     except Opaque as reason:

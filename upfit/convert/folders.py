@@ -144,17 +144,18 @@ def check_output(out: Path, source: Path, needed_bytes: int, overwrite: bool) ->
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """An empty folder `OUT.fit` beside `out`, made when the block makes it and removed when the block ends.
+    """The folder `OUT.fit` beside `out`, made when the block makes it, for a fit that can be stopped.
 
-    What a killed run left there is cleared.
+    It is removed when the block ends, by an error too; stopped by the user or killed, it stays for the next run.
     """
     out = out.expanduser().resolve()
     folder = out.with_name(out.name + ".fit")
-    shutil.rmtree(folder, ignore_errors=True)
     try:
         yield folder
-    finally:
+    except Exception:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
