@@ -1,24 +1,27 @@
 """`upfit calibrate` and what conversions make of it: one statistics file, reused, resumed, refused where it does not belong."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.folders import save_tiny, tiny_llama
 from upfit.cli import app
 from upfit.convert import calibrate as room
+from upfit.convert import content
 from upfit.convert.architectures import bind
 from upfit.convert.calibrate import calibrate, gather_layer
-from upfit.convert.calibration import open_statistics
+from upfit.convert.calibration import fingerprint, open_statistics, read_metadata
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.facts import understand, watch
 from upfit.convert.recipe import get_recipe
+from upfit.convert.safetensors_file import read_header
 from upfit.convert.statistics import Rows, add, observe
 from upfit.convert.stream import Stream
 from upfit.errors import UpfitError
@@ -149,6 +152,82 @@ def test_statistics_of_another_model_are_refused(model: Path) -> None:
     other = save_tiny(model.parent / "other", tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 500.0}))
     with pytest.raises(UpfitError, match="statistics of another model"):
         converted(other, "out", kv_heads=2, calibration=[str(model.parent / "stats.safetensors")])
+
+
+def one_bit_flipped(path: Path, name: str) -> None:
+    """Change one bit in the middle of a tensor, and neither the file's size nor its time."""
+    info = next(info for info in read_header(path) if info.name == name)
+    times = path.stat()
+    content = bytearray(path.read_bytes())
+    content[(info.start + info.end) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_every_bit_of_the_model_counts(model: Path, name: str) -> None:
+    """Statistics of a model that differs in one bit of one tensor, large or small, are those of another model."""
+    run(model)
+    one_bit_flipped(model / "model.safetensors", name)
+    with pytest.raises(UpfitError, match="statistics of another model"):
+        converted(model, "out", kv_heads=2, calibration=[str(model.parent / "stats.safetensors")])
+
+
+def test_the_fingerprint_is_of_tensors_not_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spread over several files, hashed in other pieces' company or by other threads, a model is the one it was; a tensor under
+    another name is not."""
+    whole, spread = save_tiny(tmp_path / "whole"), save_tiny(tmp_path / "spread", shards=3)
+    monkeypatch.setattr(content, "PIECE", 1000)  # tensors of several pieces, as they are in large models
+
+    def of(folder: Path) -> str:
+        with open_checkpoint(folder) as checkpoint:
+            return fingerprint(checkpoint)
+
+    known = of(whole)
+    assert of(spread) == known
+    monkeypatch.setattr(content, "THREADS", 1)
+    assert of(whole) == known
+    weights = load_file(whole / "model.safetensors")
+    a, b = (f"model.layers.{index}.self_attn.k_proj.weight" for index in (0, 1))
+    save_file(weights | {a: weights[b], b: weights[a]}, whole / "model.safetensors", metadata={"format": "pt"})
+    assert of(whole) != known
+
+
+def test_statistics_of_another_tokenizer_are_refused(model: Path) -> None:
+    """Windows are token ids: those of another vocabulary are another text."""
+    run(model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UpfitError, match="another tokenizer than .*model has now; make statistics anew"):
+        converted(model, "out", kv_heads=2, calibration=[str(model.parent / "stats.safetensors")])
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").unlink()  # nothing is there that could disagree
+    converted(model, "out", kv_heads=2, calibration=[str(model.parent / "stats.safetensors")])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("held", "{"),
+        ("held", "[]"),
+        ("held", '{"64": 1, "9": 1}'),
+        ("facts", "[1]"),
+        ("tokenizer", ""),
+        ("rows", "x"),
+        ("text", None),
+    ],
+)
+def test_damaged_statistics_are_refused_in_a_line(model: Path, key: str, value: str | None) -> None:
+    run(model)
+    path = model.parent / "stats.safetensors"
+    header = read_metadata(path)
+    header = {name: text for name, text in (header | {key: value}).items() if text is not None}
+    save_file(load_file(path), path, metadata=header)
+    with pytest.raises(UpfitError, match="damaged statistics file") as caught:
+        converted(model, "out", kv_heads=2, calibration=[str(path)])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

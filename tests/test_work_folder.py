@@ -166,7 +166,7 @@ def test_of_racers_one_wins(tmp_path: Path) -> None:
 
 def test_work_is_kept_when_it_is_interrupted_and_removed_after_an_error(tmp_path: Path) -> None:
     work_path = tmp_path / "out.upfit-work"
-    for error, kept in ((KeyboardInterrupt(), True), (Interrupted("x"), True), (UpfitError("x"), False), (OSError("x"), False)):
+    for error, kept in ((KeyboardInterrupt(), True), (Interrupted("x"), True), (UpfitError("x"), False), (OSError("x"), True)):
         with pytest.raises(type(error)) as raised, work_folder(tmp_path / "out", "convert") as work:
             work.folder("fit")
             raise error

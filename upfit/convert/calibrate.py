@@ -22,6 +22,7 @@ from upfit.convert.calibration import (
     Sample,
     check_statistics,
     facts_from,
+    fast_tokenizer,
     fingerprint,
     make_sample,
     metadata,
@@ -33,7 +34,7 @@ from upfit.convert.folders import find_source
 from upfit.convert.lens import see
 from upfit.convert.output_folder import check_place, resolved
 from upfit.convert.safetensors_file import encode_header, read_header
-from upfit.convert.skeleton import quiet_transformers, vocabulary
+from upfit.convert.skeleton import vocabulary
 from upfit.convert.statistics import ROWS, add, observe, sample_rows
 from upfit.convert.stream import Opaque, Stream, run_block
 from upfit.convert.work_folder import work_folder
@@ -85,7 +86,8 @@ def calibrate(
         except Opaque as reason:
             raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
         output.note(f"calibrating on {sample.tokens:,} tokens in windows of {' and '.join(map(str, sorted(sample.windows)))}")
-        settings = {"model": fingerprint(checkpoint), "text": sample.text, "rows": ROWS}
+        model_hash = fingerprint(checkpoint)
+        settings = {"model": model_hash, "text": sample.text, "rows": ROWS}
         with work_folder(out, "calibrate", overwrite, check=check_statistics) as work:
             work.claim(settings, overwrite)
             layers = FinishedLayers(work.folder("layers"))
@@ -95,7 +97,7 @@ def calibrate(
             except Opaque as reason:
                 raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
             made = work.path / "result.safetensors"
-            _join(layers, made, sample, metadata(checkpoint, sample, facts, ROWS))
+            _join(layers, made, sample, metadata(model_hash, sample, facts, ROWS))
             work.publish(made, overwrite)
     opaque = {path: value for path, value in facts.items() if isinstance(value, str)}
     return {
@@ -114,16 +116,8 @@ def sample_for(folder: Path, checkpoint: Checkpoint, texts: list[str] | None, to
 
     Raises UpfitError for text or sizes that cannot be used, Opaque when the model's folder has no tokenizer of its own.
     """
-    from transformers import AutoTokenizer
-
     count = parse_count(tokens or str(TOKENS), "--calibration-tokens")
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            if not tokenizer.is_fast:
-                raise ValueError("it is not a fast one")
-    except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise Opaque("it has no fast tokenizer that can be loaded here") from error
+    tokenizer = fast_tokenizer(folder)
     longest = most_positions(checkpoint.config)
     if length is not None and length < 8:
         raise UpfitError(f"--calibration-length got {length}; give at least 8 tokens")

@@ -2,7 +2,7 @@
 
 A statistics file is an ordinary safetensors file. Its metadata says which model and text it was made of; its tensors are the
 windows (`windows.512` [n, 512] int32 …, the first `held.512` of them held back) and, for each attention layer, what
-`statistics.py` lists, as `PATH/keys` and so on, in float32.
+`statistics.py` lists, as `PATH/keys` and so on, in float32. It is taken only for the model and the tokenizer it was made of.
 """
 
 import hashlib
@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 
 from upfit.convert.checkpoint import Checkpoint
+from upfit.convert.content import tensors_hash
 from upfit.convert.facts import Facts, Residual
-from upfit.convert.safetensors_file import TensorInfo, read_exactly, read_header
+from upfit.convert.safetensors_file import TensorInfo, read_header
+from upfit.convert.skeleton import quiet_transformers
+from upfit.convert.stream import Opaque
 from upfit.errors import UpfitError
 from upfit.text import Document, file_documents, library_documents
+from upfit.tokenizer import identity
 from upfit.windows import encode, prefix_ids
 
-FORMAT = "1"
+FORMAT = "2"
 TOKENS = 64_000
 LENGTH = 2048
 SHORT = 512  # half of the tokens stand in windows of this length, whatever the length to be served
@@ -40,6 +44,7 @@ class Sample:
     windows: dict[int, Tensor]
     held: dict[int, int]
     text: dict[str, Any]  # where it came from, for recipe.json
+    tokenizer: dict[str, Any]  # what made ids of it, as `upfit.tokenizer.identity` tells it
 
     @property
     def tokens(self) -> int:
@@ -95,7 +100,7 @@ def make_sample(documents: list[Document], tokenizer: Any, tokens: int, length: 
     made = {size: torch.tensor(some, dtype=torch.int64) for size, some in windows.items()}
     held = {size: max(1, len(some) // HELD_SHARE) for size, some in made.items()}
     digest = hashlib.sha256(b"".join(some.numpy().tobytes() for _, some in sorted(made.items()))).hexdigest()
-    return Sample(made, held, {**text, "sha256": digest})
+    return Sample(made, held, {**text, "sha256": digest}, identity(tokenizer))
 
 
 def _running_ids(documents: list[Document], tokenizer: Any, enough: int) -> list[int]:
@@ -128,13 +133,23 @@ def _running_ids(documents: list[Document], tokenizer: Any, enough: int) -> list
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 of the config, of every tensor's name, type and shape, and of the values of the small ones."""
-    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
-    for name, info in sorted(checkpoint.tensors.items()):
-        digest.update(f"{name} {info.dtype} {info.shape}".encode())
-        if info.numel <= 2**14:
-            digest.update(read_exactly(checkpoint.descriptor(info.file), info.nbytes, info.start))
-    return digest.hexdigest()
+    """SHA-256 of the config and of every tensor's name, type, shape and bytes; reads all of the weights."""
+    config = json.dumps(checkpoint.config, sort_keys=True)
+    return hashlib.sha256(f"{config} {tensors_hash(checkpoint)}".encode()).hexdigest()
+
+
+def fast_tokenizer(folder: Path) -> Any:
+    """The model's own tokenizer. Raises Opaque when the folder has none that can be loaded here, or only a slow one."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if not tokenizer.is_fast:
+                raise ValueError("it is not a fast one")
+    except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise Opaque("it has no fast tokenizer that can be loaded here") from error
+    return tokenizer
 
 
 def facts_from(record: Mapping[str, Any]) -> Facts:
@@ -149,13 +164,19 @@ class Statistics:
     """What a statistics file holds, read one layer at a time."""
 
     path: Path
+    model: str  # the fingerprint of what it was made of
     sample: Sample
     facts: dict[str, Facts | str]  # by attention path; a string says why a layer could not be watched
     rows: int
     infos: dict[str, TensorInfo]
 
     def layer(self, path: str) -> tuple[Facts, dict[str, Tensor]] | None:
-        """Facts and float32 statistics of the attention at `path`; None for a layer that could not be watched."""
+        """Facts and float32 statistics of the attention at `path`; None for a layer that could not be watched.
+
+        Raises UpfitError for a layer that the file tells nothing of.
+        """
+        if path not in self.facts:
+            raise UpfitError(f"{self.path} tells nothing of {path}; make statistics anew with `upfit calibrate`")
         facts = self.facts[path]
         if isinstance(facts, str):
             return None
@@ -171,13 +192,14 @@ def _read(info: TensorInfo) -> Tensor:
         return torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=torch_dtype(info.dtype)).reshape(info.shape)
 
 
-def metadata(checkpoint: Checkpoint, sample: Sample, facts: Mapping[str, Facts | str], rows: int) -> dict[str, str]:
-    """What the header of a statistics file says."""
+def metadata(model: str, sample: Sample, facts: Mapping[str, Facts | str], rows: int) -> dict[str, str]:
+    """What the header of a statistics file says; `model` is its fingerprint."""
     told = {path: value if isinstance(value, str) else asdict(value) for path, value in facts.items()}
     return {
         "format": "pt",
         "upfit": FORMAT,
-        "model": fingerprint(checkpoint),
+        "model": model,
+        "tokenizer": json.dumps(sample.tokenizer),
         "text": json.dumps(sample.text),
         "held": json.dumps(sample.held),
         "rows": str(rows),
@@ -201,21 +223,47 @@ def check_statistics(path: Path) -> None:
 
 
 def open_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
-    """Raises UpfitError when `path` is not a statistics file, or not one of this model."""
+    """Raises UpfitError when `path` is not a statistics file, or not one of this model with the tokenizer of its folder."""
     if not path.exists():
         raise UpfitError(f"no statistics file at {path}; make one with `upfit calibrate MODEL TEXT {path.name}`")
     infos = {info.name: info for info in read_header(path)}
-    told = read_metadata(path)
-    if told.get("upfit") != FORMAT:
+    header = read_metadata(path)
+    if header.get("upfit") != FORMAT:
         raise UpfitError(f"{path} is not a statistics file of this version; make one with `upfit calibrate`")
-    if told["model"] != fingerprint(checkpoint):
+    try:
+        statistics = _parse(path, infos, header)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UpfitError(f"{path} is a damaged statistics file ({error!r}); make one with `upfit calibrate`") from error
+    if statistics.model != fingerprint(checkpoint):
         raise UpfitError(f"{path} holds the statistics of another model; make those of this one with `upfit calibrate`")
+    _check_tokenizer(statistics, checkpoint.folder)
+    return statistics
+
+
+def _parse(path: Path, infos: dict[str, TensorInfo], header: dict[str, str]) -> Statistics:
     windows = {int(name.split(".")[1]): _read(info).long() for name, info in infos.items() if name.startswith("windows.")}
-    held = {int(length): count for length, count in json.loads(told["held"]).items()}
+    held = {int(length): int(count) for length, count in json.loads(header["held"]).items()}
+    if not windows or held.keys() != windows.keys():
+        raise ValueError("its windows are not those it names")
     facts = {
-        layer: value if isinstance(value, str) else facts_from(value) for layer, value in json.loads(told["facts"]).items()
+        layer: value if isinstance(value, str) else facts_from(value) for layer, value in json.loads(header["facts"]).items()
     }
-    return Statistics(path, Sample(windows, held, json.loads(told["text"])), facts, int(told["rows"]), infos)
+    sample = Sample(windows, held, json.loads(header["text"]), json.loads(header["tokenizer"]))
+    return Statistics(path, header["model"], sample, facts, int(header["rows"]), infos)
+
+
+def _check_tokenizer(statistics: Statistics, folder: Path) -> None:
+    """Raise UpfitError when the folder's tokenizer is another than the one that made the windows. One without a tokenizer has
+    nothing that could disagree."""
+    try:
+        tokenizer = fast_tokenizer(folder)
+    except Opaque:
+        return
+    if identity(tokenizer) != statistics.sample.tokenizer:
+        raise UpfitError(
+            f"{statistics.path} was made with another tokenizer than {folder} has now; make statistics anew with "
+            "`upfit calibrate`"
+        )
 
 
 def read_metadata(path: Path) -> dict[str, str]:

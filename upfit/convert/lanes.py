@@ -1,6 +1,6 @@
 """Two models on their way through the same layers over the same text: the teacher as it is, the student as it becomes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from upfit.convert.checkpoint import Checkpoint
 from upfit.convert.facts import Residual
-from upfit.convert.ridge import Moments, augmented
+from upfit.convert.ridge import Moments, augmented, ridge_linear
 from upfit.convert.stream import Call, Stream
 
 
@@ -65,7 +65,27 @@ def put(module: nn.Module, path: str, weight: Tensor, bias: Tensor | None = None
         target._parameters["bias"] = nn.Parameter(bias.float().contiguous(), requires_grad=False)
 
 
-def is_plain(names: list[list[str] | None], module: nn.Linear, checkpoint: Checkpoint) -> bool:
+@dataclass(frozen=True)
+class MlpEnd:
+    """The Linear that ends a layer's MLP: its path in the layer, and the names of its weight and bias in the checkpoint."""
+
+    path: str
+    names: tuple[str, str | None]
+
+
+def mlp_end(stream: Stream, index: int, module: nn.Module, residual: Residual | None, checkpoint: Checkpoint) -> MlpEnd | None:
+    """The end of the MLP in `module`, the student's layer at `index`; None where one Linear of the checkpoint is not it."""
+    if residual is None or residual.down is None:
+        return None
+    linear = module.get_submodule(residual.down)
+    path = f"{stream.blocks[index].path}.{residual.down}"
+    names = [stream.weights.sources.get(f"{path}.{kind}") for kind in ("weight", "bias")]
+    if not isinstance(linear, nn.Linear) or not _is_plain(names, linear, checkpoint) or names[0] is None:
+        return None
+    return MlpEnd(residual.down, (names[0][0], names[1][0] if names[1] else None))
+
+
+def _is_plain(names: list[list[str] | None], module: nn.Linear, checkpoint: Checkpoint) -> bool:
     """Each of the module's parameters is one tensor of the checkpoint, as it is."""
     for found, parameter in zip(names, (module.weight, module.bias), strict=True):
         if parameter is not None and (found is None or len(found) != 1):
@@ -73,6 +93,31 @@ def is_plain(names: list[list[str] | None], module: nn.Linear, checkpoint: Check
         if parameter is not None and found and checkpoint.tensors[found[0]].shape != tuple(parameter.shape):
             return False
     return True
+
+
+def refit_mlp(
+    module: nn.Module,
+    end: MlpEnd,
+    share: float,
+    lanes: list[Lane],
+    outputs: list[Tensor],
+    rest: Callable[[int, Lane], tuple[Tensor, Tensor]],
+    power: float,
+) -> dict[str, Tensor]:
+    """Fit the Linear that ends the student's MLP to the teacher's `outputs` [B, T, E] of the layer; the new tensors by name.
+
+    `rest` gives, of a lane, the Linear's inputs [B, T, Z] and the student's stream after the layer without what it adds:
+    `share` times its output. A token weighs 1 / rms of the teacher's stream to `power`.
+    """
+    linear = module.get_submodule(end.path)
+    assert isinstance(linear, nn.Linear)
+    sums = {False: Moments(), True: Moments()}
+    for number, (lane, output) in enumerate(zip(lanes, outputs, strict=True)):
+        z, without = rest(number, lane)
+        add_rows(sums[lane.held], z, (output - without) / share, output, linear, power)
+    solved = ridge_linear(sums, linear)
+    put(module, end.path, *solved)
+    return {name: tensor for name, tensor in zip(end.names, solved, strict=True) if name and tensor is not None}
 
 
 def stream_error(lanes: list[Lane]) -> float:

@@ -59,7 +59,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where a fit works: the opened source, and `scratch`, an empty folder for tensors that the rules of its plan will read."""
+    """Where a fit works: the opened source, and `scratch`, a folder of its own for tensors that the rules of its plan will read
+    and for what it goes on from after it was stopped; there may be none yet."""
 
     folder: Path
     checkpoint: "Checkpoint"

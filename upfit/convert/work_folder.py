@@ -44,7 +44,7 @@ class OutputTaken(Interrupted):
     """Something has appeared at the output meanwhile; what was made is kept in the work folder."""
 
 
-KEEPING = (Interrupted, KeyboardInterrupt, SystemExit)  # what ends the work without making it worthless
+KEEPING = (Interrupted, KeyboardInterrupt, SystemExit, OSError)  # what ends the work without making it worthless
 
 
 @dataclass

@@ -9,18 +9,17 @@ made of, and training falls behind (docs/log.md).
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from upfit.convert.calibrate import pick_device, sample_for
-from upfit.convert.cope.recipe import Options, new_tensors
+from upfit.convert.cope.recipe import CALIBRATION, Options, new_tensors
 from upfit.convert.facts import Watched, watch
-from upfit.convert.fitted import keep, note_default_text, told_of
-from upfit.convert.recipe import Plan, Rule
-from upfit.convert.stream import Block, Opaque, Stream, run_block
+from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
+from upfit.convert.recipe import Plan
+from upfit.convert.stream import Block, Opaque, Stream
 from upfit.errors import UpfitError
 from upfit.modeling.cope_equations import grouped, positions_of
 from upfit.modeling.modeling_upfit_cope import heads_of, is_heads_first, rotate_back
@@ -48,58 +47,52 @@ class Found:
 
 def fit(bench: "Bench", plan: Plan, options: Options, chosen: "list[Layer]") -> Plan:
     """`plan` with its config completed and a rule for each layer. Raises UpfitError when the gates asked for cannot be had."""
-    if not options.calibration:
-        note_default_text(bench)
-    sample = sample_for(
-        bench.folder, bench.checkpoint, options.calibration, options.calibration_tokens, options.calibration_length
+    calibration = read_calibration(bench, options.calibration, options.calibration_tokens, options.calibration_length)
+    words = {name: value for name, value in asdict(options).items() if name not in CALIBRATION}
+    task = Task(
+        title="gates",
+        label=f"contextual positions, {options.gates} gates",
+        settings={"recipe": "cope", "config": plan.config, **words},
+        layers=chosen,
+        begin=lambda walk: lambda index, layer: _fit_layer(walk, index, layer, options, first=layer is chosen[0]),
+        note=lambda record: str(record["layer"]),
+        alone=True,
     )
-    pieces, _ = sample.batches()
-    stream = Stream(bench.checkpoint, bench.architecture, pieces, pick_device())
-    rules: list[Rule] = []
-    told, rotations, paths = [], {}, {layer.path: layer for layer in chosen}
-    with bench.output.progress("gates", len(stream.blocks)) as meter:
-        for index, block in enumerate(stream.blocks):
-            stream.load(index)
-            layer = paths.get(block.attention_path) if block.attention else None
-            if layer is None:
-                for batch in stream.batches:
-                    assert batch.hidden is not None
-                    batch.hidden = run_block(block.module, batch.hidden, batch.calls[index])
-            else:
-                found, samples = _watch(stream, index, options, layer, bench)
-                if isinstance(found.rotation, tuple):
-                    rotations[layer.path] = list(found.rotation)
-                tensors, record = _tensors(block, samples, options, layer, bench.architecture.entry.k)
-                if options.drop_rope and not rules:
-                    assert isinstance(found.rotation, tuple)
-                    tensors[f"{found.rotation[0]}.cope_rope_share"] = torch.ones(())
-                rules.append(keep(bench, layer, tensors, f"contextual positions, {options.gates} gates"))
-                told.append(record)
-            stream.empty(block.module)
-            meter.advance(1)
+    fitted = fit_layers(bench, calibration, task)
+    rotations = {entry.layer: entry.extra["rotation"] for entry in fitted.entries if entry.extra}
     config = {**plan.config, "cope": {**plan.config["cope"], "rotations": rotations}}
-    report = {"calibration": told_of(sample), "layers": told}
-    return replace(plan, config=config, rules=(*plan.rules, *rules), fit=None, report=report)
+    report = {"calibration": calibration.record(), "layers": fitted.records}
+    return replace(plan, config=config, rules=(*plan.rules, *fitted.rules), fit=None, report=report)
 
 
-def _watch(stream: Stream, index: int, options: Options, layer: "Layer", bench: "Bench") -> tuple[Found, list[Sampled]]:
+def _fit_layer(walk: Walk, index: int, layer: "Layer", options: Options, first: bool) -> LayerFit:
+    found, samples = _watch(walk, index, options, layer)
+    extra = {"rotation": list(found.rotation)} if isinstance(found.rotation, tuple) else {}
+    tensors, record = _tensors(walk.stream.blocks[index], samples, options, layer, walk.bench.architecture.entry.k)
+    if options.drop_rope and first:
+        assert isinstance(found.rotation, tuple)
+        tensors[f"{found.rotation[0]}.cope_rope_share"] = torch.ones(())
+    return LayerFit(layer.path, record, tensors, extra)
+
+
+def _watch(walk: Walk, index: int, options: Options, layer: "Layer") -> tuple[Found, list[Sampled]]:
     """Run a layer over all batches: what is found of it, and the gate logits of some queries."""
-    block, entry = stream.blocks[index], bench.architecture.entry
+    block, entry = walk.stream.blocks[index], walk.bench.architecture.entry
     attention, told = block.module.get_submodule(str(block.attention)), list[bool]()
     names = {name for name, _ in attention.named_modules()} & {entry.q, entry.k, entry.q_norm, entry.k_norm}
     inside = tuple(f"{block.attention}.{name}" for name in sorted(names))
     found: Found | None = None
     samples = []
     hook = attention.register_forward_pre_hook(_noting(told), with_kwargs=True)
-    for batch in stream.batches:
-        assert batch.hidden is not None
-        watched = watch(block, batch.hidden, batch.calls[index], inside)
+    for lane in walk.lanes:
+        watched = watch(block, lane.teacher, lane.calls[index], inside)
         if found is None:
-            found = _find(stream, block, watched, all(told), bench)
+            found = _find(walk.stream, block, watched, all(told), walk.bench)
             _check(found, options, layer)
         if options.gates != "constant":
             samples.append(_sampled(block, found, watched, options))
-        batch.hidden = watched.output
+        assert watched.output is not None
+        lane.teacher = watched.output
     hook.remove()
     assert found is not None
     return found, samples

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from upfit.convert.calibrate import pick_device, sample_for
 from upfit.convert.facts import watch
+from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
 from upfit.convert.recipe import Plan, Rule, Tensors
 from upfit.convert.statistics import sample_rows
-from upfit.convert.stream import Seen, Stream
+from upfit.convert.stream import Seen
 
 if TYPE_CHECKING:
     from upfit.convert.attention import Layer
@@ -28,31 +28,36 @@ def entropy(seen: Seen, rows: Tensor, keys: int) -> Tensor:
 
 def with_spread_heads(bench: "Bench", plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
     """`plan` with `dex_heads` 1 for the half of each layer's heads with the highest entropy on calibration text, else 0."""
-    sample = sample_for(bench.folder, bench.checkpoint, *sources)
-    pieces, _ = sample.batches()
-    stream = Stream(bench.checkpoint, bench.architecture, pieces, pick_device())
-    layers, told, chosen = {layer.path: layer for layer in bench.architecture.layers}, [], {}
-    with bench.output.progress("watching heads", len(stream.blocks)) as meter:
-        for index, block in enumerate(stream.blocks):
-            stream.load(index)
-            spread: Tensor | float = 0.0
-            for number, batch in enumerate(stream.batches):
-                assert batch.hidden is not None
-                watched = watch(block, batch.hidden, batch.calls[index], ()) if block.attention else None
-                if watched is None or watched.output is None:
-                    continue
-                for some in sample_rows(batch.ids.shape[1], ROWS, index, number, batch.hidden.device):
-                    spread = spread + entropy(watched.seen, some.at, some.keys)
-                batch.hidden = watched.output
-            stream.empty(block.module)
-            meter.advance(1)
-            if isinstance(spread, Tensor):
-                heads = torch.zeros(len(spread))
-                heads[spread.cpu().argsort(descending=True)[: (len(spread) + 1) // 2]] = 1
-                chosen[block.attention_path] = heads
-                told.append({"layer": block.attention_path, "heads": heads.nonzero().flatten().tolist()})
+    calibration = read_calibration(bench, *sources)
+    task = Task(
+        title="watching heads",
+        label="",
+        settings={"recipe": "diff", "config": plan.config, "variant": "dex"},
+        layers=list(bench.architecture.layers),
+        begin=lambda walk: lambda index, layer: _spread(walk, index, layer),
+        note=lambda record: str(record["layer"]),
+        alone=True,
+    )
+    records = fit_layers(bench, calibration, task).records
+    layers, chosen = {layer.path: layer for layer in bench.architecture.layers}, {}
+    for record in records:
+        chosen[record["layer"]] = torch.zeros(layers[record["layer"]].geometry.heads)
+        chosen[record["layer"]][record["heads"]] = 1
     rules = tuple(_with_heads(rule, layers, chosen) for rule in plan.rules)
-    return replace(plan, rules=rules, fit=None, report={"layers": told})
+    return replace(plan, rules=rules, fit=None, report={"layers": records})
+
+
+def _spread(walk: Walk, index: int, layer: "Layer") -> LayerFit:
+    """The half of a layer's heads with the highest entropy."""
+    block, spread = walk.stream.blocks[index], torch.zeros(())
+    for number, lane in enumerate(walk.lanes):
+        watched = watch(block, lane.teacher, lane.calls[index], ())
+        for some in sample_rows(lane.tokens, ROWS, index, number, lane.teacher.device):
+            spread = spread + entropy(watched.seen, some.at, some.keys).cpu()
+        assert watched.output is not None
+        lane.teacher = watched.output
+    heads = spread.argsort(descending=True)[: (len(spread) + 1) // 2].sort().values.tolist()
+    return LayerFit(layer.path, {"layer": layer.path, "heads": heads}, {})
 
 
 def _with_heads(rule: Rule, layers: "dict[str, Layer]", chosen: dict[str, Tensor]) -> Rule:

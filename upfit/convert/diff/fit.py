@@ -4,21 +4,20 @@ Queries, keys and values stay as they are. What a layer makes of them becomes di
 fitted to the teacher's stream after the attention, and the last matrix of the MLP to its stream after the layer.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from upfit.convert.calibrate import pick_device, sample_for
 from upfit.convert.facts import Facts, understand, watch
-from upfit.convert.fitted import keep, note_default_text, told_of
-from upfit.convert.lanes import Lane, add_rows, is_plain, lanes_of, put, stream_error
+from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
+from upfit.convert.lanes import Lane, add_rows, mlp_end, put, refit_mlp, stream_error
 from upfit.convert.recipe import Plan
 from upfit.convert.ridge import Moments, ridge_linear
 from upfit.convert.statistics import sample_rows
-from upfit.convert.stream import Opaque, Seen, Stream, listening, run_block, run_until
+from upfit.convert.stream import Opaque, Seen, listening, run_block, run_until
 
 if TYPE_CHECKING:
     from upfit.convert.attention import Layer
@@ -43,8 +42,9 @@ class Form(Protocol):
 @dataclass(frozen=True)
 class Fitting:
     """What to do: `forms(layer, facts, views)` gives the candidates of one layer, of which the one is kept whose output
-    projection does best on held-back text; with `refit` False each is taken as it starts."""
+    projection does best on held-back text; with `refit` False each is taken as it starts. `variant` is the name of `forms`."""
 
+    variant: str
     forms: "Callable[[Layer, Facts, list[View]], list[Form]]"
     refit: bool = True
     label: str = "fitted on calibration text"
@@ -55,42 +55,22 @@ def fit(bench: "Bench", fitting: Fitting, plan: Plan, sources: tuple[list[str] |
 
     Raises UpfitError for calibration text that cannot be used, Opaque for a model that cannot be run on text.
     """
-    if not sources[0]:
-        note_default_text(bench)
-    sample = sample_for(bench.folder, bench.checkpoint, *sources)
-    pieces, held = sample.batches()
-    stream = Stream(bench.checkpoint, bench.architecture, pieces, pick_device())
-    told, rules = [], list(plan.rules)
-    with bench.output.progress("fitting", len(bench.architecture.layers)) as meter:
-        for layer, record, tensors in _layers(bench, stream, held, fitting):
-            told.append(record)
-            rules.append(keep(bench, layer, tensors, fitting.label))
-            meter.advance(1, f"{layer.path} stream error {record['stream_error']:.4f}")
-    report = {"calibration": told_of(sample), "layers": told}
-    return Plan(plan.config, tuple(rules), notes=plan.notes, report=report)
+    calibration = read_calibration(bench, *sources)
+    task = Task(
+        title="fitting",
+        label=fitting.label,
+        settings={"recipe": "diff", "config": plan.config, "variant": fitting.variant, "refit": fitting.refit},
+        layers=list(bench.architecture.layers),
+        begin=lambda walk: lambda index, layer: _convert(walk, index, layer, fitting),
+        note=lambda record: f"{record['layer']} stream error {record['stream_error']:.4f}",
+    )
+    fitted = fit_layers(bench, calibration, task)
+    report = {"calibration": calibration.record(), "layers": fitted.records}
+    return Plan(plan.config, (*plan.rules, *fitted.rules), notes=plan.notes, report=report)
 
 
-def _layers(
-    bench: "Bench", stream: Stream, held: list[bool], fitting: Fitting
-) -> "Iterator[tuple[Layer, dict[str, Any], dict[str, Tensor]]]":
-    lanes = list(lanes_of(stream, held))
-    layers = {layer.path: layer for layer in bench.architecture.layers}
-    for index, block in enumerate(stream.blocks):
-        stream.load(index)
-        layer = layers.get(block.attention_path) if block.attention else None
-        if layer is None:
-            for lane in lanes:
-                lane.student = run_block(block.module, lane.student, lane.student_calls[index])
-                lane.teacher = run_block(block.module, lane.teacher, lane.calls[index])
-        else:
-            yield (layer, *_convert(bench, stream, index, layer, lanes, fitting))
-        stream.empty(block.module)
-
-
-def _convert(
-    bench: "Bench", stream: Stream, index: int, layer: "Layer", lanes: list[Lane], fitting: Fitting
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    block, entry = stream.blocks[index], bench.architecture.entry
+def _convert(walk: Walk, index: int, layer: "Layer", fitting: Fitting) -> LayerFit:
+    lanes, block, entry = walk.lanes, walk.stream.blocks[index], walk.bench.architecture.entry
     longest = max(lanes, key=lambda lane: lane.tokens)
     facts, _ = understand(block, entry, layer.geometry, longest.teacher, longest.calls[index])
     if not facts.values or facts.residual is None:
@@ -135,39 +115,25 @@ def _convert(
         new[layer.names["o.bias"]] = solved[1]
     with listening(form.outputs):
         if fitting.refit:
-            _refit_down(bench, stream, index, facts, lanes, outputs, new)
+            new |= _refit_down(walk, index, facts, outputs)
         for lane, output in zip(lanes, outputs, strict=True):
             lane.student = run_block(block.module, lane.student, lane.student_calls[index])
             lane.teacher = output
     record = {"layer": layer.path, "attention_error": error, "stream_error": stream_error(lanes), **form.record()}
-    return record, new
+    return LayerFit(layer.path, record, new)
 
 
-def _refit_down(
-    bench: "Bench",
-    stream: Stream,
-    index: int,
-    facts: Facts,
-    lanes: list[Lane],
-    outputs: list[Tensor],
-    new: dict[str, Tensor],
-) -> None:
-    """The last matrix of the MLP, where one Linear of the checkpoint is it; put into the layer and added to `new`."""
-    residual, block = facts.residual, stream.blocks[index]
-    if residual is None or residual.down is None:
-        return
-    down = block.module.get_submodule(residual.down)
-    names = [stream.weights.sources.get(f"{block.path}.{residual.down}.{kind}") for kind in ("weight", "bias")]
-    if not isinstance(down, nn.Linear) or not is_plain(names, down, bench.checkpoint):
-        return
-    sums = {False: Moments(), True: Moments()}
-    for lane, output in zip(lanes, outputs, strict=True):
+def _refit_down(walk: Walk, index: int, facts: Facts, outputs: list[Tensor]) -> dict[str, Tensor]:
+    """The last matrix of the MLP, where one Linear of the checkpoint is it: put into the layer; its new tensors by name."""
+    module, residual = walk.stream.blocks[index].module, facts.residual
+    end = mlp_end(walk.stream, index, module, residual, walk.bench.checkpoint)
+    if residual is None or end is None:
+        return {}
+    down, share = module.get_submodule(end.path), residual.mlp
+
+    def rest(_: int, lane: Lane) -> tuple[Tensor, Tensor]:
         call = lane.student_calls[index]
-        z = run_until(block.module, down, lane.student, call)
-        without = run_block(block.module, lane.student, call) - residual.mlp * down(z)
-        add_rows(sums[lane.held], z, (output - without) / residual.mlp, output, down, TOKEN_POWER)
-    solved = ridge_linear(sums, down)
-    put(block.module, residual.down, *solved)
-    for name, tensor in zip(names, solved, strict=True):
-        if name and tensor is not None:
-            new[name[0]] = tensor
+        z = run_until(module, down, lane.student, call)
+        return z, run_block(module, lane.student, call) - share * down(z)
+
+    return refit_mlp(module, end, share, walk.lanes, outputs, rest, TOKEN_POWER)

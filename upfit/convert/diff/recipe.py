@@ -167,7 +167,9 @@ def _plan_split(architecture: "Architecture", options: Options) -> Plan:
         from upfit.convert.diff.fit import Fitting, fit
         from upfit.convert.diff.split import choose, groups_of_two
 
-        fitting = Fitting(lambda layer, facts, views: [choose(views, groups_of_two(facts.order, facts.pairs))], options.refit)
+        fitting = Fitting(
+            "split", lambda layer, facts, views: [choose(views, groups_of_two(facts.order, facts.pairs))], options.refit
+        )
         return fit(bench, fitting, replace(outline, rules=()), _sources(options))
 
     return replace(outline, fit=Fit(run, _nothing, None, calibrated=False))
@@ -203,7 +205,7 @@ def _plan_diffllama(architecture: "Architecture", options: Options) -> Plan:
         from upfit.convert.diff.paper import candidates
 
         eps = float(config["rms_norm_eps"])
-        fitting = Fitting(lambda layer, facts, views: candidates(layer.index, views, eps), options.refit)
+        fitting = Fitting("diffllama", lambda layer, facts, views: candidates(layer.index, views, eps), options.refit)
         return fit(bench, fitting, replace(outline, rules=biases), _sources(options))
 
     return replace(outline, fit=Fit(run, _nothing, None, calibrated=False))

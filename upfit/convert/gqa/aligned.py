@@ -2,19 +2,18 @@
 beforehand."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upfit.convert.calibrate import pick_device, sample_for
 from upfit.convert.calibration import Statistics, is_statistics, open_statistics
-from upfit.convert.fitted import keep, note_default_text, told_of
-from upfit.convert.gqa.layer import Settings, Told
-from upfit.convert.gqa.refit import convert_layers
-from upfit.convert.recipe import Plan, Rule
-from upfit.convert.stream import Stream
+from upfit.convert.content import file_hash
+from upfit.convert.fitting import Calibration, Task, fit_layers, read_calibration
+from upfit.convert.gqa.layer import Settings
+from upfit.convert.gqa.refit import begin
+from upfit.convert.recipe import Plan
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
@@ -39,35 +38,27 @@ def fit(bench: "Bench", choice: Choice, plan: Plan) -> Plan:
     """
     kept = statistics_for(bench, choice)
     if kept is None:
-        if not choice.calibration:
-            note_default_text(bench)
-        sample = sample_for(bench.folder, bench.checkpoint, choice.calibration, choice.tokens, choice.length)
+        calibration = read_calibration(bench, choice.calibration, choice.tokens, choice.length)
     else:
-        sample = kept.sample
-    pieces, held = sample.batches()
-    stream = Stream(bench.checkpoint, bench.architecture, pieces, pick_device())
-    layers = [layer for layer in bench.architecture.layers if layer.geometry.kv_heads > choice.kv_heads]
-    paths = {layer.path: layer for layer in layers}
-    label = f"→ {choice.kv_heads} key/value heads, aligned" + (", refitted" if choice.refit else "")
-    told: list[Told] = []
-    rules: list[Rule] = []
-    with bench.output.progress("aligning", len(layers)) as meter:
-        steps = convert_layers(
-            bench.checkpoint,
-            bench.architecture,
-            plan.config,
-            stream,
-            held,
-            kept.layer if kept else lambda path: None,
-            Settings(choice.kv_heads, choice.refit),
-        )
-        for one, tensors in steps:
-            told.append(one)
-            rules.append(keep(bench, paths[one.layer], tensors, label))
-            meter.advance(1, _progress(one))
-    report = {"calibration": told_of(sample), "layers": [one.record() for one in told]}
-    notes = (*plan.notes, *_notes(told))
-    return Plan(plan.config, tuple(rules), notes=notes, report=report)
+        calibration = Calibration(kept.sample, kept.model)
+    settings = Settings(choice.kv_heads, choice.refit)
+    task = Task(
+        title="aligning",
+        label=f"→ {choice.kv_heads} key/value heads, aligned" + (", refitted" if choice.refit else ""),
+        settings={
+            "recipe": "gqa",
+            "config": plan.config,
+            "statistics": file_hash(kept.path) if kept else None,
+            **asdict(settings),
+        },
+        layers=[layer for layer in bench.architecture.layers if layer.geometry.kv_heads > choice.kv_heads],
+        begin=lambda walk: begin(walk, plan.config, kept.layer if kept else lambda path: None, settings),
+        note=_progress,
+    )
+    fitted = fit_layers(bench, calibration, task)
+    report = {"calibration": calibration.record(), "layers": fitted.records}
+    notes = (*plan.notes, *_notes(fitted.records))
+    return Plan(plan.config, tuple(fitted.rules), notes=notes, report=report)
 
 
 def statistics_for(bench: "Bench", choice: Choice) -> Statistics | None:
@@ -84,18 +75,18 @@ def statistics_for(bench: "Bench", choice: Choice) -> Statistics | None:
     return open_statistics(Path(named[0]), bench.checkpoint)
 
 
-def _progress(told: Told) -> str:
-    error = told.fitted_error if told.fitted_error is not None else told.merged_error
-    return f"{told.layer}" + (f" score error {error:.3f}" if error is not None else "")
+def _progress(record: dict[str, Any]) -> str:
+    error = record["fitted_error"] if record["fitted_error"] is not None else record["merged_error"]
+    return record["layer"] + (f" score error {error:.3f}" if error is not None else "")
 
 
-def _notes(told: list[Told]) -> list[str]:
+def _notes(records: list[dict[str, Any]]) -> list[str]:
     """What was left out, each reason once with the number of layers it holds for."""
     counts: dict[str, int] = {}
-    for one in told:
-        for reason in one.reasons:
+    for record in records:
+        for reason in record["reasons"]:
             counts[reason] = counts.get(reason, 0) + 1
-    return [f"{count} of {len(told)} layers: {reason}" for reason, count in counts.items()]
+    return [f"{count} of {len(records)} layers: {reason}" for reason, count in counts.items()]
 
 
 def shapes(kv_heads: int) -> "Callable[[Any], Any]":

@@ -7,58 +7,46 @@ the last matrix of the MLP to the teacher's stream after the layer (`values.py`)
 fitted: the cut of slow pairs, Gauss–Newton steps and ridges are chosen on held-back windows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from upfit.convert.architectures import Architecture
-from upfit.convert.attention import LAYOUTS, Attention
-from upfit.convert.checkpoint import Checkpoint
+from upfit.convert.attention import LAYOUTS, Attention, Layer
 from upfit.convert.facts import Facts, Turns, understand
+from upfit.convert.fitting import LayerFit, Walk
 from upfit.convert.gqa import scores, values
 from upfit.convert.gqa.layer import Merged, Place, Settings, Told, View, watch_teacher
 from upfit.convert.gqa.merge import merge as merge_plainly
 from upfit.convert.gqa.merging import merge_layer, pack, refine
-from upfit.convert.lanes import Lane, add_rows, is_plain, lanes_of, put, stream_error
+from upfit.convert.lanes import Lane, add_rows, mlp_end, put, refit_mlp, stream_error
 from upfit.convert.ridge import Moments, augmented, ridge_linear
-from upfit.convert.stream import Opaque, Stream, find_blocks, observed_model, run_block, run_until
+from upfit.convert.stream import Opaque, find_blocks, observed_model, run_block, run_until
 
 DRIFT_RIDGE = 1e-3
 Kept = tuple[Facts, dict[str, Tensor]]
 
 
-def convert_layers(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    target_config: dict[str, Any],
-    stream: Stream,
-    held: list[bool],
-    kept: Callable[[str], Kept | None],
-    settings: Settings,
-) -> Iterator[tuple[Told, dict[str, Tensor]]]:
-    """Yields, for every layer of the model in order, what was done and the new tensors by their names in the checkpoint.
+def begin(
+    walk: Walk, target_config: dict[str, Any], kept: Callable[[str], Kept | None], settings: Settings
+) -> Callable[[int, Layer], LayerFit]:
+    """The function that merges the layer at an index of the walk.
 
-    `held` says which of the stream's batches are held back; `kept(path)` gives an attention's facts and statistics if
-    calibration left them, else they are gathered on the way.
+    `kept(path)` gives an attention's facts and statistics if calibration left them, else they are gathered on the way.
     """
-    students = find_blocks(observed_model(target_config, str(stream.batches[0].ids.device)), architecture)
-    lanes = list(lanes_of(stream, held))
-    layers = {layer.path: layer for layer in architecture.layers}
-    for index, (block, student) in enumerate(zip(stream.blocks, students, strict=True)):
-        stream.load(index)
-        layer = layers.get(block.attention_path) if block.attention else None
-        if layer is None or layer.geometry.kv_heads <= settings.kv_heads:
-            for lane in lanes:
-                lane.student = run_block(block.module, lane.student, lane.student_calls[index])
-                lane.teacher = run_block(block.module, lane.teacher, lane.calls[index])
-        else:
-            _adopt(student.module, block.module)
-            place = Place(index, block, student.module, layer, architecture.entry, settings.kv_heads)
-            yield _convert(place, checkpoint, stream, lanes, kept(layer.path), settings)
-            stream.empty(student.module)
-        stream.empty(block.module)
+    device, architecture = str(walk.lanes[0].teacher.device), walk.bench.architecture
+    students = find_blocks(observed_model(target_config, device), architecture)
+
+    def convert(index: int, layer: Layer) -> LayerFit:
+        block, student = walk.stream.blocks[index], students[index].module
+        _adopt(student, block.module)
+        place = Place(index, block, student, layer, architecture.entry, settings.kv_heads)
+        told, tensors = _convert(place, walk, kept(layer.path), settings)
+        walk.stream.empty(student)
+        return LayerFit(layer.path, told.record(), tensors)
+
+    return convert
 
 
 def _adopt(student: nn.Module, teacher: nn.Module) -> None:
@@ -72,9 +60,8 @@ def _adopt(student: nn.Module, teacher: nn.Module) -> None:
                     own[name] = other[name]
 
 
-def _convert(
-    place: Place, checkpoint: Checkpoint, stream: Stream, lanes: list[Lane], kept: Kept | None, settings: Settings
-) -> tuple[Told, dict[str, Tensor]]:
+def _convert(place: Place, walk: Walk, kept: Kept | None, settings: Settings) -> tuple[Told, dict[str, Tensor]]:
+    lanes, checkpoint = walk.lanes, walk.bench.checkpoint
     shape, told = place.shape, Told(place.layer.path)
     layout, device = LAYOUTS[place.layer.layout], lanes[0].teacher.device
     stored = {part: checkpoint.read(name).float() for part, name in place.layer.names.items()}
@@ -113,7 +100,7 @@ def _convert(
     put(place.student, place.path("o"), changed["o.weight"])
     new = {place.layer.names[part]: tensor for part, tensor in changed.items()}
     if settings.refit:
-        _refit_stream(place, facts, checkpoint, stream, lanes, views, new, settings)
+        _refit_stream(place, facts, walk, views, new, settings)
     for lane, view in zip(lanes, views, strict=True):
         lane.teacher = view.output
         if not settings.refit:
@@ -237,55 +224,44 @@ def _reordered(target: scores.Target, heads: list[int]) -> scores.Target:
 
 
 def _refit_stream(
-    place: Place,
-    facts: Facts,
-    checkpoint: Checkpoint,
-    stream: Stream,
-    lanes: list[Lane],
-    views: list[View],
-    new: dict[str, Tensor],
-    settings: Settings,
+    place: Place, facts: Facts, walk: Walk, views: list[View], new: dict[str, Tensor], settings: Settings
 ) -> None:
     """Ridges for the output projection and for the last matrix of the MLP; moves the student on. Adds to `new`."""
+    lanes, residual = walk.lanes, facts.residual
     projection = place.student.get_submodule(place.path("o"))
     assert isinstance(projection, nn.Linear)
-    if not facts.values:  # something lies between: only carried on
+
+    def run_on() -> None:
         for lane in lanes:
             lane.student = run_block(place.student, lane.student, lane.student_calls[place.index])
-        return
-    share = facts.residual.attention if facts.residual else None
+
+    if not facts.values:  # something lies between: only carried on
+        return run_on()
     z, sums = [], {False: Moments(), True: Moments()}
     for lane, view in zip(lanes, views, strict=True):
         z.append(run_until(place.student, projection, lane.student, lane.student_calls[place.index]))
-        middle = lane.middle(view.given, facts.residual)
-        wanted = view.given if share is None else (middle - lane.student) / share
+        middle = lane.middle(view.given, residual)
+        wanted = view.given if residual is None else (middle - lane.student) / residual.attention
         add_rows(sums[lane.held], z[-1], wanted, middle, projection, settings.token_power)
     weight = ridge_linear(sums, projection)
     put(place.student, place.path("o"), *weight)
     new[place.layer.names["o.weight"]] = weight[0]
     if weight[1] is not None:
         new[place.layer.names["o.bias"]] = weight[1]
-    residual = facts.residual
-    down = place.student.get_submodule(residual.down) if residual and residual.down else None
-    names = [
-        stream.weights.sources.get(f"{place.block.path}.{residual.down}.{kind}") if residual else None
-        for kind in ("weight", "bias")
-    ]
-    if residual is None or not isinstance(down, nn.Linear) or not is_plain(names, down, checkpoint):
-        for lane in lanes:
-            lane.student = run_block(place.student, lane.student, lane.student_calls[place.index])
-        return
-    sums, middles, inner = {False: Moments(), True: Moments()}, [], []
-    for lane, view, part in zip(lanes, views, z, strict=True):
+    end = mlp_end(walk.stream, place.index, place.student, residual, walk.bench.checkpoint)
+    if residual is None or end is None:
+        return run_on()
+    down, share = place.student.get_submodule(end.path), residual.attention
+    inner: list[Tensor] = []
+    middles: list[Tensor] = []
+
+    def rest(number: int, lane: Lane) -> tuple[Tensor, Tensor]:
         inner.append(run_until(place.student, down, lane.student, lane.student_calls[place.index]))
-        middles.append(lane.student + residual.attention * projection(part))
-        wanted = (view.output - middles[-1]) / residual.mlp
-        add_rows(sums[lane.held], inner[-1], wanted, view.output, down, settings.token_power)
-    weight = ridge_linear(sums, down)
-    assert residual.down is not None
-    put(place.student, residual.down, *weight)
-    for name, tensor in zip(names, weight, strict=True):
-        if name and tensor is not None:
-            new[name[0]] = tensor
+        middles.append(lane.student + share * projection(z[number]))
+        return inner[-1], middles[-1]
+
+    outputs = [view.output for view in views]
+    new |= refit_mlp(place.student, end, residual.mlp, lanes, outputs, rest, settings.token_power)
     for lane, middle, part in zip(lanes, middles, inner, strict=True):
         lane.student = middle + residual.mlp * down(part)
+    return None

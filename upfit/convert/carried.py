@@ -1,0 +1,64 @@
+"""What a walk through a model carries from one layer to the next, as named tensors and back."""
+
+import json
+from typing import Any
+
+from torch import Tensor
+
+from upfit.convert.lanes import Lane
+from upfit.convert.stream import Call
+
+NOTHING = object()
+
+
+class Carried:
+    """The hidden states of some lanes, and what layers have put into dictionaries that they were given (keys and values that
+    later layers share). Made before the first layer; with `alone` the student's side is not used."""
+
+    def __init__(self, lanes: list[Lane], alone: bool) -> None:
+        self.lanes, self.alone = lanes, alone
+        sides = [calls for lane in lanes for calls in ((lane.calls,) if alone else (lane.calls, lane.student_calls))]
+        self.dictionaries = [(found, dict(found)) for calls in sides for found in _dictionaries(calls)]
+
+    def tensors(self) -> dict[str, Tensor] | None:
+        """All of it by name; None when a layer left something that is not made of tensors."""
+        tensors: dict[str, Tensor] = {}
+        for number, lane in enumerate(self.lanes):
+            tensors[_name("teacher", number)] = lane.teacher
+            if not self.alone and lane.student is not lane.teacher:
+                tensors[_name("student", number)] = lane.student
+        for number, (now, begun) in enumerate(self.dictionaries):
+            for key, value in now.items():
+                if begun.get(key, NOTHING) is value:
+                    continue
+                parts = list(enumerate(value)) if isinstance(value, tuple) else [(None, value)]
+                if not isinstance(key, str) or not all(isinstance(part, Tensor) for _, part in parts):
+                    return None
+                tensors |= {_name("left", number, key, at): part for at, part in parts}
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`, on lanes that stand before the first layer."""
+        for number, lane in enumerate(self.lanes):
+            device = lane.teacher.device
+            lane.teacher = tensors[_name("teacher", number)].to(device)
+            student = tensors.get(_name("student", number))
+            lane.student = lane.teacher if student is None else student.to(device)
+        parts: dict[tuple[int, str], dict[int | None, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, number, *rest = json.loads(name)
+            if kind == "left":
+                parts.setdefault((number, rest[0]), {})[rest[1]] = tensor.to(self.lanes[0].teacher.device)
+        for (number, key), found in parts.items():
+            whole: Any = found[None] if None in found else tuple(found[at] for at in range(len(found)))
+            self.dictionaries[number][0][key] = whole
+
+
+def _name(*words: str | int | None) -> str:
+    return json.dumps(words)
+
+
+def _dictionaries(calls: list[Call]) -> list[dict[Any, Any]]:
+    """Every dictionary that layers are given, once."""
+    values = (value for call in calls for value in (*call.arguments, *call.keywords.values()))
+    return list({id(value): value for value in values if isinstance(value, dict)}.values())

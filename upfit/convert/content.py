@@ -1,0 +1,58 @@
+"""What bytes are told apart by: SHA-256 over all of them, taken in pieces by a few threads (hashing lets go of Python's lock).
+
+A hash of some of a tensor's bytes would call two models one, and what was computed of the one would be used for the other.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from upfit.convert.checkpoint import Checkpoint
+from upfit.convert.lens import Seen
+from upfit.convert.safetensors_file import TensorInfo, read_exactly
+
+PIECE = 8 * 2**20  # bytes that a thread holds and hashes at once
+THREADS = min(8, os.cpu_count() or 1)  # above that the disk is what is waited for
+Range = tuple[int, int, int]  # descriptor, first byte, number of bytes
+
+
+def hash_of(ranges: Iterable[Range]) -> bytes:
+    """One hash over these bytes in this order. Raises UpfitError when a file ends before them."""
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for piece in pool.map(_hash_piece, _pieces(ranges)):
+            whole.update(piece)
+    return whole.digest()
+
+
+def file_hash(path: Path) -> str:
+    """The hash of a whole file."""
+    with path.open("rb") as file:
+        return hash_of([(file.fileno(), 0, os.fstat(file.fileno()).st_size)]).hex()
+
+
+def tensors_hash(checkpoint: Checkpoint) -> str:
+    """The hash of every stored tensor's name, type, shape and bytes, however they are spread over files."""
+    stored = checkpoint
+    while isinstance(stored, Seen):
+        stored = stored.under
+    infos = sorted(stored.tensors.values(), key=lambda info: info.name)
+    names = "\n".join(f"{info.name} {info.dtype} {info.shape}" for info in infos)
+    return hashlib.sha256(names.encode() + hash_of(_range(stored, info) for info in infos)).hexdigest()
+
+
+def _range(checkpoint: Checkpoint, info: TensorInfo) -> Range:
+    return checkpoint.descriptor(info.file), info.start, info.nbytes
+
+
+def _pieces(ranges: Iterable[Range]) -> Iterator[Range]:
+    for descriptor, start, nbytes in ranges:
+        for at in range(0, nbytes, PIECE):
+            yield descriptor, start + at, min(PIECE, nbytes - at)
+
+
+def _hash_piece(piece: Range) -> bytes:
+    descriptor, start, nbytes = piece
+    return hashlib.sha256(read_exactly(descriptor, nbytes, start)).digest()

@@ -1,0 +1,192 @@
+"""Fits on calibration text: one walk through a model's layers for every recipe, which goes on where an earlier run was stopped.
+
+A recipe says what to do with a layer; the tensors it makes wait in the bench's folder for the rules that write them.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from upfit import history
+from upfit.convert.calibrate import pick_device, sample_for
+from upfit.convert.calibration import Sample, fingerprint
+from upfit.convert.carried import Carried
+from upfit.convert.checkpoint import torch_dtype
+from upfit.convert.fit_work import Entry, FitWork
+from upfit.convert.lanes import lanes_of
+from upfit.convert.recipe import Rule
+from upfit.convert.stream import Stream, run_block
+
+if TYPE_CHECKING:
+    from upfit.convert.attention import Layer
+    from upfit.convert.recipe import Bench
+
+FITTED = "fitted/"  # how rules name tensors of the fit, as opposed to tensors of the checkpoint
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text of a fit, and the fingerprint of the model that it is for."""
+
+    sample: Sample
+    model: str
+
+    def record(self) -> dict[str, Any]:
+        """The calibration text, for recipe.json."""
+        sample = self.sample
+        return {"tokens": sample.tokens, "windows": {n: len(w) for n, w in sample.windows.items()}, **sample.text}
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """What a layer got: `record` for recipe.json, new `tensors` by their names in the checkpoint, `extra` for the plan. Record
+    and extra are what JSON can hold."""
+
+    layer: str
+    record: dict[str, Any]
+    tensors: dict[str, Tensor]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Walk:
+    """A model on its way through its layers over the calibration text, beside the student that it becomes (with `alone`:
+    without one)."""
+
+    def __init__(self, bench: "Bench", sample: Sample, alone: bool) -> None:
+        pieces, held = sample.batches()
+        self.bench, self.alone = bench, alone
+        self.stream = Stream(bench.checkpoint, bench.architecture, pieces, pick_device())
+        self.lanes = list(lanes_of(self.stream, held))
+        self.carried = Carried(self.lanes, alone)
+
+    def pass_by(self, index: int) -> None:
+        """Move on through a layer that stays as it is."""
+        module = self.stream.blocks[index].module
+        for lane in self.lanes:
+            if not self.alone:
+                lane.student = run_block(module, lane.student, lane.student_calls[index])
+            lane.teacher = run_block(module, lane.teacher, lane.calls[index])
+
+
+FitLayer = Callable[[int, "Layer"], LayerFit]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A fit of some layers. `settings` hold all that results depend on besides model, text and machine. `begin(walk)` gives the
+    function that fits the layer at an index, whose weights are loaded, and moves the walk's lanes on. `title` stands beside the
+    bar with the `note` of a layer's record; `label` is that of the rules."""
+
+    title: str
+    label: str
+    settings: dict[str, Any]
+    layers: "list[Layer]"
+    begin: Callable[[Walk], FitLayer]
+    note: Callable[[dict[str, Any]], str]
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The fitted layers in the model's order: their entries, and the rules that write their tensors."""
+
+    entries: list[Entry]
+    rules: list[Rule]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [entry.record for entry in self.entries]
+
+
+def read_calibration(bench: "Bench", texts: list[str] | None, tokens: str | None, length: int | None) -> Calibration:
+    """The windows of calibration text.
+
+    Raises UpfitError for text that cannot be used, Opaque for a model without a tokenizer.
+    """
+    if not texts:
+        bench.output.note(
+            "no --calibration text: calibrating on Python's standard library; text like what the model will serve is better"
+        )
+    return Calibration(sample_for(bench.folder, bench.checkpoint, texts, tokens, length), fingerprint(bench.checkpoint))
+
+
+def fit_layers(bench: "Bench", calibration: Calibration, task: Task) -> Fitted:
+    """Fit every layer of the task; those that an earlier run of the same fit has finished are taken from the bench's folder.
+
+    Raises Opaque for a model that cannot be run on text.
+    """
+    work = FitWork(bench.scratch, identity(calibration, task))
+    done = work.progress
+    if done.next:
+        bench.output.note(f"going on after layer {done.next} of {done.total}")
+    with bench.output.progress(task.title, len(task.layers)) as meter:
+        meter.advance(len(done.layers))
+        if not work.finished:
+            _walk(bench, calibration, task, work, lambda record: meter.advance(1, task.note(record)))
+    layers = {layer.path: layer for layer in task.layers}
+    rules = [_rule(entry, layers[entry.layer], task.label) for entry in done.layers if entry.names]
+    return Fitted(done.layers, rules)
+
+
+def _walk(bench: "Bench", calibration: Calibration, task: Task, work: FitWork, show: Callable[[dict[str, Any]], None]) -> None:
+    """The layers that are still to be done, each kept as soon as it is."""
+    walk = Walk(bench, calibration.sample, task.alone)
+    if work.progress.next:
+        walk.carried.restore(work.state())
+    fit, blocks = task.begin(walk), walk.stream.blocks
+    layers = {layer.path: layer for layer in task.layers}
+    for index in range(work.progress.next, len(blocks)):
+        walk.stream.load(index)
+        layer = layers.get(blocks[index].attention_path) if blocks[index].attention else None
+        if layer is None:
+            walk.pass_by(index)
+        else:
+            made = fit(index, layer)
+            work.add(index, made.layer, made.record, made.extra, _stored(bench, layer, made.tensors))
+        walk.stream.empty(blocks[index].module)
+        last = index + 1 == len(blocks)
+        carried = None if last else walk.carried.tensors()
+        if last or carried is not None:
+            work.keep(index + 1, len(blocks), carried)
+        if layer is not None:
+            show(made.record)
+
+
+def identity(calibration: Calibration, task: Task) -> dict[str, Any]:
+    """All that the bytes of a fit depend on."""
+    windows = [[len(some), length, calibration.sample.held[length]] for length, some in calibration.sample.windows.items()]
+    content = b"".join(some.numpy().tobytes() for some in calibration.sample.windows.values())
+    device = pick_device()
+    return {
+        "settings": task.settings,
+        "layers": [layer.path for layer in task.layers],
+        "model": calibration.model,
+        "windows": windows,
+        "text": hashlib.sha256(content).hexdigest(),
+        "versions": history.versions(),
+        # Sums are taken in an order that depends on these, and differ in their last bits.
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _stored(bench: "Bench", layer: "Layer", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's new tensors in the types of the checkpoint (of its queries, where they are new)."""
+    known = bench.checkpoint.tensors
+    types = {name: known[name if name in known else layer.names["q.weight"]].dtype for name in tensors}
+    return {FITTED + name: tensor.to("cpu", torch_dtype(types[name])).contiguous() for name, tensor in tensors.items()}
+
+
+def _rule(entry: Entry, layer: "Layer", label: str) -> Rule:
+    """The rule that writes a layer's fitted tensors."""
+    # The old output projection is read to say beside which tensor of the checkpoint the new ones are to stand.
+    writes = tuple(name.removeprefix(FITTED) for name in entry.names)
+    return Rule((*entry.names, layer.names["o.weight"]), writes, _renamed, label)
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(FITTED): tensor for name, tensor in tensors.items() if name.startswith(FITTED)}
