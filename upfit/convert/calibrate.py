@@ -32,6 +32,7 @@ from upfit.convert.checkpoint import Checkpoint, most_positions, open_checkpoint
 from upfit.convert.facts import Facts, understand, watch
 from upfit.convert.folders import find_source, sync_path
 from upfit.convert.lens import see
+from upfit.convert.quantised import check_not_quantised
 from upfit.convert.safetensors_file import encode_header, read_header
 from upfit.convert.skeleton import quiet_transformers, vocabulary
 from upfit.convert.statistics import ROWS, add, observe, sample_rows
@@ -71,8 +72,9 @@ def calibrate(
     if not out.parent.is_dir():
         raise UpfitError(f"there is no folder {out.parent}; make it first")
     source, began = find_source(model, revision), time.monotonic()
-    with open_checkpoint(source.path) as checkpoint:
-        checkpoint = see(checkpoint)
+    with open_checkpoint(source.path) as stored:
+        checkpoint = see(stored)
+        check_not_quantised(stored)
         architecture = bind(checkpoint.config, checkpoint.tensors)
         try:
             sample = sample_for(source.path, checkpoint, texts, tokens, length)
