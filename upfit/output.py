@@ -113,3 +113,13 @@ def human_count(count: float) -> str:
             return f"{count:.0f}" if unit == "" else f"{count:.1f}{unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+def cache_change(before: int, after: int) -> str:
+    """What became of the bytes that a token's keys and values take, in words; the same ones wherever it is told."""
+    if before == after:
+        return f"KV cache {human_bytes(before)} a token, as before"
+    changed = f"KV cache {human_bytes(before)} → {human_bytes(after)} a token"
+    if not before or not after:
+        return changed
+    return f"{changed} ({before / after:.2f}x smaller)" if after < before else f"{changed} ({after / before:.2f}x larger)"

@@ -10,7 +10,7 @@ import typer
 from upfit.cli.base import Json, Overwrite, Quiet, Revision, app, with_flags
 from upfit.convert.recipe import Recipe, find_recipes
 from upfit.errors import UpfitError
-from upfit.output import Output, human_bytes, human_count
+from upfit.output import Output, cache_change, human_bytes, human_count
 
 convert_app = typer.Typer(help="Convert a checkpoint to another attention.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
@@ -30,6 +30,9 @@ def _add_conversion(target: typer.Typer, name: str, doc: str, options: type, run
         revision: Revision = None,
         max_shard_size: Annotated[str | None, typer.Option(help="Largest file, e.g. 5GB; default: as the source.")] = None,
         no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")] = False,
+        no_verify_bytes: Annotated[
+            bool, typer.Option("--no-verify-bytes", help="Do not read back what was written; check the rest.")
+        ] = False,
         stream: Annotated[
             bool, typer.Option("--stream", help="Fetch a hub model's files one at a time, and drop each when it is done with.")
         ] = False,
@@ -41,7 +44,7 @@ def _add_conversion(target: typer.Typer, name: str, doc: str, options: type, run
 
         output = Output(as_json, quiet)
         size = parse_size(max_shard_size) if max_shard_size else None
-        settings = Settings(dry_run, dtype, revision, size, not no_verify, overwrite, stream)
+        settings = Settings(dry_run, dtype, revision, size, not no_verify, overwrite, stream, not no_verify_bytes)
         answer = run(source, out, options(**flags), settings, output)
         output.json(answer)
         _show_conversion(answer, output)
@@ -73,12 +76,19 @@ def _merge(source: str, out: Path, options: Any, settings: Any, output: Output) 
 
 def cache_words(answer: dict[str, Any]) -> str:
     """What became of key/value heads and of the bytes that a token's keys and values take."""
-    (before, after), heads = answer["kv_bytes_per_token"], answer["kv_heads"]
-    if before == after:
-        return f"KV cache {human_bytes(before)} a token, as before"
+    heads = answer["kv_heads"]
     changed = f"{heads[0]} → {heads[1]} key/value heads, " if heads[0] != heads[1] else ""
-    factor = f"{before / after:.2f}x smaller" if after < before else f"{after / before:.2f}x larger"
-    return f"{changed}KV cache {human_bytes(before)} → {human_bytes(after)} a token ({factor})"
+    return changed + cache_change(*answer["kv_bytes_per_token"])
+
+
+def sanity_words(report: dict[str, Any]) -> str:
+    """The loss on the sample text, as what it is: enough to see a broken model, not to judge a whole one."""
+    before, after, interval = report["source_loss"], report["loss"], report["loss_interval"]
+    width = f" ± {interval:.3f}" if interval is not None else ""
+    return (
+        f"Sanity check on {report['tokens']} tokens of a text of Upfit's own: {before:.3f} → {after:.3f} "
+        f"({after - before:+.3f}{width}) nats a token; that is no measurement, which is upfit evaluate's"
+    )
 
 
 def _show_conversion(answer: dict[str, Any], output: Output) -> None:
@@ -102,10 +112,7 @@ def _show_conversion(answer: dict[str, Any], output: Output) -> None:
     if report:
         output.line(f"Verified: {report['structure']}; {report['numbers']}")
         if report["loss"] is not None and not report["equal"]:
-            output.line(
-                f"Loss on a short text of {report['tokens']} tokens: {report['source_loss']:.3f} → {report['loss']:.3f} "
-                f"({report['loss'] - report['source_loss']:+.3f}) nats a token"
-            )
+            output.line(sanity_words(report))
     output.note(f"Next: upfit evaluate {answer['out']} --against {answer['source']['name']}")
 
 

@@ -33,6 +33,7 @@ from upfit.convert.facts import Facts, understand, watch
 from upfit.convert.folders import find_source
 from upfit.convert.lens import see
 from upfit.convert.output_folder import check_place, resolved
+from upfit.convert.quantised import check_not_quantised
 from upfit.convert.safetensors_file import encode_header, read_header
 from upfit.convert.skeleton import vocabulary
 from upfit.convert.statistics import ROWS, add, observe, sample_rows
@@ -78,8 +79,9 @@ def calibrate(
         raise UpfitError(f"there is no folder {out.parent}; make it first")
     source, began = find_source(model, revision), time.monotonic()
     check_place(out, [source.path, *map(Path, texts)], 0)
-    with open_checkpoint(source.path) as checkpoint:
-        checkpoint = see(checkpoint)
+    with open_checkpoint(source.path) as stored:
+        checkpoint = see(stored)
+        check_not_quantised(stored)
         architecture = bind(checkpoint.config, checkpoint.tensors)
         try:
             sample = sample_for(source.path, checkpoint, texts, tokens, length)

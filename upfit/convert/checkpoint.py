@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.convert.disk import naming
 from upfit.convert.folders import contained
+from upfit.convert.identity import Identity, sampled
+from upfit.convert.quantised import of_config, refusal
 from upfit.convert.safetensors_file import TensorInfo, read_exactly, read_header
 from upfit.errors import UpfitError
 from upfit.own import is_own
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[\w.\-]+\.safetensors")
 MAX_JSON_BYTES = 64 * 2**20
+CHANGED = "has changed since it was first read; start again on a folder at rest"
 
 
 def torch_dtype(name: str) -> "torch.dtype":
@@ -56,6 +60,7 @@ class Checkpoint:
     fitted: dict[str, TensorInfo] = field(default_factory=dict)
     _descriptors: dict[Path, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _identities: dict[Path, Identity] = field(default_factory=dict, repr=False)  # of what was read of the folder
 
     @property
     def nbytes(self) -> int:
@@ -92,15 +97,41 @@ class Checkpoint:
         return dataclasses.replace(self, fitted=fitted)
 
     def descriptor(self, path: Path) -> int:
-        """An open file descriptor of a weight file; each is opened once, so a file cannot be swapped in between."""
+        """An open file descriptor of a weight file; each is opened once, so a file cannot be swapped in between.
+
+        Raises UpfitError when it is not the file any more whose header was read.
+        """
         with self._lock:
             if path not in self._descriptors:
                 self._descriptors[path] = os.open(path, os.O_RDONLY)
+                self._compare(path, os.fstat(self._descriptors[path]))
             return self._descriptors[path]
+
+    def _compare(self, path: Path, status: os.stat_result) -> None:
+        if self._identities.get(path, Identity.of(status)) != Identity.of(status):
+            raise UpfitError(f"{path} {CHANGED}")
+
+    def check_unchanged(self) -> None:
+        """Raise UpfitError when a file that was read of the folder has been written to or replaced since."""
+        for path in list(self._identities):
+            try:
+                self._compare(path, path.stat())
+            except FileNotFoundError as error:
+                raise UpfitError(f"{path} {CHANGED}") from error
+
+    def identity(self) -> list[list[Any]]:
+        """The weight files, as JSON can hold them, so that a later run can tell whether they are the same: names, what the
+        system says of them, and samples of their bytes."""
+        described = []
+        for path in self.files:
+            descriptor = self.descriptor(path)
+            described.append([path.name, *Identity.of(os.fstat(descriptor)).record(), sampled(descriptor)])
+        return described
 
     def read_bytes(self, file: str, nbytes: int, start: int) -> bytearray:
         """Bytes of a weight file of the folder. Raises UpfitError when the file ends before."""
-        return read_exactly(self.descriptor(self.folder / file), nbytes, start)
+        with naming(self.folder / file):
+            return read_exactly(self.descriptor(self.folder / file), nbytes, start)
 
     def read(self, name: str) -> "torch.Tensor":
         """One tensor, read into memory of its own."""
@@ -110,7 +141,8 @@ class Checkpoint:
         dtype = torch_dtype(info.dtype)
         if info.numel == 0:
             return torch.empty(info.shape, dtype=dtype)
-        buffer = read_exactly(self.descriptor(info.file), info.nbytes, info.start)
+        with naming(info.file):
+            buffer = read_exactly(self.descriptor(info.file), info.nbytes, info.start)
         return torch.frombuffer(buffer, dtype=dtype).reshape(info.shape)
 
     def meta(self, name: str) -> "torch.Tensor":
@@ -123,6 +155,7 @@ class Checkpoint:
     def forget(self, path: Path) -> None:
         """The file at `path` is another one now: it is opened anew when it is wanted again."""
         with self._lock:
+            self._identities.pop(path, None)
             descriptor = self._descriptors.pop(path, None)
         if descriptor is not None:
             os.close(descriptor)
@@ -144,8 +177,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises UpfitError for anything missing, damaged, quantised, pickled, or pointing outside the folder.
     """
+    small = [path for path in (folder / "config.json", folder / INDEX) if path.exists()]
+    identities = {path: Identity.of(path.stat()) for path in small}
     config = read_config(folder)
     files = _weight_files(folder)
+    identities |= {path: Identity.of(path.stat()) for path in files}
     tensors: dict[str, TensorInfo] = {}
     for path in files:
         for info in read_header(path):
@@ -153,7 +189,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 raise UpfitError(f"tensor {info.name!r} is in both {tensors[info.name].file.name} and {path.name}; remove one")
             tensors[info.name] = info
     _check_index(folder, tensors)
-    return Checkpoint(folder, config, tensors, tuple(files))
+    checkpoint = Checkpoint(folder, config, tensors, tuple(files), _identities=identities)
+    checkpoint.check_unchanged()
+    return checkpoint
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -163,15 +201,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         raise UpfitError(f"{folder} has no config.json; give the folder of a Hugging Face model")
-    config = _read_json(contained(path, folder))
+    config = read_json(contained(path, folder))
     if not isinstance(config.get("model_type"), str):
         raise UpfitError(f"{path} names no model_type; give the folder of a transformers model")
     if is_own(config) and not isinstance(config.get("base_model_type"), str):
         raise UpfitError(f"{path} has model_type {config['model_type']!r} but names no base_model_type; fetch it again")
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise UpfitError(f"{folder} is quantised ({method}); convert the checkpoint it was made from, then quantise the result")
+    method = of_config(config)
+    if method is not None:
+        raise refusal(folder, method)
     return config
 
 
@@ -184,7 +221,14 @@ def most_positions(config: dict[str, Any]) -> int | None:
     return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def config_dtypes(config: dict[str, Any]) -> set[str]:
+    """The types that a config, and those nested in it, name for the weights."""
+    found = {value for key, value in config.items() if key in ("dtype", "torch_dtype") and isinstance(value, str)}
+    return found.union(*(config_dtypes(value) for value in config.values() if isinstance(value, dict)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UpfitError when it is too large, damaged, or something else."""
     if path.stat().st_size > MAX_JSON_BYTES:
         raise UpfitError(f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
     try:
@@ -205,8 +249,16 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise UpfitError(_no_weights(folder))
-    names = sorted(set(_weight_map(index, folder).values()))
-    return [_shard(folder, name) for name in names]
+    return [_shard(folder, name) for name in named_files(folder)]
+
+
+def named_files(folder: Path) -> list[str]:
+    """The weight files that the folder's index names, sorted. Raises UpfitError for an index or a name that is not read."""
+    names = sorted(set(_weight_map(folder / INDEX, folder).values()))
+    strange = [name for name in names if not SHARD_NAME.fullmatch(name)]
+    if strange:
+        raise UpfitError(f"{folder / INDEX} names the file {strange[0]!r}; only plain names ending in .safetensors are read")
+    return names
 
 
 def _no_weights(folder: Path) -> str:
@@ -219,15 +271,13 @@ def _no_weights(folder: Path) -> str:
 
 
 def _weight_map(index: Path, folder: Path) -> dict[str, str]:
-    weight_map = _read_json(contained(index, folder)).get("weight_map")
+    weight_map = read_json(contained(index, folder)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise UpfitError(f"{index} has no weight_map from tensor names to file names; fetch it again")
     return weight_map
 
 
 def _shard(folder: Path, name: str) -> Path:
-    if not SHARD_NAME.fullmatch(name):
-        raise UpfitError(f"{folder / INDEX} names the file {name!r}; only plain names ending in .safetensors are read")
     path = folder / name
     if not path.exists() and not path.is_symlink():
         raise UpfitError(f"{folder / INDEX} names {name}, which is not in the folder; fetch it again")

@@ -4,37 +4,42 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shlex
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from upfit import history
-from upfit.convert.architectures import Architecture, bind, has_two_ways
-from upfit.convert.checkpoint import Checkpoint, open_checkpoint, read_config, safetensors_dtype
-from upfit.convert.engine import Planned, check_against_class, edit_dtype, outline, output_bytes, shape_changes
-from upfit.convert.folders import Source, copy_code, copy_side_files, find_source
+from upfit.convert.architectures import Architecture, bind, check_known, has_two_ways
+from upfit.convert.checkpoint import Checkpoint, config_dtypes, open_checkpoint, read_config, safetensors_dtype, torch_dtype
+from upfit.convert.disk import disk_errors
+from upfit.convert.engine import Planned, changed_layers, check_against_class, edit_dtype, outline, output_bytes, shape_changes
+from upfit.convert.folders import Source, check_side_files, copy_code, copy_side_files, find_source
 from upfit.convert.journal import JOURNAL, Journal, crc_of
+from upfit.convert.leftovers import Leftovers, left_over, settle
 from upfit.convert.lens import see
 from upfit.convert.output_folder import check_output
 from upfit.convert.own_class import is_grouped
+from upfit.convert.quantised import check_not_quantised
+from upfit.convert.readback import check_written
 from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, find_merge
-from upfit.convert.verify import verify
+from upfit.convert.remote_code import without_code
+from upfit.convert.verify import Promise, Report, tolerance, verify
 from upfit.convert.work_folder import RESULT, WorkFolder, work_folder
 from upfit.convert.writer import Shard, split, write_shards
 from upfit.errors import UpfitError
 from upfit.options import as_flags, check
 from upfit.output import Output
-from upfit.own import is_own
+from upfit.own import family, is_own
 
 if TYPE_CHECKING:
     from upfit.convert.streaming import Stream
 
+CODE_NOTE = "auto_map left out: code of the source does not travel, and the classes of the result need none of it"
 FIT_FACTOR = 4  # what a fit keeps beside OUT, in bytes of the attention's weights: it may change the MLP's as well
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,7 +47,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 @dataclass(frozen=True)
 class Settings:
     """The flags that all conversions share. `max_shard_bytes` None keeps the source's sharding, `dtype` None its type; `stream`
-    fetches a hub model's files one at a time."""
+    fetches a hub model's files one at a time. `verify` checks the result, `verify_bytes` reads back what was written too."""
 
     dry_run: bool = False
     dtype: str | None = None
@@ -51,6 +56,7 @@ class Settings:
     verify: bool = True
     overwrite: bool = False
     stream: bool = False
+    verify_bytes: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,9 @@ class Job:
     architecture: Architecture
     plan: Plan
     planned: list[Planned]
-    unused: frozenset[str]  # tensors that the source's own class leaves unused; they are passed on
+    unused: frozenset[str]  # tensors that the source's own class does not take
+    unexpected: frozenset[str]  # and what its loading calls them
+    leftovers: Leftovers  # what becomes of them
 
 
 def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Settings, output: Output) -> dict[str, Any]:
@@ -142,6 +150,7 @@ def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
     from upfit.convert.stream import Opaque
 
     bench.scratch.mkdir(parents=True, exist_ok=True)
+    alone = False
     try:
         plan, checkpoint = fit.run(bench), bench.checkpoint.with_fitted(bench.scratch)
     except Opaque as reason:
@@ -149,11 +158,31 @@ def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
             raise UpfitError(f"{job.source.name} cannot be fitted on text: {reason}{fit.otherwise}") from reason
         bench.output.note(f"not aligned: {reason}; the heads are averaged instead")
         plan = dataclasses.replace(fit.fallback, report={"not_aligned": str(reason)})
-        checkpoint = job.checkpoint
+        checkpoint, alone = job.checkpoint, True
+    return _planned(dataclasses.replace(job, checkpoint=checkpoint), plan, alone)
+
+
+def _planned(job: Job, plan: Plan, alone: bool) -> Job:
+    """The job with this plan of its recipe made complete: leftovers, types, and every tensor of the result, checked.
+
+    `alone` says that the rules look at tensors only, so that layers which the class never runs can be converted too.
+    """
+
+    def replan(architecture: Architecture) -> Plan:
+        again = job.recipe.plan(architecture, job.options)
+        return again if again.fit is None or again.fit.fallback is None else again.fit.fallback
+
+    checkpoint, present = job.checkpoint, job.unused & job.checkpoint.passing.keys()
+    changed = changed_layers(job.architecture, plan)
+    plan, leftovers = settle(plan, present, checkpoint.tensors, job.architecture, changed, replan if alone else None)
+    leftovers = dataclasses.replace(leftovers, left_out=leftovers.left_out | (job.unused - present))
     plan, dtype = _with_dtype(checkpoint.written(plan), job.settings.dtype)
+    config = without_code(plan.config)
+    notes = (*plan.notes, *leftovers.notes(), *([CODE_NOTE] if config != plan.config else []))
+    plan = dataclasses.replace(plan, config=config, notes=notes)
     planned = outline(plan, checkpoint, dtype)
-    check_against_class(plan, planned, job.architecture)
-    return dataclasses.replace(job, plan=plan, planned=planned, checkpoint=checkpoint)
+    check_against_class(plan, planned, job.architecture, leftovers.converted)
+    return dataclasses.replace(job, plan=plan, planned=planned, leftovers=leftovers)
 
 
 def _previewed(fit: Fit, bench: Bench) -> dict[str, Any] | None:
@@ -170,14 +199,17 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     if is_own(checkpoint.config) and recipe.name != MERGE and not is_grouped(checkpoint.config):
         known = checkpoint.config["model_type"]
         raise UpfitError(f"{source.name} is of type {known} already; convert the model it was made from, or merge it first")
+    check_known(checkpoint.config)
+    check_not_quantised(checkpoint)
     stored = checkpoint
     checkpoint, architecture, plan = _first_way(recipe, options, stored)
     unused = _check_source(stored)
-    plan, dtype = _with_dtype(checkpoint.written(plan), settings.dtype)
-    planned = outline(plan, checkpoint, dtype)
-    check_against_class(plan, planned, architecture)
-    fitted = sum(item.nbytes for item in planned if item.rule is not None) * FIT_FACTOR if plan.fit else 0
-    needed = 0 if settings.dry_run else output_bytes(planned, source.path) + fitted  # a plan may be made where it cannot run
+    job = Job(recipe, options, settings, source, out, checkpoint, architecture, plan, [], *unused, Leftovers())
+    job = _planned(job, plan, plan.fit is None)
+    check_side_files(source.path)
+    history.read(source.path)
+    fitted = sum(item.nbytes for item in job.planned if item.rule is not None) * FIT_FACTOR if plan.fit else 0
+    needed = 0 if settings.dry_run else output_bytes(job.planned, source.path) + fitted  # planned where it cannot run, perhaps
     if settings.stream and plan.fit is not None:
         raise UpfitError(
             "--stream has each file of the model once, and this conversion runs the model on text; leave --stream out, or "
@@ -186,7 +218,7 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     if settings.stream:
         needed += max(path.stat().st_size for path in checkpoint.files)
     check_output(out, [source.path] if source.kept else [], needed, settings.overwrite)
-    return Job(recipe, options, settings, source, out, checkpoint, architecture, plan, planned, unused)
+    return job
 
 
 def _first_way(recipe: Recipe, options: Any, checkpoint: Checkpoint) -> tuple[Checkpoint, Architecture, Plan]:
@@ -205,17 +237,22 @@ def _first_way(recipe: Recipe, options: Any, checkpoint: Checkpoint) -> tuple[Ch
     return way(own=True)
 
 
-def _check_source(checkpoint: Checkpoint) -> frozenset[str]:
-    """Names that the source's own class leaves unused. Raises UpfitError when the source is incomplete."""
-    from upfit.convert.skeleton import structure_report
+def _check_source(checkpoint: Checkpoint) -> tuple[frozenset[str], frozenset[str]]:
+    """The tensors that the source's own class does not take, and what its loading calls them.
+
+    Raises UpfitError when the source is incomplete.
+    """
+    from upfit.convert.skeleton import class_names, structure_report
 
     report = structure_report(checkpoint.config, checkpoint.tensors)
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if report[kind]:
-            names = ", ".join(sorted(map(str, report[kind]))[:3])
-            what = f"{len(report[kind])} {kind.replace('_', ' ')}, e.g. {names}"
+            first = ", ".join(sorted(map(str, report[kind]))[:3])
+            what = f"{len(report[kind])} {kind.replace('_', ' ')}, e.g. {first}"
             raise UpfitError(f"the source {checkpoint.folder} is incomplete: {what}")
-    return frozenset(report["unexpected_keys"])
+    names = class_names(checkpoint.config, stored=True)
+    unused = left_over(checkpoint.tensors, names.module_name, names.shapes)
+    return unused, unused | frozenset(report["unexpected_keys"])
 
 
 def _with_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
@@ -231,28 +268,27 @@ def _with_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
 
 
 def _write(job: Job, answer: dict[str, Any], output: Output, work: WorkFolder, stream: "Stream | None") -> dict[str, Any]:
-    step = _step(job, answer)
-    folder = work.folder(RESULT)
-    _write_weights(job, folder, output, stream)
-    if "README.md" in copy_side_files(job.source.path, folder):
-        step["readme_sha256"] = hashlib.sha256((folder / "README.md").read_bytes()).hexdigest()  # the card tells it apart
-    copy_code(job.plan.config, folder)
-    config = json.dumps(job.plan.config, indent=2, ensure_ascii=False)
-    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
-    if job.settings.verify:
-        output.note("verifying ...")
-        source = job.source.path if stream is None else None
-        rounded = job.settings.dtype is not None
-        exact, close = job.plan.exact and not rounded, job.plan.close and not rounded
-        report = verify(folder, source, exact, close, job.out, job.unused)
-        step["measurements"]["verify"] = report.record()
-    (folder / JOURNAL).unlink()
-    history.write(folder, [*history.read(job.source.path), step])
-    work.publish(folder, job.settings.overwrite)
+    shards, earlier = split(job.planned, job.checkpoint, job.settings.max_shard_bytes), history.read(job.source.path)
+    promise = _promise(job)
+    step = _step(job, answer, promise)
+    with disk_errors(job.out):
+        folder = work.folder(RESULT)
+        _write_weights(job, folder, shards, output, stream)
+        if "README.md" in copy_side_files(job.source.path, folder):
+            step["readme_sha256"] = hashlib.sha256((folder / "README.md").read_bytes()).hexdigest()  # the card tells it apart
+        copy_code(job.plan.config, folder)
+        config = json.dumps(job.plan.config, indent=2, ensure_ascii=False)
+        (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+        if job.settings.verify:
+            step["measurements"]["verify"] = _verified(job, promise, folder, shards, output, stream).record()
+        job.checkpoint.check_unchanged()
+        (folder / JOURNAL).unlink()
+        history.write(folder, [*earlier, step])
+        work.publish(folder, job.settings.overwrite)
     return step["measurements"].get("verify", {})
 
 
-def _step(job: Job, answer: dict[str, Any]) -> dict[str, Any]:
+def _step(job: Job, answer: dict[str, Any], promise: Promise) -> dict[str, Any]:
     """What recipe.json will say of this conversion."""
     step = history.step(_verb(job.recipe), job.source.record(), answer["options"])
     step["command"] = _command(job)
@@ -260,15 +296,16 @@ def _step(job: Job, answer: dict[str, Any]) -> dict[str, Any]:
     if job.checkpoint.said:
         moved = (read_config(job.source.path)["model_type"], job.plan.config["model_type"])
         step["retarget"] = {"from": moved[0], "to": moved[1], "why": job.checkpoint.said}
-    if job.plan.exact or job.plan.close:
-        step["measurements"]["lossless"] = True  # but for --dtype's rounding; verify holds the plan to it
+    if promise.tolerance is not None:
+        step["measurements"]["lossless"] = asdict(promise) if promise.tolerance or promise.dtype else True
     if job.plan.report:
         step["measurements"] |= job.plan.report
+    if job.unused:
+        step["unused"] = job.leftovers.record()
     return step
 
 
-def _write_weights(job: Job, folder: Path, output: Output, stream: "Stream | None") -> None:
-    shards = split(job.planned, job.checkpoint, job.settings.max_shard_bytes)
+def _write_weights(job: Job, folder: Path, shards: list[Shard], output: Output, stream: "Stream | None") -> None:
     journal = Journal(folder, _work(job, shards), job.checkpoint.read_bytes)
     if journal.kept:
         output.note(f"going on: {len(journal.kept)} of {len(shards)} shards are finished already")
@@ -276,13 +313,31 @@ def _write_weights(job: Job, folder: Path, output: Output, stream: "Stream | Non
         write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance, journal, stream)
 
 
+def _verified(job: Job, promise: Promise, folder: Path, shards: list[Shard], output: Output, stream: "Stream | None") -> Report:
+    job.checkpoint.check_unchanged()
+    if job.settings.verify_bytes:
+        with output.progress("reading back", sum(piece.nbytes for shard in shards for piece in shard.pieces)) as meter:
+            check_written(folder, shards, job.checkpoint.read_bytes, meter.advance)
+    output.note("verifying ...")
+    return verify(folder, job.source.path if stream is None else None, promise, job.out, job.unexpected)
+
+
+def _promise(job: Job) -> Promise:
+    """How far the result may be from the source: not at all, or as far as rounding goes in the types that it computes in."""
+    dtype = job.settings.dtype or ""
+    if job.plan.exact or not job.plan.close:
+        return Promise(0.0 if job.plan.exact else None, dtype)
+    moved = family(read_config(job.source.path)) != family(job.plan.config)
+    stored = str(torch_dtype(max(job.planned, key=lambda item: item.nbytes).dtype)).removeprefix("torch.")
+    return Promise(max(tolerance(name, moved) for name in {stored, *config_dtypes(job.plan.config)}), dtype)
+
+
 def _work(job: Job, shards: list[Shard]) -> dict[str, Any]:
     """All that the bytes of the shards depend on: a run that finds a journal of other work does not go on with it."""
-    files = [(path.name, os.fstat(job.checkpoint.descriptor(path))) for path in job.checkpoint.files]
     fitted = {path.name: crc_of(path) for path in sorted({info.file for info in job.checkpoint.fitted.values()})}
     return {
-        "source": [[name, told.st_size, told.st_mtime_ns] for name, told in files],
-        "conversion": [job.recipe.name, dataclasses.asdict(job.options), job.settings.dtype],
+        "source": job.checkpoint.identity() if job.source.kept else [job.source.name, job.source.revision],
+        "conversion": [job.recipe.name, asdict(job.options), job.settings.dtype],
         "config": job.plan.config,
         "shards": [[shard.name, shard.nbytes, zlib.crc32(shard.header)] for shard in shards],
         "fitted": fitted,
@@ -297,7 +352,7 @@ def _summary(job: Job) -> dict[str, Any]:
         "source": job.source.record(),
         "out": str(job.out),
         "dry_run": job.settings.dry_run,
-        "options": dataclasses.asdict(job.options) | {"dtype": job.settings.dtype},
+        "options": asdict(job.options) | {"dtype": job.settings.dtype},
         "bytes": [job.checkpoint.nbytes, sum(item.nbytes for item in job.planned)],
         "parameters": [job.checkpoint.numel, sum(math.prod(item.shape) for item in job.planned)],
         "kv_heads": [job.architecture.kv_heads, changed.kv_heads],

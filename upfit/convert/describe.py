@@ -3,10 +3,11 @@
 from typing import Any
 
 from upfit import history
-from upfit.convert.architectures import bind, has_two_ways
+from upfit.convert.architectures import bind, check_known, has_two_ways
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.folders import find_source
 from upfit.convert.own_class import is_grouped
+from upfit.convert.quantised import check_not_quantised
 from upfit.convert.recipe import find_recipes
 from upfit.convert.skeleton import model_class_for
 from upfit.output import human_bytes, human_count
@@ -20,6 +21,8 @@ def describe(model: str, revision: str | None = None) -> dict[str, Any]:
     """
     source = find_source(model, revision)
     with open_checkpoint(source.path) as checkpoint:
+        check_known(checkpoint.config)
+        check_not_quantised(checkpoint)
         architecture = bind(checkpoint.config, checkpoint.tensors)
         seen = architecture.config["model_type"]
         shapes = [layer.geometry for layer in architecture.layers]

@@ -4,11 +4,13 @@ A tensor that no rule writes or drops passes through untouched, as bytes. Before
 known (names, shapes, types, sizes, file offsets) and compared with what the target class wants.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit.convert.architectures import Architecture
+from upfit.convert.attention import Layer
 from upfit.convert.checkpoint import Checkpoint, safetensors_dtype
 from upfit.convert.recipe import Plan, Rule
 from upfit.convert.safetensors_file import ITEM_BYTES
@@ -76,8 +78,11 @@ def _computed(name: str, tensor: "Tensor", rule: Rule, checkpoint: Checkpoint, d
     return Planned(name, kind, tuple(tensor.shape), tensor.numel() * ITEM_BYTES[kind], source, rule)
 
 
-def check_against_class(plan: Plan, planned: list[Planned], architecture: Architecture) -> None:
-    """Compare the result with the target class built on the meta device.
+def check_against_class(
+    plan: Plan, planned: list[Planned], architecture: Architecture, beyond: Mapping[str, str] | None = None
+) -> None:
+    """Compare the result with the target class built on the meta device. Tensors `beyond` the class are held against those of
+    its own layers that they are like ("" for none).
 
     Raises ValueError when a written tensor is unknown to the class or has another shape, or when a parameter that differs
     between the source's class and the target's is not written.
@@ -86,9 +91,13 @@ def check_against_class(plan: Plan, planned: list[Planned], architecture: Archit
 
     source = class_names(architecture.config, stored=True).shapes
     target = class_names(plan.config, stored=True)
+    beyond, by_name = beyond or {}, {item.name: item for item in planned}
+    for name, like in beyond.items():
+        if like and by_name[name].shape != by_name[like].shape:
+            raise ValueError(f"{name!r} has shape {by_name[name].shape}, and {like!r} has {by_name[like].shape}")
     written = {}
     for item in planned:
-        if item.rule is not None:
+        if item.rule is not None and item.name not in beyond:
             module_name = target.module_name(item.name)
             if target.shapes.get(module_name) != item.shape:
                 raise ValueError(f"{item.name!r} has shape {item.shape}, the class wants {target.shapes.get(module_name)}")
@@ -97,6 +106,15 @@ def check_against_class(plan: Plan, planned: list[Planned], architecture: Archit
     forgotten = [n for n in different if n not in written and not any(o in written for o in target.tied.get(n, ()))]
     if forgotten:
         raise ValueError(f"the target class wants {forgotten[0]!r} as {target.shapes[forgotten[0]]}, and no rule writes it")
+
+
+def changed_layers(architecture: Architecture, plan: Plan) -> list[Layer]:
+    """The attention layers that have other parameters, or other shapes, in the class of the plan's config."""
+    from upfit.convert.skeleton import class_names
+
+    before, after = (class_names(config, stored=True).shapes for config in (architecture.config, plan.config))
+    different = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return [layer for layer in architecture.layers if any(name.startswith(layer.path + ".") for name in different)]
 
 
 def compute(rule: Rule, checkpoint: Checkpoint, planned: dict[str, Planned]) -> dict[str, "Tensor"]:
@@ -141,8 +159,11 @@ def shape_changes(planned: list[Planned], checkpoint: Checkpoint) -> list[dict[s
 
 
 def output_bytes(planned: list[Planned], folder: Path) -> int:
-    """Bytes the output folder will need: tensors plus what is copied from the source folder."""
-    from upfit.convert.folders import SIDE_FILES
+    """Bytes the output folder will need: tensors plus what is copied from the source folder.
 
-    side = sum(path.stat().st_size for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file())
+    Raises UpfitError for files there that cannot be copied.
+    """
+    from upfit.convert.folders import check_side_files
+
+    side = sum(path.stat().st_size for path in check_side_files(folder).values())
     return sum(item.nbytes for item in planned) + side + 2**20

@@ -3,15 +3,18 @@
 Used by every verb that reads a model folder. Knows nothing of tensors.
 """
 
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from upfit import history
+from upfit.convert import quantised
+from upfit.convert.remote_code import side_file
 from upfit.errors import UpfitError
 from upfit.own import is_own, shipped
 
@@ -37,8 +40,12 @@ SIDE_FILES = (
     "USE_POLICY*",
     "README.md",
 )
-WEIGHT_PATTERNS = ("*.safetensors", "model.safetensors.index.json", "config.json")
+WEIGHT_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors")  # as transformers names them
 STORY_FILES = (history.FILE, "metrics.jsonl")
+SMALL_FILES = (
+    *("config.json", "model.safetensors.index.json", "additional_chat_templates/*"),
+    *(*SIDE_FILES, *STORY_FILES, *quantised.FILES),
+)  # what is fetched of a hub model beside its weights
 HUB_ID = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
 NEVER_COPIED = {".py", ".bin", ".pt", ".pth", ".pkl", ".safetensors"}
 
@@ -76,12 +83,48 @@ def find_source(name: str, revision: str | None = None) -> Source:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
+    """The snapshot of a hub model in the hub's cache: small files, and of the weights those that its index names."""
     from huggingface_hub import snapshot_download
 
-    patterns = [*WEIGHT_PATTERNS, *SIDE_FILES, *STORY_FILES, "additional_chat_templates/*"]
     at = f" at revision {revision}" if revision else ""
     with hub_errors(lambda reason: UpfitError(f"no folder {hub_id} here, and the hub does not give it{at}: {reason}")):
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        commit, weights = _weights_of(hub_id, revision)
+        wanted, never = [*weights, *SMALL_FILES], [f"*{suffix}" for suffix in NEVER_COPIED - {".safetensors"}]
+        revision = commit or revision
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=never))
+
+
+def _weights_of(hub_id: str, revision: str | None) -> tuple[str | None, Sequence[str]]:
+    """The commit, where it is known, and the names of a hub model's weight files. Repositories hold other weights beside:
+    consolidated ones, other types, adapters.
+
+    Raises UpfitError for an index that names what is not read, and where a loader could take either of two.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    from upfit.convert.checkpoint import INDEX, SINGLE, named_files
+
+    try:
+        index = Path(hf_hub_download(hub_id, INDEX, revision=revision))
+    except LocalEntryNotFoundError:  # without a network, what was fetched before is all there is
+        return None, WEIGHT_PATTERNS
+    except EntryNotFoundError:
+        return None, [SINGLE]
+    names, commit = named_files(index.parent), index.parent.name
+    if _has(hub_id, SINGLE, commit):
+        both = f"{hub_id} has both {SINGLE} and {INDEX}, and loaders differ in which they take"
+        raise UpfitError(f"{both}; give a --revision that has one of them")
+    return commit, names
+
+
+def _has(hub_id: str, file: str, commit: str) -> bool:
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().file_exists(hub_id, file, revision=commit)
+    except Exception:  # whatever stands between here and the hub: then what is in its cache decides
+        return False
 
 
 @contextmanager
@@ -116,19 +159,42 @@ def teacher_source(folder: Path) -> Source | None:
         raise UpfitError(f"{folder / history.FILE} names the source {told['name']}, {where}; give it with --teacher") from error
 
 
-def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, generation settings, chat templates, licence and README; the names that were copied, sorted."""
-    copied = []
+def check_side_files(source: Path) -> dict[str, Path]:
+    """The side files of a model folder, sorted: names within it, and the files behind them.
+
+    Raises UpfitError for what cannot be copied: a link out of the folder or to nothing, what is no ordinary file, what may not
+    be read.
+    """
+    found: dict[str, Path] = {}
     for pattern in SIDE_FILES:
-        for found in sorted(source.glob(pattern)):
-            for path in sorted(found.rglob("*")) if found.is_dir() else [found]:
-                name = str(path.relative_to(source))
-                if path.is_dir() or path.suffix in NEVER_COPIED or name in copied:
-                    continue
-                (target / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(contained(path, source), target / name)
-                copied.append(name)
-    return sorted(copied)
+        for beginning in source.glob(pattern):
+            for path in beginning.rglob("*") if beginning.is_dir() else [beginning]:
+                if path.suffix not in NEVER_COPIED and not path.is_dir():
+                    found[str(path.relative_to(source))] = _ordinary(path, source)
+    return dict(sorted(found.items()))
+
+
+def _ordinary(path: Path, source: Path) -> Path:
+    real = contained(path, source)
+    if not real.exists():
+        raise UpfitError(f"{path} is a link to nothing; fetch the file again, or remove the link")
+    if not real.is_file():
+        raise UpfitError(f"{path} is no ordinary file and cannot be copied; remove it")
+    if not os.access(real, os.R_OK):
+        raise UpfitError(f"no permission to read {path}, which goes with the weights; change it, or remove the file")
+    return real
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer, generation settings, chat templates, licence and README; the names that were copied, sorted.
+
+    Raises UpfitError as `check_side_files` does.
+    """
+    files = check_side_files(source)
+    for name, path in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(side_file(path))
+    return list(files)
 
 
 def copy_code(config: dict[str, Any], target: Path) -> None:

@@ -9,18 +9,15 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from upfit.convert.movers import Piece
-from upfit.convert.safetensors_file import read_exactly
+from upfit.convert.readback import STEP, Read, same
 from upfit.errors import UpfitError
 
 JOURNAL = "conversion.jsonl"  # in a folder that is being written: what of it is finished
-STEP = 8 * 2**20
-Read = Callable[[str, int, int], bytes | bytearray]  # bytes of a source file: its name, how many, from where
 
 
 class Journal:
@@ -74,7 +71,7 @@ def _stands(path: Path, line: dict[str, Any], read: Read) -> bool:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for piece in pieces:
-            if piece.place != end or not _same(descriptor, piece, read):
+            if piece.place != end or not same(descriptor, piece, read):
                 return False
             end += piece.nbytes
     except UpfitError:  # the source's file has become shorter
@@ -82,17 +79,6 @@ def _stands(path: Path, line: dict[str, Any], read: Read) -> bool:
     finally:
         os.close(descriptor)
     return end == line["nbytes"]
-
-
-def _same(descriptor: int, piece: Piece, read: Read) -> bool:
-    crc = 0
-    for done in range(0, piece.nbytes, STEP):
-        size = min(STEP, piece.nbytes - done)
-        data = read_exactly(descriptor, size, piece.place + done)
-        if piece.crc is None and piece.file is not None and data != read(piece.file, size, piece.start + done):
-            return False
-        crc = zlib.crc32(data, crc)
-    return piece.crc is None or crc == piece.crc
 
 
 def crc_of(path: Path) -> int:

@@ -162,7 +162,7 @@ def _through(lens: Lens, under: Checkpoint) -> Seen:
         nbytes = math.prod(made.shape) * ITEM_BYTES[made.dtype]
         tensors[name] = TensorInfo(name, made.dtype, made.shape, place.file, place.start, place.start + nbytes)
     return Seen(
-        *(under.folder, lens.config, tensors, under.files, under.fitted, under._descriptors, under._lock),
+        *(under.folder, lens.config, tensors, under.files, under.fitted, under._descriptors, under._lock, under._identities),
         under=under,
         lens=lens,
     )

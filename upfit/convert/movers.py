@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from upfit.convert.disk import naming
 from upfit.convert.safetensors_file import read_exactly
 
 WAYS = ("reflink", "direct", "kernel", "plain")
@@ -48,13 +49,14 @@ class Run:
 @dataclass(frozen=True)
 class Piece:
     """`nbytes` that stand at `place` of a target file. `crc` is their CRC-32; where nobody has seen the bytes it is None, and
-    they are those from `start` of `file`."""
+    they are those from `start` of `file`. `shared` ones are not only the same there: they are the same blocks of the disk."""
 
     place: int
     nbytes: int
     crc: int | None
     file: str | None = None
     start: int = 0
+    shared: bool = False
 
 
 Told = Callable[[Piece], None]
@@ -105,7 +107,7 @@ class Mover:
                     if way in self.ways:
                         self.ways.remove(way)
                 continue
-            told(Piece(part.place, part.nbytes, crc, part.file.name, part.start))
+            told(Piece(part.place, part.nbytes, crc, part.file.name, part.start, way == "reflink"))
             return
 
     def _reflink(self, source: int, target: int, part: Run) -> None:
@@ -117,7 +119,8 @@ class Mover:
         if not hasattr(self._own, "buffers"):
             self._own.buffers = mmap.mmap(-1, CHUNK + BLOCK), mmap.mmap(-1, CHUNK)
         first, second = (memoryview(buffer) for buffer in self._own.buffers)
-        got = os.preadv(self._reopen(source, os.O_RDONLY), [first[:size]], part.start - lead)
+        with naming(part.file):
+            got = os.preadv(self._reopen(source, os.O_RDONLY), [first[:size]], part.start - lead)
         if got < lead + part.nbytes:
             raise OSError(errno.EINVAL, "a short read")  # the file ends here, or the way does not carry: let another one tell
         data = first[: part.nbytes]
@@ -139,7 +142,8 @@ class Mover:
             done += moved
 
     def _plain(self, source: int, target: int, part: Run) -> int:
-        data = read_exactly(source, part.nbytes, part.start)
+        with naming(part.file):
+            data = read_exactly(source, part.nbytes, part.start)
         write_all(target, data, part.place)
         return zlib.crc32(data)
 

@@ -149,6 +149,7 @@ class Names:
             conversions = get_model_conversion_mapping(model)
         state = model.state_dict(keep_vars=True)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.floating = {name for name, tensor in state.items() if tensor.is_floating_point()}
         self.added = _said(model, "upfit_added")
         self.fused = {path: module.arrangement for path, module in model.named_modules() if isinstance(module, Apart)}
         self.cached = _said(model, "upfit_cached") & self.shapes.keys()

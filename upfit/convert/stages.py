@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from upfit.convert import movers
 from upfit.convert.checkpoint import Checkpoint
+from upfit.convert.disk import naming
 from upfit.convert.engine import compute, finish
 from upfit.convert.journal import Journal
 from upfit.convert.movers import Mover, Piece, Run, write_all
@@ -40,24 +41,26 @@ class Target:
     """A shard that is being written: `left` counts the bytes that do not stand yet."""
 
     shard: "Shard"
+    path: Path
     descriptor: int
     journal: Journal | None
     left: int
-    pieces: list[Piece] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def put(self, data: bytes | memoryview, place: int) -> None:
-        write_all(self.descriptor, data, place)
+        with naming(self.path):
+            write_all(self.descriptor, data, place)
         self.stands(Piece(place, len(data), zlib.crc32(data)))
 
     def stands(self, piece: Piece) -> None:
         with self.lock:
-            self.pieces.append(piece)
+            self.shard.pieces.append(piece)
             self.left -= piece.nbytes
             finished = self.left == 0
         if finished and self.journal:
-            os.fsync(self.descriptor)
-            self.journal.add(self.shard.name, self.shard.nbytes, self.pieces)
+            with naming(self.path):
+                os.fsync(self.descriptor)
+            self.journal.add(self.shard.name, self.shard.nbytes, self.shard.pieces)
 
 
 @dataclass
@@ -155,7 +158,8 @@ class Work:
         with Mover(self.ways) as mover:
             for target, run in stage.runs:
                 source = self.checkpoint.descriptor(run.file)
-                mover.move(source, target.descriptor, run, functools.partial(tell, target))
+                with naming(target.path):
+                    mover.move(source, target.descriptor, run, functools.partial(tell, target))
 
     def _compute(self, stage: Stage) -> None:
         """Run each rule once, one after the other, and put its results where they belong; then what is only cast."""

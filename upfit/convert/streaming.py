@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit.convert.checkpoint import INDEX, SINGLE
-from upfit.convert.folders import HUB_ID, SIDE_FILES, STORY_FILES, Source, hub_errors
+from upfit.convert.folders import HUB_ID, SMALL_FILES, Source, hub_errors
 from upfit.convert.safetensors_file import MAX_HEADER_BYTES
 from upfit.convert.work_folder import Interrupted
 from upfit.errors import UpfitError
@@ -62,8 +62,9 @@ def _begin(folder: Path, hub_id: str, revision: str | None) -> Stream:
         found = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
         commit = str(found.sha)
         sizes = {file.rfilename: file.size for file in found.siblings or [] if "/" not in file.rfilename}
-        small = [*SIDE_FILES, *STORY_FILES, "config.json", INDEX, "additional_chat_templates/*"]
-        snapshot_download(hub_id, revision=commit, allow_patterns=small, ignore_patterns=["*.safetensors"], local_dir=folder)
+        snapshot_download(
+            hub_id, revision=commit, allow_patterns=[*SMALL_FILES], ignore_patterns=["*.safetensors"], local_dir=folder
+        )
         headers = {}
         for name in _weight_files(folder, sizes):
             beginning = _header(hub_id, name, commit)

@@ -2,16 +2,18 @@
 
 The structure is always checked (on the meta device, in seconds, whatever the size). The numerical part loads the source and
 the result one after the other and runs them over a short text; it is left out, and says so, when memory does not allow it.
+Where the result is of another type, it is held against the source rounded to that type.
 """
 
 import gc
-from dataclasses import asdict, dataclass
+import math
+import statistics
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit.errors import UpfitError
-from upfit.own import family
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +24,24 @@ FALLBACK_SEED = 0
 CLOSE = {"float32": 1e-4, "float64": 1e-8}  # of the largest logit, where a plan promises equality to rounding
 CLOSE_MOVED = CLOSE | {"float64": 1e-6}  # between two families, one of which may have float32 inside (GPT-J's rotation)
 CLOSE_COARSE = 3e-2
+WINDOWS = 8  # pieces of the sample text, over which the interval of its loss is taken
+STUDENT = 2.365  # of 95 % with WINDOWS - 1 degrees of freedom
 FAILED = "the result failed its check and was not kept"
 
 
 @dataclass(frozen=True)
+class Promise:
+    """How far the logits may be from those of the source, in shares of the largest: 0.0 is equal bit for bit, None anywhere.
+    The source is first rounded to `dtype` where the result was ("" where it was not)."""
+
+    tolerance: float | None = None
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
-    """What verify found. Losses are in nats a token on `tokens` tokens; None where the numerical part did not run."""
+    """What verify found. Losses are in nats a token on `tokens` tokens of the sample text, `loss_interval` is half the width of
+    a 95 % interval of their difference over pieces of it; None where the numerical part did not run."""
 
     structure: str
     numbers: str
@@ -36,20 +50,19 @@ class Report:
     max_difference: float | None = None
     source_loss: float | None = None
     loss: float | None = None
+    loss_interval: float | None = None
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def verify(
-    folder: Path, source: Path | None, exact: bool, close: bool, named: Path, allowed: frozenset[str] = frozenset()
-) -> Report:
-    """Check `folder`, made from `source`. `exact` demands equal logits, `close` logits that are equal to rounding. `named` is
-    what the folder will be called. Without a `source`, only the structure is checked.
+def verify(folder: Path, source: Path | None, promise: Promise, named: Path, allowed: frozenset[str] = frozenset()) -> Report:
+    """Check `folder`, made from `source`, for what the plan promises. `named` is what the folder will be called. Without a
+    `source`, only the structure is checked.
 
     `allowed` names tensors that the source's class already left unused. Raises UpfitError when a check fails.
     """
-    from upfit.convert.checkpoint import open_checkpoint, read_config
+    from upfit.convert.checkpoint import open_checkpoint
     from upfit.convert.skeleton import check_structure
 
     try:
@@ -66,38 +79,68 @@ def verify(
     ids, is_text = sample_ids(source)
     if ids is None:
         return Report(structure, "not compared: this class takes more than token ids")
-    before, after = _logits(source, ids, allowed), _logits(folder, ids, allowed)
+    before, after = _logits(source, ids, allowed, promise.dtype), _logits(folder, ids, allowed)
     if before is None or after is None:
         return Report(structure, "not compared: this class takes more than token ids")
-    if not after.isfinite().all():
-        raise UpfitError(f"{FAILED}: its logits are not finite; check the source's weights")
-    moved = family(read_config(source)) != family(read_config(folder))
-    return _compare(structure, before, after, ids, is_text, exact, (CLOSE_MOVED if moved else CLOSE) if close else None)
+    return compare(Report(structure, ""), before, after, ids if is_text else None, promise)
 
 
-def _compare(
-    structure: str,
+def tolerance(dtype: str, moved: bool) -> float:
+    """What is rounding in logits of a model that computes in this type, in shares of the largest; `moved` says that the two
+    models are of different families."""
+    return (CLOSE_MOVED if moved else CLOSE).get(dtype, CLOSE_COARSE)
+
+
+def compare(
+    report: Report,
     before: "torch.Tensor",
     after: "torch.Tensor",
-    ids: "torch.Tensor",
-    is_text: bool,
-    exact: bool,
-    bounds: dict[str, float] | None,
+    ids: "torch.Tensor | None",
+    promise: Promise,
 ) -> Report:
+    """`report` with what the logits [T, vocabulary] of source and result say; `ids` [1, T] are None where they are no text.
+
+    Raises UpfitError when the result's are not finite, or not what was promised.
+    """
     import torch
 
+    if not after.isfinite().all():
+        what = "the source's weights" if not promise.dtype or not before.isfinite().all() else "what --dtype can hold"
+        raise UpfitError(f"{FAILED}: its logits are not finite; check {what}")
     equal = torch.equal(before, after)
     difference = (before.float() - after.float()).abs().max().item()
-    bound = (bounds or {}).get(str(before.dtype).removeprefix("torch."), CLOSE_COARSE)
-    tolerance = bound * before.abs().max().item()
-    if (exact and not equal) or (bounds is not None and difference > tolerance):
+    whose = f"the source's in {promise.dtype}" if promise.dtype else "the source's"
+    if promise.tolerance is not None and not equal and not difference <= promise.tolerance * before.abs().max().item():
+        what = f"equality to {promise.tolerance:g} of the largest" if promise.tolerance else "equality"
         raise UpfitError(
-            f"{FAILED}: its logits differ from the source's by {difference:.2g} where this "
-            "setting promises equality; please report it"
+            f"{FAILED}: its logits differ from {whose} by {difference:.2g} where this setting promises {what}; please report it"
         )
-    said = "logits equal the source's bit for bit" if equal else f"logits differ from the source's by up to {difference:.2g}"
-    losses = [_loss(logits, ids) for logits in (before, after)] if is_text else [None, None]
-    return Report(structure, said, ids.shape[1], equal, difference, *losses)
+    said = f"logits equal {whose} bit for bit" if equal else f"logits differ from {whose} by up to {difference:.2g}"
+    numbers = replace(report, numbers=said, tokens=before.shape[0], equal=equal, max_difference=difference)
+    if ids is None:
+        return numbers
+    losses = [_losses(logits, ids) for logits in (before, after)]
+    return replace(
+        numbers,
+        source_loss=losses[0].mean().item(),
+        loss=losses[1].mean().item(),
+        loss_interval=_interval(losses[1] - losses[0]),
+    )
+
+
+def _losses(logits: "torch.Tensor", ids: "torch.Tensor") -> "torch.Tensor":
+    """[T - 1] nats of each token but the first."""
+    import torch
+
+    return torch.nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="none")
+
+
+def _interval(differences: "torch.Tensor") -> float | None:
+    """Half the width of a 95 % interval of the mean, over pieces of the text; None for too short a text."""
+    if len(differences) < 2 * WINDOWS:
+        return None
+    means = [piece.mean().item() for piece in differences.tensor_split(WINDOWS)]
+    return STUDENT * statistics.stdev(means) / math.sqrt(WINDOWS)
 
 
 def _memory_short(source: Path, folder: Path) -> str:
@@ -136,19 +179,28 @@ def sample_ids(folder: Path) -> tuple["torch.Tensor | None", bool]:
         ids = tokenizer(sample_text(), return_tensors="pt", truncation=False, verbose=False)["input_ids"][:, :longest]
         if ids.shape[1] >= 16 and int(ids.max()) < size:
             return ids, True
-    except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError):
+    except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError, RecursionError):
         pass  # many checkpoints come without a tokenizer; random ids still compare two models
+    except BaseException as error:
+        if (
+            type(error).__name__ != "PanicException"
+        ):  # a damaged file stops the tokenizers' own library, in no class of Exception
+            raise
     generator = torch.Generator().manual_seed(FALLBACK_SEED)
     return torch.randint(0, size, (1, min(64, longest)), generator=generator), False
 
 
-def _logits(folder: Path, ids: "torch.Tensor", allowed: frozenset[str]) -> "torch.Tensor | None":
-    """[T, vocabulary] logits of the model in `folder`; None when its class cannot run on token ids alone."""
+def _logits(folder: Path, ids: "torch.Tensor", allowed: frozenset[str], dtype: str = "") -> "torch.Tensor | None":
+    """[T, vocabulary] logits of the model in `folder`, its weights rounded to `dtype`; None when its class cannot run on token
+    ids alone."""
     import torch
 
     from upfit.convert.skeleton import load_strictly
 
-    model = load_strictly(folder, unexpected=allowed)
+    options = {"dtype": getattr(torch, dtype)} if dtype else {}
+    model = load_strictly(folder, unexpected=allowed, **options)
+    if dtype:
+        _round(model, getattr(torch, dtype))
     try:
         inputs = {"input_ids": ids}
         if model.config.is_encoder_decoder:
@@ -162,7 +214,8 @@ def _logits(folder: Path, ids: "torch.Tensor", allowed: frozenset[str]) -> "torc
         gc.collect()
 
 
-def _loss(logits: "torch.Tensor", ids: "torch.Tensor") -> float:
-    import torch
-
-    return torch.nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:]).item()
+def _round(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
+    """What a class keeps in a wider type than it was asked for, rounded too: a file has one type for all."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            tensor.copy_(tensor.to(dtype))

@@ -4,7 +4,6 @@ Untouched tensors move as bytes (`movers.py`). Computed tensors come last in the
 runs, and the data begins where it does in the source's file modulo a block, so that whole blocks can be moved.
 """
 
-import errno
 import json
 import math
 import os
@@ -13,23 +12,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from upfit.convert.checkpoint import INDEX, SINGLE, Checkpoint
+from upfit.convert.disk import naming
 from upfit.convert.engine import Planned
 from upfit.convert.journal import Journal
-from upfit.convert.movers import BLOCK, REFUSALS
+from upfit.convert.movers import BLOCK, REFUSALS, Piece
 from upfit.convert.recipe import Rule
 from upfit.convert.safetensors_file import encode_header
 from upfit.convert.stages import Depot, Target, Work, stages
-from upfit.errors import UpfitError
 
 
 @dataclass
 class Shard:
-    """One output file: its tensors in order, and where each begins."""
+    """One output file: its tensors in order, and where each begins. `pieces` are what has been written of it in this run."""
 
     name: str
     items: list[Planned]
     header: bytes = b""
     offsets: dict[str, int] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
 
     def lay_out(self, checkpoint: Checkpoint) -> None:
         entries = [(item.name, item.dtype, item.shape, item.nbytes) for item in self.items]
@@ -87,7 +87,7 @@ def write_shards(
 
     Shards that `journal` knows as finished are left as they are. With a `depot` the files of the source are brought one after
     the other and dropped when they are done with.
-    Raises UpfitError when the disk is full.
+    Raises OSError, with the name of the file, when a disk is full or fails.
     """
     kept = journal.kept if journal else {}
     advance(sum(item.nbytes for shard in shards if shard.name in kept for item in shard.items))
@@ -95,18 +95,16 @@ def write_shards(
     try:
         for shard in shards:
             if shard.name not in kept:
-                descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-                targets[shard.name] = Target(shard, descriptor, journal, shard.nbytes)
-                _reserve(descriptor, shard.nbytes)
+                path = folder / shard.name
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+                targets[shard.name] = Target(shard, path, descriptor, journal, shard.nbytes)
+                with naming(path):
+                    _reserve(descriptor, shard.nbytes)
         for target in targets.values():
             target.put(target.shard.header, 0)
         work = Work(shards, list(targets.values()), checkpoint, advance)
         for stage in stages(list(targets.values()), rules, checkpoint):
             work.run(stage, depot)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UpfitError(f"the disk of {folder.parent} is full; free {sum(s.nbytes for s in shards) / 1e9:.2f} GB") from error
     finally:
         for target in targets.values():
             os.close(target.descriptor)

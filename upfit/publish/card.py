@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from upfit import __version__
 from upfit.convert.recipe import find_recipes
-from upfit.output import human_bytes, human_count
+from upfit.output import cache_change, human_bytes, human_count
 from upfit.own import code_files
 from upfit.publish import front
 from upfit.publish.portable import commit_of, portable
@@ -185,7 +185,7 @@ def _step(step: dict[str, Any], parameters: int) -> dict[str, Any]:
     texts = [f"`{step['command']}`"] if "command" in step else []
     before, after = told.get("kv_bytes_per_token", (0, 0))
     if before != after:
-        texts.append(f"KV cache {human_bytes(before)} → {human_bytes(after)} a token.")
+        texts.append(f"{cache_change(before, after)}.")
     if told.get("calibration"):
         texts.append(f"Calibrated on {told['calibration']['tokens']:,} tokens.")
     if told.get("verify"):

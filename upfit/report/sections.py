@@ -3,7 +3,7 @@
 from typing import Any
 
 from upfit.convert.describe import as_rows
-from upfit.output import human_bytes, human_count
+from upfit.output import cache_change, human_bytes, human_count
 from upfit.report import figures
 from upfit.report.measured import measured, summary
 from upfit.report.page import Plot, Section, Table, file_name
@@ -76,7 +76,7 @@ def _conversion(step: dict[str, Any], number: int) -> list[Section]:
     told, texts, plots, tables = step["measurements"], [], [], []
     before, after = told.get("kv_bytes_per_token", (0, 0))
     if before != after:
-        texts.append(f"KV cache {human_bytes(before)} → {human_bytes(after)} a token, {before / after:.2f} times smaller.")
+        texts.append(f"{cache_change(before, after)}.")
     verified = told.get("verify")
     if verified:
         texts.append(f"Verified: {verified['structure']}; {verified['numbers']}.")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from upfit.convert.decoders import check_decoder
+from upfit.convert.decoders import check_decoder, class_shapes
 from upfit.convert.diff.family import MODEL_TYPE, doubled, own_config, sinks_rule
 from upfit.convert.diff.merge import plan_merge
 from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, Rule, Tensors, possible
@@ -102,7 +102,15 @@ def _plan_pairs(architecture: "Architecture", options: Options) -> Plan:
     rules += [_lambda_rule(layer, options.lambdas) for layer in architecture.layers]
     config = own_config(architecture, config, "v2", options.lambdas)
     notes = () if exact else ("--noise changes the model from the first step; the loss below says by how much",)
-    return Plan(config, tuple(rules), close=exact, notes=notes)
+    summed = exact and _sums_over_heads(architecture)
+    return Plan(config, tuple(rules), exact=exact and not summed, close=summed, notes=notes)
+
+
+def _sums_over_heads(architecture: "Architecture") -> bool:
+    """Whether queries are normed over all heads at once: a mean over twice as many has the same value, in another order."""
+    shapes = class_shapes(architecture.config)
+    norms = [(layer, f"{layer.path}.{architecture.entry.q_norm}.weight") for layer in architecture.layers]
+    return any(shapes.get(norm, (0,))[0] == layer.geometry.heads * layer.geometry.head_dim for layer, norm in norms)
 
 
 def _pair_rule(layer: "Layer", options: Options) -> Rule:
@@ -133,7 +141,7 @@ def _lambda_rule(layer: "Layer", lambdas: str) -> Rule:
 
 def _plan_dex(architecture: "Architecture", options: Options) -> Plan:
     rules = tuple(_dex_rule(layer) for layer in architecture.layers)
-    outline = Plan(own_config(architecture, architecture.config, "dex", "head"), rules, close=True)
+    outline = Plan(own_config(architecture, architecture.config, "dex", "head"), rules, exact=True)
     if options.heads == "all":
         return outline
 

@@ -1,0 +1,40 @@
+"""Whether a file is still the one that was looked at: by what the system says of it, and by samples of its bytes.
+
+A time of change (ctime) cannot be set by anyone, so what was rewritten in place shows even with its old size and time. Samples
+tell apart what a copy, another disk or a restored backup makes look alike.
+"""
+
+import hashlib
+import os
+from dataclasses import astuple, dataclass
+
+SAMPLES = 16
+SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the system says of an open file."""
+
+    device: int
+    inode: int
+    nbytes: int
+    changed_ns: int
+    status_changed_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Identity":
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    def record(self) -> list[int]:
+        return list(astuple(self))
+
+
+def sampled(descriptor: int) -> str:
+    """A hash of the size of an open file and of blocks of it: the first, the last, and others at even distances."""
+    size = os.fstat(descriptor).st_size
+    digest = hashlib.sha256(str(size).encode())
+    last = max(size - SAMPLE_BYTES, 0)
+    for place in sorted({last * step // (SAMPLES - 1) for step in range(SAMPLES)}):
+        digest.update(os.pread(descriptor, SAMPLE_BYTES, place))
+    return digest.hexdigest()

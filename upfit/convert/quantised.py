@@ -1,0 +1,87 @@
+"""Whether a checkpoint is quantised, judged by what is stored: config keys are lost more easily than bytes.
+
+The heads of packed or scaled weights cannot be merged as if they were numbers, and a result without its scales loads as well as
+a right one. So what is not plainly floating where the class computes in floating point is refused.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upfit.errors import UpfitError
+
+if TYPE_CHECKING:
+    from upfit.convert.checkpoint import Checkpoint
+    from upfit.convert.skeleton import Names
+
+FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+METHOD_KEYS = ("quant_method", "quant_algo", "mode", "w_bit", "bits")
+PLAIN = {"F16", "BF16", "F32", "F64"}
+KINDS = {"F8": "FP8", "F6": "FP6", "F4": "FP4", "I8": "INT8"}
+# What quantisers store beside `weight` or instead of it: GPTQ, AWQ, bitsandbytes, compressed-tensors, ModelOpt, HQQ and others.
+# A scale of cached keys or values (`k_scale`) is none: the weights beside it are what they were.
+COMPANION = re.compile(
+    r"(\.|^)(qweight|qzeros|q?scales|zeros|g_idx|absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|W_q|Qidxs|"
+    r"(weight|input|activation|act)_(scale(_?inv)?|scale_\d|scales|zero_point|global_scale)|"
+    r"(weights?|input|activation|prequant)_scaling_factor|weight_(packed|shape|g_idx)|quant_state\.\w+|"
+    r"weight\._(data|scale|shift))$|_(weight_scale|scale_inv)$"
+)
+PACKED = re.compile(r"_(blocks|scales|qweight|packed)$")  # so called by others too, where it is of plain numbers
+
+
+def of_config(config: dict[str, Any]) -> str | None:
+    """The method that a `config.json`, or a config nested in it, tells of; None where it tells of none."""
+    for key, value in config.items():
+        mlx = key == "quantization" and isinstance(value, dict) and "bits" in value
+        if value and (key in ("quantization_config", "compression_config") or mlx):
+            return _method(value) or "unknown"
+        inside = of_config(value) if isinstance(value, dict) else None
+        if inside:
+            return inside
+    return None
+
+
+def _method(value: Any) -> str:
+    """What a description of a quantisation calls its method, however deep; empty where it does not say."""
+    if not isinstance(value, dict):
+        return ""
+    said = [str(value[key]) for key in METHOD_KEYS if isinstance(value.get(key), str | int)]
+    return said[0] if said else next(filter(None, map(_method, value.values())), "")
+
+
+def check_not_quantised(checkpoint: "Checkpoint") -> None:
+    """Raise UpfitError when the weights of an opened checkpoint are stored quantised."""
+    from upfit.convert.checkpoint import read_json
+    from upfit.convert.folders import contained
+    from upfit.convert.skeleton import class_names
+
+    for path in (checkpoint.folder / name for name in FILES):
+        if path.exists():
+            method = _method(read_json(contained(path, checkpoint.folder))) if path.is_file() else ""
+            raise refusal(checkpoint.folder, f"{method or 'unknown'}, by its {path.name}")
+    names = class_names(checkpoint.config, stored=True)
+    stored = {name: names.module_name(name) for name in checkpoint.tensors}
+    taken = set(stored.values())
+    for name, parameter in stored.items():
+        why = _why(name, parameter, checkpoint.tensors[name].dtype, names, taken)
+        if why:
+            raise refusal(checkpoint.folder, why)
+
+
+def _why(name: str, parameter: str, dtype: str, names: "Names", taken: set[str]) -> str:
+    """What is quantised about a tensor; empty for a plain one, and for integers that the class has as such or does not need."""
+    kind = KINDS.get(dtype[:2], "packed")
+    if parameter in names.shapes:
+        return f"{kind}: {name} is stored as {dtype}" if parameter in names.floating and dtype not in PLAIN else ""
+    if kind.startswith("FP"):
+        return f"{kind}: {name} is stored as {dtype}"
+    if COMPANION.search(name) or (PACKED.search(name) and dtype not in PLAIN):
+        return f"{name} stands beside its weights"
+    module = parameter.rpartition(".")[0]
+    instead = [f"{place}.weight" for place in (module, module.rpartition(".")[0])]
+    missing = [weight for weight in instead if weight in names.floating and weight not in taken]
+    return f"{kind}: {name}, of {dtype}, stands for {missing[0]}" if missing and dtype not in PLAIN else ""
+
+
+def refusal(folder: Path, what: str) -> UpfitError:
+    return UpfitError(f"{folder} is quantised ({what}); convert the checkpoint it was made from, then quantise the result")
