@@ -24,6 +24,7 @@ from upfit.uptrain.compiled import compile_layers
 from upfit.uptrain.config import FREE, Config, default
 from upfit.uptrain.data import Data, lay_out
 from upfit.uptrain.default_stages import HEALTHY, converted_by
+from upfit.uptrain.export import layout_of
 from upfit.uptrain.feed import Feed
 from upfit.uptrain.layerwise import attention_paths, freeze_all_but
 from upfit.uptrain.loop import Learner, Run
@@ -133,6 +134,7 @@ def set_up(
     vocabulary = spans_vocabulary(source, name, config)
     dtype = compute_dtype(config, accelerator.device)
     student, traits, pair = load_models(source, teacher, dtype, accelerator.device, config, output)
+    layout = layout_of(student, source.path)
     known, hidden_size = models.embedding(student).shape
     if data.largest_id >= known:
         unknown = f"{data.folders[-1]} holds token {data.largest_id}, the model knows {known} tokens"
@@ -183,6 +185,7 @@ def set_up(
         output,
         name,
         place.mark,
+        layout,
     )
 
 

@@ -227,7 +227,7 @@ def write(
     run.journal.flush()
     before = place.before or job.source.path
     with staged(place.folder) as folder:
-        export(run.learner.student, weights, job.source.path, folder, None if place.last else torch.float32)
+        export(run.learner.student, weights, run.layout, job.source.path, folder, None if place.last else torch.float32)
         with open(folder / METRICS, "wb") as metrics:
             for path in ([place.before / METRICS] if place.before else []) + [run.workspace.path / METRICS]:
                 metrics.write(path.read_bytes())
