@@ -135,7 +135,7 @@ def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
         if fit.fallback is None:
             raise UpfitError(f"{job.source.name} cannot be fitted on text: {reason}{fit.otherwise}") from reason
         bench.output.note(f"not aligned: {reason}; the heads are averaged instead")
-        plan = dataclasses.replace(fit.fallback, report={"not_aligned": str(reason)})
+        plan = dataclasses.replace(fit.fallback, report={**(fit.fallback.report or {}), "not_aligned": str(reason)})
         checkpoint = job.checkpoint
     plan, dtype = _with_dtype(checkpoint.written(plan), job.settings.dtype)
     planned = outline(plan, checkpoint, dtype)

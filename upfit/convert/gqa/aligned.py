@@ -12,6 +12,7 @@ from upfit.convert.calibrate import pick_device, sample_for
 from upfit.convert.calibration import Statistics, is_statistics, open_statistics
 from upfit.convert.fitted import keep, note_default_text, told_of
 from upfit.convert.gqa.layer import Settings, Told
+from upfit.convert.gqa.recipe import METHOD_RAN
 from upfit.convert.gqa.refit import convert_layers
 from upfit.convert.recipe import Plan, Rule
 from upfit.convert.stream import Stream
@@ -65,7 +66,7 @@ def fit(bench: "Bench", choice: Choice, plan: Plan) -> Plan:
             told.append(one)
             rules.append(keep(bench, paths[one.layer], tensors, label))
             meter.advance(1, _progress(one))
-    report = {"calibration": told_of(sample), "layers": [one.record() for one in told]}
+    report = {METHOD_RAN: "aligned", "calibration": told_of(sample), "layers": [one.record() for one in told]}
     notes = (*plan.notes, *_notes(told))
     return Plan(plan.config, tuple(rules), notes=notes, report=report)
 
