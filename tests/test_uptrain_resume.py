@@ -1,11 +1,13 @@
 """Stopped or killed and resumed, a run ends with the same bytes as one that was never broken; two processes agree with one."""
 
+import functools
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +17,15 @@ from typing import Any
 
 import pytest
 
+from tests.folders import save_tiny, tiny_llama
 from tests.uptraining import BASE, Workshop, make_workshop, metrics, one_thread, weights
 from tests.warm_python import warm_python
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
-from upfit.uptrain import state
-from upfit.uptrain.state import Workspace
+from upfit.uptrain import content, state
+from upfit.uptrain.content import PIECE, content_hash
+from upfit.uptrain.models import fingerprint
+from upfit.uptrain.state import Counters, Workspace
 
 ROOT = Path(__file__).parent.parent
 TIMED = {"tokens_per_second", "seconds"}
@@ -165,6 +170,74 @@ def test_a_damaged_checkpoint_is_passed_over(shop: Workshop, tmp_path: Path, how
     assert [path.name for path in Workspace(tmp_path / "out").checkpoints()] == ["step-00000008"]
     shop.run(tmp_path / "out", resume=True)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file; its size and the time of its last change stay."""
+    state = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(state.st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(state.st_size // 2)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_one_bit_makes_another_content(tmp_path: Path) -> None:
+    """Wherever it lies; and what is the same in another place has the same hash."""
+    content = bytes(range(256)) * 4 * 2**10
+    first, second = tmp_path / "first", tmp_path / "second"
+    for size in (0, 1, 3 * 2**20, PIECE, PIECE + 1, 2 * PIECE + 5):
+        first.write_bytes((content * (size // len(content) + 1))[:size])
+        shutil.copyfile(first, second)
+        assert content_hash(first) == content_hash(second)
+        if size:
+            flip(second)
+            assert content_hash(first) != content_hash(second)
+            flip(second)
+            assert content_hash(first) == content_hash(second)
+
+
+def test_a_bit_in_the_middle_of_a_checkpoint_or_a_model_is_noticed(tmp_path: Path) -> None:
+    """Both are larger than what their beginnings and ends would tell of."""
+    workspace = Workspace(tmp_path / "out")
+    workspace.partial(1).mkdir(parents=True)
+    (workspace.partial(1) / "__0_0.distcp").write_bytes(bytes(5 * 2**20))
+    checkpoint = workspace.publish(Counters(step=1), {}, 1)
+    assert workspace.checkpoints() == [checkpoint]
+    flip(checkpoint / "__0_0.distcp")
+    assert workspace.checkpoints() == []
+    model = save_tiny(tmp_path / "model", tiny_llama(hidden_size=256, intermediate_size=1024))
+    known = fingerprint(model)
+    assert fingerprint(model) == known and (model / "model.safetensors").stat().st_size > 5 * 2**20
+    flip(model / "model.safetensors")
+    assert fingerprint(model) != known
+
+
+@pytest.mark.parametrize("changed", ["teacher", "model"])
+def test_a_model_that_was_changed_meanwhile_cannot_be_resumed_with(shop: Workshop, tmp_path: Path, changed: str) -> None:
+    teacher, student = (Path(shutil.copytree(path, tmp_path / path.name)) for path in (shop.teacher, shop.student))
+    mine = Workshop(teacher, student, shop.data)
+    mine.run(tmp_path / "out", output=Interrupting(3), teacher=str(teacher))
+    flip({"teacher": teacher, "model": student}[changed] / "model.safetensors")
+    with pytest.raises(UpfitError, match=f"{changed}'s fingerprint"):
+        mine.run(tmp_path / "out", resume=True, teacher=str(teacher))
+
+
+def test_training_does_not_wait_for_the_hashes_of_a_checkpoint(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[tuple[str, bool]] = []
+
+    @functools.lru_cache
+    def seen(file: content._File) -> str:
+        hashed.append((file.path.parent.name, threading.current_thread() is threading.main_thread()))
+        return "hash"
+
+    monkeypatch.setattr(content, "_hash", seen)
+    shop.run(tmp_path / "out", tokens="1024")
+    here = {folder for folder, main in hashed if main}
+    assert here == {"student", "teacher"} and {folder for folder, _ in hashed} > here
 
 
 def test_only_the_newest_checkpoints_are_kept(shop: Workshop, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from transformers import PreTrainedModel
 
 from upfit.convert.checkpoint import open_checkpoint, read_config
@@ -164,7 +164,7 @@ def set_up(
     on_cpu = accelerator.device.type == "cpu"
     micro = MICRO_BATCH_TOKENS_CPU if on_cpu else MICRO_BATCH_TOKENS
     peak = peak_rate(config, hidden_size, name, healthy=converted_by(source) in HEALTHY)
-    same = run_identity(config, plan, source, data, teacher, dtype)
+    same = run_identity(config, plan, fingerprints(source, teacher, accelerator), data, dtype)
     announce(plan, feed, peak, student, teacher, dtype, output)
     workspace = Workspace(place.folder)
     saver = Saver(workspace, accelerator, accelerator.is_fsdp2, config.async_save, TIMEOUT)
@@ -189,8 +189,16 @@ def set_up(
     )
 
 
+def fingerprints(source: Source, teacher: Source | None, accelerator: Accelerator) -> dict[str, str | None]:
+    """Of the model and its teacher; the first process reads their files, whole, and tells the others."""
+    read: dict[str, str | None] = {}
+    if accelerator.is_main_process:
+        read = {"model": models.fingerprint(source.path), "teacher": models.fingerprint(teacher.path) if teacher else None}
+    return broadcast_object_list([read])[0]
+
+
 def run_identity(
-    config: Config, plan: Plan, source: Source, data: Data, teacher: Source | None, dtype: torch.dtype
+    config: Config, plan: Plan, fingerprints: dict[str, str | None], data: Data, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What must be the same for a checkpoint to be gone on from."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
@@ -198,9 +206,9 @@ def run_identity(
         **settings,
         **asdict(plan),
         "dtype": str(dtype),
-        "model's fingerprint": models.fingerprint(source.path),
+        "model's fingerprint": fingerprints["model"],
         "data's fingerprint": data.fingerprint,
-        "teacher's fingerprint": models.fingerprint(teacher.path) if teacher else None,
+        "teacher's fingerprint": fingerprints["teacher"],
     }
 
 

@@ -7,7 +7,6 @@ processes, sharding or not, can go on from what any other has written.
 """
 
 import fcntl
-import hashlib
 import json
 import re
 import shutil
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from upfit.convert.folders import replace_folder, sync_path, sync_tree
 from upfit.errors import UpfitError
+from upfit.uptrain.content import content_hash
 
 WEIGHT, FACTS, METRICS = "weight", "trainer.json", "metrics.jsonl"
 LOCK = "lock"
@@ -33,7 +33,6 @@ FORMAT = 2
 STEP_NAME = re.compile(r"step-\d{8}")
 LEFTOVER = re.compile(r"step-\d{8}\.(tmp|old)")
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what recomputing and compiling put into the names of parameters
-DIGESTED = 2**20  # bytes at the beginning and at the end of a file
 
 
 @dataclass
@@ -161,7 +160,7 @@ def _step_of(path: Path) -> int:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether every file is there, of the size it was written with, and begins and ends as it did."""
+    """Whether every file is there, of the size and the content it was written with."""
     try:
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
@@ -172,12 +171,8 @@ def is_complete(path: Path) -> bool:
 
 
 def digest(path: Path) -> str:
-    """A hash of the beginning and the end of a file."""
-    with open(path, "rb") as file:
-        found = hashlib.sha256(file.read(DIGESTED))
-        file.seek(max(0, path.stat().st_size - DIGESTED))
-        found.update(file.read())
-    return found.hexdigest()
+    """A hash of a file's whole content: a checkpoint with one wrong number would be gone on from as if nothing were."""
+    return content_hash(path)
 
 
 def plain(name: str) -> str:
