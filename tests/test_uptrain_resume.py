@@ -16,10 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.folders import save_tiny, tiny_llama
 from tests.uptraining import BASE, Workshop, make_workshop, metrics, one_thread, weights
 from tests.warm_python import warm_python
+from upfit import history
+from upfit.cli import app
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
 from upfit.uptrain import content, state
@@ -137,6 +140,86 @@ def test_files_of_the_user_in_the_workspace_survive(shop: Workshop, tmp_path: Pa
 
 def test_resume_without_a_checkpoint_starts_anew(shop: Workshop, tmp_path: Path) -> None:
     assert shop.run(tmp_path / "out", resume=True, tokens="256")["step"] == 2
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_finished_already(shop: Workshop, tmp_path: Path) -> None:
+    """--resume answers with what the run has reported, also where it is carried out otherwise, and writes nothing."""
+    report = json.loads(json.dumps(shop.run(tmp_path / "out", tokens="256")))
+    before = contents(tmp_path)
+    again = shop.run(tmp_path / "out", tokens="256", resume=True, micro_batch=2)
+    assert again == report and contents(tmp_path) == before
+    history.append(tmp_path / "out", history.step("evaluate", {}, {}))
+    assert shop.run(tmp_path / "out", tokens="256", resume=True) == report
+    with pytest.raises(UpfitError, match="--overwrite"):
+        shop.run(tmp_path / "out", tokens="256")
+    assert shop.run(tmp_path / "out", tokens="256", resume=True, overwrite=True)["seconds"] != report["seconds"], "done again"
+
+
+@contextmanager
+def flipped(path: Path) -> Iterator[None]:
+    flip(path)
+    yield
+    flip(path)
+
+
+@contextmanager
+def away(path: Path) -> Iterator[None]:
+    path.rename(path.with_suffix(".away"))
+    yield
+    path.with_suffix(".away").rename(path)
+
+
+@contextmanager
+def marked(path: Path) -> Iterator[None]:
+    path.parent.mkdir()
+    path.touch()
+    yield
+    shutil.rmtree(path.parent)
+
+
+def test_what_another_run_has_finished_is_refused_as_ever(shop: Workshop, tmp_path: Path) -> None:
+    """Of other settings or data, a model or teacher that was changed since, a result that is not whole, a later run stopped."""
+    teacher, student = (Path(shutil.copytree(path, tmp_path / path.name)) for path in (shop.teacher, shop.student))
+    mine, out = Workshop(teacher, student, shop.data), tmp_path / "out"
+
+    def refused(shop: Workshop = mine, **changes: Any) -> None:
+        with pytest.raises(UpfitError, match="exists and is not empty"):
+            shop.run(out, resume=True, **{"tokens": "256", "teacher": str(teacher), **changes})
+
+    mine.run(out, tokens="256", teacher=str(teacher))
+    refused(seed=1)
+    refused(stages="distill")
+    refused(Workshop(teacher, student, make_workshop(tmp_path / "shop", documents=50).data))
+    for folder in (student, teacher):
+        with flipped(folder / "model.safetensors"):
+            refused()
+    for name in ("model.safetensors", "recipe.json", "config.json"):
+        with away(out / name):
+            refused()
+    with marked(tmp_path / "out.uptrain" / "stopped"):
+        refused()
+    assert not mine.run(out, resume=True, tokens="256", teacher=str(teacher))["stopped"], "but for all that, it is finished"
+
+
+def test_a_finished_run_whose_teacher_went_away_stays_finished(shop: Workshop, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(shop.teacher, tmp_path / "teacher"))
+    report = shop.run(tmp_path / "out", tokens="256", teacher=str(teacher))
+    shutil.rmtree(teacher)
+    assert shop.run(tmp_path / "out", tokens="256", teacher=str(teacher), resume=True)["holdout"] == report["holdout"]
+
+
+def test_finished_already_on_the_command_line(shop: Workshop, tmp_path: Path) -> None:
+    words = ["uptrain", str(shop.student), str(shop.data), str(tmp_path / "out"), "--tokens", "256", "--length", "32"]
+    words += ["--batch-tokens", "128", "--holdout", "4", "--stages", "layerwise=50%,lm"]
+    first, again, told = (CliRunner().invoke(app, [*words, "--resume", *more]) for more in (["--json"], ["--json"], []))
+    assert first.exit_code == again.exit_code == told.exit_code == 0
+    assert json.loads(first.stdout) == json.loads(again.stdout)
+    assert [stage["stage"] for stage in json.loads(again.stdout)["stages"]] == ["layerwise", "lm"]
+    assert "is finished already" in told.stderr and "Held-out loss" in told.stdout
 
 
 def test_metrics_are_truncated_to_the_step_resumed_from(shop: Workshop, tmp_path: Path) -> None:

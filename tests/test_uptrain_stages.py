@@ -25,6 +25,7 @@ from upfit.uptrain.layerwise import Layerwise, attention_paths, converted_paths
 from upfit.uptrain.models import examine, load
 from upfit.uptrain.rows import IGNORE
 from upfit.uptrain.stages import parse, split
+from upfit.uptrain.train import uptrain
 
 BOTH: dict[str, Any] = {"stages": "layerwise=50%,distill", "tokens": "1024", "save_every": "100"}
 
@@ -217,6 +218,32 @@ def test_a_stage_without_what_it_needs_is_one_line(
     with pytest.raises(UpfitError, match=message):
         shop.run(tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "stages,changes,tables,message",
+    [
+        ("lm,distill", {"teacher": "none"}, {}, "--teacher none"),
+        ("lm,answers", {"questions": "text"}, {}, "questions of upfit synth"),
+        ("lm,distill", {}, {"distill": {"length": 4096}}, "--length 4096"),
+        ("lm,distill", {}, {"distill": {"teacher": "nowhere/at/all"}}, "nowhere"),
+    ],
+)
+def test_what_a_later_stage_cannot_have_is_told_before_the_first(
+    shop: Workshop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stages: str,
+    changes: dict[str, Any],
+    tables: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr("upfit.uptrain.train.one_stage", lambda *_: pytest.fail("the first stage began"))
+    changes = changes | ({"questions": str(shop.data)} if "questions" in changes else {})
+    settings = config(**{"tokens": "1024", "stages": stages, "length": None, "batch_tokens": None, **changes})
+    with pytest.raises(UpfitError, match=message) as caught:
+        uptrain(str(shop.student), str(shop.data), tmp_path / "out", settings, False, False, QUIET, tables)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 def test_heads_merged_blindly_have_their_attention_repaired_first(shop: Workshop, tmp_path: Path) -> None:

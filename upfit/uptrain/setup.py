@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from transformers import PreTrainedModel
 
 from upfit.convert.checkpoint import open_checkpoint, read_config
-from upfit.convert.folders import Source, check_output, find_source, teacher_source
+from upfit.convert.folders import Source, check_output, copy_side_files, find_source, teacher_source
+from upfit.convert.skeleton import read_as_class, vocabulary
 from upfit.errors import UpfitError
 from upfit.options import flag
 from upfit.output import Output, human_count
@@ -78,6 +80,39 @@ def check_places(out: Path, source: Source, data: Data, teacher: Source | None, 
         check_output(out, place, needed, overwrite)
 
 
+def check_first(out: Path, source: Source, stages: list[Stage], opened: list[Data], overwrite: bool) -> None:
+    """Raise UpfitError for what would keep a later stage from beginning, or the result from being written. What concerns the
+    first stage it finds by itself, at once."""
+    check_copies(source.path)
+    if len(stages) == 1:
+        return
+    config = read_config(source.path)
+    known, longest = vocabulary(config), getattr(read_as_class(config).get_text_config(), "max_position_embeddings", None)
+    for stage, data in zip(stages[1:], opened[1:], strict=True):
+        teacher = find_teacher(stage, source, data, Output(quiet=True))
+        check_places(out, source, data, teacher, stage.config, overwrite)
+        spans = spans_vocabulary(source, stage_name(stage, data, teacher), stage.config)
+        check_tokens(data, known)
+        lay_out(data, stage.config, longest, spans)
+
+
+def check_copies(source: Path) -> None:
+    """Raise UpfitError when a file that goes with the weights could not be copied: that would show after the last step."""
+    with TemporaryDirectory() as scratch:
+        try:
+            copy_side_files(source, Path(scratch))
+        except OSError as error:
+            what = f"{error.filename or source} goes with the weights and cannot be copied ({error.strerror or error})"
+            raise UpfitError(f"{what}; mend or remove it") from error
+
+
+def check_tokens(data: Data, known: int | None) -> None:
+    """Raise UpfitError when data holds a token beyond those that the model knows."""
+    if known is not None and data.largest_id >= known:
+        unknown = f"{data.folders[-1]} holds token {data.largest_id}, the model knows {known} tokens"
+        raise UpfitError(f"{unknown}; add rows to its embedding first")
+
+
 def make_accelerator(config: Config, out: Path) -> Accelerator:
     """Process state and devices; a CPU only where there is nothing else. Raises UpfitError for what this launch cannot be."""
     mesh = mesh_of(config)
@@ -131,19 +166,17 @@ def set_up(
 ) -> Run:
     """Everything the loop needs. Raises UpfitError when data, budget and model do not fit together."""
     config, name = stage.config, stage_name(stage, data, teacher)
-    vocabulary = spans_vocabulary(source, name, config)
+    spans = spans_vocabulary(source, name, config)
     dtype = compute_dtype(config, accelerator.device)
     student, traits, pair = load_models(source, teacher, dtype, accelerator.device, config, output)
     layout = layout_of(student, source.path)
     known, hidden_size = models.embedding(student).shape
-    if data.largest_id >= known:
-        unknown = f"{data.folders[-1]} holds token {data.largest_id}, the model knows {known} tokens"
-        raise UpfitError(f"{unknown}; add rows to its embedding first")
-    plan, feed = lay_out(data, config, most_positions(student), vocabulary)
+    check_tokens(data, known)
+    plan, feed = lay_out(data, config, most_positions(student), spans)
     if (
         data.texts
         and config.document_mask
-        and vocabulary is None
+        and spans is None
         and not all(seen.separates_documents for seen in (traits, *([pair[1]] if pair else [])))
     ):
         output.note(f"{student.__class__.__name__} cannot keep packed documents apart: those in one row see each other")

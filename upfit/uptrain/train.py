@@ -22,11 +22,12 @@ from upfit.uptrain.data import Data, open_data
 from upfit.uptrain.default_stages import default_stages
 from upfit.uptrain.export import export
 from upfit.uptrain.faults import one_line, watch_for_signals
+from upfit.uptrain.finished import finished_run, together
 from upfit.uptrain.loop import Run, measure, train
 from upfit.uptrain.models import Distiller
 from upfit.uptrain.parallel import gathered, mesh_of
 from upfit.uptrain.places import Place, clear_up, finished, make_way
-from upfit.uptrain.setup import check_places, find_teacher, make_accelerator, set_up
+from upfit.uptrain.setup import check_first, check_places, find_teacher, make_accelerator, set_up
 from upfit.uptrain.stages import Stage, split
 from upfit.uptrain.state import METRICS
 
@@ -67,6 +68,11 @@ def uptrain(
         config = replace(config, stages=named)
         stages = split(config, tables or {}, data)
         opened *= len(stages)
+    done = finished_run(out, stages, opened, source) if resume and not overwrite else None
+    if done is not None:
+        output.note(f"{out} is finished already, by the same run: nothing is left to do")
+        return done
+    check_first(out, source, stages, opened, overwrite)
     accelerator = make_accelerator(config, out)
     job = Job(source, opened[0].record()["folder"], out, config, tables or {}, resume, overwrite)
     if accelerator.is_main_process:
@@ -81,7 +87,7 @@ def uptrain(
     leave(accelerator)
     if accelerator.is_main_process and not reports[-1]["stopped"]:
         clear_up(out)
-    return reports[-1] if len(stages) == 1 else reports[-1] | {"stages": reports}
+    return together(reports)
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,7 @@ def write(
     entry = history.step("uptrain", job.source.record(), options, measurements)
     entry |= {"stage": run.stage, "teacher": teacher.record() if teacher else None, "data": data.record()}
     entry["command"] = job.command
+    entry["fingerprints"] = {name: run.identity[f"{name}'s fingerprint"] for name in ("model", "teacher")}
     run.journal.flush()
     before = place.before or job.source.path
     with staged(place.folder) as folder:
