@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.folders import save_tiny, tiny_llama
+from upfit import history
 from upfit.cli import app
 from upfit.convert import calibrate as room
 from upfit.convert import content
@@ -20,12 +21,15 @@ from upfit.convert.calibration import fingerprint, open_statistics, read_metadat
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.facts import understand, watch
+from upfit.convert.gqa.ran import method_ran
 from upfit.convert.recipe import get_recipe
 from upfit.convert.safetensors_file import read_header
 from upfit.convert.statistics import Rows, add, observe
 from upfit.convert.stream import Stream
 from upfit.errors import UpfitError
 from upfit.output import Output
+from upfit.publish.card import Card
+from upfit.report.story import gather
 
 QUIET = Output(quiet=True)
 TEXT = "def f(x): return x + 1  # one more\nthe quick brown fox jumps over the lazy dog; 12 boxes of wine.\n" * 60
@@ -265,9 +269,40 @@ def test_without_a_tokenizer_heads_are_averaged(tmp_path: Path) -> None:
     mean = converted(model, "mean", kv_heads=2, method="mean")
     assert (told / "model.safetensors").read_bytes() == (mean / "model.safetensors").read_bytes()
     step = json.loads((told / "recipe.json").read_text())["steps"][-1]
-    assert "no fast tokenizer" in step["measurements"]["not_aligned"]
+    assert "no fast tokenizer" in step["measurements"]["not_aligned"] and step["options"]["method"] == "auto"
+    assert step["measurements"]["method_ran"] == method_ran(step) == "mean"
     with pytest.raises(UpfitError, match="cannot be fitted on text: it has no fast tokenizer"):
         converted(model, "out", kv_heads=2, method="aligned")
+
+
+def test_what_ran_is_kept_and_told(model: Path) -> None:
+    """In recipe.json, by `show` and in the card; `auto` is only what was asked for. Heads that stay were not merged."""
+    run(model)
+    default = converted(model, "default", kv_heads=2, calibration=[str(model.parent / "stats.safetensors")])
+    (step,) = history.read(default)
+    assert (step["options"]["method"], step["measurements"]["method_ran"], method_ran(step)) == ("auto", "aligned", "aligned")
+    assert CliRunner().invoke(app, ["show", str(default)]).stdout.count("convert gqa (aligned)") == 1
+    assert "Heads merged: aligned." in Card(gather(str(default), []), "user/repo", "").text
+    (step,) = history.read(converted(model, "first", kv_heads=2, method="first"))
+    assert step["measurements"]["method_ran"] == method_ran(step) == "first"
+    (step,) = history.read(converted(model, "same", kv_heads=4, method="first"))
+    assert "method_ran" not in step["measurements"] and method_ran(step) is None
+
+
+@pytest.mark.parametrize(
+    "measured,asked,ran",
+    [
+        ({"calibration": {"tokens": 1000}, "layers": []}, "auto", "aligned"),
+        ({"not_aligned": "it has no fast tokenizer"}, "auto", "mean"),
+        ({}, "auto", None),
+        ({}, "first", "first"),
+        ({"lossless": True}, "mean", None),
+        ({"method_ran": "<b>mean</b>"}, "mean", None),
+    ],
+)
+def test_what_ran_is_read_from_older_folders_too(measured: dict[str, Any], asked: str, ran: str | None) -> None:
+    assert method_ran(history.step("convert gqa", {}, {"method": asked}, measured)) == ran
+    assert method_ran(history.step("convert diff", {}, {"method": asked}, measured)) is None
 
 
 def test_a_dry_run_with_calibration_predicts(model: Path) -> None:

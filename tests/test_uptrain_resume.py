@@ -1,11 +1,13 @@
 """Stopped or killed and resumed, a run ends with the same bytes as one that was never broken; two processes agree with one."""
 
+import functools
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from tests.folders import save_tiny, tiny_llama
 from tests.uptraining import BASE, Workshop, make_workshop, metrics, one_thread, weights
 from tests.warm_python import warm_python
+from upfit import history
+from upfit.cli import app
+from upfit.convert.content import PIECE
 from upfit.convert.work_folder import LOCK, MARK, work_folder
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
-from upfit.uptrain import state
-from upfit.uptrain.state import Workspace
+from upfit.uptrain import content, state
+from upfit.uptrain.content import content_hash
+from upfit.uptrain.models import fingerprint
+from upfit.uptrain.state import Counters, Workspace
 
 ROOT = Path(__file__).parent.parent
 TIMED = {"tokens_per_second", "seconds"}
@@ -135,6 +144,86 @@ def test_resume_without_a_checkpoint_starts_anew(shop: Workshop, tmp_path: Path)
     assert shop.run(tmp_path / "out", resume=True, tokens="256")["step"] == 2
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_finished_already(shop: Workshop, tmp_path: Path) -> None:
+    """--resume answers with what the run has reported, also where it is carried out otherwise, and writes nothing."""
+    report = json.loads(json.dumps(shop.run(tmp_path / "out", tokens="256")))
+    before = contents(tmp_path)
+    again = shop.run(tmp_path / "out", tokens="256", resume=True, micro_batch=2)
+    assert again == report and contents(tmp_path) == before
+    history.append(tmp_path / "out", history.step("evaluate", {}, {}))
+    assert shop.run(tmp_path / "out", tokens="256", resume=True) == report
+    with pytest.raises(UpfitError, match="--overwrite"):
+        shop.run(tmp_path / "out", tokens="256")
+    assert shop.run(tmp_path / "out", tokens="256", resume=True, overwrite=True)["seconds"] != report["seconds"], "done again"
+
+
+@contextmanager
+def flipped(path: Path) -> Iterator[None]:
+    flip(path)
+    yield
+    flip(path)
+
+
+@contextmanager
+def away(path: Path) -> Iterator[None]:
+    path.rename(path.with_suffix(".away"))
+    yield
+    path.with_suffix(".away").rename(path)
+
+
+@contextmanager
+def marked(path: Path) -> Iterator[None]:
+    path.parent.mkdir()
+    path.touch()
+    yield
+    shutil.rmtree(path.parent)
+
+
+def test_what_another_run_has_finished_is_refused_as_ever(shop: Workshop, tmp_path: Path) -> None:
+    """Of other settings or data, a model or teacher that was changed since, a result that is not whole, a later run stopped."""
+    teacher, student = (Path(shutil.copytree(path, tmp_path / path.name)) for path in (shop.teacher, shop.student))
+    mine, out = Workshop(teacher, student, shop.data), tmp_path / "out"
+
+    def refused(shop: Workshop = mine, **changes: Any) -> None:
+        with pytest.raises(UpfitError, match="exists and is not empty"):
+            shop.run(out, resume=True, **{"tokens": "256", "teacher": str(teacher), **changes})
+
+    mine.run(out, tokens="256", teacher=str(teacher))
+    refused(seed=1)
+    refused(stages="distill")
+    refused(Workshop(teacher, student, make_workshop(tmp_path / "shop", documents=50).data))
+    for folder in (student, teacher):
+        with flipped(folder / "model.safetensors"):
+            refused()
+    for name in ("model.safetensors", "recipe.json", "config.json"):
+        with away(out / name):
+            refused()
+    with marked(tmp_path / "out.uptrain" / "stopped"):
+        refused()
+    assert not mine.run(out, resume=True, tokens="256", teacher=str(teacher))["stopped"], "but for all that, it is finished"
+
+
+def test_a_finished_run_whose_teacher_went_away_stays_finished(shop: Workshop, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(shop.teacher, tmp_path / "teacher"))
+    report = shop.run(tmp_path / "out", tokens="256", teacher=str(teacher))
+    shutil.rmtree(teacher)
+    assert shop.run(tmp_path / "out", tokens="256", teacher=str(teacher), resume=True)["holdout"] == report["holdout"]
+
+
+def test_finished_already_on_the_command_line(shop: Workshop, tmp_path: Path) -> None:
+    words = ["uptrain", str(shop.student), str(shop.data), str(tmp_path / "out"), "--tokens", "256", "--length", "32"]
+    words += ["--batch-tokens", "128", "--holdout", "4", "--stages", "layerwise=50%,lm"]
+    first, again, told = (CliRunner().invoke(app, [*words, "--resume", *more]) for more in (["--json"], ["--json"], []))
+    assert first.exit_code == again.exit_code == told.exit_code == 0
+    assert json.loads(first.stdout) == json.loads(again.stdout)
+    assert [stage["stage"] for stage in json.loads(again.stdout)["stages"]] == ["layerwise", "lm"]
+    assert "is finished already" in told.stderr and "Held-out loss" in told.stdout
+
+
 def test_metrics_are_truncated_to_the_step_resumed_from(shop: Workshop, tmp_path: Path) -> None:
     place = stopped(shop, tmp_path)
     shutil.rmtree(place / "step-00000009")
@@ -166,6 +255,74 @@ def test_a_damaged_checkpoint_is_passed_over(shop: Workshop, tmp_path: Path, how
     assert [path.name for path in Workspace(tmp_path / "out.upfit-work").checkpoints()] == ["step-00000008"]
     shop.run(tmp_path / "out", resume=True)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file; its size and the time of its last change stay."""
+    state = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(state.st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(state.st_size // 2)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_one_bit_makes_another_content(tmp_path: Path) -> None:
+    """Wherever it lies; and what is the same in another place has the same hash."""
+    content = bytes(range(256)) * 4 * 2**10
+    first, second = tmp_path / "first", tmp_path / "second"
+    for size in (0, 1, 3 * 2**20, PIECE, PIECE + 1, 2 * PIECE + 5):
+        first.write_bytes((content * (size // len(content) + 1))[:size])
+        shutil.copyfile(first, second)
+        assert content_hash(first) == content_hash(second)
+        if size:
+            flip(second)
+            assert content_hash(first) != content_hash(second)
+            flip(second)
+            assert content_hash(first) == content_hash(second)
+
+
+def test_a_bit_in_the_middle_of_a_checkpoint_or_a_model_is_noticed(tmp_path: Path) -> None:
+    """Both are larger than what their beginnings and ends would tell of."""
+    workspace = Workspace(tmp_path / "out")
+    workspace.partial(1).mkdir(parents=True)
+    (workspace.partial(1) / "__0_0.distcp").write_bytes(bytes(5 * 2**20))
+    checkpoint = workspace.publish(Counters(step=1), {}, 1)
+    assert workspace.checkpoints() == [checkpoint]
+    flip(checkpoint / "__0_0.distcp")
+    assert workspace.checkpoints() == []
+    model = save_tiny(tmp_path / "model", tiny_llama(hidden_size=256, intermediate_size=1024))
+    known = fingerprint(model)
+    assert fingerprint(model) == known and (model / "model.safetensors").stat().st_size > 5 * 2**20
+    flip(model / "model.safetensors")
+    assert fingerprint(model) != known
+
+
+@pytest.mark.parametrize("changed", ["teacher", "model"])
+def test_a_model_that_was_changed_meanwhile_cannot_be_resumed_with(shop: Workshop, tmp_path: Path, changed: str) -> None:
+    teacher, student = (Path(shutil.copytree(path, tmp_path / path.name)) for path in (shop.teacher, shop.student))
+    mine = Workshop(teacher, student, shop.data)
+    mine.run(tmp_path / "out", output=Interrupting(3), teacher=str(teacher))
+    flip({"teacher": teacher, "model": student}[changed] / "model.safetensors")
+    with pytest.raises(UpfitError, match=f"{changed}'s fingerprint"):
+        mine.run(tmp_path / "out", resume=True, teacher=str(teacher))
+
+
+def test_training_does_not_wait_for_the_hashes_of_a_checkpoint(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[tuple[str, bool]] = []
+
+    @functools.lru_cache
+    def seen(file: content._File) -> str:
+        hashed.append((file.path.parent.name, threading.current_thread() is threading.main_thread()))
+        return "hash"
+
+    monkeypatch.setattr(content, "_hash", seen)
+    shop.run(tmp_path / "out", tokens="1024")
+    here = {folder for folder, main in hashed if main}
+    assert here == {"student", "teacher"} and {folder for folder, _ in hashed} > here
 
 
 def test_only_the_newest_checkpoints_are_kept(shop: Workshop, tmp_path: Path) -> None:

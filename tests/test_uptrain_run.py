@@ -1,6 +1,7 @@
 """Whole runs in one process: what is written, what is measured, what is refused, what happens on bad steps."""
 
 import json
+import os
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -206,8 +207,25 @@ REFUSED: list[tuple[str, Callable[[Workshop, Path], tuple[Path, Path, Path, Conf
     ("long rows", lambda s, t: (s.student, s.data, t / "out", config(length=4096)), "--length"),
     ("tokenizer", lambda s, t: (other_tokenizer(s, t), s.data, t / "out", config()), "tokenizer"),
     ("tracker", lambda s, t: (s.student, s.data, t / "out", config(track="abacus")), "abacus"),
+    ("link", lambda s, t: (linked(s, t), s.data, t / "out", config()), "outside the model folder"),
+    ("deep folder", lambda s, t: (unreadable(s, t), s.data, t / "out", config()), "cannot be copied"),
     ("vocabulary", lambda s, t: (s.student, s.data, t / "out", config(teacher=str(smaller(t)))), "vocabulary"),
 ]
+
+
+def linked(shop: Workshop, folder: Path) -> Path:
+    """A side file that leads out of the model."""
+    copy = Path(shutil.copytree(shop.student, folder / "linked"))
+    (folder / "secret").write_text("mine")
+    (copy / "LICENSE").symlink_to(folder / "secret")
+    return copy
+
+
+def unreadable(shop: Workshop, folder: Path) -> Path:
+    """A side file that is none."""
+    copy = Path(shutil.copytree(shop.student, folder / "unreadable"))
+    os.mkfifo(copy / "chat_template.jinja")
+    return copy
 
 
 def smaller(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from tests.folders import save_tiny, tiny_llama
 from tests.test_uptrain_resume import Interrupting, untimed
-from tests.uptraining import QUIET, Workshop, config, make_workshop, metrics, pooled, weights
+from tests.uptraining import QUIET, Workshop, config, make_workshop, metrics, pooled, text, weights
 from upfit import history
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.folders import Source
@@ -25,6 +25,7 @@ from upfit.uptrain.layerwise import Layerwise, attention_paths, converted_paths
 from upfit.uptrain.models import examine, load
 from upfit.uptrain.rows import IGNORE
 from upfit.uptrain.stages import parse, split
+from upfit.uptrain.train import uptrain
 
 BOTH: dict[str, Any] = {"stages": "layerwise=50%,distill", "tokens": "1024", "save_every": "100"}
 
@@ -219,19 +220,47 @@ def test_a_stage_without_what_it_needs_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "stages,changes,tables,message",
+    [
+        ("lm,distill", {"teacher": "none"}, {}, "--teacher none"),
+        ("lm,answers", {"questions": "text"}, {}, "questions of upfit synth"),
+        ("lm,distill", {}, {"distill": {"length": 4096}}, "--length 4096"),
+        ("lm,distill", {}, {"distill": {"teacher": "nowhere/at/all"}}, "nowhere"),
+    ],
+)
+def test_what_a_later_stage_cannot_have_is_told_before_the_first(
+    shop: Workshop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stages: str,
+    changes: dict[str, Any],
+    tables: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr("upfit.uptrain.train.one_stage", lambda *_: pytest.fail("the first stage began"))
+    changes = changes | ({"questions": str(shop.data)} if "questions" in changes else {})
+    settings = config(**{"tokens": "1024", "stages": stages, "length": None, "batch_tokens": None, **changes})
+    with pytest.raises(UpfitError, match=message) as caught:
+        uptrain(str(shop.student), str(shop.data), tmp_path / "out", settings, False, False, QUIET, tables)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
 def test_heads_merged_blindly_have_their_attention_repaired_first(shop: Workshop, tmp_path: Path) -> None:
     """Right after such a conversion, and only where the teacher's attention can be set beside the model's."""
     student = save_tiny(tmp_path / "student", pooled(tiny_llama()))
     told, source = history.read(shop.student)[0]["source"], Source(student, "student")
 
-    def after(method: str | None, sharded: bool = False, **changes: Any) -> str | None:
-        history.write(student, [history.step("convert gqa", told, {"kv_heads": 2, "method": method})])
+    def after(method: str | None, sharded: bool = False, ran: dict[str, Any] | None = None, **changes: Any) -> str | None:
+        history.write(student, [history.step("convert gqa", told, {"kv_heads": 2, "method": method}, ran)])
         return default_stages(config(**changes), source, sharded)
 
     assert after("mean") == "layerwise=35%,lm" and after("aligned") == after("mean", sharded=True) == "lm"
     assert after("mean", ce_weight=0.5) == "layerwise=35%,distill" and after("aligned", teacher=str(shop.teacher)) == "distill"
     assert [after("mean", **one) for one in ({"stages": "distill"}, {"teacher": "none"}, {"kl_weight": 0.0})] == [None] * 3
     assert after(None) is None
+    assert after("auto", ran={"method_ran": "mean"}) == after("mean") and after("auto", ran={"method_ran": "aligned"}) == "lm"
+    assert after("auto", ran={"not_aligned": "why"}) == after("mean") and after("auto", ran={"calibration": {}}) == "lm"
     after("aligned")
     history.append(student, history.step("evaluate", {}, {}))
     assert default_stages(config(), source, False) == "lm", "to be measured changes nothing"
@@ -240,6 +269,18 @@ def test_heads_merged_blindly_have_their_attention_repaired_first(shop: Workshop
     assert [stage["stage"] for stage in report["stages"]] == ["layerwise", "lm"]
     assert 'stages = "layerwise=35%,lm"' in (tmp_path / "out" / "uptrain.toml").read_text()
     assert default_stages(config(), Source(tmp_path / "out", "out"), False) is None, "it has been uptrained since"
+
+
+def test_after_the_default_conversion_an_aligned_model_is_changed_with_care(shop: Workshop, tmp_path: Path) -> None:
+    """Whatever was asked for: it is what ran that sets the stages and the learning rate."""
+    (tmp_path / "a.txt").write_text("\n".join(text(seed) for seed in range(20)))
+    recipe, small = find_recipes()["gqa"], tmp_path / "small"
+    chosen = recipe.options(kv_heads=2, calibration=[str(tmp_path / "a.txt")], calibration_tokens="1k", calibration_length=64)
+    convert(recipe, str(shop.teacher), small, chosen, Settings(verify=False), QUIET)
+    assert history.read(small)[-1]["options"]["method"] == "auto"
+    report = Workshop(shop.teacher, small, shop.data).run(tmp_path / "out", tokens="256", learning_rate=None)
+    resolved = history.read(tmp_path / "out")[-1]["options"]["resolved"]
+    assert report["stage"] == "lm" and resolved["peak_learning_rate"] == pytest.approx(0.2 * 0.2 / 32)
 
 
 def test_a_conversion_that_lost_nothing_learns_from_the_text(shop: Workshop, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """`upfit list`, `show`, `demo` and `env`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,11 +45,18 @@ def show(
     output.json(told)
     rows = [
         *as_rows(told),
-        *[["history" if not i else "", f"{s['date']}  {s['verb']}"] for i, s in enumerate(told["history"])],
+        *[["history" if not i else "", f"{s['date']}  {_done(s)}"] for i, s in enumerate(told["history"])],
         *[["can become" if not i else "", line] for i, line in enumerate(told["can_become"])],
     ]
     for name, value in rows:
         output.line(f"{name:17} {value}")
+
+
+def _done(step: dict[str, Any]) -> str:
+    from upfit.convert.gqa.ran import method_ran
+
+    method = method_ran(step)
+    return f"{step['verb']} ({method})" if method else str(step["verb"])
 
 
 @app.command()

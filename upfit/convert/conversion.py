@@ -157,7 +157,7 @@ def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
         if fit.fallback is None:
             raise UpfitError(f"{job.source.name} cannot be fitted on text: {reason}{fit.otherwise}") from reason
         bench.output.note(f"not aligned: {reason}; the heads are averaged instead")
-        plan = dataclasses.replace(fit.fallback, report={"not_aligned": str(reason)})
+        plan = dataclasses.replace(fit.fallback, report={**(fit.fallback.report or {}), "not_aligned": str(reason)})
         checkpoint, alone = job.checkpoint, True
     return _planned(dataclasses.replace(job, checkpoint=checkpoint), plan, alone)
 

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from upfit import __version__
+from upfit.convert.gqa.ran import method_ran
 from upfit.convert.recipe import find_recipes
 from upfit.output import cache_change, human_bytes, human_count
 from upfit.own import code_files
@@ -186,6 +187,8 @@ def _step(step: dict[str, Any], parameters: int) -> dict[str, Any]:
     before, after = told.get("kv_bytes_per_token", (0, 0))
     if before != after:
         texts.append(f"{cache_change(before, after)}.")
+    if method_ran(step):
+        texts.append(f"Heads merged: {method_ran(step)}.")
     if told.get("calibration"):
         texts.append(f"Calibrated on {told['calibration']['tokens']:,} tokens.")
     if told.get("verify"):

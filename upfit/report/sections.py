@@ -3,6 +3,7 @@
 from typing import Any
 
 from upfit.convert.describe import as_rows
+from upfit.convert.gqa.ran import method_ran
 from upfit.output import cache_change, human_bytes, human_count
 from upfit.report import figures
 from upfit.report.measured import measured, summary
@@ -77,6 +78,8 @@ def _conversion(step: dict[str, Any], number: int) -> list[Section]:
     before, after = told.get("kv_bytes_per_token", (0, 0))
     if before != after:
         texts.append(f"{cache_change(before, after)}.")
+    if method_ran(step):
+        texts.append(f"Heads merged: {method_ran(step)}.")
     verified = told.get("verify")
     if verified:
         texts.append(f"Verified: {verified['structure']}; {verified['numbers']}.")

@@ -9,6 +9,7 @@ from what it was: its divergence from that is 0, and AdamW would make steps of r
 from upfit import history
 from upfit.convert.checkpoint import read_config
 from upfit.convert.folders import Source, find_source, teacher_source
+from upfit.convert.gqa.ran import method_ran
 from upfit.own import is_own
 from upfit.uptrain.config import Config, default
 from upfit.uptrain.models import is_seq2seq
@@ -20,14 +21,14 @@ OF_A_TEACHER = ("teacher", "kl_weight", "ce_weight", "temperature")
 
 
 def converted_by(source: Source) -> str | None:
-    """The method by which heads were merged in the last step of the model's history, or that the step was LOSSLESS; None where
-    it was something else. One that takes rotary positions away while training loses them only then."""
+    """The method that merged heads in the last step of the model's history, or that the step was LOSSLESS; None where it was
+    something else. One that takes rotary positions away while training loses them only then."""
     last = next((step for step in reversed(history.read(source.path)) if step["verb"] != "evaluate"), None)
     if last is None or not last["verb"].startswith("convert"):
         return None
     if last["measurements"].get("lossless") and not last["options"].get("drop_rope"):
         return LOSSLESS
-    return last["options"].get("method") if last["verb"] in ("convert gqa", "convert mqa") else None
+    return method_ran(last)
 
 
 def default_stages(config: Config, source: Source, sharded: bool) -> str | None:

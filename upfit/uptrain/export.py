@@ -8,33 +8,82 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from upfit.convert.checkpoint import INDEX, Checkpoint, open_checkpoint, read_config, torch_dtype
 from upfit.convert.folders import copy_code, copy_side_files
-from upfit.convert.skeleton import quiet_transformers
+from upfit.convert.skeleton import Names, quiet_transformers
+from upfit.errors import UpfitError
 from upfit.uptrain.models import load
 
 
+def layout_of(student: PreTrainedModel, source: Path) -> dict[str, str]:
+    """For every tensor stored in `source` that the class reads, the name under which transformers saves the same one.
+
+    It is another one where the folder leaves the prefix of the base model out, or stores a tied weight under a second name.
+    `student` is as it was loaded from the folder, not yet wrapped; no value is looked at.
+
+    Raises UpfitError where a stored tensor could not be written from the trained ones: that is known before the first step.
+    """
+    described = {name: torch.empty_like(tensor, device="meta") for name, tensor in student.state_dict().items()}
+    made, names = as_saved(student, described), Names(student)
+    by_parameter: dict[str, list[str]] = {}
+    for name in made:
+        by_parameter.setdefault(names.module_name(name), []).append(name)
+    layout = {}
+    with open_checkpoint(source) as checkpoint:
+        for name, info in checkpoint.tensors.items():
+            parameter = names.module_name(name)
+            if parameter not in names.shapes:
+                continue
+            near = namesakes(name, by_parameter.get(parameter, []))
+            if len(near) != 1 or tuple(made[near[0]].shape) != tuple(info.shape):
+                what = f"{source} stores {parameter} as {name}, and transformers as {', '.join(near[:3]) or 'nothing'}"
+                raise UpfitError(
+                    f"{what}: it could not be written once it is trained; load and save the model with transformers"
+                )
+            layout[name] = near[0]
+    return layout
+
+
+def namesakes(name: str, candidates: list[str]) -> list[str]:
+    """Which of the saved tensors that belong to one parameter is meant by the stored `name`: where many make up one parameter,
+    that of the same name but for a prefix."""
+    if name in candidates or len(candidates) < 2:
+        return [name] if name in candidates else candidates
+    return [one for one in candidates if f".{one}".endswith(f".{name}") or f".{name}".endswith(f".{one}")]
+
+
+def as_saved(student: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` (by the names of the class, also on the meta device) as transformers saves them: what its loader renamed, split
+    or joined is undone."""
+    with quiet_transformers():
+        return revert_weight_conversion(student, weights)
+
+
 def export(
-    student: PreTrainedModel, weights: dict[str, Tensor], source: Path, folder: Path, dtype: torch.dtype | None = None
+    student: PreTrainedModel,
+    weights: dict[str, Tensor],
+    layout: dict[str, str],
+    source: Path,
+    folder: Path,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `student` with its `weights` (float32, by name, in the host's memory) into the empty `folder`, laid out as
-    `source`; config.json stays byte for byte.
+    """Write `student` with its `weights` (float32, by name, in the host's memory) into the empty `folder`, with the names and
+    files of `source` (`layout`: see `layout_of`); config.json stays byte for byte.
 
     Tensors have the types that they have in `source`, or `dtype` where one is given.
 
     The folder is loaded again afterwards and compared with the weights: every one must be the trained one, rounded.
     """
-    raw = folder / ".raw"
-    with quiet_transformers():
-        # transformers knows what its loader renamed, split or joined; this is the only public way to have it undone.
-        student.save_pretrained(raw, state_dict=weights)
-    with open_checkpoint(source) as old, open_checkpoint(raw) as new:
+    made = as_saved(student, weights)
+    with open_checkpoint(source) as old:
         for path in old.files:
             names = [info.name for info in old.tensors.values() if info.file == path]
-            shard = {name: trained(name, old, new, weights, dtype) for name in names}
+            shard = {
+                name: trained(made[layout[name]], old, name, dtype) if name in layout else old.read(name) for name in names
+            }
             save_file(shard, folder / path.name, metadata=metadata_of(path))
-    shutil.rmtree(raw)
     for name in ("config.json", INDEX):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
@@ -48,13 +97,11 @@ def metadata_of(path: Path) -> dict[str, str] | None:
         return file.metadata()
 
 
-def trained(name: str, old: Checkpoint, new: Checkpoint, weights: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
-    """The tensor that belongs at `name`, in `dtype` or the one it had: as saved, else the parameter of that name (a tied one),
-    else as it was (a tensor the class does not read)."""
-    dtype = dtype or torch_dtype(old.tensors[name].dtype)
-    if name in new.tensors:
-        return new.read(name).to(dtype)
-    return weights[name].to(dtype).clone() if name in weights else old.read(name)
+def trained(tensor: Tensor, old: Checkpoint, name: str, dtype: torch.dtype | None) -> Tensor:
+    """`tensor` as it is to be stored under `name`, in memory of its own and of the type it had there; fractions in `dtype`,
+    where one is given."""
+    stored = torch_dtype(old.tensors[name].dtype)
+    return tensor.to(dtype if dtype and stored.is_floating_point else stored, copy=True).contiguous()
 
 
 @torch.no_grad()

@@ -61,6 +61,7 @@ class Run:
     output: Output
     stage: str
     mark: Path  # that a signal has ended the run
+    layout: dict[str, str]  # of the result's tensors, see export.layout_of
     stop: threading.Event = field(default_factory=threading.Event)
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = -1

@@ -18,12 +18,12 @@ from upfit.convert.checkpoint import open_checkpoint, read_config, torch_dtype
 from upfit.convert.skeleton import load_strictly
 from upfit.errors import UpfitError
 from upfit.uptrain import packed
+from upfit.uptrain.content import content_hash
 from upfit.uptrain.losses import Head, Objective, chunked_loss, dense_loss
 from upfit.uptrain.rows import IGNORE
 
 PROBE_TOKENS = 16
 EXACT, ROUNDED = 1e-4, 2e-2  # largest relative difference of two ways to the same numbers, in float32 and in shorter types
-FINGERPRINT_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,12 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash that tells model folders apart: config, and the sizes, beginnings and ends of the weight files."""
+    """A hash that tells model folders apart: of the config, and of the names and the whole content of the weight files."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     with open_checkpoint(folder) as checkpoint:
         files = checkpoint.files
     for path in files:
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            digest.update(file.read(FINGERPRINT_BYTES))
-            file.seek(max(0, path.stat().st_size - FINGERPRINT_BYTES))
-            digest.update(file.read())
+        digest.update(f"{path.name} {content_hash(path)}".encode())
     return digest.hexdigest()
 
 

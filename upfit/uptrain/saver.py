@@ -4,7 +4,7 @@ One checkpoint at a time. Where each process holds everything, the first one wri
 """
 
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from upfit.durable import remove_tree
-from upfit.uptrain.state import Counters, Workspace, expect_one_process, restore, tensors_of
+from upfit.uptrain.state import Counters, Workspace, digest, expect_one_process, restore, tensors_of
 
 
 class Saver:
@@ -31,6 +31,7 @@ class Saver:
         # Of its own, because a thread talks in it while the others train; and gloo, because copies lie in the host's memory.
         self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self.writing: Future | None = None
+        self.reader = ThreadPoolExecutor(1)
         self.saved: tuple[Counters, dict[str, Any], int] | None = None
         self.failure: BaseException | None = None
         self.began = 0.0  # when the newest checkpoint was begun
@@ -51,6 +52,8 @@ class Saver:
             partial.mkdir()
         self.saved, self.began = (replace(counters), identity, keep), time.monotonic()
         self.writing = self._write(tensors_of(model, optimizer), partial)
+        if self.background and self.accelerator.is_main_process:
+            self.writing = self.reader.submit(read_back, self.writing, partial)
         self.settle()
 
     def _write(self, tensors: dict[str, torch.Tensor], partial: Path) -> Future:
@@ -106,6 +109,13 @@ class Saver:
     ) -> Counters:
         """Load `checkpoint`; raises UpfitError when it belongs to another run than `identity`."""
         return restore(checkpoint, model, optimizer, identity, self.group if self.sharded else None)
+
+
+def read_back(writing: Future, partial: Path) -> None:
+    """Wait until a checkpoint is written, and hash its files, so that giving it its name keeps nobody from training."""
+    writing.result()
+    for path in partial.iterdir():
+        digest(path)
 
 
 def reason(cause: BaseException | None) -> str:

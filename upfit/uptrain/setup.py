@@ -3,17 +3,19 @@
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from transformers import PreTrainedModel
 
 from upfit.convert.checkpoint import open_checkpoint, read_config
-from upfit.convert.folders import Source, find_source, teacher_source
+from upfit.convert.folders import Source, copy_side_files, find_source, teacher_source
 from upfit.convert.output_folder import check_output
+from upfit.convert.skeleton import read_as_class, vocabulary
 from upfit.errors import UpfitError
 from upfit.options import flag
 from upfit.output import Output, human_count
@@ -25,6 +27,7 @@ from upfit.uptrain.compiled import compile_layers
 from upfit.uptrain.config import FREE, Config, default
 from upfit.uptrain.data import Data, lay_out
 from upfit.uptrain.default_stages import HEALTHY, converted_by
+from upfit.uptrain.export import layout_of
 from upfit.uptrain.feed import Feed
 from upfit.uptrain.layerwise import attention_paths, freeze_all_but
 from upfit.uptrain.loop import Learner, Run
@@ -75,6 +78,40 @@ def check_places(out: Path, source: Source, data: Data, teacher: Source | None, 
         result, parameters = checkpoint.nbytes, checkpoint.numel
     needed = result + parameters * (4 + CHECKPOINT_BYTES * (config.keep + 1))
     check_output(out, [source.path, *data.folders, *([teacher.path] if teacher else [])], needed, overwrite)
+
+
+def check_first(out: Path, source: Source, stages: list[Stage], opened: list[Data], overwrite: bool) -> None:
+    """Raise UpfitError for what would keep a later stage from beginning, or the result from being written. What concerns the
+    first stage it finds by itself, at once."""
+    check_output(out, [source.path, *opened[0].folders], 0, overwrite)
+    check_copies(source.path)
+    if len(stages) == 1:
+        return
+    config = read_config(source.path)
+    known, longest = vocabulary(config), getattr(read_as_class(config).get_text_config(), "max_position_embeddings", None)
+    for stage, data in zip(stages[1:], opened[1:], strict=True):
+        teacher = find_teacher(stage, source, data, Output(quiet=True))
+        check_places(out, source, data, teacher, stage.config, overwrite)
+        spans = spans_vocabulary(source, stage_name(stage, data, teacher), stage.config)
+        check_tokens(data, known)
+        lay_out(data, stage.config, longest, spans)
+
+
+def check_copies(source: Path) -> None:
+    """Raise UpfitError when a file that goes with the weights could not be copied: that would show after the last step."""
+    with TemporaryDirectory() as scratch:
+        try:
+            copy_side_files(source, Path(scratch))
+        except OSError as error:
+            what = f"{error.filename or source} goes with the weights and cannot be copied ({error.strerror or error})"
+            raise UpfitError(f"{what}; mend or remove it") from error
+
+
+def check_tokens(data: Data, known: int | None) -> None:
+    """Raise UpfitError when data holds a token beyond those that the model knows."""
+    if known is not None and data.largest_id >= known:
+        unknown = f"{data.folders[-1]} holds token {data.largest_id}, the model knows {known} tokens"
+        raise UpfitError(f"{unknown}; add rows to its embedding first")
 
 
 def make_accelerator(config: Config, out: Path) -> Accelerator:
@@ -130,18 +167,17 @@ def set_up(
 ) -> Run:
     """Everything the loop needs. Raises UpfitError when data, budget and model do not fit together."""
     config, name = stage.config, stage_name(stage, data, teacher)
-    vocabulary = spans_vocabulary(source, name, config)
+    spans = spans_vocabulary(source, name, config)
     dtype = compute_dtype(config, accelerator.device)
     student, traits, pair = load_models(source, teacher, dtype, accelerator.device, config, output)
+    layout = layout_of(student, source.path)
     known, hidden_size = models.embedding(student).shape
-    if data.largest_id >= known:
-        unknown = f"{data.folders[-1]} holds token {data.largest_id}, the model knows {known} tokens"
-        raise UpfitError(f"{unknown}; add rows to its embedding first")
-    plan, feed = lay_out(data, config, most_positions(student), vocabulary)
+    check_tokens(data, known)
+    plan, feed = lay_out(data, config, most_positions(student), spans)
     if (
         data.texts
         and config.document_mask
-        and vocabulary is None
+        and spans is None
         and not all(seen.separates_documents for seen in (traits, *([pair[1]] if pair else [])))
     ):
         output.note(f"{student.__class__.__name__} cannot keep packed documents apart: those in one row see each other")
@@ -162,7 +198,7 @@ def set_up(
     on_cpu = accelerator.device.type == "cpu"
     micro = MICRO_BATCH_TOKENS_CPU if on_cpu else MICRO_BATCH_TOKENS
     peak = peak_rate(config, hidden_size, name, healthy=converted_by(source) in HEALTHY)
-    same = run_identity(config, plan, source, data, teacher, dtype)
+    same = run_identity(config, plan, fingerprints(source, teacher, accelerator), data, dtype)
     announce(plan, feed, peak, student, teacher, dtype, output)
     workspace = place.workspace
     saver = Saver(workspace, accelerator, accelerator.is_fsdp2, config.async_save, TIMEOUT)
@@ -183,11 +219,20 @@ def set_up(
         output,
         name,
         place.mark,
+        layout,
     )
 
 
+def fingerprints(source: Source, teacher: Source | None, accelerator: Accelerator) -> dict[str, str | None]:
+    """Of the model and its teacher; the first process reads their files, whole, and tells the others."""
+    read: dict[str, str | None] = {}
+    if accelerator.is_main_process:
+        read = {"model": models.fingerprint(source.path), "teacher": models.fingerprint(teacher.path) if teacher else None}
+    return broadcast_object_list([read])[0]
+
+
 def run_identity(
-    config: Config, plan: Plan, source: Source, data: Data, teacher: Source | None, dtype: torch.dtype
+    config: Config, plan: Plan, fingerprints: dict[str, str | None], data: Data, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What must be the same for a checkpoint to be gone on from."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
@@ -195,9 +240,9 @@ def run_identity(
         **settings,
         **asdict(plan),
         "dtype": str(dtype),
-        "model's fingerprint": models.fingerprint(source.path),
+        "model's fingerprint": fingerprints["model"],
         "data's fingerprint": data.fingerprint,
-        "teacher's fingerprint": models.fingerprint(teacher.path) if teacher else None,
+        "teacher's fingerprint": fingerprints["teacher"],
     }
 
 

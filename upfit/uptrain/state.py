@@ -6,7 +6,6 @@ distributed checkpoint under `KIND/NAME`, such as `weight/model.norm.weight` or 
 processes, sharding or not, can go on from what any other has written.
 """
 
-import hashlib
 import json
 import re
 import warnings
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from upfit.durable import remove_tree, rename_new, sync_tree, write_whole
 from upfit.errors import UpfitError
+from upfit.uptrain.content import content_hash
 
 WEIGHT, FACTS, METRICS = "weight", "trainer.json", "metrics.jsonl"
 STOPPED = "stopped"  # a signal ended the run, and --resume goes on: for job scripts
@@ -28,7 +28,6 @@ FORMAT = 2
 STEP_NAME = re.compile(r"step-\d{8}")
 LEFTOVER = re.compile(r"step-\d{8}\.(tmp|old)")
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what recomputing and compiling put into the names of parameters
-DIGESTED = 2**20  # bytes at the beginning and at the end of a file
 
 
 @dataclass
@@ -136,7 +135,7 @@ def _step_of(path: Path) -> int:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether every file is there, of the size it was written with, and begins and ends as it did."""
+    """Whether every file is there, of the size and the content it was written with."""
     try:
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
@@ -147,12 +146,8 @@ def is_complete(path: Path) -> bool:
 
 
 def digest(path: Path) -> str:
-    """A hash of the beginning and the end of a file."""
-    with open(path, "rb") as file:
-        found = hashlib.sha256(file.read(DIGESTED))
-        file.seek(max(0, path.stat().st_size - DIGESTED))
-        found.update(file.read())
-    return found.hexdigest()
+    """A hash of a file's whole content: a checkpoint with one wrong number would be gone on from as if nothing were."""
+    return content_hash(path)
 
 
 def plain(name: str) -> str:

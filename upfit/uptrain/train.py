@@ -26,11 +26,12 @@ from upfit.uptrain.data import Data, open_data
 from upfit.uptrain.default_stages import default_stages
 from upfit.uptrain.export import export
 from upfit.uptrain.faults import one_line, watch_for_signals
+from upfit.uptrain.finished import finished_run, together
 from upfit.uptrain.loop import Run, measure, train
 from upfit.uptrain.models import Distiller
 from upfit.uptrain.parallel import gathered, mesh_of
 from upfit.uptrain.places import Place, finished, make_way
-from upfit.uptrain.setup import check_places, find_teacher, make_accelerator, set_up
+from upfit.uptrain.setup import check_first, check_places, find_teacher, make_accelerator, set_up
 from upfit.uptrain.stages import Stage, split
 from upfit.uptrain.state import METRICS
 
@@ -71,6 +72,11 @@ def uptrain(
         config = replace(config, stages=named)
         stages = split(config, tables or {}, data)
         opened *= len(stages)
+    done = finished_run(out, stages, opened, source) if resume and not overwrite else None
+    if done is not None:
+        output.note(f"{out} is finished already, by the same run: nothing is left to do")
+        return done
+    check_first(out, source, stages, opened, overwrite)
     accelerator = make_accelerator(config, out)
     job = Job(source, opened[0].record()["folder"], out, config, tables or {}, resume, overwrite)
     reports: list[dict[str, Any]] = []
@@ -80,7 +86,7 @@ def uptrain(
                 break
             reports.append(one_stage(accelerator, job, stage, folder, Place(out, stages, number), output, stop, work))
         leave(accelerator)
-    return reports[-1] if len(stages) == 1 else reports[-1] | {"stages": reports}
+    return together(reports)
 
 
 @contextlib.contextmanager
@@ -241,10 +247,11 @@ def write(
     entry = history.step("uptrain", job.source.record(), options, measurements)
     entry |= {"stage": run.stage, "teacher": teacher.record() if teacher else None, "data": data.record()}
     entry["command"] = job.command
+    entry["fingerprints"] = {name: run.identity[f"{name}'s fingerprint"] for name in ("model", "teacher")}
     run.journal.flush()
     before = place.before or job.source.path
     folder = work.folder(RESULT if place.last else f"{place.name}.partial", clear=True)
-    export(run.learner.student, weights, job.source.path, folder, None if place.last else torch.float32)
+    export(run.learner.student, weights, run.layout, job.source.path, folder, None if place.last else torch.float32)
     with open(folder / METRICS, "wb") as metrics:
         for path in ([place.before / METRICS] if place.before else []) + [run.workspace.path / METRICS]:
             metrics.write(path.read_bytes())

@@ -12,6 +12,7 @@ from upfit.convert.calibration import Statistics, is_statistics, open_statistics
 from upfit.convert.content import file_hash
 from upfit.convert.fitting import Calibration, Task, fit_layers, read_calibration
 from upfit.convert.gqa.layer import Settings
+from upfit.convert.gqa.recipe import METHOD_RAN
 from upfit.convert.gqa.refit import begin
 from upfit.convert.recipe import Plan
 from upfit.errors import UpfitError
@@ -56,7 +57,7 @@ def fit(bench: "Bench", choice: Choice, plan: Plan) -> Plan:
         note=_progress,
     )
     fitted = fit_layers(bench, calibration, task)
-    report = {"calibration": calibration.record(), "layers": fitted.records}
+    report = {METHOD_RAN: "aligned", "calibration": calibration.record(), "layers": fitted.records}
     notes = (*plan.notes, *_notes(fitted.records))
     return Plan(plan.config, tuple(fitted.rules), notes=notes, report=report)
 

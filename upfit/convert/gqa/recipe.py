@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from upfit.convert.gqa.aligned import Choice
 
 Method = Literal["auto", "aligned", "mean", "first", "random"]
+METHOD_RAN = "method_ran"  # where recipe.json keeps what `auto` came to
 GQA_PAPER = "Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models, arXiv 2305.13245"
 MQA_PAPER = "Shazeer 2019, Fast Transformer Decoding: One Write-Head is All You Need, arXiv 1911.02150"
 PARTS = ("k", "v", "k_bias", "v_bias", "k_norm")  # what belongs to a key/value head; queries and output stay untouched
@@ -77,7 +78,7 @@ def plan(architecture: "Architecture", options: Options) -> Plan:
         outline = Plan(config, rules, notes=tuple(notes))
         return replace(outline, fit=_fit(options, outline, fallback))
     rules = tuple(_rule(layer, replace(options, method=method), architecture.initializer_range) for layer in changed)
-    return Plan(config, rules, exact=not rules, notes=tuple(notes))
+    return Plan(config, rules, exact=not rules, notes=tuple(notes), report={METHOD_RAN: method} if rules else None)
 
 
 def _repeated(architecture: "Architecture", kv_heads: int) -> Plan:
