@@ -14,7 +14,6 @@ from typing import Any
 
 from upfit.convert.folders import check_output, staged
 from upfit.convert.work import claim
-from upfit.corpus import documents, files_of, local_inputs
 from upfit.errors import UpfitError
 from upfit.longcontext.ask import backends, dataset, model, template
 from upfit.longcontext.assemble import put_together
@@ -25,6 +24,7 @@ from upfit.longcontext.options import Options, check_options
 from upfit.longcontext.segments import Segments, ten_grams, write_segments
 from upfit.longcontext.wording import Wording
 from upfit.output import Output
+from upfit.text.corpus import documents, files_of, local_inputs
 from upfit.tokenizer import identity, load_tokenizer
 
 FLUSH_EVERY = 256

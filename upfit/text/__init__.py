@@ -1,0 +1,8 @@
+"""The user's text, from files to documents: one reader for all verbs. Knows nothing of tokens."""
+
+from upfit.text.documents import PYTHON_FILES as PYTHON_FILES
+from upfit.text.documents import Document as Document
+from upfit.text.documents import file_documents as file_documents
+from upfit.text.documents import library_documents as library_documents
+from upfit.text.documents import python_documents as python_documents
+from upfit.text.documents import read_blocks as read_blocks
