@@ -24,7 +24,8 @@ from upfit.longcontext.options import Options, check_options
 from upfit.longcontext.segments import Segments, ten_grams, write_segments
 from upfit.longcontext.wording import Wording
 from upfit.output import Output
-from upfit.text.corpus import documents, files_of, local_inputs
+from upfit.text.corpus import documents
+from upfit.text.files import files_of, local_inputs
 from upfit.tokenizer import identity, load_tokenizer
 
 FLUSH_EVERY = 256

@@ -21,7 +21,8 @@ from upfit.convert.work import claim, held, write_whole
 from upfit.errors import UpfitError
 from upfit.options import parse_count
 from upfit.output import Meter, Output, human_count
-from upfit.text.corpus import documents, files_of, local_inputs
+from upfit.text.corpus import documents
+from upfit.text.files import files_of, local_inputs
 from upfit.tokenizer import identity, load_tokenizer
 from upfit.uptrain.shard_writer import ShardWriter, token_dtype
 from upfit.uptrain.tokenise import batches, tokenised
