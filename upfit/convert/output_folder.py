@@ -31,6 +31,12 @@ def work_path(out: Path) -> Path:
     return out.with_name(out.name + WORK)
 
 
+def local_folder(model: str) -> list[Path]:
+    """The folder that a model's name means, where it is one here."""
+    path = Path(model).expanduser()
+    return [path] if path.is_dir() else []
+
+
 def check_output(out: Path, sources: Iterable[Path], needed_bytes: int, overwrite: bool) -> None:
     """Raise UpfitError when the folder `out` may not be written.
 

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from upfit.convert.output_folder import check_output
+from upfit.convert.output_folder import check_output, local_folder
 from upfit.convert.work_folder import WorkFolder, locked, work_folder
-from upfit.corpus import documents, files_of, local_inputs
 from upfit.durable import rename_new, sync_tree
 from upfit.errors import UpfitError
 from upfit.longcontext.ask import backends, dataset, model, template
@@ -26,6 +25,9 @@ from upfit.longcontext.options import Options, check_options
 from upfit.longcontext.segments import Segments, ten_grams, write_segments
 from upfit.longcontext.wording import Wording
 from upfit.output import Output
+from upfit.text import content_stamp
+from upfit.text.corpus import documents
+from upfit.text.files import files_of, local_inputs
 from upfit.tokenizer import identity, load_tokenizer
 
 FLUSH_EVERY = 256
@@ -44,10 +46,10 @@ def synth(texts: list[str], out: Path, options: Options, output: Output) -> dict
     local = local_inputs(texts)
     check_families(options)
     size = sum(path.stat().st_size for source in local for path in files_of(source))
-    check_output(out, [*local, *([Path(options.tokenizer)] if Path(options.tokenizer).is_dir() else [])], size, False)
+    check_output(out, [*local, *local_folder(options.tokenizer)], size, False)
     tokenizer = load_tokenizer(options.tokenizer)
     wording = Wording(tokenizer, options.format)
-    settings = _settings(texts, options, identity(tokenizer)["sha256"])
+    settings = _settings(texts, local, options, identity(tokenizer)["sha256"])
     part = f"{shard}-of-{shards}"
     with work_folder(out, "synth", shared=True) as work, locked(work.path / f"part-{part}.lock", f"part {part} of {out}"):
         with locked(work.path / "claim.lock", f"{out}", wait=True):
@@ -76,10 +78,11 @@ def check_families(options: Options) -> None:
         raise UpfitError(f"--families got {unknown[0]!r}; choose from {', '.join(template.FAMILIES)}")
 
 
-def _settings(texts: list[str], options: Options, tokenizer: str) -> dict[str, Any]:
+def _settings(texts: list[str], local: list[Path], options: Options, tokenizer: str) -> dict[str, Any]:
     kept = {key: value for key, value in asdict(options).items() if key not in FREE}
     questions = [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in options.questions or ()]
-    return {"texts": texts, "options": kept, "tokenizer_sha256": tokenizer, "questions_sha256": questions}
+    content = content_stamp([path for source in local for path in files_of(source)])
+    return {"texts": texts, "text": content, "options": kept, "tokenizer_sha256": tokenizer, "questions_sha256": questions}
 
 
 def _segmented(

@@ -4,7 +4,6 @@ Work lies in OUT's work folder until it is whole; then its shards become OUT. Th
 and however often the work was interrupted: documents are written in the order in which they are read.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -15,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit import history
-from upfit.convert.output_folder import check_output
+from upfit.convert.output_folder import check_output, local_folder
 from upfit.convert.work_folder import work_folder
-from upfit.corpus import documents, files_of, local_inputs
 from upfit.durable import write_whole
 from upfit.errors import UpfitError
 from upfit.options import parse_count
 from upfit.output import Meter, Output, human_count
+from upfit.text import content_stamp
+from upfit.text.corpus import documents
+from upfit.text.files import files_of, local_inputs
 from upfit.tokenizer import identity, load_tokenizer
 from upfit.uptrain.shard_writer import ShardWriter, token_dtype
 from upfit.uptrain.tokenise import batches, tokenised
@@ -60,10 +61,10 @@ def prepare(
     local = local_inputs(inputs)
     files = [path for source in local for path in files_of(source)]
     size = sum(path.stat().st_size for path in files)
-    check_output(out, [*local, *([Path(tokenizer)] if Path(tokenizer).is_dir() else [])], size, overwrite)
+    check_output(out, [*local, *local_folder(tokenizer)], size, overwrite)
     encoder = load_tokenizer(tokenizer)
     about = {"tokenizer": {"name": tokenizer, **identity(encoder)}, "inputs": inputs, "field": field}
-    settings = {**about, "tokens": limit, "text": _stamp(files)}
+    settings = {**about, "tokens": limit, "text": content_stamp(files)}
     with work_folder(out, "prepare", overwrite) as work:
         work.claim(settings, overwrite)
         work.keep = (work.path / STATE).exists()
@@ -81,12 +82,6 @@ def prepare(
         history.write(writer.folder, [history.step("prepare", origin, options, counts)])
         work.publish(writer.folder, overwrite)
     return manifest
-
-
-def _stamp(files: list[Path]) -> str:
-    """Differs when a file of the text has been changed."""
-    told = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _enough_workers(local: list[Path], size: int) -> int:

@@ -1,0 +1,136 @@
+"""Where text lies: which files are taken, in which form each holds its text, and how they are opened.
+
+Only ordinary files are read (through links, too): a pipe would be waited for, a device never ends.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Literal
+
+from upfit.errors import UpfitError
+
+Form = Literal["text", "lines", "json", "parquet"]
+FORMS: dict[str, Form] = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet"}
+PACKED = ".gz"
+# Read when found in a folder by verbs that sample; a file named outright is read whatever it is called.
+# fmt: off
+TEXT_SUFFIXES = frozenset({
+    ".txt", ".md", ".rst", ".tex", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".ts",
+    ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".r", ".jl", ".lua", *FORMS,
+})
+# fmt: on
+HUB_DATA = re.compile(r"\w[\w.\-]*/\w[\w.\-]*(:[\w.\-]+)?")
+KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+class NotText(UpfitError):
+    """A file that holds no text: refused where it was named, left out and counted where it was found in a folder."""
+
+
+def is_packed(path: Path) -> bool:
+    return path.suffix.casefold() == PACKED
+
+
+def inner_suffix(path: Path) -> str:
+    """`Web.JSONL.gz` → `.jsonl`"""
+    return Path(path.stem if is_packed(path) else path.name).suffix.casefold()
+
+
+def form_of(path: Path) -> Form:
+    form = FORMS.get(inner_suffix(path), "text")
+    return "text" if form == "parquet" and is_packed(path) else form  # which is then found to be none
+
+
+def check_ordinary(path: Path) -> os.stat_result:
+    """What the system says of the file at `path`. Raises UpfitError when it is not an ordinary one, or out of reach."""
+    with named_errors(path):
+        state = path.stat()
+    kind = stat.S_IFMT(state.st_mode)
+    if kind != stat.S_IFREG:
+        raise UpfitError(f"{path} is {KINDS.get(kind, 'a folder')}, not an ordinary file; put the text into a file")
+    return state
+
+
+def open_ordinary(path: Path) -> IO[bytes]:
+    """The file, open for reading. Raises UpfitError as `check_ordinary` does; never waits for a pipe's other end."""
+    check_ordinary(path)
+    with named_errors(path):
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UpfitError(f"{path} is not an ordinary file any more; start again when it is at rest")
+    return os.fdopen(descriptor, "rb")
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """What the system says against reading `path`, as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UpfitError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All ordinary files below `folder`, sorted; hidden ones are left out, and links to folders are not followed."""
+
+    def stop(error: OSError) -> None:
+        raise UpfitError(f"{error.filename} cannot be listed ({error.strerror}); make it readable or leave it out")
+
+    paths: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in paths if path.is_file())
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or all files below a folder, as `files_below` lists them."""
+    return files_below(path) if path.is_dir() else [path]
+
+
+def find_files(name: str, flag: str = "--data") -> list[Path]:
+    """The file `name`, or those below the folder whose names are those of text. `flag` is named in errors.
+
+    Raises UpfitError when nothing is there, a folder holds no text, or `name` is a pipe or a device.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UpfitError(f"{flag} {name} is not here; give text files, .jsonl, .json or .parquet files, or folders of them")
+    if not path.is_dir():
+        check_ordinary(path)
+        return [path]
+    paths = [one for one in files_below(path) if inner_suffix(one) in TEXT_SUFFIXES]
+    if not paths:
+        raise UpfitError(
+            f"{flag} {name} holds no text files ({' '.join(sorted(TEXT_SUFFIXES)[:6])} ...); name the files themselves"
+        )
+    return paths
+
+
+def local_inputs(inputs: list[str]) -> list[Path]:
+    """Those of `inputs` that lie here, `~` being the home folder.
+
+    Raises UpfitError for one that is neither here nor named like a data set of the hub, one that is no ordinary file, and a
+    folder without files.
+    """
+    local = []
+    for name in inputs:
+        path = Path(name).expanduser()
+        if path.exists():
+            check_input(path)
+            local.append(path)
+        elif not HUB_DATA.fullmatch(name) or inner_suffix(path) in TEXT_SUFFIXES:
+            raise UpfitError(f"no file or folder at {name}; give a path, or a hub data set such as org/name")
+    return local
+
+
+def check_input(path: Path) -> None:
+    if not path.is_dir():
+        check_ordinary(path)
+    elif not files_below(path):
+        raise UpfitError(f"the folder {path} holds no files (hidden ones are not read); give text")
