@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from tests.folders import letter_tokenizer
 from tests.tiny import BUILDABLE, UNGROUPABLE, tiny_model
 from upfit.convert.conversion import Settings, convert
+from upfit.convert.forwards import cache_name, cache_of
 from upfit.convert.recipe import find_recipes
 from upfit.environment import environment
 from upfit.errors import UpfitError
@@ -78,8 +79,8 @@ def error_of(folder: Path) -> float | str:
         full = model(ids, use_cache=False).logits
         cache, parts = None, []
         for start, stop in ((0, 14), *((n, n + 1) for n in range(14, 24))):
-            made = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
-            cache = made.past_key_values
+            made = model(ids[:, start:stop], use_cache=True, **{cache_name(model.forward): cache})
+            cache = cache_of(made)
             parts.append(made.logits)
     except Exception as error:  # a family may want what a text does not give
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

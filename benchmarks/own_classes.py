@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, GenerationMixin, T5Config, WhisperConfig
 
 from upfit.convert.conversion import Settings, convert
+from upfit.convert.forwards import cache_of
 from upfit.convert.recipe import get_recipe
 from upfit.environment import environment
 from upfit.output import Output
@@ -69,7 +70,7 @@ def measure(name: str, scratch: Path) -> list[dict[str, Any]]:
         seconds = time.perf_counter() - start
         model = auto.from_pretrained(out).eval()
         with_cache, without = (generate(model, given, use_cache) for use_cache in (True, False))
-        caches = with_cache.past_key_values
+        caches = cache_of(with_cache)
         rows.append(
             {
                 "shape": name,

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.tiny import BUILDABLE, UNBUILDABLE, UNGROUPABLE  # noqa: E402
+from tests.tiny_data import MODEL_TYPES, UNBUILDABLE, UNGROUPABLE  # noqa: E402
 from upfit.convert.architectures import table  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
@@ -15,7 +15,8 @@ PAGE = ROOT / "docs" / "architectures.md"
 def page() -> str:
     known = table()
     own = [name for name in sorted(known.entries) if known.entries[name].own]
-    tested, untested = sorted(set(BUILDABLE) - set(UNGROUPABLE) - set(own)), sorted(set(UNBUILDABLE) & set(known.entries))
+    tested = sorted(set(MODEL_TYPES) - set(UNBUILDABLE) - set(UNGROUPABLE) - set(own))
+    untested = sorted(set(UNBUILDABLE) & set(known.entries))
     reasons: dict[str, list[str]] = {}
     for name, reason in known.refused.items():
         reasons.setdefault(reason, []).append(name)

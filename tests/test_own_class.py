@@ -16,6 +16,7 @@ from tests.test_laws import sample
 from tests.tiny import BUILDABLE, auto_class, tiny_inputs, tiny_model
 from upfit.convert.architectures import table
 from upfit.convert.conversion import Settings, convert
+from upfit.convert.forwards import cache_of
 from upfit.convert.recipe import get_recipe
 from upfit.output import Output
 
@@ -87,8 +88,8 @@ def test_cache_is_no_cache_and_smaller(pair: Pair) -> None:
     assert torch.equal(with_cache.sequences, without.sequences)
     for found, expected in zip(with_cache.logits, without.logits, strict=True):
         assert close(found, expected)
-    before = cache_bytes(generate(pair.source, pair.inputs).past_key_values)
-    assert [GROUPS * size for size in cache_bytes(with_cache.past_key_values)] == before
+    before = cache_bytes(cache_of(generate(pair.source, pair.inputs)))
+    assert [GROUPS * size for size in cache_bytes(cache_of(with_cache))] == before
 
 
 def test_padding_is_not_seen(pair: Pair) -> None:

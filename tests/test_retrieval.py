@@ -150,7 +150,8 @@ class Copier(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, past_key_values: Any = None, use_cache: bool = True, logits_to_keep: int = 0
     ) -> Any:
-        ids = [*(past_key_values or []), *input_ids[0].tolist()]
+        ids: list[int] = [] if past_key_values is None else past_key_values
+        ids += input_ids[0].tolist()
         logits = torch.zeros(1, logits_to_keep, self.vocabulary)
         for row in range(logits_to_keep):
             end = len(ids) - logits_to_keep + row + 1

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, D
 from tests.folders import save_tiny
 from tests.uptraining import QUIET
 from upfit.convert.conversion import Settings, convert
+from upfit.convert.forwards import cache_name
 from upfit.convert.recipe import find_recipes
 
 IDS = torch.arange(3, 35)[None]
@@ -108,7 +109,7 @@ def test_what_keeps_other_results_from_vllm_is_still_so(folders: Path) -> None:
 def test_cache_slots_of_a_layer(folders: Path, name: str, slots: int) -> None:
     model, cache = AutoModelForCausalLM.from_pretrained(folders / name).eval(), DynamicCache()
     with torch.no_grad():
-        model(IDS, past_key_values=cache)
+        model(IDS, **{cache_name(model.forward): cache})
     assert len(cache.layers) == slots * model.config.num_hidden_layers
 
 

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from tests.tiny_data import (
+    DOES_NOT_RUN,
     INPUTS,
     KV_HEADS,
     LAYER_LISTS,
@@ -30,6 +31,7 @@ __all__ = [
     "UNGROUPABLE",
     "auto_class",
     "kv_heads_paths",
+    "runs",
     "tiny_config",
     "tiny_inputs",
     "tiny_model",
@@ -89,6 +91,12 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedMode
         for parameter in model.parameters():
             parameter.add_(NOISE * torch.randn_like(parameter))
     return model.eval()
+
+
+def runs(model_type: str) -> bool:
+    """Whether this type's own forward runs in the installed transformers."""
+    version, _ = DOES_NOT_RUN.get(model_type, ("", ""))
+    return not version or not transformers.__version__.startswith(f"{version}.")
 
 
 def tiny_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:

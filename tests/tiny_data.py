@@ -117,6 +117,7 @@ _QWEN4_TEXT = {
     "ngram_vocab_size_base": 50,
     "split_ngram_parts": 2,
 }
+_LLAMA_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _PARAKEET = {"hidden_size": 32, "subsampling_conv_channels": 8}
 _MIMI = {
     "num_filters": 4,
@@ -142,6 +143,17 @@ _GRANITE_SPEECH = {
 
 # Layers that alternate by position, lists that must have a certain length, keys that must agree with each other.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "apertus1p5": {
+        "text_config": {"rope_parameters": _LLAMA_ROPE},
+        "vision_config": {"codebook_size": 8, "embed_dim": 8, "base_channels": 32, "latent_channels": 32, "num_res_blocks": 1}
+        | {"channel_multiplier": [1, 1], "attn_resolutions": []},
+        "audio_config": {"model_type": "wavtokenizer_encoder", "codebook_size": 8, "codebook_dim": 32, "num_filters": 4}
+        | {"upsampling_ratios": [2, 2], "num_lstm_layers": 1, "decoder_num_layers": 1},
+        # The markers of both lie at the top of the vocabulary, one range behind the other.
+        "image_token_offset": 110,
+        "audio_token_offset": 118,
+    },
+    "apertus1p5_text": {"rope_parameters": _LLAMA_ROPE},
     "cohere_compass": {
         "text_config": _SLIDING_FULL | {"rope_parameters": {"sliding_attention": _MROPE, "full_attention": _MROPE}},
         "vision_config": {"deepstack_visual_indexes": [0]},
@@ -168,6 +180,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "num_patches": 2,
             "latent_channels": 32,
         },
+    },
+    "omniasr": {
+        "audio_config": {"conv_dim": [8, 8], "conv_kernel": [3, 3], "conv_stride": [2, 2]}
+        | {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.0},
     },
     "paddleocr_vl": {"text_config": {"rope_parameters": _MROPE}},
     "qwen2_5_omni_thinker": {
@@ -354,6 +370,11 @@ UNBUILDABLE: dict[str, str] = {
     "gemma4_unified_assistant": _ALL_SHARED,
 }
 
+# model type → (version of transformers, what its forward says there): that it loads is all that can be tried of it.
+DOES_NOT_RUN: dict[str, tuple[str, str]] = {
+    "llama4": ("5.24", "has no attribute 'image_outputs'"),
+}
+
 # Built and saved like the others, but not converted. Of some `forward` fails with fewer key/value heads than query heads.
 _Q_BY_KV = "the decoder's forward reshapes the queries by num_key_value_heads, so the class only runs multi-head attention"
 UNGROUPABLE: dict[str, str] = {
@@ -363,24 +384,24 @@ UNGROUPABLE: dict[str, str] = {
 }
 
 _NAMES = """
-    afmoe apertus arcee aria aria_text audioflamingo3 aya_vision bamba beam bitnet canary cohere cohere2 cohere2_moe
-    cohere2_vision cohere_asr cohere_compass cohere_compass_text cosmos3_edge cosmos3_omni cwm dbrx deepseek_ocr2 deepseek_vl
-    deepseek_vl_hybrid dia diffllama dots1 emu3 ernie4_5 ernie4_5_moe ernie4_5_vl_moe exaone4 exaone4_5 exaone_moe falcon
-    falcon_h1 fast_vlm flex_olmo flint fun_asr_nano gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4
-    gemma4_assistant gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text glm glm4 glm46v glm4_moe glm4v
-    glm4v_moe glm_ocr glmasr glmga got_ocr2 gpt_bigcode gpt_oss granite granite4_vision granite_docling granite_speech
-    granite_speech_plus granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense
-    hunyuan_v1_moe hunyuan_vl hy_v3 hyperclovax hyperclovax_vision_v2 idefics2 idefics3 internlm3 internvl iquestcoder jais2
-    jamba janus kolibri1 kyutai_speech_to_text laguna lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl lighton_ocr llama llama4 llama4_text
-    llava llava_next llava_next_video llava_onevision mellum mimo_v2_flash minicpm_ocr minicpmv4_6 minicpmv4_7 minimax
-    minimax_m2 minimax_m3_vl minimax_m3_vl_text ministral ministral3 mistral mistral3 mixtral mllama moonshine
-    moonshine_streaming moshi moss_transcribe_diarize muse_glimmer muse_spark musicflamingo nanochat nemo_speechlm nemotron
-    nemotron_h nemotron_h_omni olmo olmo2 olmo3 olmo_hybrid olmoe ovis2 paddleocr_vl paligemma perception_lm phi phi3
-    phi4_multimodal phimoe pp_chart2table qianfan_ocr qwen2 qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl
-    qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_asr qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl
-    qwen3_vl_moe qwen4_exp qwen4_exp_text recurrent_gemma seed_oss smollm3 smolvlm solar_open stablelm starcoder2 step3p7
-    t5gemma t5gemma2 unlimited_ocr vaultgemma vibevoice vibevoice_asr video_llama_3 video_llava vipllava voxtral
-    voxtral_realtime zamba zamba2
+    afmoe apertus apertus1p5 apertus1p5_text arcee aria aria_text audioflamingo3 aya_vision bamba beam bitnet canary cohere
+    cohere2 cohere2_moe cohere2_vision cohere_asr cohere_compass cohere_compass_text cosmos3_edge cosmos3_omni cwm dbrx
+    deepseek_ocr2 deepseek_vl deepseek_vl_hybrid dia diffllama dots1 emu3 ernie4_5 ernie4_5_moe ernie4_5_vl_moe exaone exaone4
+    exaone4_5 exaone_moe falcon falcon_h1 fast_vlm flex_olmo flint fun_asr_nano gemma gemma2 gemma3 gemma3_text gemma3n
+    gemma3n_text gemma4 gemma4_assistant gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text glm glm4
+    glm46v glm4_moe glm4v glm4v_moe glm_ocr glmasr glmga got_ocr2 gpt_bigcode gpt_oss granite granite4_vision granite_docling
+    granite_speech granite_speech_plus granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium
+    hunyuan_v1_dense hunyuan_v1_moe hunyuan_vl hy_v3 hyperclovax hyperclovax_vision_v2 idefics2 idefics3 internlm3 internvl
+    iquestcoder jais2 jamba janus kolibri1 kyutai_speech_to_text laguna lara_mini lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl
+    lighton_ocr llama llama4 llama4_text llava llava_next llava_next_video llava_onevision mellum mimo_v2_flash minicpm_ocr
+    minicpmv4_6 minicpmv4_7 minimax minimax_m2 minimax_m3_vl minimax_m3_vl_text ministral ministral3 mistral mistral3 mixtral
+    mllama moonshine moonshine_streaming moshi moss_transcribe_diarize muse_glimmer muse_spark musicflamingo nanochat
+    nemo_speechlm nemotron nemotron_h nemotron_h_omni olmo olmo2 olmo3 olmo_hybrid olmoe omniasr ovis2 paddleocr_vl paligemma
+    perception_lm phi phi3 phi4_multimodal phimoe pp_chart2table qianfan_ocr qwen2 qwen2_5_omni_thinker qwen2_5_vl qwen2_audio
+    qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_asr qwen3_moe qwen3_next
+    qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe qwen4_exp qwen4_exp_text recurrent_gemma seed_oss smollm3 smolvlm solar_open
+    stablelm starcoder2 step3p7 t5gemma t5gemma2 unlimited_ocr vaultgemma vibevoice vibevoice_asr video_llama_3 video_llava
+    vipllava voxtral voxtral_realtime zamba zamba2
 """
 # Those that become our own class.
 _OWN = """

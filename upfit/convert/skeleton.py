@@ -256,7 +256,7 @@ def _loaded(auto_class: Any, folder: Path | None, **options: Any) -> tuple["PreT
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UpfitError(f"{folder or 'the checkpoint'} does not load into its class: {reason}") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-    return model, {kind: info.get(kind) or set() for kind in kinds}
+    return model, {kind: info[kind] for kind in kinds}
 
 
 def vocabulary(config: dict[str, Any]) -> int | None:

@@ -1,6 +1,6 @@
 """How many bytes a model keeps for each token of context: measured on the cache it really fills, not worked out."""
 
-import inspect
+import functools
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,6 +9,10 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
+from upfit.convert.forwards import ADVICE, LOGITS_TO_KEEP, cache_name, cache_of, takes
+from upfit.errors import UpfitError
+
+NO_CACHE = "the model returns no cache"
 LONG = 48  # tokens of the longer of the two runs that give the slope
 LONGEST_WINDOW = 16384  # a sliding window above this is not filled: the run would take too long
 
@@ -33,13 +37,18 @@ class CacheGrowth:
 
 
 class CachedModel:
-    """Calls a causal language model with its cache, whatever it calls it, and asks only for the logits that are wanted."""
+    """Calls a causal language model with its cache, whatever it calls it, and asks only for the logits that are wanted.
+
+    Raises UpfitError where the model does not use the cache that it is given: its logits would be those of another text.
+    """
 
     def __init__(self, model: Any) -> None:
-        parameters = inspect.signature(model.forward).parameters
         self.model = model
-        self.cache_name = "past_key_values" if "past_key_values" in parameters else "cache_params"
-        self.keeps = "logits_to_keep" in parameters
+        self.keeps = takes(model.forward, LOGITS_TO_KEEP)
+
+    @functools.cached_property
+    def cache_name(self) -> str:
+        return cache_name(self.model.forward)
 
     @torch.inference_mode()
     def __call__(self, ids_BT: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
@@ -50,11 +59,32 @@ class CachedModel:
     @torch.inference_mode()
     def logits(self, ids_BT: torch.Tensor, cache: Any, last: int) -> tuple[torch.Tensor, Any]:
         """The same with the logits of the `last` tokens [B, last, V]. A cache that is given is changed."""
+        before = tokens_held(cache)
         given: dict[str, Any] = {} if cache is None else {self.cache_name: cache}
         if self.keeps:
-            given["logits_to_keep"] = last
+            given[LOGITS_TO_KEEP] = last
         result = self.model(input_ids=ids_BT, use_cache=True, **given)
-        return result.logits[:, -last:], result.get(self.cache_name)
+        after = cache_of(result)
+        if cache is not None:
+            self._check_used(cache, before, after, ids_BT.shape[1])
+        return result.logits[:, -last:], after
+
+    def _check_used(self, cache: Any, before: int | None, after: Any, tokens: int) -> None:
+        """What comes back must be the cache that was given and, where it counts tokens, with as many more as were fed."""
+        held = tokens_held(after)
+        grown = after is cache if before is None else held == before + tokens
+        if not grown:
+            counted = "" if before is None else f": it held {before} tokens, {tokens} were fed, and now it holds {held or 0}"
+            kind = type(self.model).__name__
+            raise UpfitError(f"{kind} did not go on from the cache that it was given{counted}; {ADVICE}")
+
+
+def tokens_held(cache: Any) -> int | None:
+    """How many tokens a cache says that it holds; None where it does not count them (states of recurrences)."""
+    try:
+        return int(cache.get_seq_length()) if isinstance(cache, Cache) else None
+    except ValueError:  # no layer of it is of attention
+        return None
 
 
 def cache_tensors(cache: Any) -> list[torch.Tensor]:

@@ -7,7 +7,6 @@ Legend: B rows, T their tokens, S scored positions of any of them, V vocabulary.
 """
 
 import contextlib
-import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,6 +16,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from upfit.convert.forwards import LOGITS_TO_KEEP, takes
 from upfit.errors import UpfitError
 from upfit.output import Meter
 
@@ -43,7 +43,7 @@ class Model(HFLM):
             pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=most or UNLIMITED, backend="causal"
         )
         self.progress = progress
-        self.sparse = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.sparse = takes(model.forward, LOGITS_TO_KEEP)
         self.meter: Meter | None = None
         self.asked: list[str] = []  # the task of each request of a batch
 
@@ -149,7 +149,7 @@ class Model(HFLM):
     def _logits(self, ids_BT: torch.Tensor, places_S: torch.Tensor) -> torch.Tensor:
         if not self.sparse:
             return self.model(input_ids=ids_BT, use_cache=False).logits[:, places_S]
-        return self.model(input_ids=ids_BT, use_cache=False, logits_to_keep=places_S).logits
+        return self.model(input_ids=ids_BT, use_cache=False, **{LOGITS_TO_KEEP: places_S}).logits
 
 
 def _score(logits_SV: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:

@@ -13,7 +13,7 @@ import torch
 from upfit.errors import UpfitError
 from upfit.evaluate.cache import CachedModel
 from upfit.evaluate.loss import by_position
-from upfit.evaluate.reading import CHUNK
+from upfit.evaluate.reading import CHUNK, check_goes_on
 from upfit.evaluate.statistics import difference_interval, mean_interval
 from upfit.output import Meter
 from upfit.text import Document
@@ -57,8 +57,12 @@ class Read:
 
 @torch.inference_mode()
 def probe(model: Any, samples: list[Sample], meter: Meter) -> list[Read]:
-    """The loss of every token, in chunks of a window, so that only a chunk's logits are held."""
+    """The loss of every token, in chunks of a window, so that only a chunk's logits are held.
+
+    Raises UpfitError when the model does not go on from its cache as if it had read everything at once.
+    """
     run, found = CachedModel(model), []
+    check_goes_on(run, torch.from_numpy(samples[0].ids)[None].to(model.device))
     for sample in samples:
         ids = torch.from_numpy(sample.ids).to(model.device)
         losses, cache = [], None

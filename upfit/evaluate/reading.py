@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from upfit.errors import UpfitError
-from upfit.evaluate.cache import CachedModel
+from upfit.evaluate.cache import NO_CACHE, CachedModel
 from upfit.evaluate.load import LEAK_SHARE, LEAK_SHARE_COARSE
 from upfit.longcontext.probes.contexts import SPARE
 
@@ -27,6 +27,22 @@ class Reply:
     nats: float
 
 
+def check_goes_on(run: CachedModel, ids_BT: torch.Tensor) -> None:
+    """Raise UpfitError when the model does not go on from its cache as if it had read the beginning of `ids_BT` at once."""
+    ids = ids_BT[:, :CHECKED]
+    whole, cache = run(ids)
+    if cache is None:
+        raise UpfitError(f"long-context probes read a text in pieces, and {NO_CACHE}; leave these probes out")
+    pieced, held = whole, None
+    for part in ids.split(-(-ids.shape[1] // 3), 1):
+        pieced, held = run(part, copy.deepcopy(held))
+    if (pieced - whole).abs().max() > LEAK_SHARE.get(run.model.dtype, LEAK_SHARE_COARSE) * whole.abs().max():
+        raise UpfitError(
+            "long-context probes read a text in pieces, and this model does not go on from its cache as if it had read all at "
+            "once; leave these probes out"
+        )
+
+
 class Reader:
     """Reads contexts and answers questions with one model; `ends` are tokens that end an answer, as the end of a line does.
 
@@ -37,21 +53,10 @@ class Reader:
         self.run, self.device, self.tokenizer = CachedModel(model), model.device, tokenizer
         told = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self.ends = {tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])}
-        self._check(self._row(ids[:CHECKED]), LEAK_SHARE.get(model.dtype, LEAK_SHARE_COARSE))
+        check_goes_on(self.run, self._row(ids))
 
     def _row(self, ids: np.ndarray | list[int]) -> torch.Tensor:
         return torch.as_tensor(ids, dtype=torch.long, device=self.device)[None]
-
-    def _check(self, ids: torch.Tensor, share: float) -> None:
-        whole, cache = self.run(ids)
-        pieced, held = whole, None
-        for part in ids.split(-(-ids.shape[1] // 3), 1):
-            pieced, held = self.run(part, copy.deepcopy(held))
-        if cache is None or (pieced - whole).abs().max() > share * whole.abs().max():
-            raise UpfitError(
-                "long-context probes read a text once and ask after its cache, and this model does not go on from its cache "
-                "as if it had read all at once; leave these probes out"
-            )
 
     def read(self, ids: np.ndarray) -> Any:
         """The cache that the tokens [T] fill."""

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from upfit.errors import UpfitError
-from upfit.evaluate.cache import CachedModel, cache_bytes
+from upfit.evaluate.cache import NO_CACHE, CachedModel, cache_bytes
 from upfit.output import Meter
 
 DEFAULT_LENGTHS = (128, 512, 2048)
@@ -65,7 +65,7 @@ def time_once(run: CachedModel, text_BT: torch.Tensor, steps: int) -> tuple[floa
     logits_BV, cache = run(text_BT)
     prefill = _now(text_BT.device) - start
     if cache is None:
-        raise UpfitError("the model returns no cache, so its decoding cannot be timed; leave out --speed")
+        raise UpfitError(f"{NO_CACHE}, so its decoding cannot be timed; leave out --speed")
     held = cache_bytes(cache)
     start = _now(text_BT.device)
     for _ in range(steps):

@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cope_attention import attend
 from .cope_equations import Inputs, Sight, as_mask, last_query, whole
-from .upfit_base import Own, OwnConfig, OwnModel, Plain, put_in_front, stock_attention
+from .upfit_base import Own, OwnConfig, OwnModel, Plain, cache_among, put_in_front, stock_attention
 
 INTERFACE = "upfit_cope"
 
@@ -81,7 +81,9 @@ class _Cope(Own):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """hidden_states [B, T, E]."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_among(args, kwargs)
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(f"contextual positions need a cache of transformers' class Cache, not a {type(cache).__name__}")
         self.seen_now: dict[str, Any] = {"positions": kwargs.get("position_ids"), "cache": cache}
         if hasattr(self, "cope_gate_keys"):
             if cache is not None:

@@ -11,8 +11,18 @@ import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# What forwards call the cache that they are given and give back: since transformers 5.24; before; and those of state spaces.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+
+def cache_among(arguments: tuple[Any, ...], keywords: Any) -> Any:
+    """The cache among what a forward is given or gives back, by a known name or, whatever its name, by its class; or None."""
+    named = [keywords[name] for name in keywords if name in CACHE_NAMES]
+    others = [value for value in (*arguments, *keywords.values()) if isinstance(value, Cache)]
+    return next((value for value in (*named, *others) if value is not None), None)
 
 
 class View:

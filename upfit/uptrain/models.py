@@ -4,7 +4,6 @@ Legend: B rows, T tokens a row, H hidden size, V vocabulary.
 """
 
 import hashlib
-import inspect
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from upfit.convert.checkpoint import open_checkpoint, read_config, torch_dtype
+from upfit.convert.forwards import LOGITS_TO_KEEP, POSITIONS, takes
 from upfit.convert.skeleton import load_strictly
 from upfit.errors import UpfitError
 from upfit.uptrain import packed
@@ -78,15 +78,16 @@ def fingerprint(folder: Path) -> str:
 
 def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, traits: Traits) -> Tensor:
     """Last hidden states [B, T, H]. Three things keep packed documents apart: positions, no mask, no cache."""
-    given = {"position_ids": positions} if traits.takes_positions else {}
+    given = {POSITIONS: positions} if traits.takes_positions else {}
     return model.base_model(input_ids=ids, use_cache=False, **given).last_hidden_state
 
 
 def full_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, traits: Traits, places: Tensor | None = None) -> Tensor:
     """The model's own logits [B, T, V], or [B, P, V] at the `places` [P] of every row."""
-    given = {"position_ids": positions} if traits.takes_positions else {}
-    if places is not None and "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(input_ids=ids, use_cache=False, logits_to_keep=places, **given).logits
+    given = {POSITIONS: positions} if traits.takes_positions else {}
+    if places is not None and takes(model.forward, LOGITS_TO_KEEP):
+        given[LOGITS_TO_KEEP] = places
+        return model(input_ids=ids, use_cache=False, **given).logits
     logits = model(input_ids=ids, use_cache=False, **given).logits
     return logits if places is None else logits[:, places]
 
@@ -129,7 +130,7 @@ def examine(model: PreTrainedModel) -> Traits:
         return Traits(False, False, None)
     was_training = model.training
     model.eval()
-    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    takes_positions = takes(model.base_model.forward, POSITIONS)
     traits = Traits(takes_positions, takes_positions, None)
     ids, positions, half = probe(model)
     whole = hidden_states(model, ids, positions, traits)

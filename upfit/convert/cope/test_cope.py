@@ -17,6 +17,7 @@ from tests.tiny import tiny_model
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.cope.recipe import Options
+from upfit.convert.forwards import CACHE_NAMES, cache_name, cache_of
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.modeling.modeling_upfit_cope import interface, is_heads_first
@@ -103,10 +104,10 @@ def test_decoding_is_the_full_forward(tmp_path: Path, model_type: str) -> None:
                     ids[:, start:stop],
                     attention_mask=mask[:, :stop],
                     position_ids=places[:, start:stop],
-                    past_key_values=cache,
                     use_cache=True,
+                    **{cache_name(model.forward): cache},
                 )
-                cache = made_now.past_key_values
+                cache = cache_of(made_now)
                 parts.append(made_now.logits)
         size = full[mask.bool()].abs().max()
         error, changed = (torch.cat(parts, 1) - full)[mask.bool()].abs().max() / size, (plain - full[:1]).abs().max() / size
@@ -224,9 +225,17 @@ def test_implementations_agree(tmp_path: Path) -> None:
 
 def test_a_cache_of_another_model_is_refused(tmp_path: Path) -> None:
     source, out = made(tmp_path, gates="keys")
-    cache = loaded(source)(ids_of(), use_cache=True).past_key_values
+    model, cache = loaded(out), cache_of(loaded(source)(ids_of(), use_cache=True))
     with pytest.raises(ValueError, match="begin with an empty one"):
-        loaded(out)(ids_of()[:, :1], past_key_values=cache)
+        model(ids_of()[:, :1], **{cache_name(model.forward): cache})
+
+
+def test_a_cache_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """Its gate keys would be kept nowhere, and found nowhere in the next step."""
+    _, out = made(tmp_path, gates="keys")
+    attention = loaded(out).model.layers[0].self_attn
+    with pytest.raises(ValueError, match="of transformers' class Cache, not a dict"):
+        attention(torch.zeros(1, 1, 32), **{CACHE_NAMES[0]: {}})
 
 
 def test_round_trip_in_a_process_without_upfit(tmp_path: Path) -> None:
