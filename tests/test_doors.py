@@ -6,7 +6,22 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "upfit"
-FOUNDATION = {"errors", "output", "history", "options", "environment", "own", "text", "windows", "corpus", "tokenizer", ""}
+FOUNDATION = {
+    "errors",
+    "bounded",
+    "portable",
+    "addresses",
+    "output",
+    "history",
+    "options",
+    "environment",
+    "own",
+    "text",
+    "windows",
+    "corpus",
+    "tokenizer",
+    "",
+}
 ALLOWED = {
     "modeling": {"modeling"},
     "convert": {"convert", "modeling"},

@@ -55,13 +55,14 @@ def check(settings: Any) -> None:
         if allowed is not None:
             if value not in allowed:
                 raise UpfitError(f"{flag(field.name)} {value!r} is not known; choose one of {', '.join(map(str, allowed))}")
-        elif not _matches(value, annotation):
+        elif not fits(value, annotation):
             raise UpfitError(f"{flag(field.name)} got {value!r}; it takes {_type_name(annotation)}")
 
 
-def _matches(value: Any, annotation: Any) -> bool:
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether `value` is what the annotation says; of a list or tuple its items are not looked at."""
     if isinstance(annotation, types.UnionType) or get_origin(annotation) is typing.Union:
-        return any(_matches(value, part) for part in get_args(annotation))
+        return any(fits(value, part) for part in get_args(annotation))
     if annotation is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if annotation is int:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.bounded import check_model_files, reason
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
@@ -17,12 +18,14 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder or hub id (`id@revision`). Raises UpfitError when there is none, or no end token."""
     from transformers import AutoTokenizer
 
-    hub_id, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+    folder = Path(name).is_dir()
+    if folder:
+        check_model_files(Path(name))
+    hub_id, _, revision = (name, "", "") if folder else name.partition("@")
     try:
         tokenizer = AutoTokenizer.from_pretrained(hub_id, revision=revision or None, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UpfitError(f"no tokenizer at {name}: {reason}; give a model folder or a hub id") from error
+    except Exception as error:  # its parsers raise whatever they like on a broken file
+        raise UpfitError(f"no tokenizer at {name}: {reason(error)}; give a model folder or a hub id") from error
     if tokenizer.eos_token_id is None:
         raise UpfitError(f"the tokenizer of {name} has no end token; set eos_token in its tokenizer_config.json")
     return tokenizer

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upfit.bounded import parse_json, shaped
 from upfit.convert.checkpoint import Checkpoint
 from upfit.convert.facts import Facts, Residual
-from upfit.convert.safetensors_file import TensorInfo, read_exactly, read_header
+from upfit.convert.safetensors_file import TensorInfo, read_exactly, read_header, read_metadata
+from upfit.convert.statistics_check import check_facts, check_layer, check_windows
 from upfit.errors import UpfitError
 from upfit.text import Document, file_documents, library_documents
 from upfit.windows import encode, prefix_ids
@@ -155,12 +157,25 @@ class Statistics:
     infos: dict[str, TensorInfo]
 
     def layer(self, path: str) -> tuple[Facts, dict[str, Tensor]] | None:
-        """Facts and float32 statistics of the attention at `path`; None for a layer that could not be watched."""
-        facts = self.facts[path]
+        """Facts and float32 statistics of the attention at `path`; None for a layer that could not be watched.
+
+        Raises UpfitError where the file has nothing of that layer, or values that are not finite.
+        """
+        facts = self.facts.get(path)
+        if facts is None:
+            raise UpfitError(f"{self.path} has no statistics of {path}; make them again with `upfit calibrate`")
         if isinstance(facts, str):
             return None
-        names = [name for name in self.infos if name.startswith(path + "/")]
-        return facts, {name.removeprefix(path + "/"): _read(self.infos[name]) for name in names}
+        found = {name: _read(info) for name, info in _infos_of(path, self.infos).items()}
+        for name, tensor in found.items():
+            if not torch.isfinite(tensor).all():
+                raise UpfitError(f"{self.path} is damaged: {path}/{name} is not finite; make it again with `upfit calibrate`")
+        return facts, found
+
+
+def _infos_of(path: str, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors of the layer at `path` by their names in it."""
+    return {name.removeprefix(path + "/"): info for name, info in infos.items() if name.startswith(path + "/")}
 
 
 def _read(info: TensorInfo) -> Tensor:
@@ -197,20 +212,21 @@ def open_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
     told = read_metadata(path)
     if told.get("upfit") != FORMAT:
         raise UpfitError(f"{path} is not a statistics file of this version; make one with `upfit calibrate`")
-    if told["model"] != fingerprint(checkpoint):
+    if told.get("model") != fingerprint(checkpoint):
         raise UpfitError(f"{path} holds the statistics of another model; make those of this one with `upfit calibrate`")
+    with shaped(f"{path} is not what `upfit calibrate` writes; make it again"):
+        return _taken_apart(path, told, infos)
+
+
+def _taken_apart(path: Path, told: dict[str, str], infos: dict[str, TensorInfo]) -> Statistics:
+    """Raises ValueError, or what taking apart something else raises, for what `upfit calibrate` does not write."""
+    parts = {name: parse_json(told[name], f"{path}: what it says of {name}") for name in ("held", "facts", "text")}
     windows = {int(name.split(".")[1]): _read(info).long() for name, info in infos.items() if name.startswith("windows.")}
-    held = {int(length): count for length, count in json.loads(told["held"]).items()}
-    facts = {
-        layer: value if isinstance(value, str) else facts_from(value) for layer, value in json.loads(told["facts"]).items()
-    }
-    return Statistics(path, Sample(windows, held, json.loads(told["text"])), facts, int(told["rows"]), infos)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The free-form part of a safetensors header (whose tensors `read_header` has checked)."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    found = header.get("__metadata__", {})
-    return found if isinstance(found, dict) else {}
+    held = {int(length): count for length, count in parts["held"].items()}
+    check_windows(windows, held)
+    facts = {layer: value if isinstance(value, str) else facts_from(value) for layer, value in parts["facts"].items()}
+    for layer, known in facts.items():
+        if not isinstance(known, str):
+            check_facts(known)
+            check_layer(known, _infos_of(layer, infos))
+    return Statistics(path, Sample(windows, held, dict(parts["text"])), facts, int(told["rows"]), infos)

@@ -4,7 +4,6 @@ The truth about what is there comes from the headers; the index is only checked 
 """
 
 import dataclasses
-import json
 import os
 import re
 import threading
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.bounded import read_json
 from upfit.convert.folders import contained
 from upfit.convert.safetensors_file import TensorInfo, read_exactly, read_header
 from upfit.errors import UpfitError
@@ -185,12 +185,10 @@ def most_positions(config: dict[str, Any]) -> int | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise UpfitError(f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UpfitError(f"{path} is not valid JSON ({error}); fetch it again") from error
+        content = read_json(path, MAX_JSON_BYTES)
+    except UpfitError as error:
+        raise UpfitError(f"{error}; fetch it again") from error
     if not isinstance(content, dict):
         raise UpfitError(f"{path} is not a JSON object; fetch it again")
     return content

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit import history
+from upfit.bounded import check_model_files
 from upfit.errors import UpfitError
 from upfit.own import is_own, shipped
 
@@ -69,6 +70,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        check_model_files(path)
         return Source(path.resolve(), name, None)
     hub_id, _, tagged = name.partition("@")
     if path.exists():
