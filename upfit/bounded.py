@@ -27,7 +27,6 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
-READ_WHOLE = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".toml")
 # What code that takes records apart raises where they are not what they should be.
 MISSHAPEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
@@ -43,20 +42,6 @@ def check_ordinary(path: Path) -> os.stat_result:
     if kind != stat.S_IFREG:
         raise UpfitError(f"{path} is not an ordinary file but {KINDS.get(kind, 'something else')}; put a file there")
     return told
-
-
-def check_model_files(folder: Path) -> None:
-    """Raise UpfitError when something in a model's folder would be waited for by whoever reads it: every file there is an
-    ordinary one, and those that are read whole (all but weights and logs) fit into memory.
-
-    The libraries that read tokenizers and settings open what they find.
-    """
-    for path in sorted(folder.iterdir()):
-        kind = stat.S_IFMT(path.stat().st_mode) if path.exists() else stat.S_IFREG  # a link to nothing is as good as no file
-        if kind not in (stat.S_IFREG, stat.S_IFDIR):
-            check_ordinary(path)
-        if kind == stat.S_IFREG and path.suffix in READ_WHOLE and path.exists() and path.stat().st_size > DATA_BYTES:
-            raise UpfitError(f"{path} has {path.stat().st_size} bytes; at most {DATA_BYTES} are read of such a file")
 
 
 def open_ordinary(path: Path) -> IO[bytes]:

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upfit.bounded import check_model_files, reason
+from upfit.bounded import reason
 from upfit.errors import UpfitError
+from upfit.model_files import check_model_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
