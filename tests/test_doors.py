@@ -6,22 +6,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "upfit"
-FOUNDATION = {
-    "errors",
-    "bounded",
-    "portable",
-    "addresses",
-    "output",
-    "history",
-    "options",
-    "environment",
-    "own",
-    "text",
-    "windows",
-    "corpus",
-    "tokenizer",
-    "",
-}
+FOUNDATION = {"errors", "bounded", "portable", "addresses", "model_files", "output", "history", "options", "environment", "own"}
+FOUNDATION |= {"text", "windows", "corpus", "tokenizer", ""}
 ALLOWED = {
     "modeling": {"modeling"},
     "convert": {"convert", "modeling"},

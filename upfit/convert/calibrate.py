@@ -39,6 +39,7 @@ from upfit.convert.stream import Opaque, Stream, run_block
 from upfit.errors import UpfitError
 from upfit.options import parse_count
 from upfit.output import Output
+from upfit.tokenizer import no_panic
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,13 @@ def sample_for(folder: Path, checkpoint: Checkpoint, texts: list[str] | None, to
 
     count = parse_count(tokens or str(TOKENS), "--calibration-tokens")
     try:
-        with quiet_transformers():
+        with quiet_transformers(), no_panic(str(folder)):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             if not tokenizer.is_fast:
                 raise ValueError("it is not a fast one")
-    except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except UpfitError:
+        raise
+    except Exception as error:  # its parsers raise whatever they like on a broken file
         raise Opaque("it has no fast tokenizer that can be loaded here") from error
     longest = most_positions(checkpoint.config)
     if length is not None and length < 8:

@@ -157,6 +157,7 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     if is_own(checkpoint.config) and recipe.name != MERGE and not is_grouped(checkpoint.config):
         known = checkpoint.config["model_type"]
         raise UpfitError(f"{source.name} is of type {known} already; convert the model it was made from, or merge it first")
+    history.read(source.path)  # it is gone on with at the very end
     stored = checkpoint
     checkpoint, architecture, plan = _first_way(recipe, options, stored)
     unused = _check_source(stored)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from upfit.addresses import public, redacted
 from upfit.bounded import DATA_BYTES, MISSHAPEN, read_bytes, read_lines, reason, shaped
 from upfit.errors import UpfitError
 from upfit.longcontext.ask.model import Request
@@ -85,8 +86,9 @@ def ask_server(requests: list[Request], answers: Answers, options: Options, mete
         failed = group.subgroup(APIError)
         if failed is None:
             raise
-        reason = " ".join(str(failed.exceptions[0]).split())
-        raise UpfitError(f"{options.base_url or 'the server'} does not answer ({reason}); the same command goes on") from group
+        said = " ".join(str(failed.exceptions[0]).split())
+        server = public(options.base_url) if options.base_url else "the server"
+        raise UpfitError(f"{server} does not answer ({redacted(said)}); the same command goes on") from group
 
 
 def ask_here(requests: list[Request], answers: Answers, options: Options, meter: Meter) -> None:
