@@ -318,3 +318,47 @@ def test_disk_that_fills_while_writing(folder: Path, tmp_path: Path, monkeypatch
 
 def test_unknown_dtype(folder: Path, tmp_path: Path) -> None:
     assert "--dtype 'int4'" in attempt(folder, tmp_path / "out", dtype="int4")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        [10**400] * 200_000,  # a product that is never done with
+        [2] * 10_000,
+        [2**62, 2**62, 0],
+        [10**5000 // 7],
+        [1] * 65,
+    ],
+)
+def test_a_shape_that_no_bytes_can_hold_is_refused_at_once(folder: Path, tmp_path: Path, shape: list[int]) -> None:
+    import sys
+    import time
+
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        edit_header(folder, lambda header: header["model.norm.weight"].update(shape=shape[:2000]))
+    finally:
+        sys.set_int_max_str_digits(limit)
+    began = time.monotonic()
+    message = attempt(folder, tmp_path / "out")
+    assert time.monotonic() - began < 2 and len(message) < 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "recipe.json", "tokenizer.json", "generation_config.json"]
+)
+def test_a_pipe_in_a_files_place_is_not_waited_for(folder: Path, tmp_path: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert f"{name} is not an ordinary file" in attempt(folder, tmp_path / "out")
+
+
+def test_a_pipe_in_the_place_of_an_index_or_shard_is_not_waited_for(sharded: Path, tmp_path: Path) -> None:
+    for path in ("model.safetensors.index.json", next(sharded.glob("model-*")).name):
+        content = (sharded / path).read_bytes()
+        (sharded / path).unlink()
+        os.mkfifo(sharded / path)
+        assert f"{path} is not an ordinary file" in attempt(sharded, tmp_path / "out")
+        (sharded / path).unlink()
+        (sharded / path).write_bytes(content)

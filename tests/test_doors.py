@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "upfit"
-FOUNDATION = {"errors", "output", "history", "options", "environment", "own", "text", "windows", "tokenizer", ""}
+FOUNDATION = {
+    "errors",
+    "bounded",
+    "durable",
+    "portable",
+    "addresses",
+    "model_files",
+    "output",
+    "history",
+    "options",
+    "environment",
+}
+FOUNDATION |= {"own", "text", "windows", "tokenizer", ""}
 ALLOWED = {
     "modeling": {"modeling"},
     "convert": {"convert", "modeling"},

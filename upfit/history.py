@@ -6,12 +6,13 @@ the uptrainer finds its teacher in it, so it is written by the same code that wr
 
 import functools
 import importlib.metadata
-import json
+import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from upfit.bounded import RECORD_BYTES, read_json, shaped
 from upfit.durable import write_whole
 from upfit.errors import UpfitError
 from upfit.output import to_json
@@ -43,16 +44,37 @@ def read(folder: Path) -> list[dict[str, Any]]:
     Raises UpfitError when the file is there but is not what Upfit writes.
     """
     path = folder / FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    with shaped(not_ours(path)):
+        content = read_json(path, RECORD_BYTES)
         steps = content["steps"]
-        if content["format"] != FORMAT or not all(isinstance(step, dict) and "verb" in step for step in steps):
+        if content["format"] != FORMAT or not isinstance(steps, list):
             raise KeyError("format")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UpfitError(f"{path} is not a recipe file of format {FORMAT} ({error!r}); remove it to start a new one") from error
+        for entry in steps:
+            _check_step(entry)
     return steps
+
+
+def not_ours(path: Path) -> str:
+    """What is said of a recipe file in which something is not what Upfit writes there."""
+    return f"{path} is not a recipe file of format {FORMAT}; remove it to start a new one"
+
+
+def _check_step(entry: Any) -> None:
+    """Raise TypeError for a step without a verb, or where what every verb takes for granted is of another type."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("verb"), str):
+        raise TypeError("a step has no verb")
+    kinds = {"date": str, "command": str, "source": dict, "options": dict, "versions": dict, "measurements": dict}
+    for key, kind in kinds.items():
+        if key in entry and not isinstance(entry[key], kind):
+            raise TypeError(f"{key!r} of a step is of another type")
+    source = entry.get("source") or {}
+    for key in ("name", "revision", "path", "commit"):
+        if not isinstance(source.get(key), str | None):
+            raise TypeError(f"{key!r} of a source is no text")
+    if entry["verb"].startswith("convert") and not isinstance(source.get("name"), str):
+        raise TypeError("a conversion has no source")
 
 
 def step(
@@ -86,8 +108,8 @@ def files(folder: Path) -> list[str] | None:
     program, or none) does not list them."""
     try:
         steps = read(folder)
-        listed = json.loads((folder / FILE).read_text(encoding="utf-8")).get("files") if steps else None
-    except (UpfitError, OSError, ValueError):
+        listed = read_json(folder / FILE, RECORD_BYTES).get("files") if steps else None
+    except UpfitError:
         return None
     return listed if isinstance(listed, list) and all(isinstance(name, str) for name in listed) else None
 

@@ -55,13 +55,16 @@ def check(settings: Any) -> None:
         if allowed is not None:
             if value not in allowed:
                 raise UpfitError(f"{flag(field.name)} {value!r} is not known; choose one of {', '.join(map(str, allowed))}")
-        elif not _matches(value, annotation):
+        elif not fits(value, annotation):
             raise UpfitError(f"{flag(field.name)} got {value!r}; it takes {_type_name(annotation)}")
+        elif isinstance(value, int | float) and not abs(value) < MOST:
+            raise UpfitError(f"{flag(field.name)} got {_short(value)}; give a finite number, of less than 19 digits")
 
 
-def _matches(value: Any, annotation: Any) -> bool:
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether `value` is what the annotation says; of a list or tuple its items are not looked at."""
     if isinstance(annotation, types.UnionType) or get_origin(annotation) is typing.Union:
-        return any(_matches(value, part) for part in get_args(annotation))
+        return any(fits(value, part) for part in get_args(annotation))
     if annotation is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if annotation is int:
@@ -70,10 +73,15 @@ def _matches(value: Any, annotation: Any) -> bool:
     return isinstance(value, plain) if isinstance(plain, type) else True
 
 
+def _short(value: int | float) -> str:
+    return str(value) if isinstance(value, float) or abs(value) < 10**40 else "more than 40 digits"
+
+
 def _type_name(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
+MOST = 10**18  # libraries count in 63 bits
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
@@ -88,7 +96,7 @@ def parse_count(text: str, name: str) -> int:
         count = round(float(text[:-1] if scale != 1 else text) * scale)
     except (ValueError, OverflowError):
         count = 0
-    if count < 1:
+    if not 1 <= count < MOST:
         raise UpfitError(f"{name} got {text!r}; give a positive number such as 50000, 50k, 100M or 2T")
     return count
 

@@ -17,14 +17,23 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from upfit.addresses import redacted
+
 PLAIN_LINE_SECONDS = 30.0
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal obeys them
 NUMBERS = re.compile(r"\[\n\s+(-?\d[^\[\]{}\"]*?)\n\s+\]")  # JSON has no line break inside a string
 
 
 def to_json(value: Any) -> str:
     """JSON to read: one thing a line, but a list of numbers, such as a row of a map, on one line."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # half a surrogate is no UTF-8, its escape is JSON
     return NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal would obey spelled out."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class Meter:
@@ -57,12 +66,12 @@ class Output:
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self.stderr.print(escape(text), highlight=False)
+            self.stderr.print(escape(printable(redacted(text))), highlight=False)
 
     def line(self, text: str) -> None:
         """One line of data (not shown with `--json`)."""
         if not self.as_json:
-            self.stdout.print(escape(text), highlight=False)
+            self.stdout.print(escape(printable(text)), highlight=False)
 
     def json(self, value: Any) -> None:
         """The answer of the command as JSON; does nothing without `--json`."""
@@ -78,7 +87,7 @@ class Output:
         for index, column in enumerate(columns):
             table.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
         for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
+            table.add_row(*(escape(printable(cell)) for cell in row))
         self.stdout.print(table)
 
     @contextmanager

@@ -2,14 +2,22 @@
 
 import hashlib
 import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.bounded import reason
 from upfit.errors import UpfitError
+from upfit.model_files import check_model_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PANIC = "PanicException"  # of libraries in Rust; no Exception, and said on stderr too before it is raised
 PROBE = "def f(x):\n    return  x + 1  # Größe, 東京, 🙂\n<|endoftext|></s>"
 
 
@@ -17,15 +25,42 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder or hub id (`id@revision`). Raises UpfitError when there is none, or no end token."""
     from transformers import AutoTokenizer
 
-    hub_id, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+    folder = Path(name).is_dir()
+    if folder:
+        check_model_files(Path(name))
+    hub_id, _, revision = (name, "", "") if folder else name.partition("@")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hub_id, revision=revision or None, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UpfitError(f"no tokenizer at {name}: {reason}; give a model folder or a hub id") from error
+        with no_panic(name):
+            tokenizer = AutoTokenizer.from_pretrained(hub_id, revision=revision or None, trust_remote_code=False)
+    except UpfitError:
+        raise
+    except Exception as error:  # its parsers raise whatever they like on a broken file
+        raise UpfitError(f"no tokenizer at {name}: {reason(error)}; give a model folder or a hub id") from error
     if tokenizer.eos_token_id is None:
         raise UpfitError(f"the tokenizer of {name} has no end token; set eos_token in its tokenizer_config.json")
     return tokenizer
+
+
+@contextmanager
+def no_panic(name: str) -> Iterator[None]:
+    """Raise UpfitError, and nothing else is said, where reading the tokenizer of `name` ends in a panic of its library."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != PANIC:
+                raise
+            said.truncate(0)
+            raise UpfitError(f"the tokenizer of {name} is damaged ({reason(error)}); fetch its files again") from error
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            said.seek(0)
+            os.write(2, said.read())
 
 
 def identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:

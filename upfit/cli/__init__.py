@@ -3,11 +3,12 @@
 The order of the imports is that of the verbs in `upfit --help`.
 """
 
+import io
 import os
 import sys
 
-from upfit.cli.base import app
-from upfit.errors import UpfitError
+from upfit.cli.base import app, carry_errors
+from upfit.cli.boundary import end, terminable, unpacked
 
 # isort: off
 from upfit.cli import looking as looking
@@ -16,20 +17,20 @@ from upfit.cli import training as training
 from upfit.cli import measuring as measuring
 # isort: on
 
+carry_errors(app)
+
 
 def main() -> None:
     """Entry point: errors a user can cause are one line and exit 1; a traceback only with `--debug`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        app()
-    except UpfitError as error:
-        if "--debug" in sys.argv:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names need not be text; JSON reads such a backslash back
+    with terminable():
+        try:
+            app()
+        except SystemExit:
             raise
-        if os.environ.get("RANK", "0") == "0":  # under torchrun all processes fail alike, one tells
-            print(f"upfit: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("upfit: stopped; nothing unfinished stands at the output", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
+        except BaseException as error:  # a panic of a library in Rust is no Exception
+            code = end(unpacked(error), sys.argv[1:])
+    sys.exit(code)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from upfit import __version__
+from upfit.cli.boundary import carried
 from upfit.options import choices, flag
 
 app = typer.Typer(
@@ -34,6 +35,16 @@ def root(
     if version:
         typer.echo(f"upfit {__version__}")
         raise typer.Exit
+
+
+def carry_errors(commands: typer.Typer) -> None:
+    """Let errors of every command arrive at `main` as they are (see `boundary.carried`)."""
+    for command in commands.registered_commands:
+        assert command.callback is not None
+        command.callback = carried(command.callback)
+    for group in commands.registered_groups:
+        assert group.typer_instance is not None
+        carry_errors(group.typer_instance)
 
 
 def flags_of(settings: type, unset: bool = False) -> list[inspect.Parameter]:

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upfit.bounded import parse_json, shaped
 from upfit.convert.checkpoint import Checkpoint
 from upfit.convert.content import tensors_hash
 from upfit.convert.facts import Facts, Residual
-from upfit.convert.safetensors_file import TensorInfo, read_header
+from upfit.convert.safetensors_file import TensorInfo, read_header, read_metadata
 from upfit.convert.skeleton import quiet_transformers
+from upfit.convert.statistics_check import check_facts, check_layer, check_windows
 from upfit.convert.stream import Opaque
 from upfit.errors import UpfitError
 from upfit.text import Document, file_documents, library_documents
-from upfit.tokenizer import identity
+from upfit.tokenizer import identity, no_panic
 from upfit.windows import encode, prefix_ids
 
 FORMAT = "2"
@@ -143,11 +145,13 @@ def fast_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with quiet_transformers():
+        with quiet_transformers(), no_panic(str(folder)):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             if not tokenizer.is_fast:
                 raise ValueError("it is not a fast one")
-    except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except UpfitError:
+        raise
+    except Exception as error:  # its parsers raise whatever they like on a broken file
         raise Opaque("it has no fast tokenizer that can be loaded here") from error
     return tokenizer
 
@@ -173,15 +177,23 @@ class Statistics:
     def layer(self, path: str) -> tuple[Facts, dict[str, Tensor]] | None:
         """Facts and float32 statistics of the attention at `path`; None for a layer that could not be watched.
 
-        Raises UpfitError for a layer that the file tells nothing of.
+        Raises UpfitError where the file has nothing of that layer, or values that are not finite.
         """
-        if path not in self.facts:
-            raise UpfitError(f"{self.path} tells nothing of {path}; make statistics anew with `upfit calibrate`")
-        facts = self.facts[path]
+        facts = self.facts.get(path)
+        if facts is None:
+            raise UpfitError(f"{self.path} has no statistics of {path}; make them again with `upfit calibrate`")
         if isinstance(facts, str):
             return None
-        names = [name for name in self.infos if name.startswith(path + "/")]
-        return facts, {name.removeprefix(path + "/"): _read(self.infos[name]) for name in names}
+        found = {name: _read(info) for name, info in _infos_of(path, self.infos).items()}
+        for name, tensor in found.items():
+            if not torch.isfinite(tensor).all():
+                raise UpfitError(f"{self.path} is damaged: {path}/{name} is not finite; make it again with `upfit calibrate`")
+        return facts, found
+
+
+def _infos_of(path: str, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors of the layer at `path` by their names in it."""
+    return {name.removeprefix(path + "/"): info for name, info in infos.items() if name.startswith(path + "/")}
 
 
 def _read(info: TensorInfo) -> Tensor:
@@ -230,25 +242,27 @@ def open_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
     header = read_metadata(path)
     if header.get("upfit") != FORMAT:
         raise UpfitError(f"{path} is not a statistics file of this version; make one with `upfit calibrate`")
-    try:
-        statistics = _parse(path, infos, header)
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UpfitError(f"{path} is a damaged statistics file ({error!r}); make one with `upfit calibrate`") from error
-    if statistics.model != fingerprint(checkpoint):
+    if header.get("model") != fingerprint(checkpoint):
         raise UpfitError(f"{path} holds the statistics of another model; make those of this one with `upfit calibrate`")
+    with shaped(f"{path} is not what `upfit calibrate` writes; make it again"):
+        statistics = _taken_apart(path, header, infos)
     _check_tokenizer(statistics, checkpoint.folder)
     return statistics
 
 
-def _parse(path: Path, infos: dict[str, TensorInfo], header: dict[str, str]) -> Statistics:
+def _taken_apart(path: Path, header: dict[str, str], infos: dict[str, TensorInfo]) -> Statistics:
+    """Raises ValueError, or what taking apart something else raises, for what `upfit calibrate` does not write."""
+    names = ("held", "facts", "text", "tokenizer")
+    parts = {name: parse_json(header[name], f"{path}: what it says of {name}") for name in names}
     windows = {int(name.split(".")[1]): _read(info).long() for name, info in infos.items() if name.startswith("windows.")}
-    held = {int(length): int(count) for length, count in json.loads(header["held"]).items()}
-    if not windows or held.keys() != windows.keys():
-        raise ValueError("its windows are not those it names")
-    facts = {
-        layer: value if isinstance(value, str) else facts_from(value) for layer, value in json.loads(header["facts"]).items()
-    }
-    sample = Sample(windows, held, json.loads(header["text"]), json.loads(header["tokenizer"]))
+    held = {int(length): count for length, count in parts["held"].items()}
+    check_windows(windows, held)
+    facts = {layer: value if isinstance(value, str) else facts_from(value) for layer, value in parts["facts"].items()}
+    for layer, known in facts.items():
+        if not isinstance(known, str):
+            check_facts(known)
+            check_layer(known, _infos_of(layer, infos))
+    sample = Sample(windows, held, dict(parts["text"]), parts["tokenizer"])
     return Statistics(path, header["model"], sample, facts, int(header["rows"]), infos)
 
 
@@ -264,12 +278,3 @@ def _check_tokenizer(statistics: Statistics, folder: Path) -> None:
             f"{statistics.path} was made with another tokenizer than {folder} has now; make statistics anew with "
             "`upfit calibrate`"
         )
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The free-form part of a safetensors header (whose tensors `read_header` has checked)."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    found = header.get("__metadata__", {})
-    return found if isinstance(found, dict) else {}

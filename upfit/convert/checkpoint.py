@@ -4,7 +4,6 @@ The truth about what is there comes from the headers; the index is only checked 
 """
 
 import dataclasses
-import json
 import os
 import re
 import threading
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.bounded import read_json
 from upfit.convert.disk import naming
 from upfit.convert.folders import contained
 from upfit.convert.identity import Identity, sampled
@@ -201,7 +201,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         raise UpfitError(f"{folder} has no config.json; give the folder of a Hugging Face model")
-    config = read_json(contained(path, folder))
+    config = read_object(contained(path, folder))
     if not isinstance(config.get("model_type"), str):
         raise UpfitError(f"{path} names no model_type; give the folder of a transformers model")
     if is_own(config) and not isinstance(config.get("base_model_type"), str):
@@ -227,14 +227,12 @@ def config_dtypes(config: dict[str, Any]) -> set[str]:
     return found.union(*(config_dtypes(value) for value in config.values() if isinstance(value, dict)))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UpfitError when it is too large, damaged, or something else."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise UpfitError(f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UpfitError(f"{path} is not valid JSON ({error}); fetch it again") from error
+        content = read_json(path, MAX_JSON_BYTES)
+    except UpfitError as error:
+        raise UpfitError(f"{error}; fetch it again") from error
     if not isinstance(content, dict):
         raise UpfitError(f"{path} is not a JSON object; fetch it again")
     return content
@@ -271,7 +269,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _weight_map(index: Path, folder: Path) -> dict[str, str]:
-    weight_map = read_json(contained(index, folder)).get("weight_map")
+    weight_map = read_object(contained(index, folder)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise UpfitError(f"{index} has no weight_map from tensor names to file names; fetch it again")
     return weight_map

@@ -16,6 +16,7 @@ from upfit import history
 from upfit.convert import quantised
 from upfit.convert.remote_code import side_file
 from upfit.errors import UpfitError
+from upfit.model_files import check_model_files
 from upfit.own import is_own, shipped
 
 # What travels with the weights. Code (*.py) and pickles never do.
@@ -72,6 +73,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        check_model_files(path)
         return Source(path.resolve(), name, None)
     hub_id, _, tagged = name.partition("@")
     if path.exists():
@@ -79,7 +81,9 @@ def find_source(name: str, revision: str | None = None) -> Source:
     if not HUB_ID.fullmatch(hub_id) or name.startswith((".", "/", "~")):
         raise UpfitError(f"no model folder at {name}; give an existing folder or a hub id such as org/model@revision")
     revision = revision or tagged or None
-    return Source(_download(hub_id, revision), hub_id, revision)
+    path = _download(hub_id, revision)
+    check_model_files(path)
+    return Source(path, hub_id, revision)
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

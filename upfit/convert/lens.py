@@ -137,10 +137,13 @@ class Seen(Checkpoint):
 def see(checkpoint: Checkpoint, own: bool = False) -> Checkpoint:
     """The checkpoint as recipes want it: itself, where its family stores what it is. With `own`, as of its own family even
     where another one computes the same."""
+    from upfit.convert.skeleton import built_of
+
     check_known(checkpoint.config)
-    for look in (apart,) if own else (moved, apart):
-        lens = look(checkpoint.config, checkpoint.tensors)
-        checkpoint = checkpoint if lens is None else _through(lens, checkpoint)
+    with built_of(len(checkpoint.tensors)):
+        for look in (apart,) if own else (moved, apart):
+            lens = look(checkpoint.config, checkpoint.tensors)
+            checkpoint = checkpoint if lens is None else _through(lens, checkpoint)
     return checkpoint
 
 
@@ -148,10 +151,13 @@ def seen_shapes(
     config: dict[str, Any], tensors: "Mapping[str, Described]", own: bool = False
 ) -> "tuple[dict[str, Any], Mapping[str, Described]]":
     """`see`, of tensors that are only described."""
+    from upfit.convert.skeleton import built_of
+
     check_known(config)
-    for look in (apart,) if own else (moved, apart):
-        lens = look(config, tensors)
-        config, tensors = (config, tensors) if lens is None else (lens.config, lens.shapes(tensors))
+    with built_of(len(tensors)):
+        for look in (apart,) if own else (moved, apart):
+            lens = look(config, tensors)
+            config, tensors = (config, tensors) if lens is None else (lens.config, lens.shapes(tensors))
     return config, tensors
 
 

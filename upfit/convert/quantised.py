@@ -51,13 +51,13 @@ def _method(value: Any) -> str:
 
 def check_not_quantised(checkpoint: "Checkpoint") -> None:
     """Raise UpfitError when the weights of an opened checkpoint are stored quantised."""
-    from upfit.convert.checkpoint import read_json
+    from upfit.convert.checkpoint import read_object
     from upfit.convert.folders import contained
     from upfit.convert.skeleton import class_names
 
     for path in (checkpoint.folder / name for name in FILES):
         if path.exists():
-            method = _method(read_json(contained(path, checkpoint.folder))) if path.is_file() else ""
+            method = _method(read_object(contained(path, checkpoint.folder))) if path.is_file() else ""
             raise refusal(checkpoint.folder, f"{method or 'unknown'}, by its {path.name}")
     names = class_names(checkpoint.config, stored=True)
     stored = {name: names.module_name(name) for name in checkpoint.tensors}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upfit.bounded import check_ordinary, open_ordinary
 from upfit.errors import UpfitError
 
 # Bytes an element. Sub-byte types belong to quantised checkpoints, which are refused before a header is read.
@@ -22,6 +23,8 @@ ITEM_BYTES = {
 }  # fmt: skip
 MAX_HEADER_BYTES = 32 * 2**20  # the largest known mixture-of-experts shard has 0.4 MB
 MAX_TENSORS = 200_000
+MAX_DIMENSIONS = 16  # as many as the deepest known tensors have, twice over
+MAX_DIMENSION = 2**63 - 1  # what torch counts with
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ def read_header(path: Path) -> list[TensorInfo]:
 
     Raises UpfitError when the header is too large, is not what the format demands, or does not cover the file exactly.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    size = check_ordinary(path).st_size
+    with open_ordinary(path) as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8:
@@ -68,6 +71,14 @@ def read_header(path: Path) -> list[TensorInfo]:
     infos.sort(key=lambda info: (info.start, info.end))
     _check_coverage(path, infos, 8 + length, size)
     return infos
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free-form part of a safetensors header, whose tensors `read_header` has checked."""
+    with open_ordinary(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = _parse(path, file.read(min(size, MAX_HEADER_BYTES)))
+    return dict(header.get("__metadata__") or {})
 
 
 def _parse(path: Path, content: bytes) -> dict[str, Any]:
@@ -97,9 +108,35 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
         raise UpfitError(f"{path}: tensor {name!r} has dtype {dtype!r}; known are {', '.join(ITEM_BYTES)}")
     if not isinstance(shape, list) or not all(map(natural, [*shape, begin, end])):
         raise UpfitError(f"{path}: tensor {name!r} has a shape or offsets that are not natural numbers; fetch the file again")
-    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise UpfitError(f"{path}: tensor {name!r} has {end - begin} bytes, its shape {shape} and {dtype} need another number")
+    if len(shape) > MAX_DIMENSIONS:
+        raise UpfitError(f"{path}: tensor {name!r} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are read")
+    if end - begin != _bytes_of(shape, ITEM_BYTES[dtype], end - begin):
+        told = f"its shape {_short(shape)} and {dtype} need another number"
+        raise UpfitError(f"{path}: tensor {_short(name)} has {_short(end - begin)} bytes, {told}")
     return TensorInfo(name, dtype, tuple(shape), path, base + begin, base + end)
+
+
+def _bytes_of(shape: list[int], itemsize: int, most: int) -> int | None:
+    """Bytes of a tensor; None where they are more than `most`, without multiplying numbers that have no end."""
+    if 0 in shape:
+        return 0 if max(shape) <= MAX_DIMENSION else None
+    nbytes = itemsize
+    for size in shape:
+        if size > most:
+            return None
+        nbytes *= size
+        if nbytes > most:
+            return None
+    return nbytes
+
+
+def _short(value: object) -> str:
+    """What a message shows of something that may have thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of so many digits
+        text = "a number without end"
+    return text if len(text) <= 120 else text[:100] + " ..."
 
 
 def _check_coverage(path: Path, infos: list[TensorInfo], base: int, size: int) -> None:

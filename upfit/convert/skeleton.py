@@ -4,15 +4,18 @@ The only place of the converter that touches model classes. Everything happens o
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit.convert.architectures import Entry, entry_for
 from upfit.convert.fused import Apart, set_apart
 from upfit.errors import UpfitError
+from upfit.model_files import check_numbers, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,20 +33,43 @@ AUTO_CLASSES = (
 MAX_LAYERS = 1000  # a config that asks for more is not a language model's
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No load reports and progress bars: what matters of them is raised as errors."""
-    from transformers.utils import logging
+# Modules and parameters a class may register for each stored tensor, and beside: some have no weights, some share theirs.
+PARTS_A_TENSOR, PARTS_BESIDE = 16, 10_000
+MOST_PARTS = 1_000_000  # where nothing is known of tensors
+_allowed: ContextVar[int] = ContextVar("allowed parts", default=MOST_PARTS)
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+
+@contextmanager
+def built_of(tensors: int) -> Iterator[None]:
+    """In the block no class is built of more parts than a checkpoint of so many tensors can be loaded into."""
+    token = _allowed.set(PARTS_A_TENSOR * tensors + PARTS_BESIDE)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        _allowed.reset(token)
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    """Raise UpfitError when the model that is built in the block comes to have more parts than are allowed: whatever the number
+    in its config is called, it is found out while it is followed."""
+    from torch.nn.modules import module
+
+    count, most = itertools.count(1), _allowed.get()
+
+    def registered(*_: Any) -> None:
+        if next(count) > most:
+            raise UpfitError(f"config.json asks for more than the {most} layers and weights that these tensors can fill")
+
+    handles = (
+        module.register_module_module_registration_hook(registered),
+        module.register_module_parameter_registration_hook(registered),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def skeleton(config: dict[str, Any], meta: bool = True, stored: bool = False) -> "PreTrainedModel":
@@ -57,7 +83,7 @@ def skeleton(config: dict[str, Any], meta: bool = True, stored: bool = False) ->
     parsed = read_as_class(config)
     with _config_errors(config), quiet_transformers():
         model_class = model_class_for(config)
-        with torch.device("meta") if meta else nullcontext():
+        with torch.device("meta") if meta else nullcontext(), _counted():
             model = model_class._from_config(parsed)
     entry = None if stored else _known_entry(config)
     if entry is not None and entry.fused:
@@ -78,6 +104,7 @@ def read_as_class(config: dict[str, Any]) -> Any:
     layers = [part.get("num_hidden_layers") for part in (config, *filter(lambda v: isinstance(v, dict), config.values()))]
     if any(isinstance(count, int) and not 0 <= count <= MAX_LAYERS for count in layers):
         raise UpfitError(f"config.json asks for {max(filter(None, layers))} layers; between 0 and {MAX_LAYERS} are built")
+    check_numbers(config)
     with _config_errors(config), quiet_transformers():
         return CONFIG_MAPPING[model_type].from_dict(_with_floats(config))
 
@@ -207,7 +234,8 @@ def structure_report(config: dict[str, Any], tensors: "Mapping[str, Described]")
     state = {name: torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta") for name, info in tensors.items()}
     with _config_errors(config):
         parsed, model_class = read_as_class(config), model_class_for(config)
-    return _loaded(model_class, None, config=parsed, state_dict=state, device_map="meta")[1]
+    with built_of(len(tensors)):
+        return _loaded(model_class, None, config=parsed, state_dict=state, device_map="meta")[1]
 
 
 def check_structure(checkpoint: "Checkpoint", unexpected: frozenset[str] | None = None) -> None:
@@ -242,16 +270,25 @@ def load_with_report(folder: Path, auto_class: Any = None, **options: Any) -> tu
 
     Raises UpfitError when the folder does not load at all.
     """
-    from upfit.convert.checkpoint import read_config
+    from upfit.convert.checkpoint import open_checkpoint, read_config
 
-    return _loaded(auto_class or auto_class_for(read_config(folder)), folder, **options)
+    auto_class = auto_class or auto_class_for(read_config(folder))
+    try:
+        with open_checkpoint(folder) as checkpoint:
+            tensors = len(checkpoint.tensors)
+    except UpfitError:  # quantised or pickled: the class may load it all the same
+        return _loaded(auto_class, folder, **options)
+    with built_of(tensors):
+        return _loaded(auto_class, folder, **options)
 
 
 def _loaded(auto_class: Any, folder: Path | None, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]:
     options = {"local_files_only": True, "trust_remote_code": False, **options}
     try:
-        with quiet_transformers():
+        with quiet_transformers(), _counted():
             model, info = auto_class.from_pretrained(folder, output_loading_info=True, **options)
+    except UpfitError:
+        raise
     except Exception as error:  # a class raises whatever it likes on weights or a config that it does not understand
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UpfitError(f"{folder or 'the checkpoint'} does not load into its class: {reason}") from error

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from upfit.convert.folders import Source
 from upfit.convert.skeleton import load_strictly
 from upfit.errors import UpfitError
+from upfit.tokenizer import no_panic
 
 LEAK_SHARE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest logit; other types round at 2 ** -8
 LEAK_SHARE_COARSE = 0.05
@@ -47,9 +48,12 @@ def load_tokenizer(source: Source) -> Any:
     """Raises UpfitError when the folder holds no tokenizer, or one that cannot tell where its tokens stand in the text."""
     found = any(next(source.path.glob(name), None) for name in ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json"))
     try:
-        tokenizer = (
-            AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, local_files_only=True) if found else None
-        )
+        with no_panic(source.name):
+            tokenizer = (
+                AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, local_files_only=True) if found else None
+            )
+    except UpfitError:
+        raise
     except Exception as error:  # its parsers raise whatever they like on a broken file
         raise UpfitError(f"{source.name} has a tokenizer that does not load: {_first_line(error)}") from error
     if tokenizer is None:

@@ -1,13 +1,14 @@
 """A finished folder of `upfit synth`, example by example: contexts are made when they are asked for."""
 
-import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from upfit.bounded import DATA_BYTES, RECORD_BYTES, read_json, read_lines, shaped
 from upfit.errors import UpfitError
 from upfit.longcontext.compose import Composer, Recipe
 from upfit.longcontext.items import Item
@@ -25,12 +26,19 @@ class Contexts(Sequence[tuple[np.ndarray, int]]):
 
     def __init__(self, folder: Path, wording: Wording) -> None:
         try:
-            self.settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            self._items = (folder / ITEMS).read_text(encoding="utf-8").splitlines()
-            self._recipes = (folder / CONTEXTS).read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
+            self.settings: dict[str, Any] = read_json(folder / SETTINGS, RECORD_BYTES)
+            self._items = list(read_lines(folder / ITEMS, DATA_BYTES))
+            self._recipes = list(read_lines(folder / CONTEXTS, DATA_BYTES))
+        except UpfitError as error:
             raise UpfitError(f"{folder} holds no long-context data ({error}); make some with upfit synth") from error
         self.folder, self.wording = folder, wording
+        with self._shaped():
+            whole = len(self.composer.segments) > 0 and isinstance(self.settings["patterns"], dict)
+            if not whole or len(self._items) != len(self._recipes):
+                raise ValueError("its files do not belong together")
+
+    def _shaped(self) -> AbstractContextManager[None]:
+        return shaped(f"{self.folder} is not what upfit synth writes; make it again")
 
     @cached_property
     def composer(self) -> Composer:
@@ -42,10 +50,12 @@ class Contexts(Sequence[tuple[np.ndarray, int]]):
         return len(self._items)
 
     def item(self, index: int) -> Item:
-        return Item.read(self._items[index])
+        with self._shaped():
+            return Item.read(self._items[index])
 
     def recipe(self, index: int) -> Recipe:
-        return Recipe.read(self._recipes[index])
+        with self._shaped():
+            return Recipe.read(self._recipes[index])
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

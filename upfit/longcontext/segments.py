@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from upfit.bounded import RECORD_BYTES, read_json
 from upfit.errors import UpfitError
 from upfit.output import Meter
 
@@ -50,7 +51,8 @@ class Segments:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        return json.loads((self.folder / ABOUT).read_text(encoding="utf-8"))
+        told: dict[str, Any] = read_json(self.folder / ABOUT, RECORD_BYTES)
+        return told
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit import history
+from upfit.bounded import CARD_BYTES, read_text
 from upfit.errors import UpfitError
 from upfit.output import Output, to_json
 from upfit.publish import front, licence, manifest
@@ -82,7 +83,7 @@ def pack(folder: Path, repo: str, options: Options) -> Parcel:
     """Everything that will be sent, made and checked here. Raises UpfitError for a folder that may not go."""
     steps = manifest.check_folder(folder)
     gathered = manifest.gather(folder)
-    readme = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else ""
+    readme = read_text(folder / CARD, CARD_BYTES) if (folder / CARD).exists() else ""
     card = Card(gather(str(folder), []), repo, readme, options.base_model, options.license)
     text = card.text
     told, _ = front.split(text)

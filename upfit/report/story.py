@@ -1,16 +1,19 @@
 """What a folder and the answers of other verbs tell, as plain data: nothing here draws or formats."""
 
-import json
+import os
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from upfit import history
+from upfit.bounded import LINES_BYTES, RECORD_BYTES, check_ordinary, parse_json, read_lines, read_text, shaped
 from upfit.convert.describe import describe
 from upfit.convert.folders import find_source
 from upfit.errors import UpfitError
 
 METRICS = "metrics.jsonl"
+KEPT_BYTES = 32 * 2**20  # of metrics.jsonl; more points than that no plot shows
 KINDS = "`upfit evaluate --json` or `upfit convert gqa --dry-run --calibration --json`"
 
 
@@ -81,10 +84,12 @@ def _what(step: dict[str, Any]) -> str:
 
 def _result(path: Path) -> dict[str, Any]:
     try:
-        answer = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UpfitError(f"--results {path} cannot be read ({error.strerror}); give a file that holds {KINDS}") from error
-    except ValueError as error:
+        text = read_text(path, RECORD_BYTES)
+    except UpfitError as error:
+        raise UpfitError(f"--results {error}; give a file that holds {KINDS}") from error
+    try:
+        answer = parse_json(text, path)
+    except UpfitError as error:
         raise UpfitError(f"--results {path} is not JSON; give a file that holds {KINDS}") from error
     evaluation = isinstance(answer, dict) and isinstance(answer.get("model"), dict) and "loss" in answer["model"]
     if not evaluation and not (isinstance(answer, dict) and answer.get("sensitivity")):
@@ -93,13 +98,14 @@ def _result(path: Path) -> dict[str, Any]:
 
 
 def _training(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
+    """The lines of a metrics.jsonl; of a large one only every second, third, ... line, so that memory holds them."""
+    if not os.path.lexists(path):
         return []
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    apart = 1 + check_ordinary(path).st_size // KEPT_BYTES
+    with shaped(f"{path} is not what `upfit uptrain` writes; remove it to report without it"):
+        kept = islice(read_lines(path, LINES_BYTES), 0, None, apart)
+        lines = [parse_json(line, path) for line in kept]
         return [line for line in lines if isinstance(line["tokens"], int)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UpfitError(f"{path} is not what `upfit uptrain` writes ({error!r}); remove it to report without it") from error
 
 
 def newest_evaluation(steps: list[dict[str, Any]]) -> dict[str, Any] | None:

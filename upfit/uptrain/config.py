@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from upfit import options
+from upfit.bounded import SETTINGS_BYTES, read_text
 from upfit.errors import UpfitError
 from upfit.options import flag, option
 
@@ -210,9 +211,11 @@ def read(file: Path) -> dict[str, Any]:
     Raises UpfitError when it cannot be read or has a key that is no setting.
     """
     try:
-        told = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UpfitError(f"--config {file} cannot be read ({error.strerror}); give a TOML file") from error
+        told = tomllib.loads(read_text(file, SETTINGS_BYTES))
+    except UpfitError as error:
+        raise UpfitError(f"--config {error}; give a TOML file") from error
+    except RecursionError as error:
+        raise UpfitError(f"--config {file} is not valid TOML: nested too deeply") from error
     except ValueError as error:
         raise UpfitError(f"--config {file} is not valid TOML: {error}") from error
     allowed = [field.name for field in dataclasses.fields(Config)]

@@ -80,7 +80,7 @@ def open_data(given: str, source: Source, config: Config) -> Data:
             _refuse_changed(config, (*OF_TEXT, *OF_ANSWERS), "is for text, which --mix adds to answers")
         data = Data(None, _contexts(folder, source), mix)
     for shards in data.texts:
-        check_tokenizer(source, shards.folder, shards.manifest["tokenizer"]["sha256"], shards.manifest["tokenizer"]["name"])
+        check_tokenizer(source, shards.folder, *shards.tokenizer)
         if config.verify_data and os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine; the others wait for its process
             shards.verify()
     return data

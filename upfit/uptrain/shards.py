@@ -10,12 +10,14 @@ their files only the sizes are compared, unless `verify` is asked for.
 
 import hashlib
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from upfit.bounded import check_ordinary, open_ordinary, read_json, shaped
 from upfit.errors import UpfitError
 
 MANIFEST, DOCUMENTS = "manifest.json", "documents.bin"
@@ -25,6 +27,8 @@ BLOCK_BYTES = 2**18
 TOKEN_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 OFFSET_DTYPE = np.dtype("<i8")
 READ_BYTES = 2**24
+MANIFEST_BYTES = 256 * 2**20  # checksums of 6 TB of tokens
+HEX = re.compile(r"[0-9a-f]*")
 
 
 class CheckedFile:
@@ -68,8 +72,8 @@ class Shards:
         self.manifest = _read_manifest(folder)
         for name, entry in self.manifest["files"].items():
             path = folder / name
-            size = path.stat().st_size if path.is_file() else None
-            if Path(name).name != name or size != entry["bytes"]:
+            size = check_ordinary(path).st_size if path.exists() else None
+            if size != entry["bytes"]:
                 raise UpfitError(f"{path} has {size} bytes, its manifest says {entry['bytes']}; run upfit prepare again")
         dtype = TOKEN_DTYPES[self.manifest["dtype"]]
         names = sorted(name for name in self.manifest["files"] if name.startswith("tokens-"))
@@ -77,6 +81,8 @@ class Shards:
         self._ends = np.cumsum([len(file) for file in self._files])
         documents = self._open(DOCUMENTS, OFFSET_DTYPE)
         self._starts = documents.read(0, len(documents))
+        if self._starts[0] != 0 or (np.diff(self._starts) < 0).any():
+            raise UpfitError(f"{folder / DOCUMENTS} holds no positions of documents; run upfit prepare again")
         self.tokens = int(self._ends[-1])
         if self.tokens != self.manifest["tokens"] or self._starts[-1] != self.tokens:
             raise UpfitError(
@@ -86,6 +92,15 @@ class Shards:
     def _open(self, name: str, dtype: np.dtype[Any]) -> CheckedFile:
         entry = self.manifest["files"][name]
         return CheckedFile(self.folder / name, dtype, entry.get("crc32"), self.manifest.get("block_bytes", BLOCK_BYTES))
+
+    @property
+    def tokenizer(self) -> tuple[str, str]:
+        """Hash and name of the tokenizer that made the tokens. Raises UpfitError where the manifest does not tell them."""
+        told = self.manifest.get("tokenizer")
+        found = [told.get(key) for key in ("sha256", "name")] if isinstance(told, dict) else []
+        if len(found) != 2 or not all(isinstance(one, str) for one in found):
+            raise UpfitError(f"{self.folder / MANIFEST} does not name the tokenizer; run upfit prepare again")
+        return str(found[0]), str(found[1])
 
     @property
     def fingerprint(self) -> str:
@@ -111,7 +126,7 @@ class Shards:
         """Read every byte of every file; raises UpfitError for a file that has not the SHA-256 it was written with."""
         for name, entry in self.manifest["files"].items():
             digest = hashlib.sha256()
-            with open(self.folder / name, "rb") as file:
+            with open_ordinary(self.folder / name) as file:
                 while content := file.read(READ_BYTES):
                     digest.update(content)
             if digest.hexdigest() != entry["sha256"]:
@@ -123,22 +138,39 @@ class Shards:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise UpfitError(f"{folder} has no {MANIFEST}; make token shards with upfit prepare TEXT {folder} --tokenizer MODEL")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        known = manifest["format"] in (1, FORMAT) and manifest["dtype"] in TOKEN_DTYPES and manifest["tokens"] > 0
-        known = known and isinstance(manifest["largest_id"], int)
-        known = known and all(_is_entry(manifest, entry) for entry in manifest["files"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        known = False
-    if not known:
-        raise UpfitError(f"{path} is not a manifest of format 1 or {FORMAT}; run upfit prepare again")
+    manifest = read_json(path, MANIFEST_BYTES)
+    with shaped(f"{path} is not a manifest of format 1 or {FORMAT}; run upfit prepare again"):
+        _check_manifest(manifest)
     return manifest
 
 
-def _is_entry(manifest: dict[str, Any], entry: dict[str, Any]) -> bool:
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise ValueError, or what taking apart something else raises, for what `upfit prepare` does not write."""
+    files = manifest["files"]
+    if not isinstance(manifest["format"], int) or manifest["format"] not in (1, FORMAT):
+        raise ValueError("its format is not known")
+    if manifest["dtype"] not in TOKEN_DTYPES or not all(map(_is_count, (manifest["tokens"], manifest["largest_id"]))):
+        raise ValueError("its dtype, tokens or largest_id are none")
+    if DOCUMENTS not in files or not any(name.startswith("tokens-") for name in files) or manifest["tokens"] == 0:
+        raise ValueError("it names no tokens")
+    for name, entry in files.items():
+        if Path(name).name != name or not _is_entry(manifest, name, entry):
+            raise ValueError(f"of {name!r} it does not tell what is needed")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_entry(manifest: dict[str, Any], name: str, entry: dict[str, Any]) -> bool:
+    item = (OFFSET_DTYPE if name == DOCUMENTS else TOKEN_DTYPES[manifest["dtype"]]).itemsize
+    if not _is_count(entry["bytes"]) or entry["bytes"] == 0 or entry["bytes"] % item or not isinstance(entry["sha256"], str):
+        return False
     if manifest["format"] == 1:
-        return {"bytes", "sha256"} <= set(entry)
-    blocks = -(-entry["bytes"] // manifest["block_bytes"])
-    return len(bytes.fromhex(entry["crc32"])) == 4 * blocks and "sha256" in entry
+        return True
+    block = manifest["block_bytes"]
+    if not _is_count(block) or block == 0 or block % item:
+        return False
+    return len(entry["crc32"]) == 8 * -(-entry["bytes"] // block) and bool(HEX.fullmatch(entry["crc32"]))

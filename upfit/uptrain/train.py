@@ -65,6 +65,7 @@ def uptrain(
     stages = split(check(config), tables or {}, data)
     out = resolved(out)
     source = find_source(model)
+    history.read(source.path)  # it is gone on with at the very end
     opened = [open_data(stage.data, source, stage.config) for stage in stages]
     named = default_stages(config, source, mesh_of(config).shards > 0) if opened[0].contexts is None else None
     if named is not None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from upfit.addresses import public, redacted
+from upfit.bounded import DATA_BYTES, MISSHAPEN, read_bytes, read_lines, reason, shaped
 from upfit.errors import UpfitError
 from upfit.longcontext.ask.model import Request
 from upfit.longcontext.options import Options
@@ -28,13 +30,14 @@ class Answers:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        content = path.read_bytes() if path.exists() else b""
+        content = read_bytes(path, DATA_BYTES) if path.exists() else b""
         kept = content[: content.rfind(b"\n") + 1]
         if len(kept) != len(content):
             path.write_bytes(kept)
-        rows = [json.loads(line) for line in kept.decode("utf-8").splitlines()]
-        self.texts: dict[int, str] = {row["index"]: row["text"] for row in rows}
-        self.tokens = sum(row.get("tokens", 0) for row in rows)
+        with shaped(f"{path} does not hold answers that were kept; remove it to ask again"):
+            rows = [json.loads(line) for line in kept.decode("utf-8").split("\n") if line]
+            self.texts: dict[int, str] = {row["index"]: row["text"] for row in rows}
+            self.tokens = sum(row.get("tokens", 0) for row in rows)
 
     def keep(self, file: IO[str], index: int, text: str, tokens: int = 0) -> None:
         self.texts[index], self.tokens = text, self.tokens + tokens
@@ -83,8 +86,9 @@ def ask_server(requests: list[Request], answers: Answers, options: Options, mete
         failed = group.subgroup(APIError)
         if failed is None:
             raise
-        reason = " ".join(str(failed.exceptions[0]).split())
-        raise UpfitError(f"{options.base_url or 'the server'} does not answer ({reason}); the same command goes on") from group
+        said = " ".join(str(failed.exceptions[0]).split())
+        server = public(options.base_url) if options.base_url else "the server"
+        raise UpfitError(f"{server} does not answer ({redacted(said)}); the same command goes on") from group
 
 
 def ask_here(requests: list[Request], answers: Answers, options: Options, meter: Meter) -> None:
@@ -139,16 +143,16 @@ def ingest(names: list[str], wanted: set[int], answers: Answers) -> None:
 
 
 def _responses(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path, DATA_BYTES), 1):
         try:
             row = json.loads(line)
             index = int(row["custom_id"].removeprefix("upfit-"))
             if row.get("error"):
                 continue  # asked again with the requests that are left
             yield index, str(row["response"]["body"]["choices"][0]["message"]["content"])
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except MISSHAPEN as error:
             raise UpfitError(
-                f"{path} line {number} is not a response of a batch service ({error!r}); see docs/synth.md"
+                f"{path} line {number} is not a response of a batch service ({reason(error)}); see docs/synth.md"
             ) from error
 
 

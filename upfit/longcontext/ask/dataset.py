@@ -5,11 +5,11 @@ SQuAD: {"data": [{"paragraphs": [{"context", "qas": [{"question", "answers": [{"
 pieces, the others decoys.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from upfit.bounded import DATA_BYTES, MISSHAPEN, read_json, reason
 from upfit.errors import UpfitError
 from upfit.longcontext.items import Item
 
@@ -32,10 +32,12 @@ Entry = tuple[str, str, str, str, tuple[str, ...], tuple[str, ...], tuple[str, .
 
 def _entries(path: Path) -> Iterator[Entry]:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = read_json(path, DATA_BYTES)
         yield from (_squad(path.name, told) if isinstance(told, dict) else _hotpot(path.name, told))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UpfitError(f"{path} is not shaped like SQuAD or HotpotQA ({error!r}); see docs/synth.md") from error
+    except UpfitError:
+        raise
+    except MISSHAPEN as error:
+        raise UpfitError(f"{path} is not shaped like SQuAD or HotpotQA ({reason(error)}); see docs/synth.md") from error
 
 
 def _squad(name: str, told: dict[str, Any]) -> Iterator[Entry]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from upfit.bounded import MISSHAPEN, read_lines, reason
 from upfit.errors import UpfitError
 from upfit.longcontext.ask import code, invented, prose
 from upfit.text import Document
@@ -145,10 +146,12 @@ def read_film(folder: Path, name: str) -> list[Piece]:
     file, made = FILM_FILES[name]
     path = folder / file
     try:
-        with open(path, encoding="utf-8") as lines:
-            pieces = [_tidy(made(json.loads(line))) for line in lines if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UpfitError(f"--probe-pieces: {path} does not read as FILM's pieces ({error!r}); see docs/evaluate.md") from error
+        pieces = [_tidy(made(json.loads(line))) for line in read_lines(path) if line.strip()]
+    except UpfitError as error:
+        raise UpfitError(f"--probe-pieces: {error}; see docs/evaluate.md") from error
+    except MISSHAPEN as error:
+        told = f"--probe-pieces: {path} does not read as FILM's pieces ({reason(error)}); see docs/evaluate.md"
+        raise UpfitError(told) from error
     if not pieces:
         raise UpfitError(f"--probe-pieces: {path} is empty; see docs/evaluate.md")
     return list({piece.key: piece for piece in pieces}.values())

@@ -1,0 +1,34 @@
+"""What is shown of addresses: never who asks, nor with which word."""
+
+import pytest
+
+from upfit.addresses import public, redacted
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://user:secret@host.org:8000/v1", "https://host.org:8000/v1"),
+        ("http://user@host/v1", "http://host/v1"),
+        ("http://:secret@host/v1", "http://host/v1"),
+        ("https://user:pa/ss@w?r#d@host/v1", "https://host/v1"),
+        ("https://host/v1?api_key=secret&x=1#top", "https://host/v1"),
+        ("http://localhost:8000/v1", "http://localhost:8000/v1"),
+        ("https://huggingface.co/org/model", "https://huggingface.co/org/model"),
+        ("no address", "no address"),
+        ("socks5h://u:p@[::1]:80", "socks5h://[::1]:80"),
+    ],
+)
+def test_an_address_is_shown_without_who_asks(address: str, shown: str) -> None:
+    assert public(address) == shown == public(shown)
+    assert redacted(f"({address}) does not answer") == f"({shown}) does not answer" or address.endswith(("top", "]:80"))
+
+
+def test_tokens_and_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "correct horse battery")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false but long enough")
+    text = "no: hf_abcDEF123456, sk-proj-12345678, Authorization: Bearer abc.def, correct horse battery; false but long enough"
+    shown = redacted(text)
+    for secret in ("hf_abc", "sk-proj", "abc.def", "correct horse"):
+        assert secret not in shown
+    assert shown.endswith("false but long enough") and "\n" not in shown

@@ -1,0 +1,37 @@
+"""What may be shown of addresses and errors: never a password, a token or a key."""
+
+import os
+import re
+
+# scheme://user:password@host/path?query#fragment. A password may hold what ends an address elsewhere: after a name and a colon
+# that no port follows, all up to the last @ tells who asks.
+ADDRESS = re.compile(
+    r"""(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.\-]*://)
+        (?:[^\s/?\#'"<>]*@ | [^\s/?\#'"<>:]*:(?!\d+(?:[/?\#\s]|$))[^\s'"<>]*@)?
+        (?P<rest>[^\s?\#'"<>]*)
+        (?:[?\#][^\s'"<>]*)?""",
+    re.VERBOSE,
+)
+# As the hub, OpenAI and GitHub write theirs, and as HTTP sends any.
+TOKEN = re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_)[A-Za-z0-9_\-]{6,}|(?<=\bBearer )[^\s'\",}]+")
+SECRET_NAMES = re.compile(r"(^|_)(TOKEN|(API)?KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)($|_)", re.IGNORECASE)
+LEAST_SECRET = 8  # characters: shorter ones are words like "true"
+HIDDEN = "***"
+
+
+def public(address: str) -> str:
+    """An address without user, password, query and fragment; what is none stays as it is."""
+    return ADDRESS.sub(lambda found: found["scheme"] + found["rest"], address)
+
+
+def redacted(text: str) -> str:
+    """`text` with every address in it as `public` shows it, and without tokens and what the environment keeps secret."""
+    text = TOKEN.sub(HIDDEN, public(text))
+    for secret in _secrets():
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def _secrets() -> list[str]:
+    known = {value for name, value in os.environ.items() if SECRET_NAMES.search(name) and len(value) >= LEAST_SECRET}
+    return sorted((value for value in known if not value.startswith("/")), key=len, reverse=True)  # not the places of keys
