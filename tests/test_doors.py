@@ -18,7 +18,7 @@ FOUNDATION = {
     "options",
     "environment",
 }
-FOUNDATION |= {"own", "text", "windows", "tokenizer", ""}
+FOUNDATION |= {"environment", "own", "text", "windows", "tokenizer", ""}
 ALLOWED = {
     "modeling": {"modeling"},
     "convert": {"convert", "modeling"},
