@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tests.folders import letter_tokenizer
 from tests.test_laws import CASES, EVERYDAY, VARIANTS, sample
@@ -21,8 +22,9 @@ from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.recipe import PARTS
 from upfit.convert.recipe import Plan, Recipe, get_recipe
+from upfit.demo import embedded_model
 from upfit.output import Output
-from upfit.text import Document
+from upfit.text import Document, python_documents
 
 TEXT = "def f(x): return x + 1  # one more\nthe quick brown fox jumps over the lazy dog; 12 boxes of wine.\n" * 40
 
@@ -88,3 +90,29 @@ def test_equal_heads_merge_for_free(name: str, tmp_path: Path, monkeypatch: pyte
     with torch.no_grad():
         expected, found = before(**inputs).logits, after(**inputs).logits
     assert (expected - found).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.slow
+def test_aligned_beats_merging_alone_beats_the_mean(tmp_path: Path) -> None:
+    """On a trained model, measured on text that the calibration did not see: 8 heads into 2, nats a token above the source.
+
+    What is fitted and what is held back, and each part of the refit, must be in its place for this: with the two swapped in the
+    fit of scores 0.308 are lost, without the refit of the output projection 0.324.
+    """
+    source = embedded_model()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = calibration.make_sample(python_documents(), tokenizer, 8192, 512, {}).windows[512]
+    recipe, lost = get_recipe("gqa"), dict[str, float]()
+    text: dict[str, Any] = {"calibration_tokens": "6k", "calibration_length": 512}
+    for name, options in {"aligned": text, "merged": text | {"refit": False}, "mean": {"method": "mean"}}.items():
+        settings = Settings(verify=False)
+        convert(recipe, str(source), tmp_path / name, recipe.options(kv_heads=2, **options), settings, Output(quiet=True))
+        lost[name] = loss_on(tmp_path / name, ids) - loss_on(source, ids)
+    assert lost["aligned"] < 0.95 * lost["merged"] and lost["merged"] < lost["mean"] / 3
+    assert lost["aligned"] == pytest.approx(0.283, rel=0.2) and lost["merged"] == pytest.approx(0.315, rel=0.2)
+
+
+def loss_on(folder: Path, ids: torch.Tensor) -> float:
+    model = auto_class("llama").from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return float(model(ids, labels=ids).loss)

@@ -20,12 +20,12 @@ from upfit.convert.calibrate import calibrate, gather_layer
 from upfit.convert.calibration import fingerprint, open_statistics, read_metadata
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.facts import understand, watch
+from upfit.convert.facts import Facts, understand, watch
 from upfit.convert.gqa.ran import method_ran
 from upfit.convert.recipe import get_recipe
 from upfit.convert.safetensors_file import read_header
 from upfit.convert.statistics import Rows, add, observe
-from upfit.convert.stream import Stream
+from upfit.convert.stream import Seen, Stream
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.publish.card import Card
@@ -89,6 +89,42 @@ def test_pieces_add_up(model: Path) -> None:
     assert whole.keys() == pieces.keys() == {"rows", "keys", "key_pairs", "queries", "values"}
     for name, tensor in whole.items():
         torch.testing.assert_close(pieces[name], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max()))
+
+
+def test_sums_are_those_of_the_definition() -> None:
+    """Keys under the attention less their mean for each query, queries, values as each head mixes them: in plain loops."""
+    heads, kv_heads, tokens, width = 4, 2, 6, 5
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, tokens, width, generator=generator).double() for n in (heads, kv_heads, kv_heads))
+    order, pairs = (1, 0, 3, 2, 4), 2  # pairs of dimensions (1, 3) and (0, 2), and 4 that is not turned
+    facts = Facts(True, True, False, True, True, pairs, order, (1.0, 0.1), None)
+    seen = Seen(torch.nn.Identity(), q, k, v, None, 0.4, None, None, v)
+    rows = torch.tensor([2, 5])
+    found = observe(seen, facts, [Rows(rows, tokens)])
+    keys = torch.zeros(kv_heads * width, kv_heads * width).double()
+    values, queries = torch.zeros_like(keys), torch.zeros(heads, width, width).double()
+    turned = torch.zeros(heads, pairs, kv_heads, kv_heads, dtype=torch.complex128)
+    joint = k[0][..., list(order)].transpose(0, 1).flatten(1)  # [tokens, K·D]
+    plain = v[0].transpose(0, 1).flatten(1)
+    for h in range(heads):
+        for row in rows.tolist():
+            scores = 0.4 * k[0, h // 2, : row + 1] @ q[0, h, row]
+            p = scores.softmax(0)
+            mean = p @ joint[: row + 1]
+            mixed = p @ plain[: row + 1]
+            values += torch.outer(mixed, mixed)
+            asked = q[0, h, row, list(order)]
+            queries[h] += torch.outer(asked, asked)
+            for weight, key in zip(p, joint, strict=False):
+                gap = key - mean
+                keys += weight * torch.outer(gap, gap)
+                parts = gap.unflatten(0, (kv_heads, width))
+                for pair in range(pairs):
+                    z = torch.complex(parts[:, pair], parts[:, pairs + pair])
+                    turned[h, pair] += weight * torch.outer(z, z.conj())
+    for name, wanted in (("keys", keys), ("values", values), ("queries", queries)):
+        torch.testing.assert_close(found[name], wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.view_as_complex(found["key_pairs"]), turned, rtol=1e-6, atol=1e-6)
 
 
 def test_killed_is_resumed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,7 @@ def test_what_layers_leave_for_later_ones_is_carried(tmp_path: Path) -> None:
     lanes[0].teacher, lanes[0].student = lanes[0].teacher + 1, lanes[0].student.double() + 2
     lanes[0].calls[0].keywords["shared"]["full"] = (keys.transpose(0, 1), keys)
     lanes[0].student_calls[1].keywords["shared"]["one"] = keys[:, 1]
+    lanes[0].student_calls[1].keywords["shared"]["same"] = keys  # in the memory of the teacher's
     tensors = carried.tensors()
     assert tensors is not None and not any(tensor is table for tensor in tensors.values())
     work = FitWork(tmp_path, IDENTITY)
@@ -175,7 +176,8 @@ def test_what_layers_leave_for_later_ones_is_carried(tmp_path: Path) -> None:
     first, second = again[0].calls[1].keywords["shared"]["full"]
     assert torch.equal(first, keys.transpose(0, 1)) and first.stride() == keys.transpose(0, 1).stride()
     assert torch.equal(second, keys) and torch.equal(again[0].student_calls[0].keywords["shared"]["one"], keys[:, 1])
-    assert "one" not in again[0].calls[0].keywords["shared"]
+    assert torch.equal(again[0].student_calls[0].keywords["shared"]["same"], keys)
+    assert again[0].calls[0].keywords["shared"].keys() == {"table", "full"}
 
 
 def test_what_is_not_made_of_tensors_is_not_carried() -> None:
