@@ -1,5 +1,6 @@
 """Settings of the test run that must stand before torch is imported."""
 
+import logging
 import os
 
 import pytest
@@ -9,6 +10,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Kernels run in Triton's interpreter, on any machine.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+class NothingDeprecated(logging.Handler):
+    """transformers logs some of its deprecations instead of warning: whoever calls by an old name has a test fail."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert "deprecated" not in (message := record.getMessage()), message
+
+
+logging.getLogger("transformers").addHandler(NothingDeprecated())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
