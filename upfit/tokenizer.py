@@ -17,7 +17,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder or hub id (`id@revision`). Raises UpfitError when there is none, or no end token."""
     from transformers import AutoTokenizer
 
-    hub_id, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+    folder = Path(name).expanduser()
+    hub_id, _, revision = (str(folder), "", "") if folder.is_dir() else name.partition("@")
     try:
         tokenizer = AutoTokenizer.from_pretrained(hub_id, revision=revision or None, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:

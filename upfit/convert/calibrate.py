@@ -22,6 +22,7 @@ from upfit.convert.calibration import (
     LENGTH,
     TOKENS,
     Sample,
+    check_texts,
     facts_from,
     fingerprint,
     make_sample,
@@ -70,12 +71,13 @@ def calibrate(
         raise UpfitError(f"{out} exists; choose another name or pass --overwrite")
     if not out.parent.is_dir():
         raise UpfitError(f"there is no folder {out.parent}; make it first")
+    check_texts(texts)
     source, began = find_source(model, revision), time.monotonic()
     with open_checkpoint(source.path) as checkpoint:
         checkpoint = see(checkpoint)
         architecture = bind(checkpoint.config, checkpoint.tensors)
         try:
-            sample = sample_for(source.path, checkpoint, texts, tokens, length)
+            sample = sample_for(source.path, checkpoint, texts, tokens, length, output)
         except Opaque as reason:
             raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
         output.note(f"calibrating on {sample.tokens:,} tokens in windows of {' and '.join(map(str, sorted(sample.windows)))}")
@@ -99,8 +101,15 @@ def calibrate(
     }
 
 
-def sample_for(folder: Path, checkpoint: Checkpoint, texts: list[str] | None, tokens: str | None, length: int | None) -> Sample:
-    """Windows of calibration text for this model.
+def sample_for(
+    folder: Path,
+    checkpoint: Checkpoint,
+    texts: list[str] | None,
+    tokens: str | None,
+    length: int | None,
+    output: Output | None = None,
+) -> Sample:
+    """Windows of calibration text for this model. What is left out of the text is noted on `output`.
 
     Raises UpfitError for text or sizes that cannot be used, Opaque when the model's folder has no tokenizer of its own.
     """
@@ -121,7 +130,7 @@ def sample_for(folder: Path, checkpoint: Checkpoint, texts: list[str] | None, to
         raise UpfitError(f"--calibration-length {length} is above the model's {longest} positions; give at most {longest}")
     length = length or min(LENGTH, longest or LENGTH)
     told = {"files": texts or "the standard library of Python", "length": length}
-    sample = make_sample(read_documents(texts, count), tokenizer, count, length, told)
+    sample = make_sample(read_documents(texts, count, output), tokenizer, count, length, told)
     known = vocabulary(checkpoint.config)
     if known is not None and max(int(some.max()) for some in sample.windows.values()) >= known:
         raise Opaque(f"its tokenizer has more than the model's {known} ids, so it belongs to another model")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from upfit import history
 from upfit.convert.architectures import Architecture, bind, has_two_ways
+from upfit.convert.calibration import check_texts
 from upfit.convert.checkpoint import Checkpoint, open_checkpoint, read_config, safetensors_dtype
 from upfit.convert.engine import Planned, check_against_class, edit_dtype, outline, output_bytes, shape_changes
 from upfit.convert.folders import Source, check_output, copy_code, copy_side_files, find_source, scratch_folder, staged
@@ -73,6 +74,7 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     all; the source is never touched.
     """
     check(options)
+    check_texts(getattr(options, "calibration", None))
     with (
         _found(source, out, settings) as (found, stream),
         open_checkpoint(found.path) as checkpoint,

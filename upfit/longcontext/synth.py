@@ -43,6 +43,7 @@ def synth(texts: list[str], out: Path, options: Options, output: Output) -> dict
     """
     shard, shards = check_options(options)
     local = local_inputs(texts)
+    local_inputs(options.decontaminate or [])
     check_families(options)
     for source in local or [Path(os.devnull)]:
         check_output(out, source, sum(path.stat().st_size for path in files_of(source)) if source in local else 0, False)

@@ -51,7 +51,12 @@ def fit(bench: "Bench", plan: Plan, options: Options, chosen: "list[Layer]") -> 
     if not options.calibration:
         note_default_text(bench)
     sample = sample_for(
-        bench.folder, bench.checkpoint, options.calibration, options.calibration_tokens, options.calibration_length
+        bench.folder,
+        bench.checkpoint,
+        options.calibration,
+        options.calibration_tokens,
+        options.calibration_length,
+        bench.output,
     )
     pieces, _ = sample.batches()
     stream = Stream(bench.checkpoint, bench.architecture, pieces, pick_device())

@@ -28,7 +28,7 @@ def entropy(seen: Seen, rows: Tensor, keys: int) -> Tensor:
 
 def with_spread_heads(bench: "Bench", plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
     """`plan` with `dex_heads` 1 for the half of each layer's heads with the highest entropy on calibration text, else 0."""
-    sample = sample_for(bench.folder, bench.checkpoint, *sources)
+    sample = sample_for(bench.folder, bench.checkpoint, *sources, bench.output)
     pieces, _ = sample.batches()
     stream = Stream(bench.checkpoint, bench.architecture, pieces, pick_device())
     layers, told, chosen = {layer.path: layer for layer in bench.architecture.layers}, [], {}

@@ -57,7 +57,7 @@ def fit(bench: "Bench", fitting: Fitting, plan: Plan, sources: tuple[list[str] |
     """
     if not sources[0]:
         note_default_text(bench)
-    sample = sample_for(bench.folder, bench.checkpoint, *sources)
+    sample = sample_for(bench.folder, bench.checkpoint, *sources, bench.output)
     pieces, held = sample.batches()
     stream = Stream(bench.checkpoint, bench.architecture, pieces, pick_device())
     told, rules = [], list(plan.rules)

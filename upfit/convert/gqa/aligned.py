@@ -41,7 +41,7 @@ def fit(bench: "Bench", choice: Choice, plan: Plan) -> Plan:
     if kept is None:
         if not choice.calibration:
             note_default_text(bench)
-        sample = sample_for(bench.folder, bench.checkpoint, choice.calibration, choice.tokens, choice.length)
+        sample = sample_for(bench.folder, bench.checkpoint, choice.calibration, choice.tokens, choice.length, bench.output)
     else:
         sample = kept.sample
     pieces, held = sample.batches()
