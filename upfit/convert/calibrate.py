@@ -65,6 +65,7 @@ def calibrate(
 
     Raises UpfitError for anything that cannot be read, an `out` that exists, or a model that cannot be run on plain text.
     """
+    out = out.expanduser()
     if out.suffix != ".safetensors":
         raise UpfitError(f"STATS {out} must end in .safetensors, for that is what it is")
     if out.exists() and not overwrite:

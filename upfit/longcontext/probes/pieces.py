@@ -5,7 +5,6 @@ Three kinds are those of VaL probing (arXiv 2404.16811): sentences, functions, r
 made of them: no question has two answers.
 """
 
-import json
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -18,6 +17,8 @@ import numpy as np
 from upfit.errors import UpfitError
 from upfit.longcontext.ask import code, invented, prose
 from upfit.text import Document
+from upfit.text.entries import line_entries, parsed
+from upfit.text.packed import opened
 
 KEY_WORDS = 8  # of a sentence, quoted in the question, as in FILM
 LEAST_WORDS = 14  # of a sentence: enough beyond the key to tell an answer from an echo
@@ -145,9 +146,9 @@ def read_film(folder: Path, name: str) -> list[Piece]:
     file, made = FILM_FILES[name]
     path = folder / file
     try:
-        with open(path, encoding="utf-8") as lines:
-            pieces = [_tidy(made(json.loads(line))) for line in lines if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        with opened(path) as (content, _):
+            pieces = [_tidy(made(parsed(entry))) for entry in line_entries(content, path)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UpfitError(f"--probe-pieces: {path} does not read as FILM's pieces ({error!r}); see docs/evaluate.md") from error
     if not pieces:
         raise UpfitError(f"--probe-pieces: {path} is empty; see docs/evaluate.md")
