@@ -25,10 +25,10 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder or hub id (`id@revision`). Raises UpfitError when there is none, or no end token."""
     from transformers import AutoTokenizer
 
-    folder = Path(name).is_dir()
-    if folder:
-        check_model_files(Path(name))
-    hub_id, _, revision = (name, "", "") if folder else name.partition("@")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        check_model_files(folder)
+    hub_id, _, revision = (str(folder), "", "") if folder.is_dir() else name.partition("@")
     try:
         with no_panic(name):
             tokenizer = AutoTokenizer.from_pretrained(hub_id, revision=revision or None, trust_remote_code=False)

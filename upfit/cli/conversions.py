@@ -146,7 +146,9 @@ _add_conversion(app, "merge", "Fold what a conversion added and training has lea
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or hub id (id@revision).")],
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Text files, .jsonl files or folders of them.")],
+    texts: Annotated[
+        list[str], typer.Argument(metavar="TEXT...", help="Files (.txt, .jsonl, .json, .parquet, .gz ...) or folders.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="STATS", help="Statistics file to write, NAME.safetensors.")],
     calibration_tokens: Annotated[str, typer.Option(help="Tokens of text to use.")] = "64k",
     calibration_length: Annotated[

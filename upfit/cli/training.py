@@ -18,14 +18,14 @@ def prepare(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Files, folders, or a hub data set id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; work lies in OUT.upfit-work until it is whole.")],
     tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer is used: folder or hub id.")],
-    field: Annotated[str, typer.Option(help="Field of jsonl and parquet rows that holds the text.")] = "text",
+    field: Annotated[str, typer.Option(help="Field of JSON and parquet that holds the text.")] = "text",
     tokens: Annotated[str | None, typer.Option(help="Stop after so many tokens, such as 100M; default: all.")] = None,
     workers: Annotated[int | None, typer.Option(help="Batches tokenised at a time; default: as many as cores.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Turn text into token shards for uptraining (txt, jsonl, parquet, hub data set)."""
+    """Turn text into token shards for uptraining (txt, jsonl, json, parquet, gz of them, hub data set)."""
     from upfit.uptrain.prepare import prepare as run
 
     output = Output(as_json, quiet)

@@ -21,6 +21,7 @@ from upfit.convert.calibration import (
     TOKENS,
     Sample,
     check_statistics,
+    check_texts,
     facts_from,
     fast_tokenizer,
     fingerprint,
@@ -68,6 +69,7 @@ def calibrate(
 
     Raises UpfitError for anything that cannot be read, an `out` that exists, or a model that cannot be run on plain text.
     """
+    out = out.expanduser()
     if out.suffix != ".safetensors":
         raise UpfitError(f"STATS {out} must end in .safetensors, for that is what it is")
     out = resolved(out)
@@ -77,6 +79,7 @@ def calibrate(
         check_statistics(out)
     if not out.parent.is_dir():
         raise UpfitError(f"there is no folder {out.parent}; make it first")
+    check_texts(texts)
     source, began = find_source(model, revision), time.monotonic()
     check_place(out, [source.path, *map(Path, texts)], 0)
     with open_checkpoint(source.path) as stored:
@@ -84,7 +87,7 @@ def calibrate(
         check_not_quantised(stored)
         architecture = bind(checkpoint.config, checkpoint.tensors)
         try:
-            sample = sample_for(source.path, checkpoint, texts, tokens, length)
+            sample = sample_for(source.path, checkpoint, texts, tokens, length, output)
         except Opaque as reason:
             raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
         output.note(f"calibrating on {sample.tokens:,} tokens in windows of {' and '.join(map(str, sorted(sample.windows)))}")
@@ -113,8 +116,15 @@ def calibrate(
     }
 
 
-def sample_for(folder: Path, checkpoint: Checkpoint, texts: list[str] | None, tokens: str | None, length: int | None) -> Sample:
-    """Windows of calibration text for this model.
+def sample_for(
+    folder: Path,
+    checkpoint: Checkpoint,
+    texts: list[str] | None,
+    tokens: str | None,
+    length: int | None,
+    output: Output | None = None,
+) -> Sample:
+    """Windows of calibration text for this model. What is left out of the text is noted on `output`.
 
     Raises UpfitError for text or sizes that cannot be used, Opaque when the model's folder has no tokenizer of its own.
     """
@@ -127,7 +137,7 @@ def sample_for(folder: Path, checkpoint: Checkpoint, texts: list[str] | None, to
         raise UpfitError(f"--calibration-length {length} is above the model's {longest} positions; give at most {longest}")
     length = length or min(LENGTH, longest or LENGTH)
     told = {"files": texts or "the standard library of Python", "length": length}
-    sample = make_sample(read_documents(texts, count), tokenizer, count, length, told)
+    sample = make_sample(read_documents(texts, count, output), tokenizer, count, length, told)
     known = vocabulary(checkpoint.config)
     if known is not None and max(int(some.max()) for some in sample.windows.values()) >= known:
         raise Opaque(f"its tokenizer has more than the model's {known} ids, so it belongs to another model")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from upfit.convert.skeleton import quiet_transformers
 from upfit.convert.statistics_check import check_facts, check_layer, check_windows
 from upfit.convert.stream import Opaque
 from upfit.errors import UpfitError
-from upfit.text import Document, file_documents, library_documents
+from upfit.output import Output
+from upfit.text import Document, file_documents, find_files, library_documents
+from upfit.text.plain import pieces
 from upfit.tokenizer import identity, no_panic
 from upfit.windows import encode, prefix_ids
 
@@ -37,6 +39,8 @@ HELD_SHARE = 8  # one window of so many is held back
 BATCH_TOKENS = 4096
 SEED = 20240229
 BYTES_PER_TOKEN = 8  # read at most so much text for each token wanted
+FLAG = "--calibration"
+USERS = "text"  # the kind of documents of files; those of Python are drawn as figures were measured with
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,18 @@ class Sample:
         return pieces, purposes
 
 
-def read_documents(texts: list[str] | None, tokens: int) -> list[Document]:
-    """The files `texts`, or without any the standard library of the running Python."""
+def read_documents(texts: list[str] | None, tokens: int, output: Output | None = None) -> list[Document]:
+    """The files `texts`, or without any the standard library of the running Python. What is left out is noted on `output`."""
     if texts:
-        return file_documents(texts, 2 * tokens * BYTES_PER_TOKEN, "--calibration")
+        return file_documents(texts, 2 * tokens * BYTES_PER_TOKEN, FLAG, output)
     return library_documents()
+
+
+def check_texts(texts: list[str] | None) -> None:
+    """A cheap look before a model is read. Raises UpfitError when one of the files and folders `texts` is not there."""
+    for name in texts or []:
+        if not is_statistics(name):
+            find_files(name, FLAG)
 
 
 def make_sample(documents: list[Document], tokenizer: Any, tokens: int, length: int, text: dict[str, Any]) -> Sample:
@@ -81,7 +92,11 @@ def make_sample(documents: list[Document], tokenizer: Any, tokens: int, length: 
     lengths = sorted({length, min(length, SHORT)}, reverse=True)
     wanted = {size: max(2, tokens // len(lengths) // size) for size in lengths}
     needed = sum(count * size for size, count in wanted.items())
-    ids = _running_ids(documents, tokenizer, needed + length)
+    size = max((needed + length) // 16, 2 * SHORT)
+    if all(document.kind == USERS for document in documents):
+        size = max(size, length)
+        documents = _in_pieces(documents, tokenizer, size)
+    ids = _running_ids(documents, tokenizer, needed + length, size)
     have = len(ids)
     if have < needed:
         scale = have / needed
@@ -105,8 +120,15 @@ def make_sample(documents: list[Document], tokenizer: Any, tokens: int, length: 
     return Sample(made, held, {**text, "sha256": digest}, identity(tokenizer))
 
 
-def _running_ids(documents: list[Document], tokenizer: Any, enough: int) -> list[int]:
-    """About `enough` tokens of the documents, pieces of them one after the other (fewer where there are no more).
+def _in_pieces(documents: list[Document], tokenizer: Any, size: int) -> list[Document]:
+    """The documents in pieces of about `size` tokens at most: a long one is drawn as often as its length makes up for."""
+    text = "\n".join(document.text[:2000] for document in documents[:: -(-len(documents) // 32) or 1])
+    nbytes = max(1, len(text.encode("utf-8")) * size // max(1, len(encode(tokenizer, [text])[0][0])))
+    return [replace(document, text=piece) for document in documents for piece in pieces(document.text, nbytes)]
+
+
+def _running_ids(documents: list[Document], tokenizer: Any, enough: int, size: int) -> list[int]:
+    """About `enough` tokens of the documents, pieces of `size` one after the other (fewer where there are no more).
 
     Kinds take turns; documents come in random but fixed order, at first one piece of each, then what is left of them.
     """
@@ -116,7 +138,6 @@ def _running_ids(documents: list[Document], tokenizer: Any, enough: int) -> list
     for queue in queues.values():
         draw.shuffle(queue)
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    size = max(enough // 16, 2 * SHORT)
     ids: list[int] = []
     counts = dict.fromkeys(kinds, 0)
     while any(queues.values()) and len(ids) < enough:

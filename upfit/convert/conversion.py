@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from upfit import history
 from upfit.convert.architectures import Architecture, bind, check_known, has_two_ways
+from upfit.convert.calibration import check_texts
 from upfit.convert.checkpoint import Checkpoint, config_dtypes, open_checkpoint, read_config, safetensors_dtype, torch_dtype
 from upfit.convert.disk import disk_errors
 from upfit.convert.engine import Planned, changed_layers, check_against_class, edit_dtype, outline, output_bytes, shape_changes
@@ -84,6 +85,7 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     all; the source is never touched.
     """
     check(options)
+    check_texts(getattr(options, "calibration", None))
     with _opened(source, out, options, recipe, settings, output) as (job, bench, work, stream):
         preview: dict[str, Any] | None = None
         fit = job.plan.fit

@@ -111,7 +111,9 @@ def read_calibration(bench: "Bench", texts: list[str] | None, tokens: str | None
         bench.output.note(
             "no --calibration text: calibrating on Python's standard library; text like what the model will serve is better"
         )
-    return Calibration(sample_for(bench.folder, bench.checkpoint, texts, tokens, length), fingerprint(bench.checkpoint))
+    return Calibration(
+        sample_for(bench.folder, bench.checkpoint, texts, tokens, length, bench.output), fingerprint(bench.checkpoint)
+    )
 
 
 def fit_layers(bench: "Bench", calibration: Calibration, task: Task) -> Fitted:

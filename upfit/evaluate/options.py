@@ -13,7 +13,9 @@ class Options:
     """What to measure, on what text, and on which device."""
 
     against: str | None = option(None, help="a second model (folder, hub id or id@revision), measured on the same windows")
-    data: list[str] | None = option(None, help="text files, .jsonl files or folders of them; default: text of this Python")
+    data: list[str] | None = option(
+        None, help="text: files (.txt, .jsonl, .json, .parquet, .gz ...) or folders of them; default: text of this Python"
+    )
     length: int | None = option(None, help="tokens in a window; default: 512, or what the model takes if that is less")
     windows: int = option(64, help="how many windows at most, spread over all the text")
     batch: int = option(4, help="windows, or prompts of --tasks, in one forward pass")

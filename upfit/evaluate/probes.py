@@ -37,7 +37,7 @@ def _questions(name: str, tokenizers: list[Any], _: list[Document], options: Opt
 def _contexts(
     name: str, tokenizers: list[Any], documents: list[Document], options: Options, lengths: list[int]
 ) -> list[list[Any]]:
-    folder = Path(options.probe_pieces) if options.probe_pieces else None
+    folder = Path(options.probe_pieces).expanduser() if options.probe_pieces else None
     settings = contexts.Settings(options.probe_depths, options.probe_asked, options.probe_format, folder)
     count = -(-options.probe_samples // options.probe_depths)
     return contexts.make_contexts(name, tokenizers, documents, lengths, count, settings)

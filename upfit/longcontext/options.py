@@ -40,7 +40,7 @@ class Options:
     short_share: float = option(0.1, help="share of the questions that are asked of their own text alone")
     format: Literal["plain", "chat"] = option("plain", help="words around the context: plain, or the tokenizer's chat template")
     decontaminate: list[str] | None = option(None, help="text to be tested on: what shares ten words in a row is left out")
-    field: str = option("text", help="field of jsonl and parquet rows that holds the text")
+    field: str = option("text", help="field of JSON and parquet that holds the text")
     seed: int = option(0, help="seed of all that is drawn")
     shard: str = option("0/1", help="this process's part, such as 2/8; all parts share OUT, the last one puts them together")
     export: Export = option("none", help="also write the examples as text: for TRL, as messages, or as FILM's fields")

@@ -44,6 +44,7 @@ def synth(texts: list[str], out: Path, options: Options, output: Output) -> dict
     """
     shard, shards = check_options(options)
     local = local_inputs(texts)
+    local_inputs(options.decontaminate or [])
     check_families(options)
     size = sum(path.stat().st_size for source in local for path in files_of(source))
     check_output(out, [*local, *local_folder(options.tokenizer)], size, False)

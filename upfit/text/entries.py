@@ -8,9 +8,8 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from upfit.errors import UpfitError
 from upfit.text.files import form_of
@@ -23,8 +22,7 @@ SHOWN = 8  # field names in an error
 Ahead = Callable[[int], int | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """`value` stands in the bytes `begin` to `end` of the content of `path`; as bytes it is JSON still to be read."""
 
     path: Path
@@ -42,7 +40,7 @@ class Entry:
 
 def text_of(entry: Entry, field: str, hint: str) -> str | None:
     """The text in `field`, None where that is null. Raises UpfitError, which ends with `hint`, where there is no such text."""
-    value = parsed(entry.value, entry.where) if isinstance(entry.value, bytes) else entry.value
+    value = parsed(entry) if isinstance(entry.value, bytes) else entry.value
     if isinstance(value, dict) and field in value and value[field] is None:
         return None
     if not isinstance(value, dict) or not isinstance(value.get(field), str):
@@ -60,21 +58,26 @@ def _shown(value: Any) -> str:
 def cleaned(text: str) -> str:
     """Without a byte-order mark, and with U+FFFD for halves of characters (lone surrogates), which no tokenizer takes."""
     text = text.removeprefix("\ufeff")
-    return text if text.isascii() else SURROGATE.sub("\ufffd", text)
-
-
-def parsed(line: bytes, where: str) -> Any:
-    """Raises UpfitError when `line`, which stands at `where`, is not JSON."""
     try:
-        return json.loads(line.decode("utf-8").removeprefix("\ufeff"))
+        text.encode("utf-8")  # far faster than a search, and nearly always all that is needed
+    except UnicodeEncodeError:
+        return SURROGATE.sub("\ufffd", text)
+    return text
+
+
+def parsed(entry: Entry) -> Any:
+    """Raises UpfitError when the entry is not JSON."""
+    try:
+        return json.loads(entry.value.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
-        raise UpfitError(f"{where} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
+        where = f"{error.reason} at byte {error.start} of it"
+        raise UpfitError(f"{entry.where} is not UTF-8 text ({where}); convert it first") from error
     except (ValueError, RecursionError) as error:
-        raise UpfitError(f"{where} is not JSON ({_reason(error)}); give one JSON object a line") from error
+        raise UpfitError(f"{entry.where} is not JSON ({_reason(error)}); give one JSON object a line") from error
 
 
 def _reason(error: Exception) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
 
 
 def line_entries(file: IO[bytes], path: Path, ahead: Ahead | None = None) -> Iterator[Entry]:
@@ -180,13 +183,11 @@ class _Source:
                 value, end = self.scan(self.text, self.at)
                 if end + 4 < len(self.text) or self.whole:  # else it may be a number that goes on, such as 1e+5
                     break
-            except RecursionError as error:
-                raise self.error("is not JSON (nested too deeply)") from error
             except json.JSONDecodeError as error:
                 if self.whole or self._is_wrong(error):
                     raise self.error(f"is not JSON ({error.msg})") from error
-            except ValueError as error:
-                raise self.error(f"is not JSON ({error})") from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits
+                raise self.error(f"is not JSON ({_reason(error)})") from error
             if len(self.text) - self.at >= LONGEST:
                 raise self.error(f"holds a value longer than {LONGEST // 2**20} MiB, or is not JSON")
             self.more()

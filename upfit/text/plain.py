@@ -85,7 +85,7 @@ def _block(file: IO[bytes], path: Path, first: int, last: int, most: int) -> str
     start = _first_break(content[:margin]) if first else 0
     content, rest = content[start : start + most], content[start + most :]
     if rest or file.read(1):
-        content = content[: len(content) - _last_break(content[max(0, len(content) - margin) :])]
+        content = _cut(content)
     return decoded(content, path, first + start)
 
 
@@ -116,7 +116,19 @@ def _torn(edge: bytes) -> int:
 def beginning(text: str, nbytes: int) -> str:
     """`text` up to `nbytes` bytes of UTF-8, ending with a whole line or word where there is one."""
     content = text.encode("utf-8")
-    if len(content) <= nbytes:
-        return text
-    content = content[:nbytes]
-    return content[: nbytes - _last_break(content[nbytes - nbytes // TRIM :])].decode("utf-8", "ignore")
+    return text if len(content) <= nbytes else _cut(content[:nbytes]).decode("utf-8")
+
+
+def pieces(text: str, nbytes: int) -> list[str]:
+    """`text` in about equal pieces of about `nbytes` bytes of UTF-8 at most, cut as in `beginning`."""
+    content, parts = text.encode("utf-8"), list[bytes]()
+    size = -(-len(content) // max(1, -(-len(content) // nbytes)))
+    while len(content) > 1.25 * size:
+        parts.append(_cut(content[:size]))
+        content = content[len(parts[-1]) :]
+    return [part.decode("utf-8") for part in (*parts, content)]
+
+
+def _cut(content: bytes) -> bytes:
+    margin = max(len(content) // TRIM, 4)
+    return content[: len(content) - _last_break(content[-margin:])]

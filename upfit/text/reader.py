@@ -35,7 +35,8 @@ class Reader:
             growth = Growth(path)
             for number, entry in enumerate(self.entries(path), 1):
                 growth.add(entry.end - entry.begin, number * share)
-                yield from ((text, share) for text in self._text(entry))
+                if (text := self.text(entry)) is not None:
+                    yield text, share
         else:
             yield from self._of_json(path)
 
@@ -44,9 +45,9 @@ class Reader:
         with opened(path) as (content, file):
             entries = line_entries(content, path) if form_of(path) == "lines" else self._values(value_entries(content, path))
             for entry in entries:
-                for text in self._text(entry):
-                    yield text, file.tell() - at
-                    at = file.tell()
+                if (text := self.text(entry)) is not None:
+                    before, at = at, file.tell()
+                    yield text, at - before
 
     def entries(self, path: Path, sizes: list[int] | None = None, ahead: Ahead | None = None) -> Iterator[Entry]:
         """The entries of a file that holds many. `sizes` are those of `sizes`; `ahead` is that of `entries.py`."""
@@ -76,11 +77,6 @@ class Reader:
         if text is None:
             self.nulls, self.first_null = self.nulls + 1, self.first_null or entry.where
         return text
-
-    def _text(self, entry: Entry) -> Iterator[str]:
-        text = self.text(entry)
-        if text is not None:
-            yield text
 
     def sizes(self, path: Path) -> list[int]:
         """Bytes of text in the parts of a file; a file that is packed is read for it."""

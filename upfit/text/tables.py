@@ -8,6 +8,7 @@ from typing import Any
 from upfit.errors import UpfitError
 from upfit.text.entries import Ahead, Entry
 from upfit.text.files import check_ordinary
+from upfit.text.packed import Growth
 
 ROWS = 64  # at a time: a few bytes of a file can stand for as many copies of a long text
 
@@ -54,10 +55,13 @@ def parquet_sizes(path: Path, field: str, hint: str) -> list[int]:
     kind = file.schema_arrow.field(field).type
     if not (types.is_string(kind) or types.is_large_string(kind)):
         raise UpfitError(f"{path} has no text in the column {field!r} (found: {kind}); {hint}")
+    growth, packed = Growth(path), path.stat().st_size
     with _damage(path):
         for group in range(file.num_row_groups):
-            batches = file.iter_batches(batch_size=ROWS, row_groups=[group], columns=[field])
-            sizes.append(sum(compute.sum(compute.binary_length(batch.column(0))).as_py() or 0 for batch in batches))
+            before = growth.bytes
+            for batch in file.iter_batches(batch_size=ROWS, row_groups=[group], columns=[field]):
+                growth.add(compute.sum(compute.binary_length(batch.column(0))).as_py() or 0, packed)
+            sizes.append(growth.bytes - before)
     return sizes
 
 

@@ -73,7 +73,7 @@ def statistics_for(bench: "Bench", choice: Choice) -> Statistics | None:
         raise UpfitError(
             "--calibration-tokens and --calibration-length are those of the statistics file; leave them out, or give text"
         )
-    return open_statistics(Path(named[0]), bench.checkpoint)
+    return open_statistics(Path(named[0]).expanduser(), bench.checkpoint)
 
 
 def _progress(record: dict[str, Any]) -> str:

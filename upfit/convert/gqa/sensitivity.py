@@ -35,7 +35,7 @@ def predict(bench: "Bench", choice: Choice) -> dict[str, Any]:
         found = [(path, kept.layer(path)) for path in layers]
         rows = [_row(bench, layers[path], one, counts) for path, one in found]
     else:
-        sample = sample_for(bench.folder, bench.checkpoint, choice.calibration, choice.tokens, choice.length)
+        sample = sample_for(bench.folder, bench.checkpoint, choice.calibration, choice.tokens, choice.length, bench.output)
         pieces, held = sample.batches()
         stream = Stream(bench.checkpoint, architecture, pieces, pick_device())
         with bench.output.progress("watching", len(stream.blocks)) as meter:

@@ -5,7 +5,6 @@ Three kinds are those of VaL probing (arXiv 2404.16811): sentences, functions, r
 made of them: no question has two answers.
 """
 
-import json
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -15,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from upfit.bounded import MISSHAPEN, read_lines, reason
+from upfit.bounded import MISSHAPEN, reason
 from upfit.errors import UpfitError
 from upfit.longcontext.ask import code, invented, prose
 from upfit.text import Document
+from upfit.text.entries import line_entries, parsed
+from upfit.text.packed import opened
 
 KEY_WORDS = 8  # of a sentence, quoted in the question, as in FILM
 LEAST_WORDS = 14  # of a sentence: enough beyond the key to tell an answer from an echo
@@ -146,7 +147,8 @@ def read_film(folder: Path, name: str) -> list[Piece]:
     file, made = FILM_FILES[name]
     path = folder / file
     try:
-        pieces = [_tidy(made(json.loads(line))) for line in read_lines(path) if line.strip()]
+        with opened(path) as (content, _):
+            pieces = [_tidy(made(parsed(entry))) for entry in line_entries(content, path)]
     except UpfitError as error:
         raise UpfitError(f"--probe-pieces: {error}; see docs/evaluate.md") from error
     except MISSHAPEN as error:

@@ -1,0 +1,476 @@
+"""One reader of the user's text for all verbs: every document counts by its length, every form is read, nothing else is."""
+
+import gzip
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.folders import letter_tokenizer
+from upfit.convert.calibration import check_texts, make_sample, read_documents
+from upfit.errors import UpfitError
+from upfit.output import Output
+from upfit.text import content_stamp, entries, file_documents, plain
+from upfit.text.corpus import documents
+from upfit.text.files import local_inputs
+from upfit.text.packed import FREE_BYTES
+from upfit.text.plain import pieces, read_blocks
+from upfit.tokenizer import load_tokenizer
+
+QUIET = Output(quiet=True)
+BUDGET = 131_072
+PLENTY = 10**9
+
+
+class Notes(Output):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def streamed(*paths: Path, field: str = "text", output: Output = QUIET) -> list[str]:
+    """What prepare and synth read."""
+    return [text for text, _ in documents([str(path) for path in paths], field, output)]
+
+
+def sampled(*paths: Path, budget: int = PLENTY, output: Output = QUIET) -> list[str]:
+    """What evaluate, calibrate and convert --calibration read."""
+    return [document.text for document in file_documents([str(path) for path in paths], budget, output=output)]
+
+
+BOTH = [streamed, sampled]
+
+
+def refused(read: Any, *paths: Path) -> str:
+    with pytest.raises(UpfitError) as caught:
+        read(*paths)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def rows(texts: list[str]) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def words(kind: str, nbytes: int, seed: int) -> str:
+    return f"{kind}{seed} " + " ".join(random.Random(seed).choices(("river", "stone", "rose"), k=nbytes // 6))
+
+
+# Long documents count for what they are
+
+
+def mixture(long: int, count: int, short_ones: int, seed: int) -> list[str]:
+    texts = [words("L", long, index) for index in range(count)] + [words("s", 100, index) for index in range(short_ones)]
+    random.Random(seed).shuffle(texts)
+    return texts
+
+
+def share_of_long(texts: list[str]) -> float:
+    return sum(len(text) for text in texts if text[0] == "L") / sum(map(len, texts))
+
+
+@pytest.mark.parametrize("long,count,short_ones", [(20_000, 40, 300), (20_000, 25, 5000), (400_000, 3, 4000)])
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "json", "parquet"])
+def test_the_share_of_long_documents_is_what_it_is_in_the_text(
+    tmp_path: Path, long: int, count: int, short_ones: int, form: str
+) -> None:
+    shares, true = [], 0.0
+    for seed in range(4):
+        texts = mixture(long, count, short_ones, seed)
+        true = share_of_long(texts)
+        path = written(tmp_path, form, texts)
+        read = sampled(path, budget=BUDGET)
+        assert 0.8 * BUDGET < sum(map(len, read)) <= BUDGET and len(set(read)) == len(read)
+        assert all(any(whole.startswith(text) for whole in texts) for text in random.Random(0).sample(read, 5))
+        shares.append(share_of_long(read))
+    assert abs(sum(shares) / 4 - true) < 0.15
+
+
+def written(folder: Path, form: str, texts: list[str]) -> Path:
+    from pyarrow import Table, parquet
+
+    path = folder / f"text.{form}"
+    if form == "parquet":
+        parquet.write_table(Table.from_pydict({"text": texts}), path, row_group_size=100)
+    elif form == "jsonl.gz":
+        path.write_bytes(gzip.compress(rows(texts).encode(), compresslevel=1))
+    else:
+        path.write_text(rows(texts) if form == "jsonl" else json.dumps([{"text": text} for text in texts]))
+    return path
+
+
+def test_seeking_in_a_file_reads_what_streaming_it_does(tmp_path: Path) -> None:
+    texts = mixture(30_000, 20, 3000, 0)
+    read = [sampled(written(tmp_path, form, texts), budget=50_000) for form in ("jsonl", "jsonl.gz")]
+    assert read[0] == read[1] == sampled(tmp_path / "text.jsonl", budget=50_000)
+
+
+def test_documents_longer_than_a_block_are_read_whole(tmp_path: Path) -> None:
+    texts = [words("L", 20_000, seed) for seed in range(40)]
+    read = sampled(written(tmp_path, "jsonl", texts), budget=BUDGET)
+    numbers = [int(text.split()[0][1:]) for text in read]
+    assert all(text in texts for text in read[:-1]) and numbers[0] == 0 and numbers[-1] >= 32
+    assert len(read) == 7 and all(0 < b - a < 9 for a, b in zip(numbers, numbers[1:], strict=False)), "spread evenly"
+
+
+def test_one_document_longer_than_the_budget_gives_its_beginning(tmp_path: Path) -> None:
+    text = words("L", 3_000_000, 0)
+    (read,) = sampled(written(tmp_path, "jsonl", [text]), budget=BUDGET)
+    assert text.startswith(read) and 0.9 * BUDGET < len(read) <= BUDGET and text[len(read) - 1] == " "
+
+
+def test_many_small_files_all_give_documents(tmp_path: Path) -> None:
+    for number in range(200):
+        texts = [words("L", 6000, number * 10 + index) for index in range(4)]
+        (tmp_path / f"{number:03}.jsonl").write_text(rows(texts))
+    read = file_documents([str(tmp_path)], BUDGET)
+    numbers = [int(Path(document.name).stem) for document in read]
+    assert 20 < len(read) < 30 and all(0 < b - a < 20 for a, b in zip(numbers, numbers[1:], strict=False))
+    assert len({document.name for document in file_documents([str(tmp_path)], 4_000_000)}) == 200
+
+
+@pytest.mark.parametrize("letters", ["past a small stone house ", "東京", "🙂é"])
+def test_a_text_of_one_line_gives_its_text(tmp_path: Path, letters: str) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text(letters * (400_000 // len(letters.encode())))
+    size = path.stat().st_size
+    blocks = read_blocks(path, size, BUDGET)
+    assert len(blocks) == 16 and 0.9 * BUDGET < sum(len(block.encode()) for block in blocks) <= BUDGET
+    assert all(block in path.read_text() for block in blocks)
+    if " " in letters:
+        assert all(block.startswith(tuple(letters.split())) and block.endswith(" ") for block in blocks)
+    path.with_suffix(".txt.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert sampled(path.with_suffix(".txt.gz"), budget=BUDGET) == sampled(path, budget=BUDGET) == blocks
+
+
+def test_pieces_are_the_whole_text() -> None:
+    text = words("L", 100_000, 0) + "東京" * 5000
+    for nbytes in (1000, 4096, 60_000, 10**6):
+        parts = pieces(text, nbytes)
+        lengths = [len(part.encode()) for part in parts]
+        assert "".join(parts) == text and 0.4 * nbytes < min(lengths) <= max(lengths) < 1.3 * nbytes or len(parts) == 1
+
+
+def test_long_documents_count_in_the_windows_of_a_calibration(tmp_path: Path) -> None:
+    """Half of the text is in one document of 400 kB: about half of the windows are, too, and not a piece of it."""
+    tokenizer = letter_tokenizer()
+    texts = ["river " * 66_000, *("stone " * 20 for _ in range(3300))]
+    (tmp_path / "a.jsonl").write_text(rows(texts))
+    sample = make_sample(read_documents([str(tmp_path / "a.jsonl")], 20_000), tokenizer, 20_000, 128, {})
+    (windows,) = sample.windows.values()
+    v, n = (windows.flatten().tolist().count(tokenizer.convert_tokens_to_ids(letter)) for letter in "vn")
+    assert 0.35 < v / (v + n) < 0.65
+
+
+# Forms
+
+
+@pytest.mark.parametrize("read", BOTH)
+def test_every_form_gives_the_same_documents(tmp_path: Path, read: Any) -> None:
+    texts = ["one\ntwo", "Größe 東京", "three"]
+    lines = rows(texts).encode()
+    contents = {
+        "a.jsonl": lines,
+        "b.JSONL": lines,
+        "c.ndjson": lines.replace(b"\n", b"\r\n\r\n"),
+        "d.json": lines,
+        "e.json": json.dumps([{"text": text} for text in texts], indent=2).encode(),
+        "f.JSON": "\n".join(json.dumps({"id": 1, "text": text}, indent=1, ensure_ascii=False) for text in texts).encode(),
+        "g.json": b"[" + b",".join(lines.splitlines()) + b"]\n",
+        "h.jsonl": b"\xef\xbb\xbf" + lines,
+        "i.json": b"\xef\xbb\xbf" + lines,
+    }
+    contents |= {f"{name}.gz": gzip.compress(content) for name, content in contents.items()}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        assert read(tmp_path / name) == texts, name
+    (tmp_path / "one.json").write_text(json.dumps({"text": texts[1]}, indent=2))
+    assert read(tmp_path / "one.json") == [texts[1]]
+    assert len(read(tmp_path)) == 1 + 3 * len(contents)
+
+
+def test_parquet_is_text_for_every_verb(tmp_path: Path) -> None:
+    assert streamed(written(tmp_path, "parquet", ["a b", "c"])) == sampled(tmp_path / "text.parquet") == ["a b", "c"]
+
+
+@pytest.mark.parametrize("read", BOTH)
+def test_plain_text_comes_without_mark_and_with_plain_line_ends(tmp_path: Path, read: Any) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    (tmp_path / "b.md.gz").write_bytes(gzip.compress((tmp_path / "a.txt").read_bytes()))
+    assert read(tmp_path) == ["one\ntwo\n"] * 2
+
+
+def test_values_of_a_json_file_may_be_longer_than_what_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entries, "CHUNK", 7)
+    texts = ["x" * 50, "", 'é\\ "quoted" [,]{}', "1e5"]
+    values = [{"n": 1.5e3, "text": text, "more": [1, {"a": None}]} for text in texts]
+    for number, content in enumerate((json.dumps(values), "\n".join(map(json.dumps, values)), json.dumps(values, indent=3))):
+        (tmp_path / f"{number}.json").write_text(content)
+        assert streamed(tmp_path / f"{number}.json") == texts
+
+
+def test_the_field_is_named_by_prepare_and_synth(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.json"):
+        (tmp_path / name).write_text('{"body": "x", "text": "y"}\n')
+        assert streamed(tmp_path / name, field="body") == ["x"] and sampled(tmp_path / name) == ["y"]
+        assert "no text in 'other' (found: body, text); name the field with --field" in refused(
+            lambda path: streamed(path, field="other"), tmp_path / name
+        )
+
+
+def test_a_json_file_of_something_else_is_left_out_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("code")
+    (tmp_path / "package.json").write_text('{\n  "name": "x"\n}\n')
+    (tmp_path / "with_comments.json").write_text("// no JSON\n{}")
+    (tmp_path / "empty.json").write_text("")
+    for read in BOTH:
+        notes = Notes()
+        assert read(tmp_path, output=notes) == ["code"]  # type: ignore[operator]
+        (note,) = notes.notes
+        assert note.startswith("2 files were left out, e.g.") and "package.json line 1 has no text" in note
+        assert "found: name" in refused(read, tmp_path / "package.json")
+    (tmp_path / "a.py").unlink()
+    assert "holds no text that can be read" in refused(streamed, tmp_path) and "left" not in refused(sampled, tmp_path)
+
+
+def test_nulls_are_left_out_and_counted_once(tmp_path: Path) -> None:
+    from pyarrow import Table, parquet
+
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
+    (tmp_path / "b.json").write_text('[{"text": null}, {"text": "y"}]')
+    parquet.write_table(Table.from_pydict({"text": [None, "z", None]}), tmp_path / "c.parquet")
+    for read in BOTH:
+        notes = Notes()
+        assert read(tmp_path, output=notes) == ["x", "y", "z"]  # type: ignore[operator]
+        assert notes.notes == [f"4 entries have no text (null) in 'text' and were left out, e.g. {tmp_path}/a.jsonl line 2"]
+
+
+@pytest.mark.parametrize("read", BOTH)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_halves_of_characters_become_u_fffd(tmp_path: Path, read: Any, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "a \\ud83d b \\ude00\\ud83d \\ud83d\\ude00"}\n{"text": "\\udfff"}\n')
+    assert read(tmp_path / name) == ["a � b �� 😀", "�"]
+
+
+def test_the_home_folder_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("x")
+    letter_tokenizer().save_pretrained(tmp_path / "model")
+    for name in (Path("~"), Path("~/a.txt")):
+        assert "x" in streamed(name) and "x" in sampled(name) and local_inputs([str(name)])
+    check_texts(["~/a.txt", "~/a.safetensors"])
+    assert load_tokenizer("~/model").eos_token_id is not None
+
+
+# What is no text
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
+
+
+GOOD = rows([f"line {number}" for number in range(2000)]).encode()
+NOISE = rows([random.Random(0).randbytes(3000).hex()]).encode()
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "cut.jsonl.gz": (gzip.compress(GOOD)[:-40], "damaged or cut short"),
+    "cut.txt.gz": (gzip.compress(GOOD)[:-40], "damaged or cut short"),
+    "cut.json.gz": (gzip.compress(GOOD)[:-40], "damaged or cut short"),
+    "plain.jsonl.gz": (GOOD, "no gzip file"),
+    "flipped.jsonl.gz": (flipped(gzip.compress(NOISE), 800), "damaged or cut short"),
+    "behind.jsonl.gz": (gzip.compress(GOOD) + b"something", "damaged or cut short"),
+    "json.jsonl": (b'{"text": "x"}\n{"text": \n', "json.jsonl line 2 is not JSON"),
+    "latin.jsonl": (b'{"text": "x"}\n{"text": "\xe9"}\n', "latin.jsonl line 2 is not UTF-8 text"),
+    "utf16.jsonl": ('{"text": "x"}'.encode("utf-16"), "line 1 is not UTF-8 text"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 10**5, "deep.jsonl line 1 is not JSON (nested too deeply)"),
+    "digits.jsonl": (b'{"n": ' + b"9" * 10**5 + b"}", "digits.jsonl line 1 is not JSON"),
+    "list.jsonl": (b"[1]\n", "line 1 has no text in 'text' (found: list)"),
+    "number.jsonl": (b'{"text": 1}\n', "no text in 'text'"),
+    "missing.jsonl": (b'{"text": "x"}\n{"\\ud800": "x"}\n', "line 2 has no text in 'text' (found: �)"),
+    "cut.json": (b'[{"text": "x"},\n{"text": "y"}', "cut.json line 2 is cut short"),
+    "comma.json": (b'[{"text": "x"}\n{"text": "y"}]', "comma.json line 2 is cut short, or lacks a comma"),
+    "behind.json": (b'[{"text": "x"}]\n\n]', "behind.json line 3 has something behind"),
+    "wrong.json": (b'{"text": "x"}\n{"text": oops}' + b" " * 100, "wrong.json line 2 is not JSON"),
+    "deep.json": (b'{"text": "x"}\n' + b"[" * 10**5, "deep.json line 2 is not JSON (nested too deeply)"),
+    "digits.json": (b'{"text": "x"}\n' + b"9" * 10**5 + b"\n", "digits.json line 2 is not JSON"),
+    "latin.json": (b'[{"text": "\xe9"}]', "not UTF-8 text"),
+    "latin.txt": (b"ol\xe9", "latin.txt is not UTF-8 text (unexpected end of data at byte 2)"),
+    "utf16.txt": ("text".encode("utf-16"), "not UTF-8 text"),
+    "zero.txt": (b"a\0b", "zero bytes"),
+    "picture.txt.gz": (gzip.compress(b"\x89PNG\0"), "zero bytes"),
+    "none.parquet": (b"PAR1 but not really", "none.parquet is no parquet file, or damaged"),
+    "empty.parquet": (b"", "empty.parquet is no parquet file, or damaged"),
+}
+
+
+@pytest.mark.parametrize("read", BOTH)
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_damaged_is_named_in_one_line(tmp_path: Path, read: Any, name: str) -> None:
+    content, message = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    error = refused(read, tmp_path / name)
+    assert message in error and str(tmp_path / name) in error and len(error) < 400
+
+
+@pytest.mark.parametrize("read", BOTH)
+def test_a_damaged_parquet_file_is_named_in_one_line(tmp_path: Path, read: Any) -> None:
+    content = written(tmp_path, "parquet", [words("s", 500, seed) for seed in range(50)]).read_bytes()
+    for damaged in (content[:-100], content[:200] + bytes(255 - byte for byte in content[200:260]) + content[260:]):
+        (tmp_path / "text.parquet").write_bytes(damaged)
+        assert "text.parquet is no parquet file, or damaged" in refused(read, tmp_path / "text.parquet")
+
+
+def test_files_that_are_not_text_are_left_out_of_a_folder_and_damage_is_not(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("good")
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    (tmp_path / "c.png").write_bytes(b"\x89PNG\0")
+    notes = Notes()
+    assert streamed(tmp_path, output=notes) == ["good"] and notes.notes[0].startswith("2 files were left out")
+    notes = Notes()
+    assert sampled(tmp_path, output=notes) == ["good"] and notes.notes[0].startswith("1 files were left out")
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(GOOD)[:-9])
+    for read in BOTH:
+        assert "d.jsonl.gz is no gzip file, damaged or cut short" in refused(read, tmp_path)
+
+
+# Only ordinary files, and only so much of them
+
+
+@pytest.mark.parametrize("read", [lambda path: local_inputs([str(path)]), sampled, lambda path: check_texts([str(path)])])
+def test_only_ordinary_files_are_read(tmp_path: Path, read: Any) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "s"))
+    for path, kind in ((tmp_path / "pipe.txt", "a pipe"), (tmp_path / "s", "a socket"), (Path("/dev/zero"), "a device")):
+        assert f"{path} is {kind}, not an ordinary file" in refused(read, path)
+    (tmp_path / "self.txt").symlink_to(tmp_path / "self.txt")
+    refused(read, tmp_path / "self.txt")
+
+
+def test_in_a_folder_what_is_no_ordinary_file_is_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "zero.txt").symlink_to("/dev/zero")
+    (folder / "self.txt").symlink_to(folder / "self.txt")
+    (folder / "loop").symlink_to(folder)
+    (tmp_path / "elsewhere").write_text("linked")
+    (folder / "a.txt").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(folder)
+    for path in (folder, tmp_path / "link"):
+        assert streamed(path) == sampled(path) == ["linked"]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "sub/data.jsonl", "org/name.parquet", "empty"])
+def test_what_is_not_there_is_told_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".hidden").write_text("x")
+    for check in (lambda: local_inputs([name]), lambda: check_texts([name]), lambda: sampled(Path(name))):
+        with pytest.raises(UpfitError, match="not here|no file|no text|no files"):
+            check()
+    assert local_inputs(["org/name", "org/name:config"]) == []
+
+
+RUN = """
+import resource, sys
+from upfit.errors import UpfitError
+from upfit.output import Output
+from upfit.text import file_documents
+from upfit.text.corpus import documents
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    if sys.argv[1] == "streamed":
+        sum(1 for _ in documents(sys.argv[2:], "text", Output(quiet=True)))
+    else:
+        file_documents(sys.argv[2:], 131072)
+    print("read", end=" ")
+except UpfitError as error:
+    print(error, end=" ")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def huge(folder: Path, name: str) -> Path:
+    path = folder / name
+    with path.open("wb") as file:
+        file.write(b"a b\n" * 2**15 if name == "sparse.txt" else b'{"text": "')
+        file.truncate(5 * 10**9)
+    if name == "bomb.jsonl.gz":
+        with gzip.open(path, "wb", compresslevel=9) as packed:
+            for _ in range(600):
+                packed.write(b'{"text": "' + b"x" * 10**6 + b'"}\n')
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,message", [("sparse.txt", "256 MiB"), ("line.jsonl", "64 MiB"), ("bomb.jsonl.gz", "200 times")])
+@pytest.mark.parametrize("how", ["streamed", "sampled"])
+def test_memory_is_bounded_whatever_a_file_unpacks_to(tmp_path: Path, name: str, message: str, how: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", RUN, how, str(huge(tmp_path, name))]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert (message if (name, how) != ("sparse.txt", "sampled") else "zero bytes") in answer
+    assert int(answer.split()[-1]) < 300, "MB"
+
+
+def test_a_document_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "LARGEST", 1000)
+    monkeypatch.setattr(entries, "LONGEST", 1000)
+    for name, fits in (("a.txt", 1000), ("a.txt.gz", 1000), ("a.jsonl", 987)):
+        for nbytes in (fits, fits + 1):
+            content = (rows(["x" * nbytes]) if ".jsonl" in name else "x" * nbytes).encode()
+            (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+            if nbytes == fits:
+                assert streamed(tmp_path / name) == ["x" * nbytes]
+            else:
+                assert str(tmp_path / name) in refused(streamed, tmp_path / name)
+
+
+def test_honest_text_packs_well(tmp_path: Path) -> None:
+    """A line again and again packs to less than a hundredth; that is no reason to refuse it."""
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows(["past a house the river"] * 50_000).encode()))
+    assert 100 * (tmp_path / "a.jsonl.gz").stat().st_size < 50_000 * 36 < FREE_BYTES
+    assert len(streamed(tmp_path / "a.jsonl.gz")) == 50_000
+
+
+# Identity
+
+
+def test_a_stamp_is_of_the_content(tmp_path: Path) -> None:
+    small, large = tmp_path / "a.txt", tmp_path / "b.txt"
+    small.write_text("one")
+    large.write_bytes(os.urandom(9 * 2**20))
+    files = [small, large]
+    stamp = content_stamp(files)
+    assert stamp == content_stamp(files) and len(stamp) == 64
+    assert len({stamp, content_stamp([small]), content_stamp([large, small]), content_stamp([])}) == 4
+    for path, content in ((small, b"two"), (large, os.urandom(9 * 2**20))):
+        state, before = path.stat(), path.read_bytes()
+        path.write_bytes(content)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert content_stamp(files) != stamp, "replaced by text of the same size and time"
+        path.write_bytes(before)
+    small.touch()
+    large.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert content_stamp(files) != stamp
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UpfitError, match="a pipe"):
+        content_stamp([tmp_path / "pipe"])
+
+
+def test_a_small_file_that_was_copied_is_the_same_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    stamp = content_stamp([path])
+    path.rename(tmp_path / "old")
+    path.write_text("one")
+    assert content_stamp([path]) == stamp
