@@ -4,11 +4,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+
 from upfit.convert.folders import find_source, staged
 from upfit.errors import UpfitError
-from upfit.report.page import render
+from upfit.portable import known_places, name_of
+from upfit.report.page import elsewhere, render
 from upfit.report.sections import tell
-from upfit.report.story import gather
+from upfit.report.story import gather, misshapen
 
 
 def report(model: str, out: Path | None, results: list[Path], png: Path | None, overwrite: bool) -> dict[str, Any]:
@@ -17,16 +20,19 @@ def report(model: str, out: Path | None, results: list[Path], png: Path | None, 
     Returns what was written. The folder `png` is whole or absent. Raises UpfitError, before anything is written, for a model or
     a file that cannot be read and for an output that is taken (with `overwrite`: by anything but a page, or pictures).
     """
-    name = model.rstrip("/").rsplit("/", 1)[-1]
+    name = name_of(model) or Path(model).resolve().name
     out = out or Path(f"{name}.html")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UpfitError(f"OUT is {out}; give a name that ends in .html")
     _check_free(out, overwrite)
     if png is not None:
         _check_pictures(png, out, find_source(model).path, overwrite)
-    sections = tell(gather(model, results))
-    plots = [plot for section in sections for plot in section.plots]
-    page = render(f"{name}: the story of a model", sections, [str(path) for path in results]).encode()
+    story, folder = gather(model, results), find_source(model).path
+    with misshapen(folder, results), rc_context({"text.parse_math": False}):  # a name with dollars is no formula
+        known = [story.steps, [answer for _, answer in story.evaluations], str(folder)]
+        sections = elsewhere(tell(story), known_places(known, [str(path.absolute()) for path in results]))
+        plots = [plot for section in sections for plot in section.plots]
+        page = render(f"{name}: the story of a model", sections, [path.name for path in results]).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     try:
