@@ -123,11 +123,12 @@ def teacher(folder: Path) -> dict[str, Any] | None:
     """The `source` of the newest conversion in this folder's history: the model as it was before its attention changed."""
     for entry in reversed(read(folder)):
         if entry["verb"].startswith("convert"):
-            return entry["source"]
+            return {"revision": None, **entry["source"]}
     return None
 
 
 def patterns(folder: Path) -> set[str]:
     """The patterns of questions that uptraining on long contexts has taught the model in this folder."""
-    data = [entry.get("data") or {} for entry in read(folder) if entry["verb"] == "uptrain"]
-    return {name for some in data for name in some.get("patterns", ())}
+    with shaped(not_ours(folder / FILE)):
+        data = [entry.get("data") or {} for entry in read(folder) if entry["verb"] == "uptrain"]
+        return {str(name) for some in data for name in some.get("patterns", ())}

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,7 @@ def unpacked(error: BaseException) -> BaseException:
 def end(error: BaseException, words: list[str]) -> int:
     """Say on stderr what has ended the command `words`, and return its exit code."""
     if isinstance(error, BrokenPipeError) and error.filename is None:
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be written has no reader
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left to be written has no reader
         return 141
     if "--debug" in words and not isinstance(error, KeyboardInterrupt):
         print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")

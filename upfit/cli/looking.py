@@ -45,7 +45,7 @@ def show(
     output.json(told)
     rows = [
         *as_rows(told),
-        *[["history" if not i else "", f"{s['date']}  {_done(s)}"] for i, s in enumerate(told["history"])],
+        *[["history" if not i else "", f"{s.get('date', '')}  {_done(s)}"] for i, s in enumerate(told["history"])],
         *[["can become" if not i else "", line] for i, line in enumerate(told["can_become"])],
     ]
     for name, value in rows:

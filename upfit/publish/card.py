@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from upfit import __version__
 from upfit.convert.gqa.ran import method_ran
@@ -14,7 +15,8 @@ from upfit.convert.recipe import find_recipes
 from upfit.output import cache_change, human_bytes, human_count
 from upfit.own import code_files
 from upfit.publish import front
-from upfit.publish.portable import commit_of, portable
+from upfit.publish.markdown import REPO, code, harmless, model_link, plain, unmarked
+from upfit.publish.portable import commit_of, known_places, portable, settings, words
 from upfit.report.measured import measured
 from upfit.report.page import Table
 from upfit.report.story import Story, newest_evaluation
@@ -31,28 +33,33 @@ ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 @dataclass(frozen=True)
 class Card:
-    """`readme`: the README.md of the folder as it is; `base_model` and `license`: what the user says of them."""
+    """`readme`: the README.md of the folder as it is; `base_model` and `license`: what the user says of them.
+
+    `places`: absolute paths that are not to be told, besides those of the story.
+    """
 
     story: Story
     repo: str
     readme: str
     base_model: str | None = None
     license: str | None = None
+    places: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """The whole README.md. Raises UpfitError when the folder's README has front matter that is not YAML."""
         told, body = front.split(self.readme)
-        inherited = is_inherited(self.readme, self.story.steps)
+        inherited, places = is_inherited(self.readme, self.story.steps), known_places(self.story.steps, self.places)
         block = f"{BEGIN}\n{self._block()}\n{END}"
-        if BEGIN in body and END in body:
-            body = body[: body.index(BEGIN)] + block + body[body.index(END) + len(END) :]
-        elif body.strip():
+        before, ours, after = _parted(words(harmless(body) if inherited else body, places))
+        if ours:
+            body = before + block + after
+        elif before.strip():
             title = "## The card of the model that it was made from\n\n" if inherited else ""
-            body = f"{block}\n\n{title}{body.strip()}\n"
+            body = f"{block}\n\n{title}{before.strip()}\n"
         else:
             body = block + "\n"
-        return front.dump(front.merge(told, self._facts(), inherited)) + body
+        return front.dump(front.merge(settings(told, places), self._facts(), inherited)) + body
 
     def _facts(self) -> dict[str, Any]:
         """What the hub is to know; what is not known is None."""
@@ -78,7 +85,7 @@ class Card:
         from huggingface_hub.repocard_data import eval_results_to_model_index
 
         data, loss = newest["data"], newest["model"]["loss"]
-        name = _text_name(data["source"])
+        name = unmarked(_text_name(data["source"]))
         results = [
             EvalResult(
                 task_type="text-generation",
@@ -100,35 +107,39 @@ class Card:
 
     def _block(self) -> str:
         template = (files("upfit.publish") / "card.md").read_text(encoding="utf-8")
-        environment = Environment(undefined=StrictUndefined, trim_blocks=True)
-        environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
+        environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=True, finalize=plain)
+        environment.filters["plain"] = plain
         facts = self.story.facts
         rendered = environment.from_string(template).render(
             name=self.repo.rsplit("/", 1)[-1],
             lead=self._lead(),
             columns=["parameters", "query heads", "key/value heads", "KV cache a token"],
             shape=[["this model", *_shape(facts)]],
-            steps=[_step(step, facts["parameters"]) for step in portable(self.story.steps) if step["verb"] != "evaluate"],
+            steps=[
+                _step(step, facts["parameters"])
+                for step in portable(self.story.steps, self.places)
+                if step["verb"] != "evaluate"
+            ],
             tables=[table for section in measured(self._evaluations()) for table in _titled(section)],
             limits=self._limits(),
-            code=SAMPLE.format(repo=self.repo, trust=", trust_remote_code=True" if self._own() else ""),
+            code=Markup(SAMPLE.format(repo=self.repo, trust=", trust_remote_code=True" if self._own() else "")),
             serving=self._serving(),
-            papers=[recipe.paper for _, recipe in conversions(self.story.steps)],
+            papers=[Markup(recipe.paper) for _, recipe in conversions(self.story.steps)],
             version=__version__,
         )
         return re.sub(r"\n{3,}", "\n\n", rendered).strip()
 
-    def _lead(self) -> str:
+    def _lead(self) -> Markup:
         source = self.base_model or origin(self.story.steps)
         first = portable(self.story.steps)[0]["source"].get("name")
-        named = f"[{source}](https://huggingface.co/{source})" if source else f"`{first}`"
+        named = model_link(source) if source else code(first)
         what = "; ".join(recipe.summary for _, recipe in conversions(self.story.steps))
         trained = sum(step["measurements"]["tokens"] for step in self.story.steps if step["verb"] == "uptrain")
         after = f", then uptrained on {human_count(trained)} tokens" if trained else ", not uptrained"
-        return f"{named} with another attention ({what}){after}."
+        return Markup(f"{named} with another attention ({what}){after}.")
 
     def _evaluations(self) -> list[tuple[str, dict[str, Any]]]:
-        return [(label, portable(told)) for label, told in self.story.evaluations]
+        return [(label, portable(told, self.places)) for label, told in self.story.evaluations]
 
     def _limits(self) -> list[str]:
         facts = self.story.facts
@@ -145,10 +156,12 @@ class Card:
             limits.append(f"transformers has no class for it: its code ({facts['model_type']}) comes with the repository.")
         return limits
 
-    def _serving(self) -> str:
+    def _serving(self) -> Markup:
         if self._own():
-            return "`trust_remote_code=True` runs the code of this repository; where `upfit` is imported it is not needed."
-        return "It is a plain checkpoint of its class: whatever serves that class with these head counts serves it."
+            return Markup(
+                "`trust_remote_code=True` runs the code of this repository; where `upfit` is imported it is not needed."
+            )
+        return Markup("It is a plain checkpoint of its class: whatever serves that class with these head counts serves it.")
 
     def _own(self) -> bool:
         return self.story.facts["model_type"] in code_files()
@@ -167,7 +180,21 @@ def conversions(steps: list[dict[str, Any]]) -> list[tuple[str, Any]]:
 def origin(steps: list[dict[str, Any]]) -> str | None:
     """The hub id of the model that all began with; None when it was a folder."""
     first = steps[0]["source"] if steps else {}
-    return str(first["name"]) if first and commit_of(first) and "/" in str(first["name"]) else None
+    return str(first["name"]) if first and commit_of(first) and REPO.fullmatch(str(first["name"])) else None
+
+
+def _parted(body: str) -> tuple[str, str, str]:
+    """What stands before our part of a README, our part, and what follows; without one, all stands before. Marks that bound no
+    part are taken out: an end without its beginning would cut the next card short."""
+    begin = body.find(BEGIN)
+    end = body.find(END, begin)
+    if begin < 0 or end < 0:
+        return _unmarked(body), "", ""
+    return _unmarked(body[:begin]), body[begin : end + len(END)], _unmarked(body[end + len(END) :])
+
+
+def _unmarked(text: str) -> str:
+    return text.replace(BEGIN, "").replace(END, "")
 
 
 def is_inherited(readme: str, steps: list[dict[str, Any]]) -> bool:
@@ -183,7 +210,7 @@ def _shape(facts: dict[str, Any]) -> list[str]:
 
 def _step(step: dict[str, Any], parameters: int) -> dict[str, Any]:
     told, versions = step["measurements"], step["versions"]
-    texts = [f"`{step['command']}`"] if "command" in step else []
+    texts: list[str] = [code(step["command"])] if "command" in step else []
     before, after = told.get("kv_bytes_per_token", (0, 0))
     if before != after:
         texts.append(f"{cache_change(before, after)}.")
@@ -203,7 +230,7 @@ def _training(step: dict[str, Any], parameters: int) -> str:
     told, options = step["measurements"], step["options"]
     teacher = (step.get("teacher") or {}).get("name")
     learns = (
-        f"from `{teacher}` (KL weight {options['kl_weight']:g}, CE weight {options['ce_weight']:g})"
+        f"from {teacher} (KL weight {options['kl_weight']:g}, CE weight {options['ce_weight']:g})"
         if teacher
         else "from the text"
     )

@@ -8,19 +8,22 @@ import yaml
 from upfit.errors import UpfitError
 
 FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
+MOST = 500_000  # YAML is read slowly
 ABOUT_THE_SOURCE = ("base_model", "base_model_relation", "model-index", "model_name", "eval_results")
 
 
 def split(text: str) -> tuple[dict[str, Any], str]:
     """Front matter and body of a README. Raises UpfitError when the front matter is not a YAML mapping."""
     found = FRONT.match(text)
+    if found and len(found[1]) > MOST:
+        raise UpfitError(f"the front matter of README.md has {len(found[1])} characters; at most {MOST} are read")
     if not found:
         return {}, text
     try:
         told = yaml.safe_load(found[1]) or {}
         if not isinstance(told, dict):
             raise ValueError("not a mapping")
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UpfitError(f"the front matter of README.md is not YAML ({reason}); mend it or remove the README") from error
     return told, text[found.end() :]
@@ -33,7 +36,7 @@ def merge(told: dict[str, Any], facts: dict[str, Any], from_source: bool) -> dic
     """
     kept = {key: value for key, value in told.items() if not (from_source and key in ABOUT_THE_SOURCE)}
     tags = kept.get("tags") or []
-    tags = [tags] if isinstance(tags, str) else list(tags)
+    tags = [str(tag) for tag in tags] if isinstance(tags, list) else [str(tags)]
     merged = kept | {key: value for key, value in facts.items() if value is not None and key not in ("tags", "license")}
     merged["tags"] = list(dict.fromkeys([*tags, *facts.get("tags", [])]))
     if facts.get("license") and not kept.get("license"):

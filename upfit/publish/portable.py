@@ -1,52 +1,100 @@
-"""A history without the places of one machine: what goes to the hub must not tell where its maker keeps things."""
+"""Files that are sent, without the places of this machine: settings, records of training, words of a README.
 
+In these, unlike in what Upfit itself records, most of what begins with a slash is no path (a token, a template, an example), so
+text is only searched for known places, file:// addresses, and paths below the folders where people's files lie.
+"""
+
+import json
 import re
-import shlex
-from pathlib import PurePath, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-INSIDE = re.compile(r"""(?<![\w.:/])~?(?:/[^\s/'",;)\]]+)+""")  # a path inside a sentence or a list, and no address
-WHERE = "path"  # the key of a source that says where its files lie
+from upfit.bounded import CARD_BYTES, LINES_BYTES, RECORD_BYTES, read_json, read_lines, read_text
+from upfit.convert.safetensors_file import read_metadata
+from upfit.errors import UpfitError
+from upfit.output import to_json
+from upfit.portable import FILE_ADDRESS, PART, name_of, place_name, without
+from upfit.portable import commit_of as commit_of
+from upfit.portable import known_places as known_places
+from upfit.portable import portable as portable
+
+# Where people's files lie on the systems that models are made on.
+ROOTS = (
+    "home|root|Users|tmp|var|private|mnt|media|srv|opt|scratch|workspace|work|Volumes|nfs|gpfs|lustre|content|kaggle|cluster"
+    "|storage|fsx|dbfs"
+)
+BELOW = re.compile(rf"(?<![\w./])/(?:{ROOTS})(?:/{PART})+/?")
+BELOW_WINDOWS = re.compile(
+    r"""(?<!\w)[A-Za-z]:[\\/]+(?:Users|Documents and Settings|home|tmp|temp|data)[\\/][^\s'",;)\]<>]*""", re.I
+)
+AT_HOME = re.compile(rf"(?<![\w./~])~[\w.\-]*(?:/{PART})+")
+PLACES = re.compile(r"(^|_)(path|file|dir|folder|name_or_path)$")  # keys of settings
+METRICS = "metrics.jsonl"
+SETTINGS = ("config.json", "special_tokens_map.json")  # how their names end
+TEXTS = (".txt", ".md", ".jinja", "")  # endings of licences and templates
+VOCABULARIES = re.compile(r"(tokenizer\.json|added_tokens\.json|vocab.*|merges.*|.*\.model|.*\.tiktoken|tekken\.json)$")
 
 
-def portable(value: Any) -> Any:
-    """`value` (steps of recipe.json, or a part of them) with every absolute path cut to its name; sources lose their `path`.
+def words(text: str, places: list[str]) -> str:
+    """Text that somebody wrote, without the places of a machine."""
+    text = FILE_ADDRESS.sub(lambda found: name_of(found[0]), without(text, places))
+    text = BELOW.sub(lambda found: name_of(found[0]), text)
+    text = BELOW_WINDOWS.sub(lambda found: name_of(found[0].replace("/", "\\")), text)
+    return AT_HOME.sub(lambda found: name_of(found[0]), text)
 
-    Of a hub model the snapshot's commit is kept as `commit`.
-    """
+
+def settings(value: Any, places: list[str], key: str = "") -> Any:
+    """A config, of any depth: keys that name places keep a last name (hub ids stay), other text is searched."""
     if isinstance(value, dict):
-        kept = {key: portable(part) for key, part in value.items() if key not in (WHERE, "command")}
-        if isinstance(value.get(WHERE), str) and "name" in value:
-            kept |= _commit(value)
-        if isinstance(value.get("command"), str):
-            kept["command"] = shlex.join(portable(word) for word in shlex.split(value["command"]))
-        return kept
+        return {words(str(name), places): settings(part, places, str(name)) for name, part in value.items()}
     if isinstance(value, list):
-        return [portable(part) for part in value]
-    return _name(value) if isinstance(value, str) else value
+        return [settings(part, places, key) for part in value]
+    if not isinstance(value, str):
+        return value
+    return words(place_name(value, places, False) if PLACES.search(key) else value, places)
 
 
-def commit_of(source: dict[str, Any]) -> str | None:
-    """The commit of a source that came from the hub, as its cache tells; None for a folder."""
-    if "commit" in source:
-        return str(source["commit"])
-    parts = PurePosixPath(source.get(WHERE, "")).parts
-    return parts[-1] if len(parts) > 1 and parts[-2] == "snapshots" else None
+def sent(name: str, path: Path, places: list[str]) -> bytes | None:
+    """What is sent of the file `path` in its stead; None where it goes as it is.
+
+    Raises UpfitError where weights tell of a place: their headers are not written anew.
+    """
+    if name.endswith(".safetensors"):
+        _check_header(path, places)
+        return None
+    if VOCABULARIES.search(name):  # a token may be anything
+        return None
+    if name == METRICS:
+        return _metrics(path, places)
+    if name.endswith((".safetensors.index.json", *SETTINGS)):
+        told = read_json(path, 2 * RECORD_BYTES)
+        index = name.endswith(".index.json")  # names of tensors are none of ours to change
+        made = told | {"metadata": settings(told.get("metadata"), places)} if index else settings(told, places)
+        return None if made == told else (to_json(made) + "\n").encode()
+    if path.suffix in TEXTS and path.stat().st_size <= CARD_BYTES:
+        text = read_text(path, CARD_BYTES)
+        return None if words(text, places) == text else words(text, places).encode()
+    return None
 
 
-def _commit(source: dict[str, Any]) -> dict[str, str]:
-    commit = commit_of(source)
-    return {} if commit is None else {"commit": commit}
+def _check_header(path: Path, places: list[str]) -> None:
+    for key, said in read_metadata(path).items():
+        if words(said, places) != said:
+            raise UpfitError(f"the header of {path.name} tells of a place on this machine ({key}); save the weights again")
 
 
-def _name(text: str) -> str:
-    pieces = text.split(",")
-    if len(pieces) > 1 and all(PurePosixPath(piece).is_absolute() for piece in pieces):  # sources of upfit uptrain
-        return ",".join(_name(piece) for piece in pieces)
-    path: PurePath = PurePosixPath(text)
-    if path.is_absolute() or text.startswith("~"):
-        return path.name or text
-    path = PureWindowsPath(text)
-    if path.drive and path.is_absolute():
-        return path.name
-    return INSIDE.sub(lambda found: found[0].rsplit("/", 1)[-1], text)
+def _metrics(path: Path, places: list[str]) -> bytes | None:
+    """The lines of training, each as it is unless something in it is a path."""
+    changed, lines = False, list[str]()
+    for line in read_lines(path, LINES_BYTES):
+        made = line
+        if "/" in line or "\\" in line or "~" in line:
+            try:
+                told = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UpfitError(f"{path} is not what `upfit uptrain` writes; remove it to publish without it") from error
+            cut = portable(told, places)
+            made = line if cut == told else json.dumps(cut, ensure_ascii=True)
+        changed = changed or made != line
+        lines.append(made)
+    return "".join(f"{line}\n" for line in lines).encode() if changed else None

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from upfit import history
-from upfit.bounded import CARD_BYTES, read_text
+from upfit.bounded import CARD_BYTES, read_text, shaped
 from upfit.errors import UpfitError
 from upfit.output import Output, to_json
 from upfit.publish import front, licence, manifest
 from upfit.publish.card import Card
 from upfit.publish.manifest import CARD
 from upfit.publish.options import Options, check_options
-from upfit.publish.portable import portable
+from upfit.publish.portable import known_places, portable, sent
 from upfit.report.story import gather
 
 Ask = Callable[[str], bool]
@@ -84,15 +84,18 @@ def pack(folder: Path, repo: str, options: Options) -> Parcel:
     steps = manifest.check_folder(folder)
     gathered = manifest.gather(folder)
     readme = read_text(folder / CARD, CARD_BYTES) if (folder / CARD).exists() else ""
-    card = Card(gather(str(folder), []), repo, readme, options.base_model, options.license)
-    text = card.text
-    told, _ = front.split(text)
-    doubts = [*manifest.unverified(steps), *licence.doubts(told, manifest.has_licence(folder))]
-    content: dict[str, Path | bytes] = dict(gathered.files)
-    record = {"format": history.FORMAT, "steps": portable(steps)}
+    here = (str(folder), str(folder.resolve()), str(Path.cwd()))
+    card = Card(gather(str(folder), []), repo, readme, options.base_model, options.license, here)
+    with shaped(history.not_ours(folder / history.FILE)):
+        text = card.text
+        told, _ = front.split(text)
+        doubts = [*manifest.unverified(steps), *licence.doubts(told, manifest.has_licence(folder))]
+        record = {"format": history.FORMAT, "steps": portable(steps, here)}
+        verbs = ", ".join(dict.fromkeys(step["verb"] for step in steps if step["verb"] != "evaluate"))
+    places = known_places(steps, here)
+    content: dict[str, Path | bytes] = {name: sent(name, path, places) or path for name, path in gathered.files.items()}
     content[history.FILE] = (to_json(record) + "\n").encode()
     content[CARD] = text.encode()
-    verbs = ", ".join(dict.fromkeys(step["verb"] for step in steps if step["verb"] != "evaluate"))
     return Parcel(folder, repo, dict(sorted(content.items())), gathered.left_out, doubts, options.message or f"Upfit: {verbs}")
 
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from upfit.convert.folders import find_source
 from upfit.evaluate.tables import half_width
 from upfit.output import human_bytes, human_count
-from upfit.report.story import Story, gather, newest_evaluation
+from upfit.report.story import Story, gather, misshapen, newest_evaluation
 
 COLUMNS = ("model", "parameters", "KV heads", "KV a token", "trained on", "nats per token", "against source")
 
@@ -17,11 +18,12 @@ def compare(models: list[str]) -> list[dict[str, Any]]:
     groups: dict[str | None, dict[str, Any]] = {}
     for model in models:
         story = gather(model, [])
-        newest = newest_evaluation(story.steps)
-        data = newest["data"] if newest else None
-        title = f"{data['windows']} windows of {data['length']} tokens" if data else "Not measured (evaluate with --record)"
-        group = groups.setdefault(data["sha256"] if data else None, {"title": title, "data": data, "rows": []})
-        group["rows"].append(_row(model, story, newest))
+        with misshapen(find_source(model).path, []):
+            newest = newest_evaluation(story.steps)
+            data = newest["data"] if newest else None
+            title = f"{data['windows']} windows of {data['length']} tokens" if data else "Not measured (evaluate with --record)"
+            group = groups.setdefault(data["sha256"] if data else None, {"title": title, "data": data, "rows": []})
+            group["rows"].append(_row(model, story, newest))
     return list(groups.values())
 
 

@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from upfit import __version__
+from upfit.portable import portable
 
 PNG_DPI = 150
 MADE_BY = "Upfit report"  # by which pages and pictures are known again
@@ -61,6 +62,24 @@ class Section:
     commands: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
+
+
+def elsewhere(sections: list[Section], places: list[str]) -> list[Section]:
+    """The same for a reader on another machine: files and folders by their names. `places`: absolute paths that are known."""
+    return [
+        replace(
+            section,
+            title=portable(section.title, places),
+            texts=portable(section.texts, places),
+            commands=[portable({"command": command}, places)["command"] for command in section.commands],
+            tables=[
+                Table(portable(one.title, places), portable(one.columns, places), portable(one.rows, places))
+                for one in section.tables
+            ],
+            plots=[replace(plot, caption=portable(plot.caption, places)) for plot in section.plots],
+        )
+        for section in sections
+    ]
 
 
 def unbroken(cell: str) -> str:

@@ -4,13 +4,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+
 from upfit.convert.folders import find_source
 from upfit.convert.output_folder import check_place, resolved
 from upfit.convert.work_folder import RESULT, work_folder
 from upfit.errors import UpfitError
-from upfit.report.page import is_page, is_picture, render
+from upfit.portable import known_places, name_of
+from upfit.report.page import elsewhere, is_page, is_picture, render
 from upfit.report.sections import tell
-from upfit.report.story import gather
+from upfit.report.story import gather, misshapen
 
 
 def report(model: str, out: Path | None, results: list[Path], png: Path | None, overwrite: bool) -> dict[str, Any]:
@@ -19,16 +22,20 @@ def report(model: str, out: Path | None, results: list[Path], png: Path | None, 
     Returns what was written. The folder `png` is whole or absent. Raises UpfitError, before anything is written, for a model or
     a file that cannot be read and for an output that is taken (with `overwrite`: by anything but a page, or pictures).
     """
-    name = model.rstrip("/").rsplit("/", 1)[-1]
+    name = name_of(model) or Path(model).resolve().name
     out = out or Path(f"{name}.html")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UpfitError(f"OUT is {out}; give a name that ends in .html")
     _check_free(out, overwrite)
     if png is not None:
         _check_png(png, out, find_source(model).path, overwrite)
-    sections = tell(gather(model, results))
-    plots = [plot for section in sections for plot in section.plots]
-    page = render(f"{name}: the story of a model", sections, [str(path) for path in results]).encode()
+    story, folder = gather(model, results), find_source(model).path
+    with misshapen(folder, results), rc_context({"text.parse_math": False}):  # a name with dollars is no formula
+        known = [story.steps, [answer for _, answer in story.evaluations], str(folder)]
+        sections = elsewhere(tell(story), known_places(known, [str(path.absolute()) for path in results]))
+        plots = [plot for section in sections for plot in section.plots]
+        page = render(f"{name}: the story of a model", sections, [path.name for path in results]).encode()
+        pictures = {f"{plot.name}.png": plot.png() for plot in plots} if png is not None else {}
     with ExitStack() as stack:
         work = stack.enter_context(work_folder(out, "report", overwrite, check=check_page))
         made = work.path / RESULT
@@ -36,12 +43,15 @@ def report(model: str, out: Path | None, results: list[Path], png: Path | None, 
         if png is not None:
             beside = stack.enter_context(work_folder(png, "report", overwrite, check=check_pictures))
             folder = beside.folder(RESULT, clear=True)
-            for plot in plots:
-                (folder / f"{plot.name}.png").write_bytes(plot.png())
+            for file, content in pictures.items():
+                (folder / file).write_bytes(content)
             beside.publish(folder, overwrite)
         work.publish(made, overwrite)
-    pictures = [] if png is None else [str(png / f"{plot.name}.png") for plot in plots]
-    return {"out": str(out), "sections": [section.title for section in sections], "plots": pictures}
+    return {
+        "out": str(out),
+        "sections": [section.title for section in sections],
+        "plots": [str(Path(png or "", file)) for file in pictures],
+    }
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -1,6 +1,7 @@
 """What a folder and the answers of other verbs tell, as plain data: nothing here draws or formats."""
 
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,18 @@ def gather(model: str, results: list[Path]) -> Story:
     """
     kept = list(zip(_names(results), map(_result, results), strict=True))
     facts, folder = describe(model), find_source(model).path
+    with misshapen(folder, results):
+        return _story(facts, folder, kept)
+
+
+def misshapen(folder: Path, results: list[Path]) -> AbstractContextManager[None]:
+    """Raises UpfitError where something in the block is not what it takes the records of `folder` and `results` for."""
+    files = [str(folder / history.FILE), *map(str, results)]
+    what = "is not what Upfit writes there" if len(files) == 1 else "are not what Upfit writes there, one of them"
+    return shaped(f"{' or '.join(files)} {what}")
+
+
+def _story(facts: dict[str, Any], folder: Path, kept: list[tuple[str, dict[str, Any]]]) -> Story:
     steps = history.read(folder)
     given = [(label, answer) for label, answer in kept if "sensitivity" not in answer]
     twice = [answer["model"] for _, answer in given]  # what is recorded and given too stands under the name that was given
@@ -58,7 +71,9 @@ def _names(paths: list[Path]) -> list[str]:
         stem if stems.count(stem) == 1 else f"{path.resolve().parent.name}/{stem}"
         for path, stem in zip(paths, stems, strict=True)
     ]
-    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})" for index, name in enumerate(names)
+    ]
 
 
 def _label(steps: list[dict[str, Any]], index: int) -> str:
