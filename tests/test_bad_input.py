@@ -5,6 +5,7 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,6 +195,42 @@ def test_side_file_link_out_of_the_folder(folder: Path, tmp_path: Path) -> None:
     assert "outside the model folder" in attempt(folder, tmp_path / "out")
 
 
+def dangling(folder: Path) -> None:
+    (folder / "LICENSE").symlink_to(folder / "nowhere")
+
+
+def deep_link(folder: Path) -> None:
+    (folder / "tokenizer_old" / "deep").mkdir(parents=True)
+    (folder / "tokenizer_old" / "deep" / "x.json").symlink_to("/etc/passwd")
+
+
+def pipe(folder: Path) -> None:
+    os.mkfifo(folder / "README.md")
+
+
+def damaged_story(folder: Path) -> None:
+    (folder / "recipe.json").write_text('{"pancakes": 3}')
+
+
+@pytest.mark.parametrize("change", [dangling, deep_link, pipe, damaged_story])
+def test_what_cannot_be_copied_is_refused_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    from upfit.convert import conversion
+
+    monkeypatch.setattr(conversion, "write_shards", lambda *_: pytest.fail("the shards were begun"))
+    change(folder)
+    attempt(folder, tmp_path / "out")
+    attempt(folder, tmp_path / "out", dry_run=True)
+
+
+def test_a_folder_linked_from_outside_is_refused_first(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "vocab.txt").write_text("secret")
+    (folder / "tokenizer_old").symlink_to(tmp_path / "else")
+    assert "outside the model folder" in attempt(folder, tmp_path / "out")
+
+
 def test_links_of_the_hub_cache_are_fine(folder: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
     snapshot.mkdir(parents=True)
@@ -304,6 +341,35 @@ def test_small_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 0))
     assert "free some space" in attempt(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("code", "word"), [("ENOSPC", "is full"), ("EDQUOT", "is full"), ("EIO", "was not written"), ("EROFS", "was")]
+)
+@pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "fsync", "preadv", "replace"])
+def test_disk_that_fails(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, word: str, call: str
+) -> None:
+    """One line, with the name of a file, whatever the disk says and wherever it says it."""
+    import errno
+
+    from upfit.convert import conversion
+
+    original = conversion.write_shards
+
+    def failing(*_: object) -> int:
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    def later(*work: Any) -> None:  # checks of the source are behind us
+        if call == "replace":
+            original(*work)
+        monkeypatch.setattr(os, call, failing)
+        if call != "replace":
+            original(*work)
+
+    monkeypatch.setattr(conversion, "write_shards", later)
+    message = attempt(folder, tmp_path / "out")
+    assert word in message and (call == "replace" or "model.safetensors" in message)
 
 
 def test_disk_that_fills_while_writing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

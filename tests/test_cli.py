@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.folders import save_tiny
-from upfit.cli.conversions import cache_words, parse_size
+from upfit.cli.conversions import cache_words, parse_size, sanity_words
 from upfit.convert.listing import NOT_LOOKED_AT
 from upfit.errors import UpfitError
 from upfit.options import as_flags, parse_count, parse_share
@@ -136,3 +136,26 @@ def test_a_cache_is_said_to_grow_where_it_grows() -> None:
     assert grown == "KV cache 46.1 kB → 69.1 kB a token (1.50x larger)"
     shrunk = cache_words({"kv_bytes_per_token": [46080, 15360], "kv_heads": [3, 1]})
     assert shrunk == "3 → 1 key/value heads, KV cache 46.1 kB → 15.4 kB a token (3.00x smaller)"
+
+
+def test_the_loss_on_the_sample_is_told_as_a_sanity_check() -> None:
+    report = {"tokens": 512, "source_loss": 2.0, "loss": 2.004, "loss_interval": 0.05}
+    told = sanity_words(report)
+    assert told.startswith("Sanity check on 512 tokens") and "2.000 → 2.004 (+0.004 ± 0.050)" in told and "evaluate" in told
+    assert "±" not in sanity_words(report | {"loss_interval": None})
+
+
+@pytest.mark.parametrize(("before", "after"), [(96, 32), (32, 96), (64, 64), (100, 50), (50, 100), (0, 8), (8, 0)])
+def test_one_phrase_tells_what_became_of_a_cache(before: int, after: int) -> None:
+    """On the command line, in the report and in the card; and it never says that what has grown is smaller."""
+    from upfit.output import cache_change
+    from upfit.publish import card
+    from upfit.report import sections
+
+    phrase = cache_change(before, after)
+    assert ("smaller" in phrase) == (0 < after < before) and ("larger" in phrase) == (after > before > 0)
+    told = {"kv_bytes_per_token": [before, after]}
+    step = {"verb": "convert gqa", "date": "2026-11-29", "versions": {}, "measurements": told}
+    assert cache_words(told | {"kv_heads": [2, 2]}) == phrase
+    if before != after:
+        assert card._step(step, 1)["texts"] == [f"{phrase}."] == sections._conversion(step, 1)[0].texts

@@ -92,7 +92,7 @@ def test_identity_is_verified_as_equal(tmp_path: Path) -> None:
 
 
 def test_a_broken_promise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If untouched bytes did not arrive as they were, verify would see it and nothing would be kept."""
+    """If untouched bytes did not arrive as they were, the logits would show it and nothing would be kept."""
     original = writer.write_shards
 
     def damaged(shards: Any, rules: Any, checkpoint: Any, folder: Path, *rest: Any) -> None:
@@ -103,7 +103,7 @@ def test_a_broken_promise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(conversion, "write_shards", damaged)
     with pytest.raises(UpfitError, match="promises equality"):
-        run(save_tiny(tmp_path / "source"), tmp_path / "out", 4)
+        run(save_tiny(tmp_path / "source"), tmp_path / "out", 4, verify_bytes=False)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.upfit-work").exists()
 
 
@@ -164,6 +164,34 @@ def test_code_and_pickles_do_not_travel(tmp_path: Path) -> None:
     run(source, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "LICENSE" in names and not names & {"tokenizer_evil.py", "training_args.bin", "tokenizer.pkl"}
+
+
+def test_folders_of_side_files_travel_whole(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    for name in ("tokenizer_old/deep/x.json", "additional_chat_templates/a.jinja", "LICENSES/a/b/c.txt", "vocab/x.py"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("{}")
+    run(source, tmp_path / "out", verify=False)
+    assert (tmp_path / "out" / "tokenizer_old/deep/x.json").read_text() == "{}"
+    assert (tmp_path / "out" / "LICENSES/a/b/c.txt").exists() and not (tmp_path / "out" / "vocab/x.py").exists()
+
+
+def test_names_of_code_stay_behind_with_the_code(tmp_path: Path) -> None:
+    """With trust_remote_code or without, the result is of transformers' own classes; what is found elsewhere is still named."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = save_tiny(tmp_path / "source")
+    mapped = {"config.json": {"AutoConfig": "configuration_x.X"}, "tokenizer_config.json": {"AutoTokenizer": ["tok_x.X", None]}}
+    for name, told in mapped.items():
+        content = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps(content | {"auto_map": told, "task_specific_params": {"auto_map": told}}))
+    (source / "processor_config.json").write_text('{"auto_map": {"AutoProcessor": "org/model--x.X"}}')
+    run(source, tmp_path / "out")
+    assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
+    assert (tmp_path / "out" / "processor_config.json").read_text() == (source / "processor_config.json").read_text()
+    for trusted in (False, True):
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=trusted).config.num_key_value_heads == 2
+        assert AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=trusted)("a word")["input_ids"]
 
 
 def test_two_writers_of_one_place(tmp_path: Path) -> None:

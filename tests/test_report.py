@@ -109,7 +109,7 @@ def test_a_conversion_tells_what_it_measured_and_what_it_left_out() -> None:
     )
     facts |= {name: [1] for name in ("heads", "kv_heads", "head_dim")} | {"dtypes": [], "kv_bytes_per_token": 1}
     section = tell(Story(facts, [step], []))[-1]
-    assert section.texts == ["KV cache 96 B → 32 B a token, 3.00 times smaller.", "Verified: loads; as near as that."]
+    assert section.texts == ["KV cache 96 B → 32 B a token (3.00x smaller).", "Verified: loads; as near as that."]
     assert section.tables[0].rows == [["1", "no turning"]] and len(section.plots) == 1
 
 

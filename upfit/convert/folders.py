@@ -136,11 +136,12 @@ def hub_errors(told: Callable[[str], UpfitError]) -> Iterator[None]:
     """What goes wrong with the hub, or on the way to it, as the error that `told` makes of its reason, a line."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    client: Any = HfHubHTTPError.__bases__  # what the client of the hub's library raises, whichever it is
     try:
         yield
     except UpfitError:
         raise
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    except (*client, HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise told(reason) from error
 

@@ -1,0 +1,231 @@
+"""Each check of a result by itself: what one of them lets pass another one might hide."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.folders import save_tiny, tiny_llama
+from tests.tiny import tiny_model
+from upfit import history
+from upfit.convert import conversion, journal
+from upfit.convert.architectures import bind
+from upfit.convert.checkpoint import open_checkpoint
+from upfit.convert.conversion import Settings, convert
+from upfit.convert.engine import check_against_class, outline
+from upfit.convert.folders import JOURNAL
+from upfit.convert.journal import Journal
+from upfit.convert.movers import Piece
+from upfit.convert.recipe import Plan, Rule, get_recipe
+from upfit.convert.safetensors_file import read_exactly
+from upfit.convert.verify import CLOSE, Promise, Report, compare, tolerance
+from upfit.errors import UpfitError
+from upfit.output import Output
+
+FILE = "model.safetensors"
+EMPTY = Report("", "")
+
+
+def run(source: Path, out: Path, recipe: str = "gqa", options: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    known = get_recipe(recipe)
+    chosen = known.options(**(options or {"kv_heads": 2, "method": "mean"}))
+    return convert(known, str(source), out, chosen, Settings(**settings), Output(quiet=True))
+
+
+def logits(seed: int = 0) -> torch.Tensor:
+    return torch.randn(40, 90, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("tolerated", "error", "passes"), [(1e-4, 9e-5, True), (1e-4, 1.1e-4, False), (0.0, 1e-7, False)])
+def test_logits_are_as_near_as_was_promised(tolerated: float, error: float, passes: bool) -> None:
+    before = logits()
+    after = before.clone()
+    after[3, 5] += error * before.abs().max()
+    if passes:
+        assert compare(EMPTY, before, after, None, Promise(tolerated)).equal is False
+        return
+    with pytest.raises(UpfitError, match="where this setting promises equality"):
+        compare(EMPTY, before, after, None, Promise(tolerated))
+
+
+def test_what_rounding_is_depends_on_the_type() -> None:
+    assert [tolerance(name, moved=False) for name in ("float32", "float64", "bfloat16")] == [1e-4, 1e-8, 3e-2]
+    assert tolerance("float64", moved=True) == 1e-6 and CLOSE["float64"] == 1e-8
+    assert compare(EMPTY, logits(), logits(), None, Promise(0.0)).equal is True
+    assert compare(EMPTY, logits(), logits(1), None, Promise()).equal is False
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(value: float) -> None:
+    after = logits()
+    after[0, 0] = value
+    with pytest.raises(UpfitError, match="its logits are not finite"):
+        compare(EMPTY, logits(), after, None, Promise())
+
+
+def test_the_loss_has_an_interval_over_pieces_of_the_text() -> None:
+    ids = torch.randint(0, 90, (1, 40))
+    report = compare(EMPTY, logits(), logits() * 1.1, ids, Promise())
+    assert report.loss is not None and report.source_loss is not None and report.loss_interval is not None
+    assert 0 < report.loss_interval < 1
+    short = compare(EMPTY, logits()[:9], logits()[:9] * 1.1, ids[:, :9], Promise())
+    assert short.loss is not None and short.loss_interval is None
+
+
+def poison(folder: Path, name: str) -> Path:
+    tensors = load_file(folder / FILE)
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, folder / FILE, metadata={"format": "pt"})
+    return folder
+
+
+def test_the_engine_computes_nothing_that_is_not_finite(tmp_path: Path) -> None:
+    """Without verify too."""
+    source = poison(save_tiny(tmp_path / "source"), "model.layers.0.self_attn.k_proj.weight")
+    with pytest.raises(UpfitError, match="k_proj.weight' is not finite as F32"):
+        run(source, tmp_path / "out", verify=False)
+
+
+def test_verify_sees_what_only_passed_through(tmp_path: Path) -> None:
+    source = poison(save_tiny(tmp_path / "source"), "model.layers.0.mlp.down_proj.weight")
+    with pytest.raises(UpfitError, match="its logits are not finite"):
+        run(source, tmp_path / "out")
+    run(source, tmp_path / "out", verify=False)
+
+
+def test_a_rule_that_writes_another_shape_than_the_class_wants_is_a_defect(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    rule = Rule((name,), (name,), lambda tensors: {name: tensors[name][:-1]}, "cut")
+    with open_checkpoint(save_tiny(tmp_path / "source")) as checkpoint:
+        plan = Plan(checkpoint.config, (rule,))
+        architecture = bind(checkpoint.config, checkpoint.tensors)
+        with pytest.raises(ValueError, match=r"has shape \(47, 32\), the class wants \(48, 32\)"):
+            check_against_class(plan, outline(plan, checkpoint, None), architecture)
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A finished shard of three pieces in a work folder, and its line in the journal."""
+    folder, content = tmp_path / "work", os.urandom(90)
+    folder.mkdir()
+    (folder / "shard").write_bytes(content)
+    kept = Journal(folder, {}, lambda *_: b"")
+    (folder / "shard").write_bytes(content)
+    kept.add("shard", 90, [Piece(start, 30, journal.zlib.crc32(content[start : start + 30])) for start in (0, 30, 60)])
+    return folder, json.loads((folder / JOURNAL).read_text().splitlines()[1])
+
+
+def kept_with(folder: Path, line: dict[str, Any]) -> bool:
+    first = (folder / JOURNAL).read_text().splitlines()[0]
+    (folder / JOURNAL).write_text(f"{first}\n{json.dumps(line)}\n")
+    return "shard" in Journal(folder, {}, lambda *_: b"").kept
+
+
+@pytest.mark.parametrize("left", [(0, 1, 2), (2, 0, 1), (0, 2), (0, 1), (1, 2), (0, 0, 1, 2), ()])
+def test_a_shard_stands_when_its_pieces_cover_it(lines: tuple[Path, dict[str, Any]], left: tuple[int, ...]) -> None:
+    """A piece that nobody told of may be anything: with a gap in front, in the middle or behind, it is written again."""
+    folder, line = lines
+    pieces = [line["pieces"][index] for index in left]
+    assert kept_with(folder, line | {"pieces": pieces}) == (sorted(left) == [0, 1, 2])
+
+
+def test_a_gap_of_the_size_of_an_overlap_is_a_gap(lines: tuple[Path, dict[str, Any]]) -> None:
+    folder, line = lines
+    first, second, _ = line["pieces"]
+    assert not kept_with(folder, line | {"pieces": [first, second, [30, 60, *second[2:]]]})
+
+
+def test_a_shard_reaches_the_disk_before_its_line_and_the_line_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, int]] = []
+    real = os.fsync
+
+    def noted(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path.name, path.stat().st_size if path.is_file() else 0))
+        real(descriptor)
+
+    original = conversion.write_shards
+
+    def watched(shards: Any, *work: Any) -> None:
+        monkeypatch.setattr(os, "fsync", noted)
+        original(shards, *work)
+        monkeypatch.setattr(os, "fsync", real)
+        size = (work[2] / JOURNAL).stat().st_size
+        assert [name for name, _ in synced] == [FILE, JOURNAL] and synced[1][1] == size
+
+    monkeypatch.setattr(conversion, "write_shards", watched)
+    run(save_tiny(tmp_path / "source"), tmp_path / "out", verify=False)
+
+
+def lossless(folder: Path) -> Any:
+    return history.read(folder)[-1]["measurements"].get("lossless")
+
+
+def test_lossless_is_bit_equal_or_says_how_near(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    run(source, tmp_path / "same", options={"kv_heads": 4}, verify=False)
+    run(source, tmp_path / "fewer", verify=False)
+    run(source, tmp_path / "pairs", "diff", {"variant": "v2"}, verify=False)
+    run(source, tmp_path / "static", "diff", {"variant": "v2-static"}, verify=False)
+    run(source, tmp_path / "half", options={"kv_heads": 4}, dtype="bfloat16", verify=False)
+    assert [lossless(tmp_path / name) for name in ("same", "pairs")] == [True, True]
+    assert lossless(tmp_path / "fewer") is None
+    assert lossless(tmp_path / "static") == {"tolerance": 1e-4, "dtype": ""}
+    assert lossless(tmp_path / "half") == {"tolerance": 0.0, "dtype": "bfloat16"}
+
+
+def test_the_start_of_differential_attention_is_held_to_equality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight off by its last bit."""
+    original = conversion.write_shards
+
+    def nearly(shards: Any, rules: Any, checkpoint: Any, folder: Path, *rest: Any) -> None:
+        original(shards, rules, checkpoint, folder, *rest)
+        with open(folder / FILE, "r+b") as file:
+            place = shards[0].offsets["model.layers.0.self_attn.v_proj.weight"]
+            data = torch.frombuffer(read_exactly(file.fileno(), 4096, place), dtype=torch.float32)
+            os.pwrite(file.fileno(), torch.nextafter(data, torch.tensor(9e9)).numpy().tobytes(), place)
+
+    monkeypatch.setattr(conversion, "write_shards", nearly)
+    source = save_tiny(tmp_path / "source")
+    with pytest.raises(UpfitError, match="promises equality;"):
+        run(source, tmp_path / "out", "diff", {"variant": "v2"}, verify_bytes=False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_type_is_held_against_the_source_in_that_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    source = save_tiny(tmp_path / "source")
+    recipe, options = ("gqa", {"kv_heads": 4}) if dtype == "float16" else ("diff", {"variant": "v2"})
+    answer = run(source, tmp_path / "same", recipe, options, dtype=dtype)
+    assert answer["verify"]["equal"] and answer["verify"]["numbers"] == f"logits equal the source's in {dtype} bit for bit"
+    original = conversion.write_shards
+
+    def wrong(shards: Any, rules: Any, checkpoint: Any, folder: Path, *rest: Any) -> None:
+        original(shards, rules, checkpoint, folder, *rest)
+        with open(folder / FILE, "r+b") as file:
+            file.seek(shards[0].offsets["model.layers.1.mlp.down_proj.weight"])
+            file.write(bytes(1024))
+
+    monkeypatch.setattr(conversion, "write_shards", wrong)
+    with pytest.raises(UpfitError, match=f"differ from the source's in {dtype}"):
+        run(source, tmp_path / "wrong", options={"kv_heads": 4}, dtype=dtype, verify_bytes=False)
+
+
+def test_what_a_class_keeps_in_float32_is_rounded_for_the_comparison(tmp_path: Path) -> None:
+    """Routers and their biases are, in many a mixture of experts; a file in bfloat16 has them rounded."""
+    tiny_model("ernie4_5_moe").save_pretrained(tmp_path / "source")
+    answer = run(tmp_path / "source", tmp_path / "out", options={"kv_heads": 4}, dtype="bfloat16")
+    assert answer["verify"]["equal"]
+
+
+def test_a_source_wider_than_its_class_runs(tmp_path: Path) -> None:
+    tiny_llama().bfloat16().save_pretrained(tmp_path / "source")
+    answer = run(tmp_path / "source", tmp_path / "out", options={"kv_heads": 4}, dtype="float32")
+    assert answer["verify"]["equal"]
