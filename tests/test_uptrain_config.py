@@ -98,6 +98,22 @@ def test_the_learning_rate_warms_up_stays_and_decays() -> None:
     assert 0.2 < rates[-1] < 0.3, "the end is near the smallest rate, and no step is wasted on it"
 
 
+@pytest.mark.parametrize("steps", [10, 100])
+def test_the_fall_follows_the_root_of_its_progress(steps: int) -> None:
+    """Not a straight line: half of the fall is over after a quarter of its steps (arXiv:2405.18392)."""
+    rates = [learning_rate(step, steps, 1.0, 0.0, 1.0, 0.0) for step in range(steps)]
+    done = [(step + 1) / (steps + 1) for step in range(steps)]
+    assert rates == pytest.approx([1 - share**0.5 for share in done])
+    assert rates[(steps + 1) // 4 - 1] == pytest.approx(0.5, abs=0.08)
+
+
+@pytest.mark.parametrize("min_rate", [0.0, 0.3, 1.0])
+def test_a_rate_never_falls_below_its_least(min_rate: float) -> None:
+    rates = [learning_rate(step, 50, 2.0, 0.1, 0.5, min_rate) for step in range(50)]
+    last = min_rate + (1 - min_rate) * (1 - (25 / 26) ** 0.5)
+    assert min(rates[5:]) >= 2.0 * min_rate and rates[-1] == pytest.approx(2.0 * last)
+
+
 def test_schedules_at_their_edges() -> None:
     assert learning_rate(0, 1, 1.0, 0.0, 0.0, 0.0) == 1.0
     assert learning_rate(0, 1, 1.0, 0.02, 0.2, 0.0) > 0

@@ -163,10 +163,18 @@ def test_what_could_not_be_written_is_told_before_the_first_step(
     source = saved(tmp_path / "model", "llama")
     kept = "model.norm.weight"
     monkeypatch.setattr("upfit.uptrain.export.as_saved", lambda student, weights: {kept: weights[kept]})
-    with pytest.raises(UpfitError, match="as nothing: it could not be written") as caught:
+    with pytest.raises(UpfitError, match="as nothing .*: it could not be written") as caught:
         run(source, place / "data", tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.uptrain").exists()
+
+
+def test_whole_numbers_cannot_hold_what_is_trained(tmp_path: Path) -> None:
+    source = saved(tmp_path / "model", "llama")
+    state = load_file(source / WEIGHTS)
+    save_file(state | {"model.norm.weight": torch.ones(32, dtype=torch.int32)}, source / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UpfitError, match=r"model.norm.weight, in I32.*floating type"):
+        layout_of(load(source, torch.float32, torch.device("cpu")), source)
 
 
 def test_of_several_tensors_that_make_up_one_the_namesake_is_meant() -> None:

@@ -13,10 +13,12 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from tests.folders import logits, save_tiny, tiny_llama
 from tests.uptraining import QUIET, Workshop, config, make_workshop, metrics, weights
 from upfit import history
+from upfit.cli import app
 from upfit.errors import UpfitError
 from upfit.uptrain.config import Config, resolve
 from upfit.uptrain.models import Distiller
@@ -168,6 +170,35 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
         return (loss * float("nan") if seen[0] - 1 in steps else loss), ce, kl
 
     monkeypatch.setattr(Distiller, "forward", forward)
+
+
+def test_the_rates_of_a_run_are_those_that_its_flags_say(shop: Workshop, tmp_path: Path) -> None:
+    words = ["uptrain", str(shop.student), str(shop.data), str(tmp_path / "out"), "--tokens", "1280", "--length", "32"]
+    words += ["--batch-tokens", "128", "--holdout", "4", "--stages", "distill", "--learning-rate", "0.01", "-q"]
+    done = CliRunner().invoke(app, [*words, "--warmup", "0.5", "--decay", "0.3", "--min-rate", "0.5"])
+    assert done.exit_code == 0, done.stderr
+    rising, falling = [0.002, 0.004, 0.006, 0.008, 0.01], [0.005 + 0.005 * (1 - (step / 4) ** 0.5) for step in (1, 2, 3)]
+    assert [line["lr"] for line in metrics(tmp_path / "out")] == pytest.approx([*rising, 0.01, 0.01, *falling])
+
+
+def test_a_gradient_is_clipped_to_the_norm_that_was_asked_for(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at where the optimiser does; told is what the norm was before."""
+    norms: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def seen(self: torch.optim.AdamW, *more: Any) -> Any:
+        grads = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        norms.append(float(torch.cat([grad.flatten() for grad in grads if grad is not None]).norm()))
+        return step(self, *more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", seen)
+    for clip in (1e-3, 1e3):
+        shop.run(tmp_path / str(clip), tokens="128", clip=clip)
+    (line,) = metrics(tmp_path / "0.001")
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3) and norms[1] == pytest.approx(line["grad_norm"], rel=1e-3)
+    assert line["grad_norm"] > 0.01
 
 
 def test_a_bad_step_is_skipped_and_counted(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

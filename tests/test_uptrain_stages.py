@@ -111,6 +111,19 @@ def test_the_error_of_a_layer_is_that_of_its_output_on_the_teachers_input(shop: 
     torch.testing.assert_close(loss, torch.stack(errors).mean())
 
 
+def test_errors_are_told_in_units_of_the_teachers_mean_square(shop: Workshop) -> None:
+    """So that layers count alike: a student that puts out nothing is off by one such unit in each."""
+    student = pooled(tiny_llama())
+    learner = layerwise(shop, student)
+    ids, positions = torch.randint(30, (2, 12), generator=torch.Generator().manual_seed(1)), torch.arange(12).expand(2, -1)
+    learner.take_units(ids, positions)
+    with torch.no_grad():
+        for layer in student.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    _, *errors = learner(ids, positions, ids)
+    torch.testing.assert_close(torch.stack(errors) / ids.numel(), torch.ones(2))
+
+
 def test_only_attention_learns_and_each_layer_by_itself(shop: Workshop) -> None:
     student = pooled(tiny_llama())
     learner = layerwise(shop, student)

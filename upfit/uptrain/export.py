@@ -12,6 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from upfit.convert.checkpoint import INDEX, Checkpoint, open_checkpoint, read_config, torch_dtype
 from upfit.convert.folders import copy_code, copy_side_files
+from upfit.convert.safetensors_file import TensorInfo
 from upfit.convert.skeleton import Names, quiet_transformers
 from upfit.errors import UpfitError
 from upfit.uptrain.models import load
@@ -37,13 +38,22 @@ def layout_of(student: PreTrainedModel, source: Path) -> dict[str, str]:
             if parameter not in names.shapes:
                 continue
             near = namesakes(name, by_parameter.get(parameter, []))
-            if len(near) != 1 or tuple(made[near[0]].shape) != tuple(info.shape):
-                what = f"{source} stores {parameter} as {name}, and transformers as {', '.join(near[:3]) or 'nothing'}"
+            trouble = hindrance(info, near, made)
+            if trouble is not None:
                 raise UpfitError(
-                    f"{what}: it could not be written once it is trained; load and save the model with transformers"
+                    f"{source} stores {parameter} as {name}, {trouble}: it could not be written once it is trained"
                 )
             layout[name] = near[0]
     return layout
+
+
+def hindrance(info: TensorInfo, near: list[str], made: dict[str, Tensor]) -> str | None:
+    """Why the stored tensor `info` cannot hold what transformers saves under the names `near`; None where it can."""
+    if len(near) != 1 or tuple(made[near[0]].shape) != tuple(info.shape):
+        return f"and transformers as {', '.join(near[:3]) or 'nothing'} (load it with transformers and save it anew)"
+    if made[near[0]].is_floating_point() and not torch_dtype(info.dtype).is_floating_point:
+        return f"in {info.dtype}, which holds no fractions (give a model in a floating type)"
+    return None
 
 
 def namesakes(name: str, candidates: list[str]) -> list[str]:
