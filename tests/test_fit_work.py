@@ -146,6 +146,24 @@ def test_without_room_the_earlier_state_stays(tmp_path: Path, monkeypatch: pytes
         assert json.loads((tmp_path / "fit.json").read_text())["progress"]["next"] == kept
 
 
+def test_a_state_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fills up while a state is written: the fit goes on, and a later run goes on from the state before."""
+    walk(tmp_path / "whole")
+    real = fit_work.save_file
+
+    def failing(tensors: dict[str, Tensor], path: Path, **more: Any) -> None:
+        real(tensors, path, **more)
+        if path.name == "before-00002.state.new":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fit_work, "save_file", failing)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 4, before=True)  # after layer 1, whose state is not there
+        walk(tmp_path / "fit")
+    assert not list((tmp_path / "fit").glob("before-00002*"))
+    assert walk(tmp_path / "fit") == [1, 2, 3] and content(tmp_path / "fit") == content(tmp_path / "whole")
+
+
 def lane(shared: dict[str, Any]) -> Lane:
     """A lane before two layers that are given the same dictionary, which the student has one of its own of."""
     own = dict(shared)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -107,22 +107,27 @@ class FitWork:
 
         Where the disk has no room for it, the earlier state stays what the next run goes on from.
         """
-        before = self.progress.state
-        if state is not None and not self._has_room(state, total - index):
-            return
-        self.progress.next, self.progress.total = index, total
-        self.progress.state = self.progress.sha256 = None
+        name = sha256 = None
         if state is not None:
-            self.progress.state = f"before-{index:05d}.state"
-            strides = {name: list(torch.empty_like(tensor, device="meta").stride()) for name, tensor in state.items()}
-            stored = _storable(state)
-            self.progress.sha256 = self._write(
-                self.progress.state, lambda path: save_file(stored, path, metadata={"strides": json.dumps(strides)})
-            )
+            if not self._has_room(state, total - index):
+                return
+            name = f"before-{index:05d}.state"
+            try:
+                sha256 = self._write_state(name, state)
+            except (OSError, SafetensorError):  # others took the room meanwhile; the fit itself lacks nothing
+                (self.folder / (name + NEW)).unlink(missing_ok=True)
+                return
+        before, self.progress.state, self.progress.sha256 = self.progress.state, name, sha256
+        self.progress.next, self.progress.total = index, total
         content = {"format": FORMAT, "identity": self.identity, "progress": asdict(self.progress)}
         self._write(FILE, lambda path: path.write_text(json.dumps(content), "utf-8"))
         if before is not None:
             (self.folder / before).unlink(missing_ok=True)
+
+    def _write_state(self, name: str, state: dict[str, Tensor]) -> str:
+        strides = {name: list(torch.empty_like(tensor, device="meta").stride()) for name, tensor in state.items()}
+        stored = _storable(state)
+        return self._write(name, lambda path: save_file(stored, path, metadata={"strides": json.dumps(strides)}))
 
     def _has_room(self, state: dict[str, Tensor], layers: int) -> bool:
         """Whether the disk holds `state` and still the layers to come, which the conversion cannot do without."""
