@@ -261,6 +261,14 @@ def test_halves_of_characters_become_u_fffd(tmp_path: Path, read: Any, name: str
     assert read(tmp_path / name) == ["a � b �� 😀", "�"]
 
 
+@pytest.mark.parametrize("read", BOTH)
+def test_a_byte_order_mark_is_dropped_wherever_a_text_begins(tmp_path: Path, read: Any) -> None:
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "a"}\n\ufeff{"text": "\ufeffb"}\n{"text": "\\ufeffc"}\n', "utf-8")
+    (tmp_path / "b.json").write_text('\ufeff[{"text": "\\ufeffd"}]', "utf-8")
+    (tmp_path / "c.txt").write_text("\ufeffe", "utf-8")
+    assert read(tmp_path) == ["a", "b", "c", "d", "e"]
+
+
 def test_the_home_folder_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("x")
