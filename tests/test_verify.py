@@ -17,8 +17,7 @@ from upfit.convert.architectures import bind
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.engine import check_against_class, outline
-from upfit.convert.folders import JOURNAL
-from upfit.convert.journal import Journal
+from upfit.convert.journal import JOURNAL, Journal
 from upfit.convert.movers import Piece
 from upfit.convert.recipe import Plan, Rule, get_recipe
 from upfit.convert.safetensors_file import read_exactly

@@ -44,9 +44,6 @@ class OutputTaken(Interrupted):
     """Something has appeared at the output meanwhile; what was made is kept in the work folder."""
 
 
-KEEPING = (Interrupted, KeyboardInterrupt, SystemExit, OSError)  # what ends the work without making it worthless
-
-
 @dataclass
 class WorkFolder:
     """An opened and locked work folder `path` of the output `out`. `keep` says that what is in it is worth going on with even
@@ -167,8 +164,8 @@ def work_folder(
 ) -> Iterator[WorkFolder]:
     """The work folder of `out`, for `verb`, locked; several processes may be in it at once with `shared`.
 
-    Removed when the block has finished its result, and after an error unless something in it is worth keeping (`keep`, or
-    Interrupted, Ctrl-C); then a note on the exception tells of it. `check` raises UpfitError for an output that is not Upfit's.
+    Removed when the block has published its result, and after an error that a user can put right unless something in it is worth
+    keeping (`keep`). It stays after everything else (Interrupted, Ctrl-C, a full disk, a defect); a note on Ctrl-C tells of it. `check` raises UpfitError for an output that is not Upfit's.
 
     Raises UpfitError when another process is at work on this output, the unfinished work of another verb lies there (with
     `overwrite` that is thrown away), or the folder is not Upfit's.
@@ -192,7 +189,8 @@ def _leave(work: WorkFolder, error: BaseException) -> None:
     """Remove the folder where nothing in it is worth going on with; else say that it is kept."""
     if isinstance(error, Refused):
         return
-    if work.finished or not work.begun() or not (work.keep or isinstance(error, KEEPING)):
+    worthless = isinstance(error, UpfitError) and not isinstance(error, Interrupted)
+    if work.finished or not work.begun() or (worthless and not work.keep):
         with suppress(OSError, UpfitError):
             work.remove()
     elif isinstance(error, KeyboardInterrupt | SystemExit):
