@@ -236,7 +236,7 @@ def test_a_json_file_of_something_else_is_left_out_of_a_folder(tmp_path: Path) -
         notes = Notes()
         assert read(tmp_path, output=notes) == ["code"]  # type: ignore[operator]
         (note,) = notes.notes
-        assert note.startswith("2 files were left out, e.g.") and "package.json line 1 has no text" in note
+        assert note.startswith("left out: 2 files that are not text, e.g.") and "package.json line 1 has no text" in note
         assert "found: name" in refused(read, tmp_path / "package.json")
     (tmp_path / "a.py").unlink()
     assert "holds no text that can be read" in refused(streamed, tmp_path) and "left" not in refused(sampled, tmp_path)
@@ -251,7 +251,7 @@ def test_nulls_are_left_out_and_counted_once(tmp_path: Path) -> None:
     for read in BOTH:
         notes = Notes()
         assert read(tmp_path, output=notes) == ["x", "y", "z"]  # type: ignore[operator]
-        assert notes.notes == [f"4 entries have no text (null) in 'text' and were left out, e.g. {tmp_path}/a.jsonl line 2"]
+        assert notes.notes == [f"left out: 4 entries have no text (null) in 'text', e.g. {tmp_path}/a.jsonl line 2"]
 
 
 @pytest.mark.parametrize("read", BOTH)
@@ -341,12 +341,14 @@ def test_files_that_are_not_text_are_left_out_of_a_folder_and_damage_is_not(tmp_
     (tmp_path / "b.txt").write_bytes(b"\xff")
     (tmp_path / "c.png").write_bytes(b"\x89PNG\0")
     notes = Notes()
-    assert streamed(tmp_path, output=notes) == ["good"] and notes.notes[0].startswith("2 files were left out")
+    assert streamed(tmp_path, output=notes) == ["good"] and notes.notes[0].startswith("left out: 2 files that")
     notes = Notes()
-    assert sampled(tmp_path, output=notes) == ["good"] and notes.notes[0].startswith("1 files were left out")
-    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(GOOD)[:-9])
-    for read in BOTH:
-        assert "d.jsonl.gz is no gzip file, damaged or cut short" in refused(read, tmp_path)
+    assert sampled(tmp_path, output=notes) == ["good"] and notes.notes[0].startswith("left out: 1 file that is")
+    for name in ("d.jsonl.gz", "d.json.gz", "d.txt.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(GOOD)[:-9])
+        for read in BOTH:
+            assert f"{name} is no gzip file, damaged or cut short" in refused(read, tmp_path)
+        (tmp_path / name).unlink()
 
 
 # Only ordinary files, and only so much of them

@@ -16,8 +16,12 @@ FREE_BYTES = 64 * 2**20  # are unpacked whatever their ratio: a short text repea
 MOST_RATIO = 200  # prose packs to a third, logs to a thirtieth; gzip itself can do a thousandth
 
 
+class Damaged(UpfitError):
+    """A packed file that cannot be trusted: refused wherever it was found, for what it holds may be text."""
+
+
 class Growth:
-    """How far a file has grown while it was unpacked. Raises UpfitError when that is more than text does."""
+    """How far a file has grown while it was unpacked. Raises Damaged when that is more than text does."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.bytes = path, 0
@@ -26,13 +30,13 @@ class Growth:
         """`nbytes` more came out; `read` bytes of the file have been read for all of it so far."""
         self.bytes += nbytes
         if self.bytes > FREE_BYTES and self.bytes > MOST_RATIO * read:
-            raise UpfitError(
+            raise Damaged(
                 f"{self.path} unpacks to over {MOST_RATIO} times its size, as text does not; unpack it yourself if it is text"
             )
 
 
 class Unpacking(io.RawIOBase):
-    """The content of the gzip file `file`. Damage is an UpfitError that names `path`."""
+    """The content of the gzip file `file`. Raises Damaged, which names `path`."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         self.file, self.path, self.growth = file, path, Growth(path)
@@ -45,7 +49,7 @@ class Unpacking(io.RawIOBase):
         try:
             piece = self.content.read(min(len(buffer), CHUNK))
         except (EOFError, OSError, zlib.error) as error:
-            raise UpfitError(f"{self.path} is no gzip file, damaged or cut short ({error}); fetch it again") from error
+            raise Damaged(f"{self.path} is no gzip file, damaged or cut short ({error}); fetch it again") from error
         self.growth.add(len(piece), self.file.tell())
         buffer[: len(piece)] = piece
         return len(piece)
@@ -55,7 +59,7 @@ class Unpacking(io.RawIOBase):
 def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The content of the file at `path`, and the file as it lies there, whose position is how far reading has come.
 
-    Raises UpfitError when it is not an ordinary file, and while it is read, for damage.
+    Raises UpfitError when it is not an ordinary file, Damaged while it is read.
     """
     with open_ordinary(path) as file, named_errors(path):
         if is_packed(path):

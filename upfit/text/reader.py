@@ -8,7 +8,7 @@ from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.text.entries import Ahead, Entry, line_entries, text_of, value_entries
 from upfit.text.files import NotText, check_ordinary, form_of, is_packed
-from upfit.text.packed import Growth, opened, unpacked_size
+from upfit.text.packed import Damaged, Growth, opened, unpacked_size
 from upfit.text.plain import whole_text
 from upfit.text.tables import parquet_entries, parquet_rows, parquet_sizes
 
@@ -67,6 +67,8 @@ class Reader:
                 text_of(entry, self.field, self.hint)
                 yield entry
                 break
+        except Damaged:
+            raise
         except UpfitError as error:
             raise NotText(str(error)) from error
         yield from entries
@@ -102,6 +104,8 @@ class Reader:
     def account(self, output: Output) -> None:
         """Note what was left out, if anything was."""
         if self.nulls:
-            output.note(f"{self.nulls} entries have no text (null) in {self.field!r} and were left out, e.g. {self.first_null}")
+            what = "entry has" if self.nulls == 1 else "entries have"
+            output.note(f"left out: {self.nulls} {what} no text (null) in {self.field!r}, e.g. {self.first_null}")
         if self.left_out:
-            output.note(f"{len(self.left_out)} files were left out, e.g. {self.left_out[0]}")
+            what = "file that is" if len(self.left_out) == 1 else "files that are"
+            output.note(f"left out: {len(self.left_out)} {what} not text, e.g. {self.left_out[0]}")
