@@ -240,7 +240,7 @@ def _write(job: Job, answer: dict[str, Any], output: Output, stream: "Stream | N
             step["readme_sha256"] = hashlib.sha256((folder / "README.md").read_bytes()).hexdigest()  # the card tells it apart
         copy_code(job.plan.config, folder)
         config = json.dumps(job.plan.config, indent=2, ensure_ascii=False)
-        (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(config + "\n", encoding="utf-8", errors="backslashreplace")
         if job.settings.verify:
             output.note("verifying ...")
             source = job.source.path if stream is None else None
