@@ -1,5 +1,7 @@
 """What is shown of addresses: never who asks, nor with which word."""
 
+from pathlib import Path
+
 import pytest
 
 from upfit.addresses import public, redacted
@@ -32,3 +34,28 @@ def test_tokens_and_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     for secret in ("hf_abc", "sk-proj", "abc.def", "correct horse"):
         assert secret not in shown
     assert shown.endswith("false but long enough") and "\n" not in shown
+
+
+def test_recipes_keep_no_password() -> None:
+    from upfit import history
+
+    options = {"base_url": "https://me:opensesame@host/v1?key=opensesame", "texts": ["a"], "seed": 1, "shards": None}
+    assert history.step("synth", {}, options)["options"] == {**options, "base_url": "https://host/v1"}
+
+
+def test_a_server_that_stays_away_is_told_without_its_password(tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    from upfit.errors import UpfitError
+    from upfit.longcontext.ask import backends
+    from upfit.longcontext.ask.model import Request
+    from upfit.longcontext.options import Options
+    from upfit.output import Output
+
+    options = Options(tokenizer="x", ask="openai", model="m", base_url="http://me:opensesame@127.0.0.1:9/v1?key=opensesame")
+    answers = backends.Answers(tmp_path / "answers.jsonl")
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(backends, "RETRIES", 0)
+    with monkeypatch.context(), Output(quiet=True).progress("x", 1) as meter, pytest.raises(UpfitError) as caught:
+        backends.ask_server([Request(0, "?", (0,))], answers, options, meter)
+    monkeypatch.undo()
+    assert "opensesame" not in str(caught.value) and "http://127.0.0.1:9/v1 does not answer" in str(caught.value)

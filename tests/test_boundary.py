@@ -244,6 +244,8 @@ OF_INPUTS: list[BaseException] = [
     MemoryError(),
     OverflowError("int too large to convert to float"),
     zlib.error("Error -3 while decompressing data"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("Could not determine home directory."),
     PANIC("range end index 7 out of range"),
     Exception("data did not match any variant of untagged enum ModelWrapper\nat line 1"),
 ]

@@ -1,23 +1,28 @@
 """A card is made of records that somebody else may have written: whatever they hold is shown, and nothing of it works."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
 
+from benchmarks.fuzz_convert import damaged
 from tests.folders import save_tiny
 from tests.test_publish import card, copied
 from tests.uptraining import QUIET
 from upfit import history
 from upfit.convert.conversion import Settings, convert
+from upfit.convert.folders import teacher_source
 from upfit.convert.recipe import find_recipes
+from upfit.errors import UpfitError
 from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options as EvaluateOptions
 from upfit.publish import front
 from upfit.publish.card import BEGIN, END
 from upfit.publish.markdown import code, harmless, model_link, plain
+from upfit.report.compare import compare
 from upfit.report.run import report
 
 ATTACKS = [
@@ -164,3 +169,21 @@ def test_nothing_in_a_recipe_works_in_the_report(folder: Path, tmp_path: Path, a
     assert not {tag for tag, _ in tags} & {"script", "iframe", "object", "a", "b", "i"}
     assert all(attributes["src"].startswith("data:image/svg+xml;base64,") for tag, attributes in tags if tag == "img")
     assert not [key for _, attributes in tags for key in attributes if key.startswith("on")]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_recipe_of_any_shape_is_told_of_or_refused(folder: Path, tmp_path: Path, seed: int) -> None:
+    path = folder / history.FILE
+    path.write_bytes(damaged(path.read_bytes(), history.FILE, random.Random(seed)))
+
+    def told() -> None:
+        card(folder, license="mit")
+
+    def reported() -> None:
+        report(str(folder), tmp_path / "page.html", [], None, False)
+
+    for verb in (told, reported, lambda: compare([str(folder)]), lambda: teacher_source(folder)):
+        try:
+            verb()
+        except UpfitError as error:
+            assert "\n" not in str(error) and (history.FILE in str(error) or "source" in str(error))

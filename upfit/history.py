@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from upfit.addresses import redacted
 from upfit.bounded import RECORD_BYTES, read_json, shaped
 from upfit.durable import write_whole
 from upfit.errors import UpfitError
@@ -85,10 +86,19 @@ def step(
         "verb": verb,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": source,
-        "options": options,
+        "options": _public(options),
         "versions": versions(),
         "measurements": measurements or {},
     }
+
+
+def _public(value: Any) -> Any:
+    """Settings as they may be kept: without the passwords of addresses, and without keys."""
+    if isinstance(value, dict):
+        return {key: _public(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(part) for part in value]
+    return redacted(value) if isinstance(value, str) else value
 
 
 def write(folder: Path, steps: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ The order of the imports is that of the verbs in `upfit --help`.
 import io
 import os
 import sys
+from contextlib import suppress
 
 from upfit.cli.base import app, carry_errors
 from upfit.cli.boundary import end, terminable, unpacked
@@ -25,7 +26,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names need not be text; JSON reads such a backslash back
+            with suppress(OSError):  # of a stream that somebody else has set up
+                stream.reconfigure(errors="backslashreplace")  # names need not be text; JSON reads such a backslash back
     with terminable():
         try:
             app()

@@ -5,6 +5,7 @@ The rooms raise UpfitError for what they foresee. What they do not foresee of a 
 
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -25,6 +26,7 @@ READERS = (
     *("zlib", "_lzma", "lzma", "gzip", "zipfile", "tarfile", "pyarrow", "tokenizers", "pyo3_runtime", "safetensors"),
     *("safetensors_rust", "sentencepiece", "jinja2", "yaml", "datasets", "huggingface_hub", "httpx", "requests", "fsspec"),
 )
+OF_MACHINE = re.compile(r"home directory|allocate memory|out of memory", re.IGNORECASE)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 MOST = 600  # characters of a line
 STOPPED = "nothing unfinished stands at the output"
@@ -90,7 +92,12 @@ def is_of_input(error: BaseException) -> bool:
     """Whether an error that nobody foresaw is about what was read or written; else it is ours."""
     libraries = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
     # Readers written in Rust and C raise plain Exceptions.
-    return isinstance(error, OF_INPUT) or type(error) is Exception or bool(libraries & set(READERS))
+    return isinstance(error, OF_INPUT) or type(error) is Exception or bool(libraries & set(READERS)) or _of_this_machine(error)
+
+
+def _of_this_machine(error: BaseException) -> bool:
+    """What torch says of memory, and pathlib of a `~name` that nobody is called, with plain RuntimeErrors."""
+    return isinstance(error, RuntimeError) and bool(OF_MACHINE.search(str(error)))
 
 
 def where(error: BaseException, words: list[str]) -> str:
@@ -119,7 +126,7 @@ def reason(error: BaseException, kind: bool = False) -> str:
         return error.strerror[0].lower() + error.strerror[1:]
     if isinstance(error, RecursionError):
         return "nested too deeply to be read"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error), re.IGNORECASE):
         return "it takes more memory than there is"
     said = next((part.strip() for part in str(error).splitlines() if part.strip()), "")
     return f"{name}: {said}" if said and (kind or type(error) is not Exception) else said or name

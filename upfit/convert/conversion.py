@@ -280,7 +280,7 @@ def _write(job: Job, answer: dict[str, Any], output: Output, work: WorkFolder, s
             step["readme_sha256"] = hashlib.sha256((folder / "README.md").read_bytes()).hexdigest()  # the card tells it apart
         copy_code(job.plan.config, folder)
         config = json.dumps(job.plan.config, indent=2, ensure_ascii=False)
-        (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(config + "\n", encoding="utf-8", errors="backslashreplace")
         if job.settings.verify:
             step["measurements"]["verify"] = _verified(job, promise, folder, shards, output, stream).record()
         job.checkpoint.check_unchanged()

@@ -15,6 +15,7 @@ from upfit.bounded import DATA_BYTES, MISSHAPEN, read_bytes, read_lines, reason,
 from upfit.errors import UpfitError
 from upfit.longcontext.ask.model import Request
 from upfit.longcontext.options import Options
+from upfit.model_files import check_model_files
 from upfit.output import Meter
 
 MOST_TOKENS = 256  # of an answer
@@ -98,6 +99,8 @@ def ask_here(requests: list[Request], answers: Answers, options: Options, meter:
 
     from upfit.convert.calibrate import pick_device
 
+    if Path(str(options.model)).is_dir():
+        check_model_files(Path(str(options.model)))
     tokenizer = AutoTokenizer.from_pretrained(str(options.model), trust_remote_code=False, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(str(options.model), trust_remote_code=False, dtype="auto")
     model = model.to(pick_device()).eval()
