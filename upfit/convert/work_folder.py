@@ -165,8 +165,8 @@ def work_folder(
     """The work folder of `out`, for `verb`, locked; several processes may be in it at once with `shared`.
 
     Removed when the block has published its result, and after an error that a user can put right, unless something in it is
-    worth keeping (`keep`). It stays after everything else (Interrupted, Ctrl-C, a full disk, a defect); a note on Ctrl-C tells of
-    it. `check` raises UpfitError for an output that is not Upfit's.
+    worth keeping (`keep`). It stays after everything else (Interrupted, Ctrl-C, a full disk, a defect); a note on Ctrl-C says
+    so. `check` raises UpfitError for an output that is not Upfit's.
 
     Raises UpfitError when another process is at work on this output, the unfinished work of another verb lies there (with
     `overwrite` that is thrown away), or the folder is not Upfit's.
