@@ -77,8 +77,8 @@ def read_documents(texts: list[str] | None, tokens: int, output: Output | None =
 
 def check_texts(texts: list[str] | None) -> None:
     """A cheap look before a model is read. Raises UpfitError when one of the files and folders `texts` is not there."""
-    for name in texts or []:
-        if not is_statistics(name):
+    if texts and not any(map(is_statistics, texts)):
+        for name in texts:
             find_files(name, FLAG)
 
 
