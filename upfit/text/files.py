@@ -5,12 +5,12 @@ Only ordinary files are read (through links, too): a pipe would be waited for, a
 
 import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
+from upfit.bounded import check_ordinary
 from upfit.errors import UpfitError
 
 Form = Literal["text", "lines", "json", "parquet"]
@@ -24,7 +24,6 @@ TEXT_SUFFIXES = frozenset({
 })
 # fmt: on
 HUB_DATA = re.compile(r"\w[\w.\-]*/\w[\w.\-]*(:[\w.\-]+)?")
-KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 class NotText(UpfitError):
@@ -43,27 +42,6 @@ def inner_suffix(path: Path) -> str:
 def form_of(path: Path) -> Form:
     form = FORMS.get(inner_suffix(path), "text")
     return "text" if form == "parquet" and is_packed(path) else form  # which is then found to be none
-
-
-def check_ordinary(path: Path) -> os.stat_result:
-    """What the system says of the file at `path`. Raises UpfitError when it is not an ordinary one, or out of reach."""
-    with named_errors(path):
-        state = path.stat()
-    kind = stat.S_IFMT(state.st_mode)
-    if kind != stat.S_IFREG:
-        raise UpfitError(f"{path} is {KINDS.get(kind, 'a folder')}, not an ordinary file; put the text into a file")
-    return state
-
-
-def open_ordinary(path: Path) -> IO[bytes]:
-    """The file, open for reading. Raises UpfitError as `check_ordinary` does; never waits for a pipe's other end."""
-    check_ordinary(path)
-    with named_errors(path):
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UpfitError(f"{path} is not an ordinary file any more; start again when it is at rest")
-    return os.fdopen(descriptor, "rb")
 
 
 @contextmanager

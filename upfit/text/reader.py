@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from upfit.bounded import check_ordinary
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.text.entries import Ahead, Entry, line_entries, text_of, value_entries
-from upfit.text.files import NotText, check_ordinary, form_of, is_packed
+from upfit.text.files import NotText, form_of, is_packed
 from upfit.text.packed import Damaged, Growth, opened, unpacked_size
 from upfit.text.plain import whole_text
 from upfit.text.tables import parquet_entries, parquet_rows, parquet_sizes

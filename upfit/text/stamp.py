@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import IO
 
-from upfit.text.files import open_ordinary
+from upfit.bounded import open_ordinary
 
 WHOLE_BYTES = 8 * 2**20  # of a file that is hashed whole
 SAMPLES, SAMPLE_BYTES = 64, 2**14

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from upfit.bounded import check_ordinary
 from upfit.errors import UpfitError
 from upfit.text.entries import Ahead, Entry
-from upfit.text.files import check_ordinary
 from upfit.text.packed import Growth
 
 ROWS = 64  # at a time: a few bytes of a file can stand for as many copies of a long text

@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from transformers import PreTrainedModel
 
 from upfit.convert.checkpoint import open_checkpoint, read_config
-from upfit.convert.folders import Source, copy_side_files, find_source, teacher_source
+from upfit.convert.folders import Source, check_side_files, find_source, teacher_source
 from upfit.convert.output_folder import check_output
 from upfit.convert.skeleton import read_as_class, vocabulary
 from upfit.errors import UpfitError
@@ -99,12 +98,11 @@ def check_first(out: Path, source: Source, stages: list[Stage], opened: list[Dat
 
 def check_copies(source: Path) -> None:
     """Raise UpfitError when a file that goes with the weights could not be copied: that would show after the last step."""
-    with TemporaryDirectory() as scratch:
-        try:
-            copy_side_files(source, Path(scratch))
-        except OSError as error:
-            what = f"{error.filename or source} goes with the weights and cannot be copied ({error.strerror or error})"
-            raise UpfitError(f"{what}; mend or remove it") from error
+    try:
+        check_side_files(source)
+    except OSError as error:
+        what = f"{error.filename or source} goes with the weights and cannot be copied ({error.strerror or error})"
+        raise UpfitError(f"{what}; mend or remove it") from error
 
 
 def check_tokens(data: Data, known: int | None) -> None:
