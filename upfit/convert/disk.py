@@ -30,8 +30,8 @@ def disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else out
-        name = place.name if place.parent.name.startswith(out.name) else str(place)
-        why = error.strerror or type(error).__name__
+        name = place.name if out.name in place.parent.name else str(place)
+        why = error.strerror or next(iter(str(error).splitlines()), type(error).__name__)
         if error.errno in FULL:
             raise UpfitError(f"the disk of {out.parent} is full ({name}: {why}); free some space and start again") from error
         raise UpfitError(f"{out} was not written, for {name} failed: {why}; check the disk and permissions") from error
