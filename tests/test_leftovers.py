@@ -134,6 +134,28 @@ def test_a_stray_stays_only_where_it_has_nothing_to_do_with_heads(tmp_path: Path
     assert told == ("passed_on" if stays else "left_out", {name: 1})
 
 
+@pytest.mark.parametrize(("model_type", "model", "name"), [
+    ("qwen3_next", "model.layers.{}.", "mtp.layers.0."),
+    ("phi3", "model.layers.1.", "model.layers.2."),
+])  # fmt: skip
+def test_layers_of_other_builds(tmp_path: Path, model_type: str, model: str, name: str) -> None:
+    """Qwen3-Next's prediction layer is one with gated queries; what is fused and beyond the class is left out whole."""
+    tiny_model(model_type).save_pretrained(tmp_path / "source")
+    stored = load_file(tmp_path / "source" / FILE)
+    model = next(model.format(i) for i in range(9) if any(n.startswith(f"{model.format(i)}self_attn.") for n in stored))
+    source = edit(tmp_path / "source", beyond(name, model), mtp_num_hidden_layers=1)
+    run(source, tmp_path / "out", kv_heads=1, method="mean")
+    tensors, config = load_file(tmp_path / "out" / FILE), json.loads((tmp_path / "out" / "config.json").read_text())
+    kept = [one for one in tensors if one.startswith(name)]
+    if model_type == "phi3":
+        assert not kept and config["mtp_num_hidden_layers"] == 0
+    else:
+        assert kept and config["mtp_num_hidden_layers"] == 1
+        for part in ("q", "k", "v", "o"):
+            shapes = {tensors[f"{where}self_attn.{part}_proj.weight"].shape for where in (name, model)}
+            assert len(shapes) == 1
+
+
 def test_what_changes_no_heads_passes_everything_on(tmp_path: Path) -> None:
     source = edit(save_tiny(tmp_path / "source", tokenizer=False), beyond("mtp.layers.0."), num_nextn_predict_layers=1)
     notes = run(source, tmp_path / "out", kv_heads=4, method="mean")

@@ -115,6 +115,18 @@ def test_configs_that_tell_of_it_are_believed(tmp_path: Path, config: dict[str, 
         run(tmp_path / "source", tmp_path / "out")
 
 
+def test_types_of_half_a_byte_are_told_as_what_they_are(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "source", tokenizer=False) / FILE
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header[WEIGHT]["dtype"] = "F4"
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(UpfitError, match="is quantised .*stored as F4"):
+        run(tmp_path / "source", tmp_path / "out")
+
+
 HONEST = {
     "position-ids": ("model.embed_tokens.position_ids", torch.arange(8)),
     "mask": ("model.layers.0.self_attn.bias", torch.ones(1, 1, 5, 5, dtype=torch.uint8)),

@@ -76,6 +76,19 @@ def test_it_can_be_left_out_alone(tmp_path: Path, damage: Callable[..., None]) -
     run(tmp_path / "source", tmp_path / "unchecked", verify=False)
 
 
+def test_bytes_of_another_place_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They arrive as they were read, so that no checksum tells."""
+    original = movers.Mover.move
+
+    def shifted(self: movers.Mover, source: int, target: int, run: movers.Run, told: Any) -> None:
+        original(self, source, target, movers.Run(run.file, run.start - 4, run.nbytes, run.place), told)
+
+    monkeypatch.setattr(movers.Mover, "move", shifted)
+    with pytest.raises(UpfitError, match="is not the source's"):
+        run(save_tiny(tmp_path / "source"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_shared_blocks_are_not_read_and_others_are_compared_with_the_source(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(range(100)))
     asked: list[tuple[str, int, int]] = []

@@ -26,7 +26,7 @@ from upfit.convert.lens import see
 from upfit.convert.output_folder import check_output
 from upfit.convert.own_class import is_grouped
 from upfit.convert.quantised import check_not_quantised
-from upfit.convert.readback import check_written
+from upfit.convert.readback import check_places, check_written
 from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, find_merge
 from upfit.convert.remote_code import without_code
 from upfit.convert.verify import Promise, Report, tolerance, verify
@@ -90,7 +90,8 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
         preview: dict[str, Any] | None = None
         fit = job.plan.fit
         if fit is not None and not settings.dry_run:
-            job = _fitted(job, fit, bench)
+            with disk_errors(out):
+                job = _fitted(job, fit, bench)
         elif fit is not None and fit.calibrated:
             preview = _previewed(fit, bench)
         for note in job.plan.notes:
@@ -320,6 +321,8 @@ def _verified(job: Job, promise: Promise, folder: Path, shards: list[Shard], out
     if job.settings.verify_bytes:
         with output.progress("reading back", sum(piece.nbytes for shard in shards for piece in shard.pieces)) as meter:
             check_written(folder, shards, job.checkpoint.read_bytes, meter.advance)
+        if stream is None:
+            check_places(folder, shards, job.checkpoint)
     output.note("verifying ...")
     return verify(folder, job.source.path if stream is None else None, promise, job.out, job.unexpected)
 

@@ -32,7 +32,7 @@ def disk_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else out
         name = place.name if work_path(out.absolute()) in place.parents else str(place)
-        why = error.strerror or type(error).__name__
+        why = error.strerror or next(iter(str(error).splitlines()), type(error).__name__)
         if error.errno in FULL:
             raise Interrupted(
                 f"the disk of {out.parent} is full ({name}: {why}); free some space, and the same command goes on"

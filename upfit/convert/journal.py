@@ -4,6 +4,7 @@ The first line says what is being done; each further line is a shard whose bytes
 its pieces. A shard without a line, or with other bytes than its line tells, is written again.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 from upfit.convert.movers import Piece
 from upfit.convert.readback import STEP, Read, same
+from upfit.convert.safetensors_file import read_exactly
 from upfit.errors import UpfitError
 
 JOURNAL = "conversion.jsonl"  # in a folder that is being written: what of it is finished
@@ -71,7 +73,7 @@ def _stands(path: Path, line: dict[str, Any], read: Read) -> bool:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for piece in pieces:
-            if piece.place != end or not same(descriptor, piece, read):
+            if piece.place != end or not same(functools.partial(_take, descriptor), piece, read):
                 return False
             end += piece.nbytes
     except UpfitError:  # the source's file has become shorter
@@ -79,6 +81,10 @@ def _stands(path: Path, line: dict[str, Any], read: Read) -> bool:
     finally:
         os.close(descriptor)
     return end == line["nbytes"]
+
+
+def _take(descriptor: int, nbytes: int, place: int) -> bytearray:
+    return read_exactly(descriptor, nbytes, place)
 
 
 def crc_of(path: Path) -> int:

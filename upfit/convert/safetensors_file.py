@@ -104,6 +104,8 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise UpfitError(f"{path}: tensor {name!r} has no dtype, shape and two data_offsets; fetch the file again") from error
+    if isinstance(dtype, str) and dtype not in ITEM_BYTES and dtype.startswith(("F4", "F6", "F8", "I4", "U4")):
+        raise UpfitError(f"{path} is quantised ({name} is stored as {dtype}); convert the checkpoint it was made from")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise UpfitError(f"{path}: tensor {name!r} has dtype {dtype!r}; known are {', '.join(ITEM_BYTES)}")
     if not isinstance(shape, list) or not all(map(natural, [*shape, begin, end])):
