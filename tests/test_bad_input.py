@@ -17,14 +17,15 @@ from upfit.errors import UpfitError
 from upfit.output import Output
 
 
-def attempt(source: Path | str, out: Path, kv_heads: int = 2, **settings: object) -> str:
-    """The message with which a conversion is refused."""
+def attempt(source: Path | str, out: Path, kv_heads: int = 2, keeps: bool = False, **settings: object) -> str:
+    """The message with which a conversion is refused, or with which it ends and `keeps` what is done in its work folder."""
     recipe = get_recipe("gqa")
     parent_before = sorted(p.name for p in out.parent.iterdir())
     with pytest.raises(UpfitError) as caught:
         options = recipe.options(kv_heads=kv_heads, method="mean")
         convert(recipe, str(source), out, options, Settings(**settings), Output(quiet=True))  # type: ignore[arg-type]
-    assert sorted(p.name for p in out.parent.iterdir()) == parent_before, "something was written"
+    kept = [f"{out.name}.upfit-work"] if keeps else []
+    assert sorted(p.name for p in out.parent.iterdir()) == sorted([*parent_before, *kept]), "something was written"
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -368,7 +369,7 @@ def test_disk_that_fails(
             original(*work)
 
     monkeypatch.setattr(conversion, "write_shards", later)
-    message = attempt(folder, tmp_path / "out")
+    message = attempt(folder, tmp_path / "out", keeps=True)
     assert word in message and (call == "replace" or "model.safetensors" in message)
 
 
@@ -379,7 +380,7 @@ def test_disk_that_fills_while_writing(folder: Path, tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    assert "is full" in attempt(folder, tmp_path / "out")
+    assert "is full" in attempt(folder, tmp_path / "out", keeps=True)
 
 
 def test_unknown_dtype(folder: Path, tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_the_verb_tells_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     model, text = tmp_path / "model", tmp_path / "text.txt"
     shutil.copytree(embedded_model(), model)
     step = history.step("uptrain", {}, {}) | {"data": {"patterns": ["key and value, both ways"]}}
-    history.write(model, [history.step("convert cope", {}, {}), step])
+    history.write(model, [history.step("convert cope", {"name": "source"}, {}), step])
     text.write_text("\n".join(f"Line {i} says that there are {i * i} of them." for i in range(300)))
     asked: dict[str, Any] = {"probe": NAMES, "probe_samples": 4, "probe_depths": 2, "probe_length": [500, 450]}
     options = Options(against=str(embedded_model()), data=[str(text)], windows=1, length=64, **asked)
@@ -243,7 +243,7 @@ def test_the_verb_tells_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[
         ({"probe": ["key-value"], "probe_asked": 2}, "--probe-asked does nothing here"),
         ({"probe": ["multi-needle"], "probe_asked": 9}, "--probe-asked 9 is more than the needles"),
         ({"probe": ["key-value"], "probe_pieces": "here"}, "--probe-pieces does nothing here"),
-        ({"probe": ["val-code"], "probe_pieces": "nowhere", "probe_length": [900]}, "does not read as FILM's pieces"),
+        ({"probe": ["val-code"], "probe_pieces": "nowhere", "probe_length": [900]}, "code_functions.jsonl cannot be read"),
         ({"probe": ["val-database"], "probe_format": "chat"}, "needs a tokenizer with a chat template"),
     ],
 )

@@ -202,7 +202,7 @@ def test_what_another_run_has_finished_is_refused_as_ever(shop: Workshop, tmp_pa
     for name in ("model.safetensors", "recipe.json", "config.json"):
         with away(out / name):
             refused()
-    with marked(tmp_path / "out.uptrain" / "stopped"):
+    with marked(tmp_path / "out.upfit-work" / "stopped"):
         refused()
     assert not mine.run(out, resume=True, tokens="256", teacher=str(teacher))["stopped"], "but for all that, it is finished"
 

@@ -239,7 +239,7 @@ REFUSED: list[tuple[str, Callable[[Workshop, Path], tuple[Path, Path, Path, Conf
     ("tokenizer", lambda s, t: (other_tokenizer(s, t), s.data, t / "out", config()), "tokenizer"),
     ("tracker", lambda s, t: (s.student, s.data, t / "out", config(track="abacus")), "abacus"),
     ("link", lambda s, t: (linked(s, t), s.data, t / "out", config()), "outside the model folder"),
-    ("deep folder", lambda s, t: (unreadable(s, t), s.data, t / "out", config()), "cannot be copied"),
+    ("pipe", lambda s, t: (unreadable(s, t), s.data, t / "out", config()), "not an ordinary file"),
     ("vocabulary", lambda s, t: (s.student, s.data, t / "out", config(teacher=str(smaller(t)))), "vocabulary"),
 ]
 

@@ -16,7 +16,7 @@ from upfit.convert.work_folder import LOCK, MARK, REPLACED, RESULT, Interrupted,
 from upfit.durable import exchange, mount_below, remove_tree, rename_new, write_whole
 from upfit.errors import UpfitError
 
-STEP: dict[str, Any] = {"verb": "convert gqa", "source": {}, "options": {}, "measurements": {}}
+STEP: dict[str, Any] = {"verb": "convert gqa", "source": {"name": "source"}, "options": {}, "measurements": {}}
 
 
 def ours(folder: Path, content: str = "ours") -> Path:

@@ -28,12 +28,13 @@ def finished_run(out: Path, stages: list[Stage], opened: list[Data], source: Sou
     entries = steps[-len(stages) :]
     if len(entries) != len(stages) or not all(map(_made, entries, stages, opened)) or not _learned(entries, source):
         return None
-    return together([{"stopped": False, "stage": entry["stage"], **entry["measurements"]} for entry in entries])
+    reports = [{"stopped": False, "stage": entry["stage"], **entry["measurements"]} for entry in entries]
+    return together(reports, len(stages))
 
 
-def together(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """The report of a run from those of its stages: that of the last one, and of several all of them."""
-    return reports[-1] if len(reports) == 1 else reports[-1] | {"stages": reports}
+def together(reports: list[dict[str, Any]], stages: int) -> dict[str, Any]:
+    """The report of a run of so many stages from those that were begun: that of the last one, and of several all of them."""
+    return reports[-1] if stages == 1 else reports[-1] | {"stages": reports}
 
 
 def _made(entry: dict[str, Any], stage: Stage, data: Data) -> bool:

@@ -87,7 +87,7 @@ def uptrain(
                 break
             reports.append(one_stage(accelerator, job, stage, folder, Place(out, stages, number), output, stop, work))
         leave(accelerator)
-    return together(reports)
+    return together(reports, len(stages))
 
 
 @contextlib.contextmanager
