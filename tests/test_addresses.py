@@ -34,6 +34,7 @@ def test_tokens_and_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     for secret in ("hf_abc", "sk-proj", "abc.def", "correct horse"):
         assert secret not in shown
     assert shown.endswith("false but long enough") and "\n" not in shown
+    assert redacted("quantised (by its hf_quant_config.json)") == "quantised (by its hf_quant_config.json)", "no token"
 
 
 def test_recipes_keep_no_password() -> None:

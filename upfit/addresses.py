@@ -12,8 +12,8 @@ ADDRESS = re.compile(
         (?:[?\#][^\s'"<>]*)?""",
     re.VERBOSE,
 )
-# As the hub, OpenAI and GitHub write theirs, and as HTTP sends any.
-TOKEN = re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_)[A-Za-z0-9_\-]{6,}|(?<=\bBearer )[^\s'\",}]+")
+# As the hub (`hf_quant_config.json` is none), OpenAI and GitHub write theirs, and as HTTP sends any.
+TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{8,}|(?:sk-|gh[pousr]_|github_pat_)[A-Za-z0-9_\-]{6,})|(?<=\bBearer )[^\s'\",}]+")
 SECRET_NAMES = re.compile(r"(^|_)(TOKEN|(API)?KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)($|_)", re.IGNORECASE)
 LEAST_SECRET = 8  # characters: shorter ones are words like "true"
 HIDDEN = "***"
