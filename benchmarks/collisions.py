@@ -143,6 +143,8 @@ def digest(path: Path) -> str:
 
 def whole(path: Path) -> dict[str, str]:
     """What of an output must be the same whenever and wherever it is made."""
+    if path.suffix == ".html":  # it holds the model's name
+        return {"": "a whole page" if path.read_text(encoding="utf-8").rstrip().endswith("</html>") else "torn"}
     loose = ("recipe.json", "metrics.jsonl", "uptrain.toml", "settings.json", "manifest.json", "about.json")
     return {name: value for name, value in contents(path).items() if Path(name).name not in loose}
 
@@ -310,9 +312,9 @@ def out_is_taken(judge: Judge, verb: Verb, rounds: int) -> None:
                 elif kind == "ours and .git" and place.out.is_dir():
                     put(place.out / ".git", "folder", elsewhere)
                 elif kind == "ours and a mount" and place.out.is_dir():
-                    put(elsewhere, "folder", elsewhere)
+                    put(elsewhere, "file", elsewhere)
                     stack.enter_context(
-                        mounted(elsewhere, place.out / "tokenizer.json" if verb.source == "m" else place.out / "x")
+                        mounted(elsewhere, next(path for path in sorted(place.out.iterdir()) if path.is_file()))
                     )
                 elif kind == "mount":
                     kept = place.root / "kept"
