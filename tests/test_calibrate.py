@@ -154,6 +154,23 @@ def test_killed_is_resumed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not list(model.parent.glob("*.upfit-work"))
 
 
+def test_only_statistics_are_replaced_by_statistics(model: Path) -> None:
+    """Neither weights nor anything else, nor may they lie in the model's folder."""
+    before = (model / "model.safetensors").read_bytes()
+    (model.parent / "mine.safetensors").write_bytes(before)
+    for name, message in (
+        (f"{model.name}/model.safetensors", "no statistics file"),
+        ("mine.safetensors", "no statistics file"),
+    ):
+        with pytest.raises(UpfitError, match=message):
+            run(model, name, overwrite=True)
+    with pytest.raises(UpfitError, match="overlaps the source"):
+        run(model, f"{model.name}/stats.safetensors")
+    assert (model / "model.safetensors").read_bytes() == (model.parent / "mine.safetensors").read_bytes() == before
+    run(model)
+    run(model, overwrite=True)
+
+
 def test_another_text_starts_anew(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work that was left by a run with other settings is not taken up."""
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from upfit import history
 from upfit.convert.describe import describe
 from upfit.demo import embedded_model, run
-from upfit.demo.run import CONVERSIONS, run_demo
+from upfit.demo.run import CONVERSIONS, check_free, run_demo
 from upfit.demo.show import show
 from upfit.demo.text import standard_library
 from upfit.errors import UpfitError
@@ -57,6 +58,25 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads((tmp_path / "demo" / "demo.json").read_text())["source"] == source
     with pytest.raises(UpfitError, match="--overwrite"):
         run_demo(tmp_path / "demo", "20k", False, QUIET)
+
+
+def test_what_a_demo_did_not_write_is_left_alone(tmp_path: Path) -> None:
+    """A finished demo may be replaced; with a file of the user in it or in its models, or a false mark, not."""
+    out = tmp_path / "demo"
+    model = out / "gqa-2-mean"
+    model.mkdir(parents=True)
+    step = history.step("convert gqa", {"name": "embedded"}, {})
+    history.write(model, [step])
+    (out / "demo.json").write_text(json.dumps({"versions": history.versions(), "conversions": []}))
+    check_free(out, overwrite=True)
+    for path in (out / "thesis.txt", model / "notes.txt"):
+        path.write_text("mine")
+        with pytest.raises(UpfitError, match=path.name):
+            check_free(out, overwrite=True)
+        path.unlink()
+    (out / "demo.json").write_text('{"pancakes": 3}')
+    with pytest.raises(UpfitError, match="no demo.json of a finished demo"):
+        check_free(out, overwrite=True)
 
 
 def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every question has its answer in its context and nowhere else, whatever way the work was split or broken off."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from tests.folders import save_tiny
 from tests.uptraining import QUIET
+from upfit.convert.work_folder import locked, work_folder
 from upfit.errors import UpfitError
 from upfit.longcontext import synth as machine
 from upfit.longcontext.ask import backends, code, prose, template
@@ -119,6 +121,29 @@ def test_work_of_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
     synth(TEXT[:1], tmp_path / "out", options, QUIET)
     with pytest.raises(UpfitError, match="begun with other settings"):
         synth(TEXT[:1], tmp_path / "out", replace(options, seed=1), QUIET)
+
+
+def test_work_is_not_gone_on_with_on_other_text(tmp_path: Path) -> None:
+    """Text that was replaced after a stop, by some of the same size and time."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(path.read_text("utf-8") for path in sorted(Path(TEXT[0]).glob("*.py"))), encoding="utf-8")
+    before = text.stat()
+    synth([str(text)], tmp_path / "out", replace(OPTIONS, items=6, shard="0/2"), QUIET)
+    text.write_text(text.read_text(encoding="utf-8").swapcase(), encoding="utf-8")
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert text.stat().st_size == before.st_size
+    with pytest.raises(UpfitError, match="begun with other settings"):
+        synth([str(text)], tmp_path / "out", replace(OPTIONS, items=6, shard="1/2"), QUIET)
+
+
+def test_two_cannot_do_the_same_part(tmp_path: Path) -> None:
+    """Else both would write its lines, and every question would stand there twice. Another part may be done meanwhile."""
+    options = replace(OPTIONS, items=6)
+    with work_folder(tmp_path / "out", "synth", shared=True) as work, locked(work.path / "part-0-of-2.lock", "the part"):
+        with pytest.raises(UpfitError, match="another process is at work on part 0-of-2"):
+            synth(TEXT[:1], tmp_path / "out", replace(options, shard="0/2"), QUIET)
+        assert not synth(TEXT[:1], tmp_path / "out", replace(options, shard="1/2"), QUIET)["finished"]
+    assert synth(TEXT[:1], tmp_path / "out", replace(options, shard="0/2"), QUIET)["items"] == 6
 
 
 def test_after_a_mistake_other_text_may_be_given(tmp_path: Path) -> None:

@@ -126,6 +126,16 @@ def test_work_of_other_settings_or_another_text_is_not_gone_on_with(tmp_path: Pa
     assert prepare([corpus], tmp_path / "out", tokenizer, "text", QUIET, overwrite=True)["documents"] == DOCUMENTS
 
 
+def test_text_of_the_same_size_and_time_is_another_text(tmp_path: Path, tokenizer: str, corpus: str) -> None:
+    stopped(tmp_path, tokenizer, corpus)
+    before = os.stat(corpus)
+    Path(corpus).write_text(Path(corpus).read_text().replace("finished", "unworthy"))
+    os.utime(corpus, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(corpus).st_size == before.st_size
+    with pytest.raises(UpfitError, match="begun with other settings"):
+        prepare([corpus], tmp_path / "out", tokenizer, "text", QUIET)
+
+
 def test_work_that_was_damaged_is_told(tmp_path: Path, tokenizer: str, corpus: str) -> None:
     work = stopped(tmp_path, tokenizer, corpus)
     shard = max((work / "shards").glob("tokens-*"))
