@@ -200,6 +200,17 @@ def test_a_refused_command_leaves_other_work_as_it_is(tmp_path: Path) -> None:
     assert begin(1) and not begin(2, restart=True)
 
 
+def test_a_file_that_was_being_written_when_the_process_died_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with work_folder(tmp_path / "out", "prepare") as work:
+        with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+            killed.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            killed.setattr(Path, "unlink", lambda *_, **__: None)
+            write_whole(work.path / "state.json", "{}")
+        assert len(work.entries()) == 1 and not work.begun()
+        work.publish(ours(work.folder(RESULT)), False)
+    assert not work.path.exists()
+
+
 def test_the_users_files_in_a_work_folder_stay(tmp_path: Path) -> None:
     with work_folder(tmp_path / "out", "convert") as work:
         (work.path / "diary.txt").write_text("mine")

@@ -24,8 +24,9 @@ from upfit.errors import UpfitError
 MARK, LOCK, SETTINGS, RESULT, REPLACED = "upfit-work.json", "lock", "settings.json", "result", "replaced"
 # What verbs put into a work folder. Anything else in it is somebody's, and is left where it is.
 NAMES = re.compile(
-    r"settings\.json|result|result\.safetensors|replaced|fit|stream|layers|state\.json|shards|segments(\.partial)?|claim\.lock|stopped|metrics\.jsonl"
-    r"|(part|answers|requests)-\d+-of-\d+\.(jsonl|lock)|step-\d{8}(\.tmp|\.old)?|stage-\d+-[a-z]+(\.steps|\.partial)?"
+    r"settings\.json|result|result\.safetensors|replaced|fit|stream|layers|state\.json|shards|segments(\.partial)?|stopped"
+    r"|metrics\.jsonl|claim\.lock|(part|answers|requests)-\d+-of-\d+\.(jsonl|lock)|step-\d{8}(\.tmp|\.old)?"
+    r"|stage-\d+-[a-z]+(\.steps|\.partial)?|\.upfit-[0-9a-f]{16}"  # the last is a small file that was being written
 )
 FORMAT = 1
 MARK_BYTES = 4096  # a mark is smaller
@@ -63,7 +64,7 @@ class WorkFolder:
 
     def begun(self) -> list[Path]:
         """Those of them that are work done: neither settings nor locks."""
-        return [path for path in self.entries() if path.name != SETTINGS and path.suffix != ".lock"]
+        return [path for path in self.entries() if path.name != SETTINGS and path.suffix != ".lock" and path.name[0] != "."]
 
     def claim(self, settings: dict[str, Any], restart: bool) -> bool:
         """Make this the work of `settings`; whether there is some of it already, to go on with.
