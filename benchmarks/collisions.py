@@ -143,7 +143,7 @@ def digest(path: Path) -> str:
 
 def whole(path: Path) -> dict[str, str]:
     """What of an output must be the same whenever and wherever it is made."""
-    if path.suffix == ".html":  # it holds the model's name
+    if path.suffix == ".html" and path.is_file():  # it holds the model's name
         return {"": "a whole page" if path.read_text(encoding="utf-8").rstrip().endswith("</html>") else "torn"}
     loose = ("recipe.json", "metrics.jsonl", "uptrain.toml", "settings.json", "manifest.json", "about.json")
     return {name: value for name, value in contents(path).items() if Path(name).name not in loose}
@@ -323,7 +323,7 @@ def out_is_taken(judge: Judge, verb: Verb, rounds: int) -> None:
                 else:
                     continue
             users = inputs_of(place)
-            if kind == "empty folder":
+            if kind == "empty folder" and not verb.suffix:  # an empty folder may be OUT
                 users.pop(place.out)
             run([*place.words(), *flags], place.root)
             judge.check(f"OUT is taken: {kind}", place, users)
