@@ -16,7 +16,8 @@ class NothingDeprecated(logging.Handler):
     """transformers logs some of its deprecations instead of warning: whoever calls by an old name has a test fail."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        assert "deprecated" not in (message := record.getMessage()), message
+        message = record.getMessage()  # but for what a test calls a field of a config that it makes
+        assert "deprecated" not in message or "Config` is deprecated" in message, message
 
 
 logging.getLogger("transformers").addHandler(NothingDeprecated())
