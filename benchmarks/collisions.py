@@ -400,9 +400,9 @@ def killed(judge: Judge, verb: Verb, rounds: int) -> None:
         if note.parent.exists():
             note.write_bytes(MINE)
             users[note] = contents(note)
+        stood = place.out.exists()  # it had ended before the kill: then the command is refused, and OUT stays
         code = run([*place.words(), *flags], place.root)
-        finished = place.out.exists()
-        if code or not finished:
+        if (code and not stood) or not place.out.exists():
             judge.failures.append(f"{verb.name}: after kills the command does not end well ({code})\n{place.log()}")
         judge.check("killed, and again", place, users)
 
