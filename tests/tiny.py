@@ -151,4 +151,6 @@ def _token_ids(default: Mapping[str, Any]) -> dict[str, int]:
     """Pad, bos and eos at the bottom of the vocabulary, the other special tokens at its top."""
     low = {"pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1, "eos_token_id": 2}
     high = sorted(key for key in default if key.endswith(("_token_id", "_token_index")) and key not in low)
+    inside = default.get("decoder_config")  # what the decoder's own config has is deprecated outside it
+    low = {k: v for k, v in low.items() if not (isinstance(inside, Mapping) and k in inside)}
     return {k: v for k, v in low.items() if k in default} | {k: VOCABULARY - 1 - i for i, k in enumerate(high)}
