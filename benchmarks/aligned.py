@@ -34,7 +34,7 @@ from upfit.evaluate.loss import PARTS, Losses, window_losses
 from upfit.evaluate.statistics import difference_interval, mean_interval
 from upfit.output import Output
 from upfit.text import python_documents
-from upfit.windows import Window, make_windows
+from upfit.text.windows import Window, make_windows
 
 METHODS = ("aligned", "mean", "first", "random", "procrustes", "aligned-no-refit")
 

@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace, base: Path, arm: str, short_share: float, see
 def _contexts(questions: Path, base: Path) -> Any:
     from upfit.longcontext.contexts import Contexts
     from upfit.longcontext.wording import Wording
-    from upfit.tokenizer import load_tokenizer
+    from upfit.text.tokenizer import load_tokenizer
 
     return Contexts(questions, Wording(load_tokenizer(str(base)), "plain"))
 

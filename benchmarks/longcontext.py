@@ -25,7 +25,7 @@ from scipy import stats
 from upfit.environment import environment
 from upfit.longcontext.contexts import Contexts
 from upfit.longcontext.wording import Wording
-from upfit.tokenizer import load_tokenizer
+from upfit.text.tokenizer import load_tokenizer
 
 BINS = 16
 PROCESSES = 2

@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _run(scratch: Path, tokenizer: str, workers: int) -> dict[str, Any]:
-    from upfit.tokenizer import load_tokenizer
+    from upfit.text.tokenizer import load_tokenizer
     from upfit.uptrain.prepare import prepare
 
     load_tokenizer(tokenizer)  # imports transformers

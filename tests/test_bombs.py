@@ -15,7 +15,7 @@ from upfit.convert.skeleton import check_structure, load_strictly, skeleton
 from upfit.errors import UpfitError
 from upfit.evaluate.load import load_config
 from upfit.model_files import check_numbers
-from upfit.tokenizer import load_tokenizer
+from upfit.text.tokenizer import load_tokenizer
 
 SECONDS = 20  # on a busy machine; without bounds it takes hours, or the memory
 BOMBS = [

@@ -36,7 +36,7 @@ from upfit.evaluate.statistics import difference_interval, mean_interval
 from upfit.evaluate.tables import show
 from upfit.output import Meter, Output
 from upfit.text import Document, file_documents, python_documents, read_blocks
-from upfit.windows import digest, make_windows, prefix_ids, retokenised, same_tokens, spread
+from upfit.text.windows import digest, make_windows, prefix_ids, retokenised, same_tokens, spread
 
 LAYERS, HEADS, HEAD_DIM, POSITIONS = 2, 4, 8, 128
 # float32 cross entropy over a few hundred words against float64: rounding of a handful of units in the last place

@@ -27,7 +27,7 @@ from upfit.longcontext.options import Options
 from upfit.longcontext.segments import Segments, cut, lines_of, ten_grams
 from upfit.longcontext.synth import synth
 from upfit.longcontext.wording import AFTER, QUESTION, Wording
-from upfit.tokenizer import load_tokenizer
+from upfit.text.tokenizer import load_tokenizer
 
 MODEL = str(Path(machine.__file__).parent.parent / "demo" / "model")
 LIBRARY = Path(json.__file__).parent

@@ -26,7 +26,7 @@ from upfit.longcontext.probes import contexts
 from upfit.output import Meter, Output
 from upfit.report.measured import measured
 from upfit.text import python_documents
-from upfit.windows import make_windows
+from upfit.text.windows import make_windows
 
 QUIET = Output(quiet=True)
 # float32 through two layers, in other chunks: sums of a few hundred terms in another order

@@ -21,7 +21,7 @@ from upfit.text.corpus import documents
 from upfit.text.files import local_inputs
 from upfit.text.packed import FREE_BYTES
 from upfit.text.plain import pieces, read_blocks
-from upfit.tokenizer import load_tokenizer
+from upfit.text.tokenizer import load_tokenizer
 
 QUIET = Output(quiet=True)
 BUDGET = 131_072

@@ -22,7 +22,7 @@ from upfit.longcontext.options import Options
 from upfit.longcontext.synth import synth
 from upfit.longcontext.wording import Wording
 from upfit.output import Output
-from upfit.tokenizer import load_tokenizer
+from upfit.text.tokenizer import load_tokenizer
 from upfit.uptrain import preflight
 from upfit.uptrain.answers import AnswerRows, fingerprint
 from upfit.uptrain.config import Config

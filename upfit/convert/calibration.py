@@ -28,8 +28,8 @@ from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.text import Document, file_documents, find_files, library_documents
 from upfit.text.plain import pieces
-from upfit.tokenizer import identity, no_panic
-from upfit.windows import encode, prefix_ids
+from upfit.text.tokenizer import identity, no_panic
+from upfit.text.windows import encode, prefix_ids
 
 FORMAT = "2"
 TOKENS = 64_000
@@ -50,7 +50,7 @@ class Sample:
     windows: dict[int, Tensor]
     held: dict[int, int]
     text: dict[str, Any]  # where it came from, for recipe.json
-    tokenizer: dict[str, Any]  # what made ids of it, as `upfit.tokenizer.identity` tells it
+    tokenizer: dict[str, Any]  # what made ids of it, as `upfit.text.tokenizer.identity` tells it
 
     @property
     def tokens(self) -> int:

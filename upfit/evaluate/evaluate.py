@@ -22,7 +22,7 @@ from upfit.evaluate.speed import hardware, measure_speed, settle_lengths
 from upfit.options import as_flags
 from upfit.output import Output
 from upfit.text import Document, file_documents, find_files, python_documents
-from upfit.windows import Window, digest, make_windows, retokenised, same_tokens
+from upfit.text.windows import Window, digest, make_windows, retokenised, same_tokens
 
 DEFAULT_LENGTH = 512
 READ_BYTES = 4_000_000  # of text, at most, unless the windows asked for need more

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from upfit.convert.folders import Source
 from upfit.convert.skeleton import load_strictly
 from upfit.errors import UpfitError
-from upfit.tokenizer import no_panic
+from upfit.text.tokenizer import no_panic
 
 LEAK_SHARE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest logit; other types round at 2 ** -8
 LEAK_SHARE_COARSE = 0.05

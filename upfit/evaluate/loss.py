@@ -11,7 +11,7 @@ import torch
 from upfit.errors import UpfitError
 from upfit.evaluate.statistics import Estimate, difference_interval, mean_interval
 from upfit.output import Meter
-from upfit.windows import Window
+from upfit.text.windows import Window
 
 ROWS_AT_ONCE = 256  # rows of [V] turned to float32 together: 256 x 128k x 4 bytes = 131 MB
 PARTS = 4

@@ -24,7 +24,7 @@ from upfit.evaluate.attention import MAP_TOKENS, record_by_head, shares, watchin
 from upfit.evaluate.statistics import difference_interval, mean_interval
 from upfit.output import Meter
 from upfit.text import Document
-from upfit.windows import encode, prefix_ids
+from upfit.text.windows import encode, prefix_ids
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NAMES = ("Dunmore", "Halford", "Kestrel", "Marwick", "Norbury", "Ostley", "Penrose", "Quarley", "Rowland", "Stanton", "Thorne")

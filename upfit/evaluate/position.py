@@ -17,7 +17,7 @@ from upfit.evaluate.reading import CHUNK, check_goes_on
 from upfit.evaluate.statistics import difference_interval, mean_interval
 from upfit.output import Meter
 from upfit.text import Document
-from upfit.windows import SEED, digest, make_windows, retokenised, same_tokens, spread
+from upfit.text.windows import SEED, digest, make_windows, retokenised, same_tokens, spread
 
 PARTS = 16
 

@@ -27,7 +27,7 @@ from upfit.evaluate.statistics import difference_interval, mean_interval
 from upfit.output import Meter
 from upfit.tasks import counting, flipflop, selective_copy
 from upfit.tasks.items import Item
-from upfit.windows import encode, prefix_ids
+from upfit.text.windows import encode, prefix_ids
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from upfit.output import Output
 from upfit.text import content_stamp
 from upfit.text.corpus import documents
 from upfit.text.files import files_of, local_inputs
-from upfit.tokenizer import identity, load_tokenizer
+from upfit.text.tokenizer import identity, load_tokenizer
 
 FLUSH_EVERY = 256
 TOO_LONG = "longer than --max-tokens by itself"

@@ -7,7 +7,7 @@ import numpy as np
 from upfit.errors import UpfitError
 from upfit.longcontext.items import Item
 from upfit.longcontext.segments import JOIN
-from upfit.tokenizer import begin_token
+from upfit.text.tokenizer import begin_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from upfit.errors import UpfitError
 from upfit.longcontext.contexts import CONTEXTS, Contexts
 from upfit.longcontext.wording import Wording
 from upfit.options import flag
-from upfit.tokenizer import identity, load_tokenizer
+from upfit.text.tokenizer import identity, load_tokenizer
 from upfit.uptrain import spans
 from upfit.uptrain.answers import AnswerRows, fingerprint
 from upfit.uptrain.config import OF_ANSWERS, OF_TEXT, Config, default

@@ -23,7 +23,7 @@ from upfit.output import Meter, Output, human_count
 from upfit.text import content_stamp
 from upfit.text.corpus import documents
 from upfit.text.files import files_of, local_inputs
-from upfit.tokenizer import identity, load_tokenizer
+from upfit.text.tokenizer import identity, load_tokenizer
 from upfit.uptrain.shard_writer import ShardWriter, token_dtype
 from upfit.uptrain.tokenise import batches, tokenised
 

@@ -18,7 +18,7 @@ from upfit.convert.skeleton import read_as_class, vocabulary
 from upfit.errors import UpfitError
 from upfit.options import flag
 from upfit.output import Output, human_count
-from upfit.tokenizer import load_tokenizer
+from upfit.text.tokenizer import load_tokenizer
 from upfit.uptrain import models
 from upfit.uptrain.answers import AnswerRows
 from upfit.uptrain.build import compute_dtype, load_models, make_distiller, make_layerwise, make_optimizer

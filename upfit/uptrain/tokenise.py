@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from upfit.tokenizer import begin_token
+from upfit.text.tokenizer import begin_token
 from upfit.uptrain.shards import TOKEN_DTYPES
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from upfit.longcontext.probes.pieces import Piece
 from upfit.longcontext.segments import JOIN
 from upfit.longcontext.wording import EXAMPLE, QUESTION, Format, Wording
 from upfit.text import Document
-from upfit.windows import encode
+from upfit.text.windows import encode
 
 SPARE = 8  # tokens that a model may say beyond the true answer's length
 CHARACTERS = 64  # of running text to choose from for each token of a context: a dozen contexts that share nothing
