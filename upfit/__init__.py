@@ -3,7 +3,7 @@
 Importing it makes transformers' auto classes know the model types that Upfit writes (see `own.py`).
 """
 
-from upfit.own import announce
+from upfit.modeling.registry import announce
 
 __version__ = "0.1.0"
 

@@ -17,7 +17,7 @@ from upfit.convert.attention import Geometry, Layer
 from upfit.convert.own_class import KV_HEADS, as_own
 from upfit.convert.safetensors_file import ITEM_BYTES
 from upfit.errors import UpfitError
-from upfit.own import family
+from upfit.modeling.registry import family
 
 if TYPE_CHECKING:
     from upfit.convert.fused import By

@@ -18,7 +18,7 @@ from upfit.convert.identity import Identity, sampled
 from upfit.convert.quantised import of_config, refusal
 from upfit.convert.safetensors_file import TensorInfo, read_exactly, read_header
 from upfit.errors import UpfitError
-from upfit.own import is_own
+from upfit.modeling.registry import is_own
 
 if TYPE_CHECKING:
     import torch

@@ -33,9 +33,9 @@ from upfit.convert.verify import Promise, Report, tolerance, verify
 from upfit.convert.work_folder import RESULT, WorkFolder, work_folder
 from upfit.convert.writer import Shard, split, write_shards
 from upfit.errors import UpfitError
+from upfit.modeling.registry import family, is_own
 from upfit.options import as_flags, check
 from upfit.output import Output
-from upfit.own import family, is_own
 
 if TYPE_CHECKING:
     from upfit.convert.streaming import Stream

@@ -10,8 +10,8 @@ from upfit.convert.own_class import is_grouped
 from upfit.convert.quantised import check_not_quantised
 from upfit.convert.recipe import find_recipes
 from upfit.convert.skeleton import model_class_for
+from upfit.modeling.registry import is_own
 from upfit.output import human_bytes, human_count
-from upfit.own import is_own
 
 
 def describe(model: str, revision: str | None = None) -> dict[str, Any]:

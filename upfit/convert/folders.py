@@ -17,7 +17,7 @@ from upfit.convert import quantised
 from upfit.convert.remote_code import side_file
 from upfit.errors import UpfitError
 from upfit.model_files import check_model_files
-from upfit.own import is_own, shipped
+from upfit.modeling.registry import is_own, shipped
 
 # What travels with the weights. Code (*.py) and pickles never do.
 SIDE_FILES = (

@@ -3,7 +3,7 @@
 from typing import Any
 
 from upfit.convert.architectures import table
-from upfit.own import code_files
+from upfit.modeling.registry import code_files
 
 SUPPORTED, OWN, MOVED = "supported", "own class", "retargeted"
 NO_LANGUAGE = "transformers has no class for it that writes text"

@@ -8,7 +8,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from upfit.errors import UpfitError
-from upfit.own import is_own
+from upfit.modeling.registry import is_own
 
 if TYPE_CHECKING:
     from upfit.convert.architectures import Entry

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from upfit.own import is_own
+from upfit.modeling.registry import is_own
 
 KEY = "auto_map"
 MAX_BYTES = 64 * 2**20

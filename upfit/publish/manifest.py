@@ -10,7 +10,7 @@ from upfit.convert.folders import NEVER_COPIED, SIDE_FILES, contained
 from upfit.convert.output_folder import WORK
 from upfit.convert.skeleton import check_structure
 from upfit.errors import UpfitError
-from upfit.own import is_own, shipped
+from upfit.modeling.registry import is_own, shipped
 
 CARD = "README.md"
 LICENCES = ("LICEN[SC]E*", "COPYING*", "NOTICE*", "USE_POLICY*")

@@ -10,7 +10,7 @@ from upfit import history
 from upfit.convert.checkpoint import read_config
 from upfit.convert.folders import Source, find_source, teacher_source
 from upfit.convert.gqa.ran import method_ran
-from upfit.own import is_own
+from upfit.modeling.registry import is_own
 from upfit.uptrain.config import Config, default
 from upfit.uptrain.models import is_seq2seq
 
