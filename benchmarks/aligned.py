@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.architectures import Architecture
 from upfit.convert.attention import Attention, Layer
 from upfit.convert.calibrate import calibrate
@@ -66,7 +66,7 @@ def main() -> None:
         found = _losses(folder, windows)
         table[method] = {str(n): _row(windows[n], one, original[n]) for n, one in found.items()}
         if "aligned" in method:
-            told = history.read(folder)[-1]
+            told = provenance.read(folder)[-1]
             refits[method] = {"options": told["options"], **told["measurements"]}
         for length in args.lengths:
             print(method, length, json.dumps(table[method][str(length)]["all"]), flush=True)

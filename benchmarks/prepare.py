@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from upfit.environment import environment
-from upfit.history import FILE
 from upfit.output import Output
+from upfit.provenance import FILE
 from upfit.text import library_documents
 
 

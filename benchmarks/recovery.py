@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.environment import environment
@@ -53,7 +53,7 @@ def main() -> None:
         rows[name] = _row(told["model"], told["difference"])
         rows["text"] = told["data"]
     kept = ("verb", "options", "measurements", "versions")  # not where the folders lay
-    rows["steps"] = [{key: step[key] for key in kept} for step in history.read(trained)]
+    rows["steps"] = [{key: step[key] for key in kept} for step in provenance.read(trained)]
     rows["environment"] = environment()
     args.results.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     for name in ("source", "converted", "uptrained"):

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.architectures import bind
 from upfit.convert.checkpoint import open_checkpoint, read_config
 from upfit.environment import environment
@@ -127,7 +127,7 @@ def _run(args: argparse.Namespace, name: str, folder: str, method: str, rate: fl
         config = resolve(None, settings | {"measure_every": every})
         uptrain(folder, args.data, out, config, True, False, Output(quiet=True), tables)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    trained = [step for step in history.read(out) if step["verb"] == "uptrain"]
+    trained = [step for step in provenance.read(out) if step["verb"] == "uptrain"]
     whole = [step["measurements"]["holdout"] for step in trained if step["stage"] != "layerwise"][-1]
     spent = sum(costs["layerwise"] / unit * step["measurements"]["tokens"] for step in trained if step["stage"] == "layerwise")
     cost = costs[last] / unit

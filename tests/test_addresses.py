@@ -38,10 +38,10 @@ def test_tokens_and_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_recipes_keep_no_password() -> None:
-    from upfit import history
+    from upfit import provenance
 
     options = {"base_url": "https://me:opensesame@host/v1?key=opensesame", "texts": ["a"], "seed": 1, "shards": None}
-    assert history.step("synth", {}, options)["options"] == {**options, "base_url": "https://host/v1"}
+    assert provenance.step("synth", {}, options)["options"] == {**options, "base_url": "https://host/v1"}
 
 
 def test_a_server_that_stays_away_is_told_without_its_password(tmp_path: Path) -> None:

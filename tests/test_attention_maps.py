@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.folders import save_tiny
 from tests.tiny import tiny_model
-from upfit import history
+from upfit import provenance
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
@@ -90,7 +90,7 @@ def test_heads_are_followed_through_merging(tmp_path: Path) -> None:
     assert places([step, {"verb": "uptrain", "measurements": {}}, again], by_head)[0] == [4, 5, 0, 1, 6, 7, 2, 3]
     source, out = converted(tmp_path, *FORMS[0])
     model: Any = AutoModelForCausalLM.from_pretrained(source)
-    steps = history.read(out)
+    steps = provenance.read(out)
     for layer in model.model.layers:  # the same function, its key/value heads and their query heads in another order
         for name in ("q_proj", "k_proj", "v_proj"):
             weight = getattr(layer.self_attn, name).weight
@@ -99,7 +99,7 @@ def test_heads_are_followed_through_merging(tmp_path: Path) -> None:
         weight.data = weight.data.view(-1, 4, 8)[:, [0, 2, 1, 3]].flatten(1)
     save_tiny(out, model)
     steps[0]["measurements"]["layers"] = [{"groups": [[0, 2], [1, 3]]}] * 2
-    history.write(out, steps)
+    provenance.write(out, steps)
     text = tmp_path / "text.txt"
     text.write_text("some words and more of them, again and again. " * 40, encoding="utf-8")
     asked = Options(against=str(source), data=[str(text)], length=64, windows=2, probe=["needle"], attention_maps=4)

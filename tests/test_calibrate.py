@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.folders import save_tiny, tiny_llama
-from upfit import history
+from upfit import provenance
 from upfit.cli import app
 from upfit.convert import calibrate as room
 from upfit.convert import content
@@ -332,13 +332,13 @@ def test_what_ran_is_kept_and_told(model: Path) -> None:
     """In recipe.json, by `show` and in the card; `auto` is only what was asked for. Heads that stay were not merged."""
     run(model)
     default = converted(model, "default", kv_heads=2, calibration=[str(model.parent / "stats.safetensors")])
-    (step,) = history.read(default)
+    (step,) = provenance.read(default)
     assert (step["options"]["method"], step["measurements"]["method_ran"], method_ran(step)) == ("auto", "aligned", "aligned")
     assert CliRunner().invoke(app, ["show", str(default)]).stdout.count("convert gqa (aligned)") == 1
     assert "Heads merged: aligned." in Card(gather(str(default), []), "user/repo", "").text
-    (step,) = history.read(converted(model, "first", kv_heads=2, method="first"))
+    (step,) = provenance.read(converted(model, "first", kv_heads=2, method="first"))
     assert step["measurements"]["method_ran"] == method_ran(step) == "first"
-    (step,) = history.read(converted(model, "same", kv_heads=4, method="first"))
+    (step,) = provenance.read(converted(model, "same", kv_heads=4, method="first"))
     assert "method_ran" not in step["measurements"] and method_ran(step) is None
 
 
@@ -354,8 +354,8 @@ def test_what_ran_is_kept_and_told(model: Path) -> None:
     ],
 )
 def test_what_ran_is_read_from_older_folders_too(measured: dict[str, Any], asked: str, ran: str | None) -> None:
-    assert method_ran(history.step("convert gqa", {}, {"method": asked}, measured)) == ran
-    assert method_ran(history.step("convert diff", {}, {"method": asked}, measured)) is None
+    assert method_ran(provenance.step("convert gqa", {}, {"method": asked}, measured)) == ran
+    assert method_ran(provenance.step("convert diff", {}, {"method": asked}, measured)) is None
 
 
 def test_a_dry_run_with_calibration_predicts(model: Path) -> None:

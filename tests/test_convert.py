@@ -16,7 +16,7 @@ import torch
 
 from tests.folders import letter_tokenizer, logits, save_tiny, tiny_llama
 from tests.warm_python import warm_python
-from upfit import history
+from upfit import provenance
 from upfit.convert import conversion, writer
 from upfit.convert import work_folder as work_room
 from upfit.convert.checkpoint import open_checkpoint
@@ -79,7 +79,7 @@ def test_recipe_file_tells_the_steps(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     run(source, tmp_path / "two")
     run(tmp_path / "two", tmp_path / "one", 1)
-    steps = history.read(tmp_path / "one")
+    steps = provenance.read(tmp_path / "one")
     assert [step["options"]["kv_heads"] for step in steps] == [2, 1]
     assert steps[1]["measurements"]["verify"]["tokens"] > 0
     found = teacher_source(tmp_path / "one")
@@ -152,7 +152,7 @@ def test_overwrite_replaces_only_its_own(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     run(source, tmp_path / "out")
     run(source, tmp_path / "out", 1, overwrite=True)
-    assert history.read(tmp_path / "out")[0]["options"]["kv_heads"] == 1
+    assert provenance.read(tmp_path / "out")[0]["options"]["kv_heads"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.describe import describe
 from upfit.demo import embedded_model, run
 from upfit.demo.run import CONVERSIONS, check_free, run_demo
@@ -65,9 +65,9 @@ def test_what_a_demo_did_not_write_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     model = out / "gqa-2-mean"
     model.mkdir(parents=True)
-    step = history.step("convert gqa", {"name": "embedded"}, {})
-    history.write(model, [step])
-    (out / "demo.json").write_text(json.dumps({"versions": history.versions(), "conversions": []}))
+    step = provenance.step("convert gqa", {"name": "embedded"}, {})
+    provenance.write(model, [step])
+    (out / "demo.json").write_text(json.dumps({"versions": provenance.versions(), "conversions": []}))
     check_free(out, overwrite=True)
     for path in (out / "thesis.txt", model / "notes.txt"):
         path.write_text("mine")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.folders import letter_tokenizer, save_tiny, tiny_llama
 from tests.test_fit_work import stop_at
 from tests.tiny import BUILDABLE, tiny_model
-from upfit import history
+from upfit import provenance
 from upfit.convert import fit_work, fitting
 from upfit.convert.calibrate import calibrate
 from upfit.convert.calibration import read_metadata
@@ -164,7 +164,7 @@ def test_another_fit_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
     ask("aligned")
     with monkeypatch.context() as patch:
-        patch.setattr(history, "versions", lambda: {"torch": "1.0"})
+        patch.setattr(provenance, "versions", lambda: {"torch": "1.0"})
         ask("aligned")
     model = tiny_llama(num_hidden_layers=3)
     model.lm_head.weight.data[50, 16] += 1  # no layer's fit depends on it, but the model is another

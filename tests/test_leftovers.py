@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.folders import save_tiny
 from tests.tiny import auto_class, tiny_model
-from upfit import history
+from upfit import provenance
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.leftovers import patterns, without_prediction
 from upfit.convert.recipe import get_recipe
@@ -71,7 +71,7 @@ def test_a_prediction_layer_is_converted_with_the_others(tmp_path: Path) -> None
     after = keys(tmp_path / "out")
     assert before.keys() == after.keys() and "model.layers.2.self_attn.k_proj.weight" in after and len(set(after.values())) == 1
     assert any("model.layers.2.self_attn.k_proj" in note and "changed as in its own layers" in note for note in notes)
-    (step,) = history.read(tmp_path / "out")
+    (step,) = provenance.read(tmp_path / "out")
     assert step["unused"]["converted"]["model.layers.2.self_attn.k_proj.weight"] == 1
     config: Any = auto_class("glm4_moe").from_pretrained(tmp_path / "out").config
     assert config.num_nextn_predict_layers == 1
@@ -103,7 +103,7 @@ def test_what_cannot_be_converted_is_left_out_and_not_looked_for(tmp_path: Path,
     assert ("mtp_norm.weight" in tensors) == ("mtp" not in name)
     assert (config["num_nextn_predict_layers"], config["use_mtp"]) == (0, False)
     assert any("left out" in note and name in note for note in notes)
-    assert sum(history.read(tmp_path / "out")[0]["unused"]["left_out"].values()) >= 10
+    assert sum(provenance.read(tmp_path / "out")[0]["unused"]["left_out"].values()) >= 10
 
 
 ATTENTION = "model.layers.0.self_attn."
@@ -130,7 +130,7 @@ def test_a_stray_stays_only_where_it_has_nothing_to_do_with_heads(tmp_path: Path
     tensors = load_file(tmp_path / "out" / FILE)
     assert (name in tensors) == stays and any(name in note for note in notes)
     assert not stays or torch.equal(tensors[name], load_file(source / FILE)[name])
-    (told,) = history.read(tmp_path / "out")[0]["unused"].items()
+    (told,) = provenance.read(tmp_path / "out")[0]["unused"].items()
     assert told == ("passed_on" if stays else "left_out", {name: 1})
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.folders import save_tiny, tiny_llama
-from upfit import history
+from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.plan.options import Options
 from upfit.plan.plan import plan
@@ -67,7 +67,7 @@ def test_a_share_of_the_compute_pays_for_the_teacher(folder: Path) -> None:
 
 def test_the_teacher_is_the_source_of_the_recipe(folder: Path, tmp_path: Path) -> None:
     student = save_tiny(tmp_path / "student", tiny_llama(num_key_value_heads=1))
-    history.write(student, [history.step("convert mqa", {"name": "tiny", "revision": None, "path": str(folder)}, {})])
+    provenance.write(student, [provenance.step("convert mqa", {"name": "tiny", "revision": None, "path": str(folder)}, {})])
     told = plan(str(student), Options(tokens="1M"))
     assert told["teacher_parameters"] == tiny_llama().num_parameters() > told["parameters"]
     assert told["flops_a_token"]["teacher"] > told["flops_a_token"]["forward"]

@@ -17,8 +17,8 @@ from tests.uptraining import QUIET, text
 from tests.warm_python import ROOT, warm_python
 from upfit.convert.work_folder import work_folder
 from upfit.errors import UpfitError
-from upfit.history import FILE
 from upfit.output import Meter, Output
+from upfit.provenance import FILE
 from upfit.uptrain import prepare as preparing
 from upfit.uptrain import tokenise
 from upfit.uptrain.prepare import prepare

@@ -11,7 +11,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 
 from tests.uptraining import QUIET, Workshop, make_workshop
-from upfit import history
+from upfit import provenance
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
@@ -67,7 +67,7 @@ def card(folder: Path, **settings: Any) -> str:
 
 def test_no_place_of_this_machine_is_published(folder: Path) -> None:
     parcel = pack(folder, "alice/poet", Options())
-    places = {str(path) for step in history.read(folder) for path in [step["source"].get("path")] if path}
+    places = {str(path) for step in provenance.read(folder) for path in [step["source"].get("path")] if path}
     assert places
     for name, part in parcel.files.items():
         text = (part if isinstance(part, bytes) else part.read_bytes()).decode(errors="replace")
@@ -75,7 +75,7 @@ def test_no_place_of_this_machine_is_published(folder: Path) -> None:
     record = parcel.files["recipe.json"]
     assert isinstance(record, bytes)
     told = json.loads(record)
-    assert [step["verb"] for step in told["steps"]] == [step["verb"] for step in history.read(folder)]
+    assert [step["verb"] for step in told["steps"]] == [step["verb"] for step in provenance.read(folder)]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_paths_become_names(given: Any, wanted: Any) -> None:
 
 def test_the_card_says_what_the_records_say(folder: Path) -> None:
     text = card(folder)
-    steps = history.read(folder)
+    steps = provenance.read(folder)
     for step in steps:
         if step["verb"] == "evaluate":
             assert f"{step['measurements']['model']['loss']['nats_per_token']['mean']:.4f}" in text
@@ -112,7 +112,7 @@ def test_the_card_is_what_the_hub_reads(folder: Path) -> None:
     assert read["license"] == "apache-2.0", "what the README says of its licence stays"
     assert read["tags"] == ["poems", "upfit", "gqa", "arxiv:2305.13245"] and read["library_name"] == "transformers"
     results = {result.metric_type: result.metric_value for result in model_index_to_eval_results(read["model-index"])[1]}
-    loss = history.read(folder)[-1]["measurements"]["model"]["loss"]
+    loss = provenance.read(folder)[-1]["measurements"]["model"]["loss"]
     assert results["loss"] == round(loss["nats_per_token"]["mean"], 4)
     assert results["perplexity"] == round(loss["perplexity"]["mean"], 4)
 
@@ -146,10 +146,10 @@ def test_words_of_the_user_are_kept(folder: Path) -> None:
 
 
 def test_weights_that_were_not_measured_are_not_praised(folder: Path) -> None:
-    history.write(folder, history.read(folder)[:3])
+    provenance.write(folder, provenance.read(folder)[:3])
     text = card(folder)
     assert "model-index" not in text and "these very weights were not measured" in text
-    history.write(folder, history.read(folder)[:1])
+    provenance.write(folder, provenance.read(folder)[:1])
     assert "Nothing yet: no evaluation is recorded" in card(folder)
 
 
@@ -166,9 +166,9 @@ def test_unfinished_folders_and_foreign_ones_do_not_go(folder: Path, shop: Works
 
 
 def test_an_unverified_folder_is_asked_about(folder: Path) -> None:
-    steps = history.read(folder)[:1]
+    steps = provenance.read(folder)[:1]
     steps[0]["measurements"].pop("verify", None)
-    history.write(folder, steps)
+    provenance.write(folder, steps)
     found = pack(folder, "alice/poet", Options()).doubts
     assert len(found) == 1 and "--no-verify" in found[0]
 
@@ -236,5 +236,5 @@ def test_compared_models_share_a_table_only_when_they_were_measured_on_the_same_
     root = shop.teacher.parent
     told = compare([str(root / "small"), str(root / "better"), str(shop.teacher)])
     assert [[row[0] for row in group["rows"]] for group in told] == [["small", "better"], [shop.teacher.name]]
-    trained = history.read(root / "better")[2]["measurements"]["tokens"]
+    trained = provenance.read(root / "better")[2]["measurements"]["tokens"]
     assert told[0]["rows"][1][4] == str(trained) and told[1]["rows"][0][5] == ""

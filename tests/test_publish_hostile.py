@@ -12,7 +12,7 @@ from benchmarks.fuzz_convert import damaged
 from tests.folders import save_tiny
 from tests.test_publish import card, copied
 from tests.uptraining import QUIET
-from upfit import history
+from upfit import provenance
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.folders import teacher_source
 from upfit.convert.recipe import find_recipes
@@ -93,7 +93,7 @@ def attacked(value: Any, attack: str) -> Any:
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_nothing_in_a_recipe_works_in_the_card(folder: Path, attack: str) -> None:
     honest = card(folder)
-    history.write(folder, attacked(history.read(folder), attack))
+    provenance.write(folder, attacked(provenance.read(folder), attack))
     text = card(folder, license="mit")
     page = page_of(text)
     tags = elements(page)
@@ -127,12 +127,12 @@ def test_what_is_shown_is_what_was_written(folder: Path) -> None:
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_readme_of_the_source_runs_nothing(folder: Path, attack: str) -> None:
-    steps = history.read(folder)
+    steps = provenance.read(folder)
     (folder / "README.md").write_text(f"# A card\n\n<div align=center>{attack}</div>\n\n{attack}\n", encoding="utf-8")
     import hashlib
 
     steps[0]["readme_sha256"] = hashlib.sha256((folder / "README.md").read_bytes()).hexdigest()
-    history.write(folder, steps)
+    provenance.write(folder, steps)
     text = card(folder, license="mit")
     tags = elements(page_of(text))
     assert not {tag for tag, _ in tags} & {"script", "iframe", "object", "style"}
@@ -161,7 +161,7 @@ def test_an_id_that_is_none_is_no_link() -> None:
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_nothing_in_a_recipe_works_in_the_report(folder: Path, tmp_path: Path, attack: str) -> None:
-    history.write(folder, attacked(history.read(folder), attack))
+    provenance.write(folder, attacked(provenance.read(folder), attack))
     (folder / "metrics.jsonl").write_text(json.dumps({"tokens": 1, "ce": 1.0, "stage": attack}) + "\n")
     report(str(folder), tmp_path / "page.html", [], None, False)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -173,8 +173,8 @@ def test_nothing_in_a_recipe_works_in_the_report(folder: Path, tmp_path: Path, a
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_recipe_of_any_shape_is_told_of_or_refused(folder: Path, tmp_path: Path, seed: int) -> None:
-    path = folder / history.FILE
-    path.write_bytes(damaged(path.read_bytes(), history.FILE, random.Random(seed)))
+    path = folder / provenance.FILE
+    path.write_bytes(damaged(path.read_bytes(), provenance.FILE, random.Random(seed)))
 
     def told() -> None:
         card(folder, license="mit")
@@ -186,4 +186,4 @@ def test_a_recipe_of_any_shape_is_told_of_or_refused(folder: Path, tmp_path: Pat
         try:
             verb()
         except UpfitError as error:
-            assert "\n" not in str(error) and (history.FILE in str(error) or "source" in str(error))
+            assert "\n" not in str(error) and (provenance.FILE in str(error) or "source" in str(error))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.uptraining import QUIET, Workshop, config, make_workshop
-from upfit import history
+from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options
@@ -62,7 +62,7 @@ def test_it_tells_what_was_done_and_measured(shop: Workshop, tmp_path: Path) -> 
     results.write_text(json.dumps({"sensitivity": PREDICTED}), encoding="utf-8")
     answer = report(str(better), tmp_path / "page.html", [results], tmp_path / "png", False)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    steps = history.read(better)
+    steps = provenance.read(better)
     assert [step["verb"] for step in steps] == ["convert gqa", "evaluate", "uptrain", "evaluate"]
     losses = [step["measurements"]["model"]["loss"]["nats_per_token"]["mean"] for step in steps if step["verb"] == "evaluate"]
     after = steps[2]["measurements"]["holdout"]["after"]["kl"]
@@ -81,7 +81,7 @@ def test_a_run_of_several_stages_is_told_stage_by_stage(shop: Workshop, tmp_path
     assert [plot.name for plot in first.plots] == ["training-layerwise", "watched-layerwise"]
     assert [plot.name for plot in second.plots] == ["training"]
     assert [row[0][:9] for row in first.tables[0].rows] == ["attention"]
-    history.append(tmp_path / "out", {**history.step("evaluate", {}, {}), "measurements": {"model": {"loss": {}}}})
+    provenance.append(tmp_path / "out", {**provenance.step("evaluate", {}, {}), "measurements": {"model": {"loss": {}}}})
     assert [label for label, _ in gather(str(tmp_path / "out"), []).evaluations] == ["after convert gqa", "after uptrain"]
 
 
@@ -140,9 +140,9 @@ def test_a_name_is_no_markup(shop: Workshop, tmp_path: Path) -> None:
     folder.mkdir()
     for path in (shop.student.parent / "better").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    steps = history.read(folder)
+    steps = provenance.read(folder)
     steps[0]["source"]["name"] = "<script>alert(1)</script>"
-    history.write(folder, steps)
+    provenance.write(folder, steps)
     report(str(folder), tmp_path / "page.html", [], None, False)
     assert "<script" not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
@@ -178,12 +178,12 @@ def test_a_recorded_evaluation_adds_a_step_and_touches_nothing_else(shop: Worksh
     text.write_text("some words. " * 60, encoding="utf-8")
     told = evaluate(str(folder), Options(data=[str(text)], length=32, windows=2, record=True), QUIET)
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
-    steps = history.read(folder)
-    assert steps[-1]["measurements"]["model"] == told["model"] and steps[:-1] == history.read(shop.student)
-    assert {n: b for n, b in after.items() if n != history.FILE} == {n: b for n, b in before.items() if n != history.FILE}
+    steps = provenance.read(folder)
+    assert steps[-1]["measurements"]["model"] == told["model"] and steps[:-1] == provenance.read(shop.student)
+    assert {n: b for n, b in after.items() if n != provenance.FILE} == {n: b for n, b in before.items() if n != provenance.FILE}
     with pytest.raises(UpfitError, match="Upfit did not write it"):
         evaluate(str(shop.teacher), Options(data=[str(text)], length=32, windows=2, record=True), QUIET)
-    assert not (shop.teacher / history.FILE).exists()
+    assert not (shop.teacher / provenance.FILE).exists()
 
 
 def test_predicted_errors_stand_where_they_belong() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.folders import save_tiny
-from upfit import history
+from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.report import attention, depths, probes
 from upfit.report.measured import measured, summary
@@ -229,7 +229,7 @@ def test_results_are_told_once_under_the_names_that_they_were_given(tmp_path: Pa
     mine, other = answer(subject("/models/in2", 3.0)), answer(subject("/models/up", 4.0))
     recorded = [trained(), step("evaluate", measurements=other), trained(), step("evaluate", measurements=other)]
     steps = [*recorded, trained(stage="answers"), step("evaluate", measurements=mine)]
-    history.write(model, steps)
+    provenance.write(model, steps)
     paths = [tmp_path / folder / "result.json" for folder in ("a", "b")]
     for path, told in zip(paths, (mine, answer(subject("/models/control", 5.0))), strict=True):
         path.parent.mkdir()

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from tests.folders import letter_tokenizer, save_tiny, tiny_llama
-from upfit import history
+from upfit import provenance
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.demo import embedded_model
@@ -203,8 +203,8 @@ def test_the_verb_tells_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     """A model against itself, one of them with a recipe that tells of training."""
     model, text = tmp_path / "model", tmp_path / "text.txt"
     shutil.copytree(embedded_model(), model)
-    step = history.step("uptrain", {}, {}) | {"data": {"patterns": ["key and value, both ways"]}}
-    history.write(model, [history.step("convert cope", {"name": "source"}, {}), step])
+    step = provenance.step("uptrain", {}, {}) | {"data": {"patterns": ["key and value, both ways"]}}
+    provenance.write(model, [provenance.step("convert cope", {"name": "source"}, {}), step])
     text.write_text("\n".join(f"Line {i} says that there are {i * i} of them." for i in range(300)))
     asked: dict[str, Any] = {"probe": NAMES, "probe_samples": 4, "probe_depths": 2, "probe_length": [500, 450]}
     options = Options(against=str(embedded_model()), data=[str(text)], windows=1, length=64, **asked)

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from tests.folders import save_tiny, tiny_llama
 from tests.test_uptrain_resume import Interrupting
 from tests.uptraining import BASE, QUIET, metrics, text, weights
-from upfit import history
+from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.longcontext.contexts import Contexts
 from upfit.longcontext.options import Options
@@ -115,7 +115,7 @@ def test_an_uptraining_on_answers_is_one_pass_and_tells_what_was_asked(home: Pat
     report = run(home, tmp_path / "out")
     rows = rows_of(home)
     lines = metrics(tmp_path / "out")
-    a_step = history.read(tmp_path / "out")[-1]["options"]["resolved"]["rows_a_step"]
+    a_step = provenance.read(tmp_path / "out")[-1]["options"]["resolved"]["rows_a_step"]
     assert a_step > 1 and report["steps"] * a_step >= len(rows.training) == 27 > (report["steps"] - 1) * a_step
     taken = [row for step in range(report["steps"]) for row in Feed(rows, a_step).of_step(step, 0, 1)[0].rows]
     assert report["tokens"] == lines[-1]["tokens"] == sum(len(row.labels) for row in taken)
@@ -125,7 +125,7 @@ def test_an_uptraining_on_answers_is_one_pass_and_tells_what_was_asked(home: Pat
     nats = sum(float(distiller(*tensors([row], torch.device("cpu")))[1]) for row in first)
     assert lines[0]["ce"] == pytest.approx(nats / sum(row.supervised for row in first), rel=1e-4)
     assert report["holdout"]["after"]["ce"] < report["holdout"]["before"]["ce"] and report["holdout_rows"] == 3
-    told = history.read(tmp_path / "out")[-1]
+    told = provenance.read(tmp_path / "out")[-1]
     assert told["stage"] == "answers" and told["teacher"] is None and told["data"]["items"] == 30
     assert told["data"]["patterns"] == ["counting", "key and value, both ways"]
 
@@ -166,7 +166,7 @@ def test_text_beside_answers_has_a_mean_and_a_teacher_of_its_own(home: Path, tmp
         assert line["loss"] == pytest.approx(line["ce"] + 0.5 * line["mix_kl"], rel=1e-4)
     before = report["holdout"]["before"]
     assert before["teacher_mix_ce"] == pytest.approx(before["mix_ce"], rel=1e-4) and "teacher_ce" not in before
-    resolved = history.read(tmp_path / "out")[-1]
+    resolved = provenance.read(tmp_path / "out")[-1]
     assert resolved["data"]["mix"] == str(home / "shards") and resolved["teacher"]["path"] == str(home / "model")
 
 

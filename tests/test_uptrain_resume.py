@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from tests.folders import save_tiny, tiny_llama
 from tests.uptraining import BASE, Workshop, make_workshop, metrics, one_thread, weights
 from tests.warm_python import warm_python
-from upfit import history
+from upfit import provenance
 from upfit.cli import app
 from upfit.convert.content import PIECE
 from upfit.convert.work_folder import LOCK, MARK, work_folder
@@ -154,7 +154,7 @@ def test_a_finished_run_is_finished_already(shop: Workshop, tmp_path: Path) -> N
     before = contents(tmp_path)
     again = shop.run(tmp_path / "out", tokens="256", resume=True, micro_batch=2)
     assert again == report and contents(tmp_path) == before
-    history.append(tmp_path / "out", history.step("evaluate", {}, {}))
+    provenance.append(tmp_path / "out", provenance.step("evaluate", {}, {}))
     assert shop.run(tmp_path / "out", tokens="256", resume=True) == report
     with pytest.raises(UpfitError, match="--overwrite"):
         shop.run(tmp_path / "out", tokens="256")

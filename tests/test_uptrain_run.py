@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from tests.folders import logits, save_tiny, tiny_llama
 from tests.uptraining import QUIET, Workshop, config, make_workshop, metrics, weights
-from upfit import history
+from upfit import provenance
 from upfit.cli import app
 from upfit.errors import UpfitError
 from upfit.uptrain.config import Config, resolve
@@ -52,11 +52,11 @@ def test_a_run_leaves_a_standard_folder_that_is_better(shop: Workshop, tmp_path:
     assert not torch.equal(logits(out), logits(shop.student))
     assert [line["step"] for line in metrics(out)] == list(range(1, 33))
     assert resolve(out / "uptrain.toml", {}) == config(tokens="4096")
-    verbs = [step["verb"] for step in history.read(out)]
-    told = history.read(out)[-1]
+    verbs = [step["verb"] for step in provenance.read(out)]
+    told = provenance.read(out)[-1]
     assert verbs == ["convert gqa", "uptrain"] and told["teacher"]["path"] == str(shop.teacher)
     assert told["measurements"]["holdout"] == measured and told["options"]["resolved"]["rows_a_step"] == 4
-    assert history.teacher(out) == told["teacher"], "a second uptraining finds the same teacher"
+    assert provenance.teacher(out) == told["teacher"], "a second uptraining finds the same teacher"
 
 
 def test_attention_alone_learns_and_the_rest_is_held_once(
@@ -123,7 +123,7 @@ def test_without_a_recipe_it_learns_from_the_text(shop: Workshop, tmp_path: Path
     assert "cross-entropy" in capsys.readouterr().err
     lines = metrics(tmp_path / "out")
     assert all(line["loss"] == line["ce"] and line["kl"] == 0 for line in lines)
-    assert lines[-1]["ce"] < lines[0]["ce"] and history.read(tmp_path / "out")[-1]["teacher"] is None
+    assert lines[-1]["ce"] < lines[0]["ce"] and provenance.read(tmp_path / "out")[-1]["teacher"] is None
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -284,7 +284,7 @@ def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path) -> None:
 def test_a_teacher_that_went_away_is_told(shop: Workshop, tmp_path: Path) -> None:
     student = Path(shutil.copytree(shop.student, tmp_path / "student"))
     gone = {"name": str(tmp_path / "gone"), "revision": None, "path": str(tmp_path / "gone")}
-    history.write(student, [history.step("convert gqa", gone, {})])
+    provenance.write(student, [provenance.step("convert gqa", gone, {})])
     with pytest.raises(UpfitError, match="--teacher"):
         uptrain(str(student), str(shop.data), tmp_path / "out", config(), False, False, QUIET)
     uptrain(str(student), str(shop.data), tmp_path / "out", config(teacher="none", tokens="128"), False, False, QUIET)

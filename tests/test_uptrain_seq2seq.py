@@ -13,7 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from tests.folders import letter_tokenizer
 from tests.test_uptrain_resume import Interrupting
 from tests.uptraining import QUIET, Workshop, metrics, text, weights
-from upfit import history
+from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.uptrain.losses import Objective
 from upfit.uptrain.models import Traits, load
@@ -82,7 +82,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     for name in ("teacher", "student"):
         tokenizer.save_pretrained(folder / name)
     source = {"name": "teacher", "revision": None, "path": str(folder / "teacher")}
-    history.write(folder / "student", [history.step("convert gqa", source, {})])
+    provenance.write(folder / "student", [provenance.step("convert gqa", source, {})])
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text(seed)}) for seed in range(60)))
     prepare([str(folder / "text.jsonl")], folder / "data", str(folder / "teacher"), "text", QUIET)
     return Workshop(folder / "teacher", folder / "student", folder / "data")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.test_uptrain_resume import Interrupting, untimed
 from tests.uptraining import QUIET, Workshop, config, make_workshop, metrics, text, weights
-from upfit import history
+from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.publish.portable import portable
@@ -203,7 +203,7 @@ def test_a_run_on_two_sources_resumes_exactly_and_tells_both(shop: Workshop, tmp
     before, after = report["holdout"]["before"], report["holdout"]["after"]
     assert set(after) == {"ce", "kl", "data/ce", "data/kl", "digits/ce", "digits/kl"} <= set(before)
     assert min(before["data/ce"], before["digits/ce"]) < before["ce"] < max(before["data/ce"], before["digits/ce"])
-    step = history.read(tmp_path / "whole")[-1]
+    step = provenance.read(tmp_path / "whole")[-1]
     told = [(Path(source["folder"]).name, source["weight"]) for source in step["data"]["sources"]]
     assert told == [("data", 0.75), ("digits", 0.25)] and step["data"]["folder"] in step["command"]
     again = Sources.open(step["data"]["folder"])

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from tests.folders import save_tiny, tiny_llama
 from tests.test_uptrain_resume import Interrupting, untimed
 from tests.uptraining import QUIET, Workshop, config, make_workshop, metrics, pooled, text, weights
-from upfit import history
+from upfit import provenance
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.folders import Source
 from upfit.convert.recipe import find_recipes
@@ -153,7 +153,7 @@ def test_both_stages_are_told_and_each_wins(shop: Workshop, tmp_path: Path) -> N
     first, second = (stage["holdout"] for stage in report["stages"])
     assert first["after"]["attention_error"] < 0.9 * first["before"]["attention_error"]
     assert second["after"]["kl"] < second["before"]["kl"]
-    told = [step for step in history.read(tmp_path / "out") if step["verb"] == "uptrain"]
+    told = [step for step in provenance.read(tmp_path / "out") if step["verb"] == "uptrain"]
     assert [(step["stage"], step["source"]["path"]) for step in told] == [
         ("layerwise", str(shop.student)),
         ("distill", str(shop.student)),
@@ -208,7 +208,7 @@ def test_overwrite_throws_finished_stages_away(shop: Workshop, tmp_path: Path) -
 def test_nothing_is_rounded_between_stages(shop: Workshop, tmp_path: Path) -> None:
     """A model in bfloat16 comes back in bfloat16; what the second stage starts from has what bfloat16 would lose."""
     student = save_tiny(tmp_path / "student", pooled(tiny_llama()).bfloat16())
-    history.write(student, history.read(shop.student))
+    provenance.write(student, provenance.read(shop.student))
     half = Workshop(shop.teacher, student, shop.data)
     half.run(tmp_path / "out", output=InterruptingStage(2, 3), **BOTH)
     between = load_file(tmp_path / "out.upfit-work" / "stage-1-layerwise" / "model.safetensors")
@@ -262,10 +262,10 @@ def test_what_a_later_stage_cannot_have_is_told_before_the_first(
 def test_heads_merged_blindly_have_their_attention_repaired_first(shop: Workshop, tmp_path: Path) -> None:
     """Right after such a conversion, and only where the teacher's attention can be set beside the model's."""
     student = save_tiny(tmp_path / "student", pooled(tiny_llama()))
-    told, source = history.read(shop.student)[0]["source"], Source(student, "student")
+    told, source = provenance.read(shop.student)[0]["source"], Source(student, "student")
 
     def after(method: str | None, sharded: bool = False, ran: dict[str, Any] | None = None, **changes: Any) -> str | None:
-        history.write(student, [history.step("convert gqa", told, {"kv_heads": 2, "method": method}, ran)])
+        provenance.write(student, [provenance.step("convert gqa", told, {"kv_heads": 2, "method": method}, ran)])
         return default_stages(config(**changes), source, sharded)
 
     assert after("mean") == "layerwise=35%,lm" and after("aligned") == after("mean", sharded=True) == "lm"
@@ -275,7 +275,7 @@ def test_heads_merged_blindly_have_their_attention_repaired_first(shop: Workshop
     assert after("auto", ran={"method_ran": "mean"}) == after("mean") and after("auto", ran={"method_ran": "aligned"}) == "lm"
     assert after("auto", ran={"not_aligned": "why"}) == after("mean") and after("auto", ran={"calibration": {}}) == "lm"
     after("aligned")
-    history.append(student, history.step("evaluate", {}, {}))
+    provenance.append(student, provenance.step("evaluate", {}, {}))
     assert default_stages(config(), source, False) == "lm", "to be measured changes nothing"
     after("mean")
     report = Workshop(shop.teacher, student, shop.data).run(tmp_path / "out", tokens="512")
@@ -290,9 +290,9 @@ def test_after_the_default_conversion_an_aligned_model_is_changed_with_care(shop
     recipe, small = find_recipes()["gqa"], tmp_path / "small"
     chosen = recipe.options(kv_heads=2, calibration=[str(tmp_path / "a.txt")], calibration_tokens="1k", calibration_length=64)
     convert(recipe, str(shop.teacher), small, chosen, Settings(verify=False), QUIET)
-    assert history.read(small)[-1]["options"]["method"] == "auto"
+    assert provenance.read(small)[-1]["options"]["method"] == "auto"
     report = Workshop(shop.teacher, small, shop.data).run(tmp_path / "out", tokens="256", learning_rate=None)
-    resolved = history.read(tmp_path / "out")[-1]["options"]["resolved"]
+    resolved = provenance.read(tmp_path / "out")[-1]["options"]["resolved"]
     assert report["stage"] == "lm" and resolved["peak_learning_rate"] == pytest.approx(0.2 * 0.2 / 32)
 
 
@@ -303,7 +303,7 @@ def test_a_conversion_that_lost_nothing_learns_from_the_text(shop: Workshop, tmp
         recipe, out = find_recipes()["cope"], tmp_path / f"cope-{len(list(tmp_path.iterdir()))}"
         chosen = recipe.options(gates="constant", positions=6, **options)
         convert(recipe, str(shop.teacher), out, chosen, Settings(verify=False), QUIET)
-        assert history.read(out)[-1]["measurements"]["lossless"]
+        assert provenance.read(out)[-1]["measurements"]["lossless"]
         return default_stages(config(), Source(out, "out"), False)
 
     assert after() == "lm" and after(drop_rope=True) is None
@@ -314,11 +314,11 @@ def test_a_conversion_that_lost_nothing_learns_from_the_text(shop: Workshop, tmp
     assert default_stages(config(teacher=str(shop.teacher)), Source(tmp_path / "cope-0", "out"), False) == "distill"
     report = Workshop(shop.teacher, tmp_path / "cope-0", shop.data).run(tmp_path / "out", tokens="512", learning_rate=None)
     assert report["stage"] == "lm" and report["holdout"]["after"]["ce"] < report["holdout"]["before"]["ce"]
-    resolved = history.read(tmp_path / "out")[-1]["options"]["resolved"]
+    resolved = provenance.read(tmp_path / "out")[-1]["options"]["resolved"]
     assert resolved["peak_learning_rate"] == pytest.approx(0.2 * 0.2 / 32)
 
 
 def test_lm_learns_without_a_teacher(shop: Workshop, tmp_path: Path) -> None:
     report = shop.run(tmp_path / "out", stages="lm", tokens="512")
     assert report["stage"] == "lm" and report["holdout"]["after"]["kl"] == 0
-    assert history.read(tmp_path / "out")[-1]["teacher"] is None
+    assert provenance.read(tmp_path / "out")[-1]["teacher"] is None

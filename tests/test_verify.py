@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.folders import save_tiny, tiny_llama
 from tests.tiny import tiny_model
-from upfit import history
+from upfit import provenance
 from upfit.convert import conversion, journal
 from upfit.convert.architectures import bind
 from upfit.convert.checkpoint import open_checkpoint
@@ -163,7 +163,7 @@ def test_a_shard_reaches_the_disk_before_its_line_and_the_line_before_it_counts(
 
 
 def lossless(folder: Path) -> Any:
-    return history.read(folder)[-1]["measurements"].get("lossless")
+    return provenance.read(folder)[-1]["measurements"].get("lossless")
 
 
 def test_lossless_is_bit_equal_or_says_how_near(tmp_path: Path) -> None:

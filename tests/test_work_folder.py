@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from upfit import durable, history
+from upfit import durable, provenance
 from upfit.convert import work_folder as room
 from upfit.convert.output_folder import check_output, names_below
 from upfit.convert.work_folder import LOCK, MARK, REPLACED, RESULT, Interrupted, OutputTaken, work_folder
@@ -23,7 +23,7 @@ def ours(folder: Path, content: str = "ours") -> Path:
     """A folder as a verb finishes it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "weights").write_text(content)
-    history.write(folder, [STEP])
+    provenance.write(folder, [STEP])
     return folder
 
 
@@ -124,8 +124,8 @@ def test_a_file_named_recipe_is_no_mark(tmp_path: Path, recipe: str) -> None:
 def test_a_step_more_does_not_make_foreign_files_ours(tmp_path: Path) -> None:
     out = ours(tmp_path / "out")
     (out / "mine").write_text("mine")
-    history.append(out, STEP)
-    assert history.files(out) == ["recipe.json", "weights"] and len(history.read(out)) == 2
+    provenance.append(out, STEP)
+    assert provenance.files(out) == ["recipe.json", "weights"] and len(provenance.read(out)) == 2
 
 
 def test_one_lock_an_output(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.folders import save_tiny, tiny_llama
-from upfit import history
+from upfit import provenance
 from upfit.output import Output
 from upfit.uptrain.config import Config
 from upfit.uptrain.prepare import prepare
@@ -68,7 +68,7 @@ def make_workshop(folder: Path, documents: int = 60) -> Workshop:
     teacher = save_tiny(folder / "teacher")
     student = save_tiny(folder / "student", pooled(tiny_llama()))
     source = {"name": "teacher", "revision": None, "path": str(teacher)}
-    history.write(student, [history.step("convert gqa", source, {"kv_heads": 2})])
+    provenance.write(student, [provenance.step("convert gqa", source, {"kv_heads": 2})])
     lines = [json.dumps({"text": text(seed)}) for seed in range(documents)]
     (folder / "text.jsonl").write_text("\n".join(lines))
     prepare([str(folder / "text.jsonl")], folder / "data", str(teacher), "text", QUIET)

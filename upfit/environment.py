@@ -3,7 +3,7 @@
 import platform
 from typing import Any
 
-from upfit import history
+from upfit import provenance
 
 
 def environment() -> dict[str, Any]:
@@ -13,7 +13,7 @@ def environment() -> dict[str, Any]:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return {
-        **history.versions(),
+        **provenance.versions(),
         "system": platform.platform(),
         "cores": psutil.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),

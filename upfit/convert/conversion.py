@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.architectures import Architecture, bind, check_known, has_two_ways
 from upfit.convert.calibration import check_texts
 from upfit.convert.checkpoint import Checkpoint, config_dtypes, open_checkpoint, read_config, safetensors_dtype, torch_dtype
@@ -210,7 +210,7 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     job = Job(recipe, options, settings, source, out, checkpoint, architecture, plan, [], *unused, Leftovers())
     job = _planned(job, plan, plan.fit is None)
     check_side_files(source.path)
-    history.read(source.path)
+    provenance.read(source.path)
     fitted = sum(item.nbytes for item in job.planned if item.rule is not None) * FIT_FACTOR if plan.fit else 0
     needed = 0 if settings.dry_run else output_bytes(job.planned, source.path) + fitted  # planned where it cannot run, perhaps
     if settings.stream and plan.fit is not None:
@@ -271,7 +271,7 @@ def _with_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
 
 
 def _write(job: Job, answer: dict[str, Any], output: Output, work: WorkFolder, stream: "Stream | None") -> dict[str, Any]:
-    shards, earlier = split(job.planned, job.checkpoint, job.settings.max_shard_bytes), history.read(job.source.path)
+    shards, earlier = split(job.planned, job.checkpoint, job.settings.max_shard_bytes), provenance.read(job.source.path)
     promise = _promise(job)
     step = _step(job, answer, promise)
     with disk_errors(job.out):
@@ -286,14 +286,14 @@ def _write(job: Job, answer: dict[str, Any], output: Output, work: WorkFolder, s
             step["measurements"]["verify"] = _verified(job, promise, folder, shards, output, stream).record()
         job.checkpoint.check_unchanged()
         (folder / JOURNAL).unlink()
-        history.write(folder, [*earlier, step])
+        provenance.write(folder, [*earlier, step])
         work.publish(folder, job.settings.overwrite)
     return step["measurements"].get("verify", {})
 
 
 def _step(job: Job, answer: dict[str, Any], promise: Promise) -> dict[str, Any]:
     """What recipe.json will say of this conversion."""
-    step = history.step(_verb(job.recipe), job.source.record(), answer["options"])
+    step = provenance.step(_verb(job.recipe), job.source.record(), answer["options"])
     step["command"] = _command(job)
     step["measurements"] = {key: answer[key] for key in ("parameters", "kv_heads", "kv_bytes_per_token")}
     if job.checkpoint.said:
@@ -346,7 +346,7 @@ def _work(job: Job, shards: list[Shard]) -> dict[str, Any]:
         "config": job.plan.config,
         "shards": [[shard.name, shard.nbytes, zlib.crc32(shard.header)] for shard in shards],
         "fitted": fitted,
-        "versions": history.versions(),
+        "versions": provenance.versions(),
     }
 
 

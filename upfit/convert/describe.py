@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.architectures import bind, check_known, has_two_ways
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.folders import find_source
@@ -44,7 +44,7 @@ def describe(model: str, revision: str | None = None) -> dict[str, Any]:
             "kv_heads": sorted({shape.kv_heads for shape in shapes}),
             "head_dim": sorted({shape.head_dim for shape in shapes}),
             "kv_bytes_per_token": architecture.kv_bytes_per_token,
-            "history": history.read(source.path),
+            "history": provenance.read(source.path),
             "can_become": [f"{name} {offer}".strip() for name, offer in dict.fromkeys(offers) if offer],
         }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.calibrate import pick_device, sample_for
 from upfit.convert.calibration import Sample, fingerprint
 from upfit.convert.carried import Carried
@@ -169,7 +169,7 @@ def identity(calibration: Calibration, task: Task) -> dict[str, Any]:
         "model": calibration.model,
         "windows": windows,
         "text": hashlib.sha256(content).hexdigest(),
-        "versions": history.versions(),
+        "versions": provenance.versions(),
         # Sums are taken in an order that depends on these, and differ in their last bits.
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upfit import history
+from upfit import provenance
 from upfit.convert import quantised
 from upfit.convert.remote_code import side_file
 from upfit.errors import UpfitError
@@ -42,7 +42,7 @@ SIDE_FILES = (
     "README.md",
 )
 WEIGHT_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors")  # as transformers names them
-STORY_FILES = (history.FILE, "metrics.jsonl")
+STORY_FILES = (provenance.FILE, "metrics.jsonl")
 SMALL_FILES = (
     *("config.json", "model.safetensors.index.json", "additional_chat_templates/*"),
     *(*SIDE_FILES, *STORY_FILES, *quantised.FILES),
@@ -151,7 +151,7 @@ def teacher_source(folder: Path) -> Source | None:
 
     Raises UpfitError when it tells of one that is no longer where it was.
     """
-    told = history.teacher(folder)
+    told = provenance.teacher(folder)
     if told is None:
         return None
     place = told.get("path")  # a published history tells no places, but the commit of a hub model
@@ -161,7 +161,9 @@ def teacher_source(folder: Path) -> Source | None:
         return find_source(told["name"], told.get("commit") or told["revision"])
     except UpfitError as error:
         where = f"which is not at {place}" if place else "which is not here"
-        raise UpfitError(f"{folder / history.FILE} names the source {told['name']}, {where}; give it with --teacher") from error
+        raise UpfitError(
+            f"{folder / provenance.FILE} names the source {told['name']}, {where}; give it with --teacher"
+        ) from error
 
 
 def check_side_files(source: Path) -> dict[str, Path]:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from upfit import history
+from upfit import provenance
 from upfit.durable import mount_below
 from upfit.errors import UpfitError
 
@@ -92,10 +92,10 @@ def _holds(folder: Path, path: Path) -> bool:
 
 def check_ours(folder: Path) -> None:
     """Raise UpfitError when `folder` is not one that Upfit wrote, or holds what it did not write."""
-    listed = history.files(folder)
+    listed = provenance.files(folder)
     if listed is None:
         raise UpfitError(
-            f"{folder} holds no {history.FILE} that lists its files, so Upfit did not write it; remove it yourself first"
+            f"{folder} holds no {provenance.FILE} that lists its files, so Upfit did not write it; remove it yourself first"
         )
     foreign = next((name for name in names_below(folder) if name not in listed), None)
     if foreign is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.calibrate import calibrate
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.output_folder import check_ours, check_place, resolved
@@ -91,7 +91,7 @@ def _everything(out: Path, tokens: str, output: Output) -> dict[str, Any]:
             "curve": _curve(uptrained),
         }
         result["conversions"].append(row)
-    return result | {"seconds": time.monotonic() - began, "versions": history.versions(), "plot": str(out / PLOT)}
+    return result | {"seconds": time.monotonic() - began, "versions": provenance.versions(), "plot": str(out / PLOT)}
 
 
 def check_free(out: Path, overwrite: bool) -> None:

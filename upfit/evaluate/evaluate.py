@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.folders import Source, find_source
 from upfit.errors import UpfitError
 from upfit.evaluate import attention, harness, harness_scores, needle
@@ -68,7 +68,7 @@ class Subject:
     def _probe(self, name: str) -> dict[str, Any]:
         """What a probe found, and whether the model's recipe says that it was trained on the probe's pattern."""
         told = PROBES[name].record(self.found[name], self.samples[name])
-        return told | ({"trained_on": told["pattern"] in history.patterns(self.source.path)} if "pattern" in told else {})
+        return told | ({"trained_on": told["pattern"] in provenance.patterns(self.source.path)} if "pattern" in told else {})
 
 
 def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
@@ -117,11 +117,11 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
         "data": data,
         "hardware": hardware(device),
     }
-    entry = history.step("evaluate", second.source.record() if second else {}, asdict(options), result)
+    entry = provenance.step("evaluate", second.source.record() if second else {}, asdict(options), result)
     entry["command"] = shlex.join(["upfit", "evaluate", model, *as_flags(options)])
     if options.record:
-        history.append(source.path, entry)
-        output.note(f"kept in {source.path / history.FILE}")
+        provenance.append(source.path, entry)
+        output.note(f"kept in {source.path / provenance.FILE}")
     return result | {key: entry[key] for key in ("command", "options", "versions", "date")}
 
 
@@ -132,7 +132,7 @@ def _tell_heads(subjects: list[Subject], records: list[dict[str, Any]], count: i
     found = []
     for subject, told in watched:
         own = told["attention_by_head"]
-        now = attention.places(history.read(subject.source.path), own)
+        now = attention.places(provenance.read(subject.source.path), own)
         told["attention_by_head"] = [[layer[at] for at in places] for layer, places in zip(own, now, strict=True)]
         found.append((subject, told, now))
     for subject, told, now in found:
@@ -143,18 +143,18 @@ def _tell_heads(subjects: list[Subject], records: list[dict[str, Any]], count: i
 
 
 def _check_recordable(source: Source) -> None:
-    if not (source.path / history.FILE).exists():
+    if not (source.path / provenance.FILE).exists():
         raise UpfitError(
-            f"--record: {source.name} has no {history.FILE}, so Upfit did not write it and will not change it; "
+            f"--record: {source.name} has no {provenance.FILE}, so Upfit did not write it and will not change it; "
             "keep the answer with --json > FILE instead"
         )
-    if (source.path / history.FILE).is_symlink() or source.path.parent.name == "snapshots":
+    if (source.path / provenance.FILE).is_symlink() or source.path.parent.name == "snapshots":
         raise UpfitError(
             f"--record: {source.name} lies in the hub's cache, which is not changed; keep the answer with --json > FILE instead"
         )
     if not os.access(source.path, os.W_OK):
         raise UpfitError(f"--record: {source.path} cannot be written to; keep the answer with --json > FILE instead")
-    history.read(source.path)
+    provenance.read(source.path)
 
 
 def _subject(source: Source) -> Subject:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.work_folder import RESULT, WorkFolder
 from upfit.errors import UpfitError
 from upfit.longcontext.ask import template
@@ -42,7 +42,7 @@ def put_together(
     if options.export != "none":
         write_export(Contexts(folder, composer.wording), options.export)
     origin = {"name": ", ".join(settings["texts"]), "revision": None, "path": None}
-    history.write(folder, [history.step("synth", origin, asdict(options), told)])
+    provenance.write(folder, [provenance.step("synth", origin, asdict(options), told)])
     work.publish(folder, overwrite=False)
     return written(out)
 

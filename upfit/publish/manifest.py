@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.checkpoint import INDEX, open_checkpoint
 from upfit.convert.folders import NEVER_COPIED, SIDE_FILES, contained
 from upfit.convert.output_folder import WORK
@@ -30,9 +30,11 @@ def check_folder(folder: Path) -> list[dict[str, Any]]:
         raise UpfitError(f"no folder at {folder}; give the folder of a converted model")
     if any(part.endswith(WORK) for part in folder.resolve().parts):
         raise UpfitError(f"{folder} is a work folder of an unfinished run; finish it, then push what it writes")
-    steps = history.read(folder)
+    steps = provenance.read(folder)
     if not steps:
-        raise UpfitError(f"{folder} has no {history.FILE}, so there is nothing to make a model card of; push results of Upfit")
+        raise UpfitError(
+            f"{folder} has no {provenance.FILE}, so there is nothing to make a model card of; push results of Upfit"
+        )
     try:
         with open_checkpoint(folder) as checkpoint:  # headers and sizes of every file
             check_structure(checkpoint)
@@ -56,7 +58,7 @@ def gather(folder: Path) -> Manifest:
     with open_checkpoint(folder) as checkpoint:
         names = ["config.json", *(path.name for path in checkpoint.files)]
         code = {path.name for path in shipped(checkpoint.config["model_type"])} if is_own(checkpoint.config) else set()
-    names += [name for name in (INDEX, history.FILE, "metrics.jsonl", *sorted(code)) if (folder / name).exists()]
+    names += [name for name in (INDEX, provenance.FILE, "metrics.jsonl", *sorted(code)) if (folder / name).exists()]
     for pattern in SIDE_FILES:
         for found in sorted(folder.glob(pattern)):
             inside = sorted(found.rglob("*")) if found.is_dir() else [found]

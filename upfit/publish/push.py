@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upfit import history
+from upfit import provenance
 from upfit.bounded import CARD_BYTES, read_text, shaped
 from upfit.errors import UpfitError
 from upfit.output import Output, to_json
@@ -70,7 +70,7 @@ def _places(model: Path, repo: str, options: Options) -> list[tuple[Path, str]]:
         return [(model, repo)]
     if not model.is_dir():
         raise UpfitError(f"no folder at {model}; give a folder of converted models with --all")
-    found = sorted(path for path in model.iterdir() if (path / history.FILE).exists() and (path / "config.json").exists())
+    found = sorted(path for path in model.iterdir() if (path / provenance.FILE).exists() and (path / "config.json").exists())
     if not found:
         raise UpfitError(f"{model} holds no folder that Upfit wrote; give the folder above the models with --all")
     named = [(path, f"{repo}-{path.name}" if "/" in repo else f"{repo}/{path.name}") for path in found]
@@ -86,15 +86,15 @@ def pack(folder: Path, repo: str, options: Options) -> Parcel:
     readme = read_text(folder / CARD, CARD_BYTES) if (folder / CARD).exists() else ""
     here = (str(folder), str(folder.resolve()), str(Path.cwd()))
     card = Card(gather(str(folder), []), repo, readme, options.base_model, options.license, here)
-    with shaped(history.not_ours(folder / history.FILE)):
+    with shaped(provenance.not_ours(folder / provenance.FILE)):
         text = card.text
         told, _ = front.split(text)
         doubts = [*manifest.unverified(steps), *licence.doubts(told, manifest.has_licence(folder))]
-        record = {"format": history.FORMAT, "steps": portable(steps, here)}
+        record = {"format": provenance.FORMAT, "steps": portable(steps, here)}
         verbs = ", ".join(dict.fromkeys(step["verb"] for step in steps if step["verb"] != "evaluate"))
     places = known_places(steps, here)
     content: dict[str, Path | bytes] = {name: sent(name, path, places) or path for name, path in gathered.files.items()}
-    content[history.FILE] = (to_json(record) + "\n").encode()
+    content[provenance.FILE] = (to_json(record) + "\n").encode()
     content[CARD] = text.encode()
     return Parcel(folder, repo, dict(sorted(content.items())), gathered.left_out, doubts, options.message or f"Upfit: {verbs}")
 
@@ -111,12 +111,12 @@ def _send(api: Any, parcel: Parcel, options: Options, ask: Ask | None, output: O
     from upfit.publish import hub
 
     there = hub.files_of(api, parcel.repo, None)
-    if there is not None and history.FILE not in there and set(there) - HARMLESS:
+    if there is not None and provenance.FILE not in there and set(there) - HARMLESS:
         settle([f"{parcel.repo} exists and holds files that Upfit did not write"], options, ask)
     hub.make(api, parcel.repo, options.private, options.branch)
     where: dict[str, Any] = {"create_pr": True} if options.pull_request else {"revision": options.branch}
     there = hub.files_of(api, parcel.repo, options.branch) or {}
-    stale = [name for name in there if name.endswith(OURS) and name not in parcel.files and history.FILE in there]
+    stale = [name for name in there if name.endswith(OURS) and name not in parcel.files and provenance.FILE in there]
     sizes = parcel.sizes()
     with hub.bars(output) as own, own.progress(f"sending {parcel.repo}", sum(sizes.values())) as meter:
         additions = [hub.addition(name, part) for name, part in parcel.files.items()]

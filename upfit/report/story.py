@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from upfit import history
+from upfit import provenance
 from upfit.bounded import LINES_BYTES, RECORD_BYTES, check_ordinary, parse_json, read_lines, read_text, shaped
 from upfit.convert.describe import describe
 from upfit.convert.folders import find_source
@@ -43,13 +43,13 @@ def gather(model: str, results: list[Path]) -> Story:
 
 def misshapen(folder: Path, results: list[Path]) -> AbstractContextManager[None]:
     """Raises UpfitError where something in the block is not what it takes the records of `folder` and `results` for."""
-    files = [str(folder / history.FILE), *map(str, results)]
+    files = [str(folder / provenance.FILE), *map(str, results)]
     what = "is not what Upfit writes there" if len(files) == 1 else "are not what Upfit writes there, one of them"
     return shaped(f"{' or '.join(files)} {what}")
 
 
 def _story(facts: dict[str, Any], folder: Path, kept: list[tuple[str, dict[str, Any]]]) -> Story:
-    steps = history.read(folder)
+    steps = provenance.read(folder)
     given = [(label, answer) for label, answer in kept if "sensitivity" not in answer]
     twice = [answer["model"] for _, answer in given]  # what is recorded and given too stands under the name that was given
     told = [(_label(steps, index), step["measurements"]) for index, step in enumerate(steps) if step["verb"] == "evaluate"]

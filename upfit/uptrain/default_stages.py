@@ -6,7 +6,7 @@ the text itself taught more than the teacher's distribution at equal FLOPs. A co
 from what it was: its divergence from that is 0, and AdamW would make steps of rounding errors.
 """
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.checkpoint import read_config
 from upfit.convert.folders import Source, find_source, teacher_source
 from upfit.convert.gqa.ran import method_ran
@@ -23,7 +23,7 @@ OF_A_TEACHER = ("teacher", "kl_weight", "ce_weight", "temperature")
 def converted_by(source: Source) -> str | None:
     """The method that merged heads in the last step of the model's history, or that the step was LOSSLESS; None where it was
     something else. One that takes rotary positions away while training loses them only then."""
-    last = next((step for step in reversed(history.read(source.path)) if step["verb"] != "evaluate"), None)
+    last = next((step for step in reversed(provenance.read(source.path)) if step["verb"] != "evaluate"), None)
     if last is None or not last["verb"].startswith("convert"):
         return None
     if last["measurements"].get("lossless") and not last["options"].get("drop_rope"):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.folders import Source
 from upfit.errors import UpfitError
@@ -22,7 +22,7 @@ def finished_run(out: Path, stages: list[Stage], opened: list[Data], source: Sou
         return None
     try:
         with open_checkpoint(out):
-            steps = [step for step in history.read(out) if step["verb"] != "evaluate"]  # may have been recorded since
+            steps = [step for step in provenance.read(out) if step["verb"] != "evaluate"]  # may have been recorded since
     except UpfitError:
         return None
     entries = steps[-len(stages) :]

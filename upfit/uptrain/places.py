@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.output_folder import work_path
 from upfit.durable import remove_tree
 from upfit.errors import UpfitError
@@ -71,7 +71,7 @@ def finished(place: Place, stage: Stage) -> dict[str, Any] | None:
     """
     if place.last or not place.folder.exists():
         return None
-    entry = history.read(place.folder)[-1]
+    entry = provenance.read(place.folder)[-1]
     if not stage.agrees(entry["options"]):
         raise UpfitError(f"{place.folder} was made with other settings; resume with the same, or start anew with --overwrite")
     return {"stopped": False, "stage": entry["stage"], **entry["measurements"]}

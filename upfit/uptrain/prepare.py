@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.output_folder import check_output, local_folder
 from upfit.convert.work_folder import work_folder
 from upfit.durable import write_whole
@@ -79,7 +79,7 @@ def prepare(
         origin = {"name": ", ".join(inputs), "revision": None, "path": None}
         options = {"tokenizer": tokenizer, "field": field, "tokens": tokens}
         counts = {"tokens": writer.tokens, "documents": writer.documents}
-        history.write(writer.folder, [history.step("prepare", origin, options, counts)])
+        provenance.write(writer.folder, [provenance.step("prepare", origin, options, counts)])
         work.publish(writer.folder, overwrite)
     return manifest
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from upfit import history
+from upfit import provenance
 from upfit.convert.folders import Source, find_source
 from upfit.convert.output_folder import resolved
 from upfit.convert.work_folder import RESULT, WorkFolder, work_folder
@@ -65,7 +65,7 @@ def uptrain(
     stages = split(check(config), tables or {}, data)
     out = resolved(out)
     source = find_source(model)
-    history.read(source.path)  # it is gone on with at the very end
+    provenance.read(source.path)  # it is gone on with at the very end
     opened = [open_data(stage.data, source, stage.config) for stage in stages]
     named = default_stages(config, source, mesh_of(config).shards > 0) if opened[0].contexts is None else None
     if named is not None:
@@ -245,7 +245,7 @@ def write(
     chosen = {"length": run.plan.length, "rows_a_step": run.plan.rows, "peak_learning_rate": run.peak, "processes": run.world}
     options = {**asdict(run.config), "resolved": {**chosen, "compute_dtype": run.identity["dtype"]}}
     measurements = {name: value for name, value in report.items() if name not in ("stopped", "stage")}
-    entry = history.step("uptrain", job.source.record(), options, measurements)
+    entry = provenance.step("uptrain", job.source.record(), options, measurements)
     entry |= {"stage": run.stage, "teacher": teacher.record() if teacher else None, "data": data.record()}
     entry["command"] = job.command
     entry["fingerprints"] = {name: run.identity[f"{name}'s fingerprint"] for name in ("model", "teacher")}
@@ -257,7 +257,7 @@ def write(
         for path in ([place.before / METRICS] if place.before else []) + [run.workspace.path / METRICS]:
             metrics.write(path.read_bytes())
     (folder / CONFIG_FILE).write_text(dump(job.config, job.tables), encoding="utf-8")
-    history.write(folder, [*history.read(before), entry])
+    provenance.write(folder, [*provenance.read(before), entry])
     if place.last:
         work.publish(folder, job.overwrite)
     else:
