@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from upfit import provenance
+from upfit.checkpoint.reader import open_checkpoint
+from upfit.checkpoint.source import Source, find_source
 from upfit.convert.architectures import Architecture
 from upfit.convert.attention import Attention, Layer
 from upfit.convert.calibrate import calibrate
 from upfit.convert.calibration import open_statistics
-from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.folders import Source, find_source
 from upfit.convert.gqa.recipe import Options
 from upfit.convert.recipe import Plan, Recipe, get_recipe
 from upfit.environment import environment

@@ -22,7 +22,8 @@ from typing import Any
 
 from convert_scale import drop_caches, make
 
-from upfit.convert import conversion, movers
+from upfit.checkpoint import copy_bytes
+from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.convert.verify import Report
@@ -56,7 +57,7 @@ def one_round(source: Path, out: Path, times: dict[str, list[float]]) -> bool:
     write, compare, recipe = conversion.write_shards, conversion.check_written, get_recipe("gqa")
     for way in WAYS:
         drop_caches()
-        movers.WAYS = (way, "plain")  # type: ignore[assignment]
+        copy_bytes.WAYS = (way, "plain")  # type: ignore[assignment]
         conversion.write_shards = clocked(f"{way}: written", times, write)
         conversion.check_written = clocked(f"{way}: read back", times, compare)
         convert(recipe, str(source), out, recipe.options(kv_heads=4, method="mean"), Settings(), Output(quiet=True))

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from upfit.convert.safetensors_file import encode_header
+from upfit.checkpoint.safetensors_header import encode_header
 from upfit.environment import environment
 
 SEVEN_B = {

@@ -28,8 +28,8 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.architectures import bind
-from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.engine import outline
 from upfit.convert.lens import see

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
-from upfit.convert.checkpoint import open_checkpoint
+from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.retarget import retarget
 from upfit.environment import environment
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from tests.warm_python import warm_python
-from upfit.convert.checkpoint import read_config
+from upfit.checkpoint.reader import read_config
 from upfit.environment import environment
 from upfit.output import Meter, Output
 from upfit.plan.hardware import GPUS

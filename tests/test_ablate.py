@@ -46,7 +46,7 @@ def test_without_its_positions_it_is_the_source(learned: Path, capsys: pytest.Ca
 
 
 def test_the_weights_come_back(learned: Path) -> None:
-    from upfit.convert.folders import find_source
+    from upfit.checkpoint.source import find_source
 
     model = load_model(find_source(str(learned)), "float32", torch.device("cpu"))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -9,7 +9,7 @@ import pytest
 
 from tests.folders import save_tiny
 from tests.tiny import tiny_config, tiny_model
-from upfit.convert.checkpoint import open_checkpoint
+from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.describe import describe
 from upfit.convert.skeleton import check_structure, load_strictly, skeleton
 from upfit.errors import UpfitError
@@ -72,7 +72,7 @@ def test_numbers_below_are_found_out_while_they_are_followed(tmp_path: Path, pla
 
 def test_every_door_is_guarded(tmp_path: Path) -> None:
     """Libraries read config.json for the tokenizer and for the model: both come after the look at it."""
-    from upfit.convert.folders import find_source
+    from upfit.checkpoint.source import find_source
 
     folder = save_tiny(tmp_path / "model")
     path = folder / "config.json"

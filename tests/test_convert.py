@@ -17,13 +17,14 @@ import torch
 from tests.folders import letter_tokenizer, logits, save_tiny, tiny_llama
 from tests.warm_python import warm_python
 from upfit import provenance
-from upfit.convert import conversion, writer
-from upfit.convert import work_folder as work_room
-from upfit.convert.checkpoint import open_checkpoint
+from upfit.checkpoint import work_folder as work_room
+from upfit.checkpoint import writer
+from upfit.checkpoint.reader import open_checkpoint
+from upfit.checkpoint.source import teacher_source
+from upfit.checkpoint.work_folder import RESULT, work_folder
+from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.folders import teacher_source
 from upfit.convert.recipe import get_recipe
-from upfit.convert.work_folder import RESULT, work_folder
 from upfit.errors import UpfitError
 from upfit.output import Output
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz_convert import Target, damaged, written_files
-from upfit.convert.safetensors_file import read_header
+from upfit.checkpoint.safetensors_header import read_header
 from upfit.errors import UpfitError
 
 

@@ -9,8 +9,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, close_session, constants
 
 from tests.folders import save_tiny
 from tests.hub import Hub
-from upfit.convert.checkpoint import open_checkpoint
-from upfit.convert.folders import find_source
+from upfit.checkpoint.reader import open_checkpoint
+from upfit.checkpoint.source import find_source
 from upfit.errors import UpfitError
 
 REPO = "alice/tiny"

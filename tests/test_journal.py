@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from tests.folders import save_tiny, tiny_llama
-from upfit.convert import conversion, movers
+from upfit.checkpoint import copy_bytes
+from upfit.checkpoint.copy_bytes import BLOCK, Mover, Run
+from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.movers import BLOCK, Mover, Run
 from upfit.convert.recipe import get_recipe
 from upfit.output import Output
 
@@ -83,7 +84,7 @@ def test_other_work_starts_anew(stopped: Path, change: str) -> None:
     assert weights(stopped / "out") == weights(stopped / "fresh")
 
 
-@pytest.mark.parametrize("way", movers.WAYS)
+@pytest.mark.parametrize("way", copy_bytes.WAYS)
 @pytest.mark.parametrize("shift", [0, 8, 13])
 def test_every_way_moves_the_same_bytes(tmp_path: Path, way: str, shift: int) -> None:
     """Runs with edges, at another place of their block too; a way that the disk refuses falls back."""
@@ -91,7 +92,7 @@ def test_every_way_moves_the_same_bytes(tmp_path: Path, way: str, shift: int) ->
     (tmp_path / "a").write_bytes(content)
     start, place, nbytes = 100, BLOCK + 100 + shift, 4 * BLOCK + 50
     source, target = os.open(tmp_path / "a", os.O_RDONLY), os.open(tmp_path / "b", os.O_RDWR | os.O_CREAT)
-    pieces: list[movers.Piece] = []
+    pieces: list[copy_bytes.Piece] = []
     with Mover([way, "plain"] if way != "plain" else ["plain"]) as mover:
         mover.move(source, target, Run(tmp_path / "a", start, nbytes, place), pieces.append)
     assert os.pread(target, nbytes, place) == content[start : start + nbytes]

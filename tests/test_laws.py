@@ -14,8 +14,8 @@ import torch
 
 from tests.tiny import BUILDABLE, UNGROUPABLE, auto_class, runs, tiny_inputs, tiny_model
 from tests.tiny_data import DOES_NOT_RUN, MODEL_TYPES
+from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.architectures import Architecture, bind, table
-from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.engine import outline
 from upfit.convert.lens import see

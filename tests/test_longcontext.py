@@ -15,7 +15,7 @@ import pytest
 
 from tests.folders import save_tiny
 from tests.uptraining import QUIET
-from upfit.convert.work_folder import locked, work_folder
+from upfit.checkpoint.work_folder import locked, work_folder
 from upfit.errors import UpfitError
 from upfit.longcontext import synth as machine
 from upfit.longcontext.ask import backends, code, prose, template

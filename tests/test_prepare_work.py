@@ -15,7 +15,7 @@ import pytest
 from tests.folders import letter_tokenizer
 from tests.uptraining import QUIET, text
 from tests.warm_python import ROOT, warm_python
-from upfit.convert.work_folder import work_folder
+from upfit.checkpoint.work_folder import work_folder
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
 from upfit.provenance import FILE

@@ -13,8 +13,8 @@ from tests.folders import save_tiny
 from tests.test_publish import card, copied
 from tests.uptraining import QUIET
 from upfit import provenance
+from upfit.checkpoint.source import teacher_source
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.folders import teacher_source
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.evaluate.evaluate import evaluate

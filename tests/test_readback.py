@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from tests.folders import save_tiny, tiny_llama
-from upfit.convert import conversion, movers
+from upfit.checkpoint import copy_bytes
+from upfit.checkpoint.copy_bytes import Piece
+from upfit.checkpoint.read_back import check_written
+from upfit.checkpoint.writer import Shard
+from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.movers import Piece
-from upfit.convert.readback import check_written
 from upfit.convert.recipe import get_recipe
-from upfit.convert.writer import Shard
 from upfit.errors import UpfitError
 from upfit.output import Output
 
@@ -59,7 +60,7 @@ PLACES: dict[str, Callable[[Shard], int]] = {
 def test_one_bit_is_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[..., None], way: str, place: str
 ) -> None:
-    monkeypatch.setattr(movers, "WAYS", (way, "plain"))
+    monkeypatch.setattr(copy_bytes, "WAYS", (way, "plain"))
     damage(PLACES[place])
     source = save_tiny(tmp_path / "source", tiny_llama(intermediate_size=256))
     with pytest.raises(UpfitError, match="read back, has other bytes") as caught:
@@ -78,12 +79,12 @@ def test_it_can_be_left_out_alone(tmp_path: Path, damage: Callable[..., None]) -
 
 def test_bytes_of_another_place_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They arrive as they were read, so that no checksum tells."""
-    original = movers.Mover.move
+    original = copy_bytes.Mover.move
 
-    def shifted(self: movers.Mover, source: int, target: int, run: movers.Run, told: Any) -> None:
-        original(self, source, target, movers.Run(run.file, run.start - 4, run.nbytes, run.place), told)
+    def shifted(self: copy_bytes.Mover, source: int, target: int, run: copy_bytes.Run, told: Any) -> None:
+        original(self, source, target, copy_bytes.Run(run.file, run.start - 4, run.nbytes, run.place), told)
 
-    monkeypatch.setattr(movers.Mover, "move", shifted)
+    monkeypatch.setattr(copy_bytes.Mover, "move", shifted)
     with pytest.raises(UpfitError, match="is not the source's"):
         run(save_tiny(tmp_path / "source"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from upfit.checkpoint.reader import most_positions, open_checkpoint
+from upfit.checkpoint.source import find_source
 from upfit.convert.architectures import table
-from upfit.convert.checkpoint import most_positions, open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.describe import describe
-from upfit.convert.folders import find_source
 from upfit.convert.recipe import find_recipes
 from upfit.convert.retarget import MAKERS, retarget
 from upfit.convert.retarget_draft import rotary_share

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.folders import save_tiny, tiny_llama
+from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert import conversion
-from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.errors import UpfitError
@@ -105,7 +105,7 @@ def test_a_kill_between_two_sources_mixes_nothing(tmp_path: Path, monkeypatch: p
 
 def test_an_identity_sees_another_file_of_the_same_size_and_times(tmp_path: Path) -> None:
     """By its samples alone, where everything that the system says is alike."""
-    from upfit.convert.identity import SAMPLE_BYTES, sampled
+    from upfit.checkpoint.identity import SAMPLE_BYTES, sampled
 
     content = bytearray(os.urandom(64 * SAMPLE_BYTES))
     (tmp_path / "a").write_bytes(content)

@@ -24,7 +24,7 @@ from tests.test_uptrain_attention import differential
 from tests.test_uptrain_resume import Interrupting
 from tests.uptraining import BASE, QUIET, Workshop, make_workshop, metrics, weights
 from tests.warm_python import warm_python
-from upfit.convert.work_folder import LOCK, MARK
+from upfit.checkpoint.work_folder import LOCK, MARK
 from upfit.errors import UpfitError
 from upfit.uptrain.config import Config
 from upfit.uptrain.losses import Objective

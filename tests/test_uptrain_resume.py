@@ -21,9 +21,9 @@ from tests.folders import save_tiny, tiny_llama
 from tests.uptraining import BASE, Workshop, make_workshop, metrics, one_thread, weights
 from tests.warm_python import warm_python
 from upfit import provenance
+from upfit.checkpoint.content import PIECE
+from upfit.checkpoint.work_folder import LOCK, MARK, work_folder
 from upfit.cli import app
-from upfit.convert.content import PIECE
-from upfit.convert.work_folder import LOCK, MARK, work_folder
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
 from upfit.uptrain import content, state

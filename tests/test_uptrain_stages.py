@@ -14,8 +14,8 @@ from tests.folders import save_tiny, tiny_llama
 from tests.test_uptrain_resume import Interrupting, untimed
 from tests.uptraining import QUIET, Workshop, config, make_workshop, metrics, pooled, text, weights
 from upfit import provenance
+from upfit.checkpoint.source import Source
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.folders import Source
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.output import Meter

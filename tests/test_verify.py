@@ -12,15 +12,16 @@ from safetensors.torch import load_file, save_file
 from tests.folders import save_tiny, tiny_llama
 from tests.tiny import tiny_model
 from upfit import provenance
-from upfit.convert import conversion, journal
+from upfit.checkpoint import finished_shards
+from upfit.checkpoint.copy_bytes import Piece
+from upfit.checkpoint.finished_shards import JOURNAL, Journal
+from upfit.checkpoint.reader import open_checkpoint
+from upfit.checkpoint.safetensors_header import read_exactly
+from upfit.convert import conversion
 from upfit.convert.architectures import bind
-from upfit.convert.checkpoint import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.engine import check_against_class, outline
-from upfit.convert.journal import JOURNAL, Journal
-from upfit.convert.movers import Piece
 from upfit.convert.recipe import Plan, Rule, get_recipe
-from upfit.convert.safetensors_file import read_exactly
 from upfit.convert.verify import CLOSE, Promise, Report, compare, tolerance
 from upfit.errors import UpfitError
 from upfit.output import Output
@@ -114,7 +115,7 @@ def lines(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     (folder / "shard").write_bytes(content)
     kept = Journal(folder, {}, lambda *_: b"")
     (folder / "shard").write_bytes(content)
-    kept.add("shard", 90, [Piece(start, 30, journal.zlib.crc32(content[start : start + 30])) for start in (0, 30, 60)])
+    kept.add("shard", 90, [Piece(start, 30, finished_shards.zlib.crc32(content[start : start + 30])) for start in (0, 30, 60)])
     return folder, json.loads((folder / JOURNAL).read_text().splitlines()[1])
 
 

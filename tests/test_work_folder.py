@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from upfit import durable, provenance
-from upfit.convert import work_folder as room
-from upfit.convert.output_folder import check_output, names_below
-from upfit.convert.work_folder import LOCK, MARK, REPLACED, RESULT, Interrupted, OutputTaken, work_folder
+from upfit.checkpoint import work_folder as room
+from upfit.checkpoint.output_folder import check_output, names_below
+from upfit.checkpoint.work_folder import LOCK, MARK, REPLACED, RESULT, Interrupted, OutputTaken, work_folder
 from upfit.durable import exchange, mount_below, remove_tree, rename_new, write_whole
 from upfit.errors import UpfitError
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Protocol
 
+from upfit.checkpoint.safetensors_header import ITEM_BYTES
 from upfit.convert.attention import Geometry, Layer
 from upfit.convert.own_class import KV_HEADS, as_own
-from upfit.convert.safetensors_file import ITEM_BYTES
 from upfit.errors import UpfitError
 from upfit.modeling.registry import family
 

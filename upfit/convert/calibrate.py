@@ -15,6 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from upfit.checkpoint.output_folder import check_place, resolved
+from upfit.checkpoint.quantised import check_not_quantised
+from upfit.checkpoint.reader import Checkpoint, most_positions, open_checkpoint, safetensors_dtype
+from upfit.checkpoint.safetensors_header import encode_header, read_header
+from upfit.checkpoint.source import find_source
+from upfit.checkpoint.work_folder import work_folder
 from upfit.convert.architectures import Architecture, bind
 from upfit.convert.calibration import (
     LENGTH,
@@ -29,17 +35,11 @@ from upfit.convert.calibration import (
     metadata,
     read_documents,
 )
-from upfit.convert.checkpoint import Checkpoint, most_positions, open_checkpoint, safetensors_dtype
 from upfit.convert.facts import Facts, understand, watch
-from upfit.convert.folders import find_source
 from upfit.convert.lens import see
-from upfit.convert.output_folder import check_place, resolved
-from upfit.convert.quantised import check_not_quantised
-from upfit.convert.safetensors_file import encode_header, read_header
 from upfit.convert.skeleton import vocabulary
 from upfit.convert.statistics import ROWS, add, observe, sample_rows
 from upfit.convert.stream import Opaque, Stream, run_block
-from upfit.convert.work_folder import work_folder
 from upfit.durable import write_whole
 from upfit.errors import UpfitError
 from upfit.options import parse_count

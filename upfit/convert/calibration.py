@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from upfit.bounded import parse_json, shaped
-from upfit.convert.checkpoint import Checkpoint
-from upfit.convert.content import tensors_hash
+from upfit.checkpoint.content import tensors_hash
+from upfit.checkpoint.reader import Checkpoint
+from upfit.checkpoint.safetensors_header import TensorInfo, read_header, read_metadata
 from upfit.convert.facts import Facts, Residual
-from upfit.convert.safetensors_file import TensorInfo, read_header, read_metadata
 from upfit.convert.skeleton import quiet_transformers
 from upfit.convert.statistics_check import check_facts, check_layer, check_windows
 from upfit.convert.stream import Opaque
@@ -218,7 +218,7 @@ def _infos_of(path: str, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInf
 
 
 def _read(info: TensorInfo) -> Tensor:
-    from upfit.convert.checkpoint import torch_dtype
+    from upfit.checkpoint.reader import torch_dtype
 
     with info.file.open("rb") as file:
         file.seek(info.start)

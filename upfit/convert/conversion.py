@@ -14,31 +14,31 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from upfit import provenance
+from upfit.checkpoint.disk_errors import disk_errors
+from upfit.checkpoint.finished_shards import JOURNAL, Journal, crc_of
+from upfit.checkpoint.output_folder import check_output
+from upfit.checkpoint.quantised import check_not_quantised
+from upfit.checkpoint.read_back import check_places, check_written
+from upfit.checkpoint.reader import Checkpoint, config_dtypes, open_checkpoint, read_config, safetensors_dtype, torch_dtype
+from upfit.checkpoint.remote_code import without_code
+from upfit.checkpoint.source import Source, check_side_files, copy_code, copy_side_files, find_source
+from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
+from upfit.checkpoint.writer import Shard, split, write_shards
 from upfit.convert.architectures import Architecture, bind, check_known, has_two_ways
 from upfit.convert.calibration import check_texts
-from upfit.convert.checkpoint import Checkpoint, config_dtypes, open_checkpoint, read_config, safetensors_dtype, torch_dtype
-from upfit.convert.disk import disk_errors
 from upfit.convert.engine import Planned, changed_layers, check_against_class, edit_dtype, outline, output_bytes, shape_changes
-from upfit.convert.folders import Source, check_side_files, copy_code, copy_side_files, find_source
-from upfit.convert.journal import JOURNAL, Journal, crc_of
 from upfit.convert.leftovers import Leftovers, left_over, settle
 from upfit.convert.lens import see
-from upfit.convert.output_folder import check_output
 from upfit.convert.own_class import is_grouped
-from upfit.convert.quantised import check_not_quantised
-from upfit.convert.readback import check_places, check_written
 from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, find_merge
-from upfit.convert.remote_code import without_code
 from upfit.convert.verify import Promise, Report, tolerance, verify
-from upfit.convert.work_folder import RESULT, WorkFolder, work_folder
-from upfit.convert.writer import Shard, split, write_shards
 from upfit.errors import UpfitError
 from upfit.modeling.registry import family, is_own
 from upfit.options import as_flags, check
 from upfit.output import Output
 
 if TYPE_CHECKING:
-    from upfit.convert.streaming import Stream
+    from upfit.checkpoint.hub_stream import Stream
 
 CODE_NOTE = "auto_map left out: code of the source does not travel, and the classes of the result need none of it"
 FIT_FACTOR = 4  # what a fit keeps beside OUT, in bytes of the attention's weights: it may change the MLP's as well
@@ -112,7 +112,7 @@ def _opened(
         if settings.dry_run:
             place = Path(stack.enter_context(TemporaryDirectory(prefix="upfit-")))
         if settings.stream:
-            from upfit.convert.streaming import streamed
+            from upfit.checkpoint.hub_stream import streamed
 
             check_output(out, [], 0, settings.overwrite)
             if not settings.dry_run:

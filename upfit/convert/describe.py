@@ -3,11 +3,11 @@
 from typing import Any
 
 from upfit import provenance
+from upfit.checkpoint.quantised import check_not_quantised
+from upfit.checkpoint.reader import open_checkpoint
+from upfit.checkpoint.source import find_source
 from upfit.convert.architectures import bind, check_known, has_two_ways
-from upfit.convert.checkpoint import open_checkpoint
-from upfit.convert.folders import find_source
 from upfit.convert.own_class import is_grouped
-from upfit.convert.quantised import check_not_quantised
 from upfit.convert.recipe import find_recipes
 from upfit.convert.skeleton import model_class_for
 from upfit.modeling.registry import is_own

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.checkpoint.reader import Checkpoint, safetensors_dtype
+from upfit.checkpoint.safetensors_header import ITEM_BYTES
 from upfit.convert.architectures import Architecture
 from upfit.convert.attention import Layer
-from upfit.convert.checkpoint import Checkpoint, safetensors_dtype
 from upfit.convert.recipe import Plan, Rule
-from upfit.convert.safetensors_file import ITEM_BYTES
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def compute(rule: Rule, checkpoint: Checkpoint, planned: dict[str, Planned]) -> 
 
 def finish(tensor: "Tensor", item: Planned) -> "Tensor":
     """Cast to the planned type and check that the values are finite."""
-    from upfit.convert.checkpoint import torch_dtype
+    from upfit.checkpoint.reader import torch_dtype
 
     tensor = tensor.to(torch_dtype(item.dtype)).contiguous()
     assert tuple(tensor.shape) == item.shape, f"{item.name} was planned as {item.shape}, computed as {tuple(tensor.shape)}"
@@ -163,7 +163,7 @@ def output_bytes(planned: list[Planned], folder: Path) -> int:
 
     Raises UpfitError for files there that cannot be copied.
     """
-    from upfit.convert.folders import check_side_files
+    from upfit.checkpoint.source import check_side_files
 
     side = sum(path.stat().st_size for path in check_side_files(folder).values())
     return sum(item.nbytes for item in planned) + side + 2**20

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from upfit.convert.content import file_hash
-from upfit.convert.output_folder import RESERVE_BYTES
+from upfit.checkpoint.content import file_hash
+from upfit.checkpoint.output_folder import RESERVE_BYTES
 from upfit.durable import sync_path
 
 FORMAT = 1

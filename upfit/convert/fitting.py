@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from upfit import provenance
+from upfit.checkpoint.reader import torch_dtype
 from upfit.convert.calibrate import pick_device, sample_for
 from upfit.convert.calibration import Sample, fingerprint
 from upfit.convert.carried import Carried
-from upfit.convert.checkpoint import torch_dtype
 from upfit.convert.fit_work import Entry, FitWork
 from upfit.convert.lanes import lanes_of
 from upfit.convert.recipe import Rule

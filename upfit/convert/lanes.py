@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upfit.convert.checkpoint import Checkpoint
+from upfit.checkpoint.reader import Checkpoint
 from upfit.convert.facts import Residual
 from upfit.convert.ridge import Moments, augmented, ridge_linear
 from upfit.convert.stream import Call, Stream

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.checkpoint.reader import Checkpoint, safetensors_dtype, torch_dtype
+from upfit.checkpoint.safetensors_header import ITEM_BYTES, TensorInfo
 from upfit.convert.architectures import check_known
-from upfit.convert.checkpoint import Checkpoint, safetensors_dtype, torch_dtype
 from upfit.convert.fused import PARTS, Fused
 from upfit.convert.recipe import Plan, Rule
 from upfit.convert.retarget import retarget
-from upfit.convert.safetensors_file import ITEM_BYTES, TensorInfo
 
 if TYPE_CHECKING:
     import torch

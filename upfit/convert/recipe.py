@@ -16,8 +16,8 @@ from upfit.output import Output
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from upfit.checkpoint.reader import Checkpoint
     from upfit.convert.architectures import Architecture
-    from upfit.convert.checkpoint import Checkpoint
 
 MERGE = "merge"  # the name of recipes that go back to a stock class
 Tensors = Mapping[str, "Tensor"]

@@ -20,8 +20,8 @@ from upfit.model_files import check_numbers, quiet_transformers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from upfit.checkpoint.reader import Checkpoint
     from upfit.convert.architectures import Described
-    from upfit.convert.checkpoint import Checkpoint
 
 AUTO_CLASSES = (
     "AutoModelForCausalLM",
@@ -229,7 +229,7 @@ def structure_report(config: dict[str, Any], tensors: "Mapping[str, Described]")
     """
     import torch
 
-    from upfit.convert.checkpoint import torch_dtype
+    from upfit.checkpoint.reader import torch_dtype
 
     state = {name: torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta") for name, info in tensors.items()}
     with _config_errors(config):
@@ -270,7 +270,7 @@ def load_with_report(folder: Path, auto_class: Any = None, **options: Any) -> tu
 
     Raises UpfitError when the folder does not load at all.
     """
-    from upfit.convert.checkpoint import open_checkpoint, read_config
+    from upfit.checkpoint.reader import open_checkpoint, read_config
 
     auto_class = auto_class or auto_class_for(read_config(folder))
     try:

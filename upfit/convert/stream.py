@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from upfit.checkpoint.reader import Checkpoint
 from upfit.convert.architectures import Architecture
-from upfit.convert.checkpoint import Checkpoint
 from upfit.convert.skeleton import quiet_transformers, skeleton
 
 if TYPE_CHECKING:

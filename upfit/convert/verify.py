@@ -62,7 +62,7 @@ def verify(folder: Path, source: Path | None, promise: Promise, named: Path, all
 
     `allowed` names tensors that the source's class already left unused. Raises UpfitError when a check fails.
     """
-    from upfit.convert.checkpoint import open_checkpoint
+    from upfit.checkpoint.reader import open_checkpoint
     from upfit.convert.skeleton import check_structure
 
     try:
@@ -164,7 +164,7 @@ def sample_ids(folder: Path) -> tuple["torch.Tensor | None", bool]:
     model has positions."""
     import torch
 
-    from upfit.convert.checkpoint import most_positions, read_config
+    from upfit.checkpoint.reader import most_positions, read_config
     from upfit.convert.skeleton import quiet_transformers, vocabulary
 
     config = read_config(folder)

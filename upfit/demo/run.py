@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from upfit import provenance
+from upfit.checkpoint.output_folder import check_ours, check_place, resolved
+from upfit.checkpoint.work_folder import work_folder
 from upfit.convert.calibrate import calibrate
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.output_folder import check_ours, check_place, resolved
 from upfit.convert.recipe import get_recipe
-from upfit.convert.work_folder import work_folder
 from upfit.demo import embedded_model
 from upfit.demo.text import standard_library
 from upfit.durable import remove_tree, write_whole

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from upfit import provenance
-from upfit.convert.folders import Source, find_source
+from upfit.checkpoint.source import Source, find_source
 from upfit.errors import UpfitError
 from upfit.evaluate import attention, harness, harness_scores, needle
 from upfit.evaluate.ablate import ablated

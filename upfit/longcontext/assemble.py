@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit import provenance
-from upfit.convert.work_folder import RESULT, WorkFolder
+from upfit.checkpoint.work_folder import RESULT, WorkFolder
 from upfit.errors import UpfitError
 from upfit.longcontext.ask import template
 from upfit.longcontext.compose import Composer, Recipe

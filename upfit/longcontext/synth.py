@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from upfit.convert.output_folder import check_output, local_folder
-from upfit.convert.work_folder import WorkFolder, locked, work_folder
+from upfit.checkpoint.output_folder import check_output, local_folder
+from upfit.checkpoint.work_folder import WorkFolder, locked, work_folder
 from upfit.durable import rename_new, sync_tree
 from upfit.errors import UpfitError
 from upfit.longcontext.ask import backends, dataset, model, template

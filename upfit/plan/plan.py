@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from upfit.convert.checkpoint import most_positions, read_config
-from upfit.convert.folders import Source, find_source, teacher_source
+from upfit.checkpoint.reader import most_positions, read_config
+from upfit.checkpoint.source import Source, find_source, teacher_source
 from upfit.errors import UpfitError
 from upfit.options import parse_count, parse_share
 from upfit.output import human_bytes

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from upfit import provenance
-from upfit.convert.checkpoint import INDEX, open_checkpoint
-from upfit.convert.folders import NEVER_COPIED, SIDE_FILES, contained
-from upfit.convert.output_folder import WORK
+from upfit.checkpoint.output_folder import WORK
+from upfit.checkpoint.reader import INDEX, open_checkpoint
+from upfit.checkpoint.source import NEVER_COPIED, SIDE_FILES, contained
 from upfit.convert.skeleton import check_structure
 from upfit.errors import UpfitError
 from upfit.modeling.registry import is_own, shipped

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit.bounded import CARD_BYTES, LINES_BYTES, RECORD_BYTES, read_json, read_lines, read_text
-from upfit.convert.safetensors_file import read_metadata
+from upfit.checkpoint.safetensors_header import read_metadata
 from upfit.errors import UpfitError
 from upfit.output import to_json
 from upfit.portable import FILE_ADDRESS, PART, name_of, place_name, without

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from upfit.convert.folders import find_source
+from upfit.checkpoint.source import find_source
 from upfit.evaluate.tables import half_width
 from upfit.output import human_bytes, human_count
 from upfit.report.story import Story, gather, misshapen, newest_evaluation

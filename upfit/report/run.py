@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib import rc_context
 
-from upfit.convert.folders import find_source
-from upfit.convert.output_folder import check_place, resolved
-from upfit.convert.work_folder import RESULT, work_folder
+from upfit.checkpoint.output_folder import check_place, resolved
+from upfit.checkpoint.source import find_source
+from upfit.checkpoint.work_folder import RESULT, work_folder
 from upfit.errors import UpfitError
 from upfit.portable import known_places, name_of
 from upfit.report.page import elsewhere, is_page, is_picture, render

@@ -9,8 +9,8 @@ from typing import Any
 
 from upfit import provenance
 from upfit.bounded import LINES_BYTES, RECORD_BYTES, check_ordinary, parse_json, read_lines, read_text, shaped
+from upfit.checkpoint.source import find_source
 from upfit.convert.describe import describe
-from upfit.convert.folders import find_source
 from upfit.errors import UpfitError
 
 METRICS = "metrics.jsonl"

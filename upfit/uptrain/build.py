@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from upfit.convert.folders import Source
+from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.uptrain import attention, liger, models

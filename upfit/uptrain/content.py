@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from upfit.convert.content import file_hash
+from upfit.checkpoint.content import file_hash
 
 
 def content_hash(path: Path) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from upfit.convert.folders import Source
+from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.longcontext.contexts import CONTEXTS, Contexts
 from upfit.longcontext.wording import Wording

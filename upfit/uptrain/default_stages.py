@@ -7,8 +7,8 @@ from what it was: its divergence from that is 0, and AdamW would make steps of r
 """
 
 from upfit import provenance
-from upfit.convert.checkpoint import read_config
-from upfit.convert.folders import Source, find_source, teacher_source
+from upfit.checkpoint.reader import read_config
+from upfit.checkpoint.source import Source, find_source, teacher_source
 from upfit.convert.gqa.ran import method_ran
 from upfit.modeling.registry import is_own
 from upfit.uptrain.config import Config, default

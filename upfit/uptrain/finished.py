@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from upfit import provenance
-from upfit.convert.checkpoint import open_checkpoint
-from upfit.convert.folders import Source
+from upfit.checkpoint.reader import open_checkpoint
+from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.uptrain.data import Data
 from upfit.uptrain.models import fingerprint

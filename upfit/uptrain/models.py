@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from upfit.convert.checkpoint import open_checkpoint, read_config, torch_dtype
+from upfit.checkpoint.reader import open_checkpoint, read_config, torch_dtype
 from upfit.convert.forwards import LOGITS_TO_KEEP, POSITIONS, takes
 from upfit.convert.skeleton import load_strictly
 from upfit.errors import UpfitError

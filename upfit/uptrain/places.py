@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit import provenance
-from upfit.convert.output_folder import work_path
+from upfit.checkpoint.output_folder import work_path
 from upfit.durable import remove_tree
 from upfit.errors import UpfitError
 from upfit.uptrain.stages import Stage

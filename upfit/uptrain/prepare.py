@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit import provenance
-from upfit.convert.output_folder import check_output, local_folder
-from upfit.convert.work_folder import work_folder
+from upfit.checkpoint.output_folder import check_output, local_folder
+from upfit.checkpoint.work_folder import work_folder
 from upfit.durable import write_whole
 from upfit.errors import UpfitError
 from upfit.options import parse_count

@@ -15,9 +15,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from upfit import provenance
-from upfit.convert.folders import Source, find_source
-from upfit.convert.output_folder import resolved
-from upfit.convert.work_folder import RESULT, WorkFolder, work_folder
+from upfit.checkpoint.output_folder import resolved
+from upfit.checkpoint.source import Source, find_source
+from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.durable import remove_tree, rename_new, sync_tree
 from upfit.options import as_flags
 from upfit.output import Output

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.folders import letter_tokenizer
 from tests.tiny import tiny_model
-from upfit.convert.checkpoint import open_checkpoint
+from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.cope.recipe import Options
 from upfit.convert.forwards import CACHE_NAMES, cache_name, cache_of

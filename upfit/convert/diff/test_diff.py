@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import tiny_model
-from upfit.convert.checkpoint import open_checkpoint
+from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert, merge
 from upfit.convert.diff.recipe import Options
 from upfit.convert.recipe import find_recipes

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from upfit.convert.output_folder import check_ours, resolved, work_path
+from upfit.checkpoint.output_folder import check_ours, resolved, work_path
 from upfit.durable import exchange, remove_tree, rename_new, sync_path, sync_tree, write_whole
 from upfit.errors import UpfitError
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit.bounded import read_json
-from upfit.convert.disk import naming
-from upfit.convert.folders import contained
-from upfit.convert.identity import Identity, sampled
-from upfit.convert.quantised import of_config, refusal
-from upfit.convert.safetensors_file import TensorInfo, read_exactly, read_header
+from upfit.checkpoint.disk_errors import naming
+from upfit.checkpoint.identity import Identity, sampled
+from upfit.checkpoint.quantised import of_config, refusal
+from upfit.checkpoint.safetensors_header import TensorInfo, read_exactly, read_header
+from upfit.checkpoint.source import contained
 from upfit.errors import UpfitError
 from upfit.modeling.registry import is_own
 

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfit.convert.movers import BLOCK, REFUSALS, Piece
-from upfit.convert.safetensors_file import read_exactly
+from upfit.checkpoint.copy_bytes import BLOCK, REFUSALS, Piece
+from upfit.checkpoint.safetensors_header import read_exactly
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
-    from upfit.convert.checkpoint import Checkpoint
-    from upfit.convert.writer import Shard
+    from upfit.checkpoint.reader import Checkpoint
+    from upfit.checkpoint.writer import Shard
 
 STEP = 2**20
 EDGE = 256

@@ -21,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from upfit.convert.disk import naming
-from upfit.convert.safetensors_file import read_exactly
+from upfit.checkpoint.disk_errors import naming
+from upfit.checkpoint.safetensors_header import read_exactly
 
 WAYS = ("reflink", "direct", "kernel", "plain")
 SEEN = ("direct", "plain")  # the bytes pass through this process, so that a checksum costs no reading

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from upfit import provenance
-from upfit.convert import quantised
-from upfit.convert.remote_code import side_file
+from upfit.checkpoint import quantised
+from upfit.checkpoint.remote_code import side_file
 from upfit.errors import UpfitError
 from upfit.model_files import check_model_files
 from upfit.modeling.registry import is_own, shipped
@@ -107,7 +107,7 @@ def _weights_of(hub_id: str, revision: str | None) -> tuple[str | None, Sequence
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    from upfit.convert.checkpoint import INDEX, SINGLE, named_files
+    from upfit.checkpoint.reader import INDEX, SINGLE, named_files
 
     try:
         index = Path(hf_hub_download(hub_id, INDEX, revision=revision))

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from upfit.convert.checkpoint import INDEX, SINGLE, Checkpoint
-from upfit.convert.disk import naming
+from upfit.checkpoint.copy_bytes import BLOCK, REFUSALS, Piece
+from upfit.checkpoint.disk_errors import naming
+from upfit.checkpoint.finished_shards import Journal
+from upfit.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from upfit.checkpoint.safetensors_header import encode_header
+from upfit.checkpoint.write_order import Depot, Target, Work, stages
 from upfit.convert.engine import Planned
-from upfit.convert.journal import Journal
-from upfit.convert.movers import BLOCK, REFUSALS, Piece
 from upfit.convert.recipe import Rule
-from upfit.convert.safetensors_file import encode_header
-from upfit.convert.stages import Depot, Target, Work, stages
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
-    from upfit.convert.checkpoint import Checkpoint
+    from upfit.checkpoint.reader import Checkpoint
     from upfit.convert.skeleton import Names
 
 FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
@@ -51,8 +51,8 @@ def _method(value: Any) -> str:
 
 def check_not_quantised(checkpoint: "Checkpoint") -> None:
     """Raise UpfitError when the weights of an opened checkpoint are stored quantised."""
-    from upfit.convert.checkpoint import read_object
-    from upfit.convert.folders import contained
+    from upfit.checkpoint.reader import read_object
+    from upfit.checkpoint.source import contained
     from upfit.convert.skeleton import class_names
 
     for path in (checkpoint.folder / name for name in FILES):

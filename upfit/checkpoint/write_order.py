@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from upfit.convert import movers
-from upfit.convert.checkpoint import Checkpoint
-from upfit.convert.disk import naming
+from upfit.checkpoint import copy_bytes
+from upfit.checkpoint.copy_bytes import Mover, Piece, Run, write_all
+from upfit.checkpoint.disk_errors import naming
+from upfit.checkpoint.finished_shards import Journal
+from upfit.checkpoint.reader import Checkpoint
 from upfit.convert.engine import compute, finish
-from upfit.convert.journal import Journal
-from upfit.convert.movers import Mover, Piece, Run, write_all
 
 if TYPE_CHECKING:
     import torch
 
+    from upfit.checkpoint.writer import Shard
     from upfit.convert.engine import Planned
     from upfit.convert.recipe import Rule
-    from upfit.convert.writer import Shard
 
 
 class Depot(Protocol):
@@ -126,14 +126,14 @@ class Work:
         self, shards: list["Shard"], targets: list[Target], checkpoint: Checkpoint, advance: Callable[[int], None]
     ) -> None:
         self.checkpoint, self.advance = checkpoint, advance
-        self.ways = list(movers.WAYS)
+        self.ways = list(copy_bytes.WAYS)
         self.planned = {item.name: item for shard in shards for item in shard.items}
         self.places = {item.name: (target, item) for target in targets for item in target.shard.items}
         self.stopped = threading.Event()
 
     def run(self, stage: Stage, depot: Depot | None) -> None:
         if depot:  # what is checked later must be known by itself: the source's bytes will be gone
-            self.ways = [way for way in self.ways if way in movers.SEEN]
+            self.ways = [way for way in self.ways if way in copy_bytes.SEEN]
             for file in sorted(stage.files):
                 depot.bring(file)
         with ThreadPoolExecutor(max_workers=1) as pool:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upfit.convert.checkpoint import INDEX, SINGLE
-from upfit.convert.folders import HUB_ID, SMALL_FILES, Source, hub_errors
-from upfit.convert.safetensors_file import MAX_HEADER_BYTES
-from upfit.convert.work_folder import Interrupted
+from upfit.checkpoint.reader import INDEX, SINGLE
+from upfit.checkpoint.safetensors_header import MAX_HEADER_BYTES
+from upfit.checkpoint.source import HUB_ID, SMALL_FILES, Source, hub_errors
+from upfit.checkpoint.work_folder import Interrupted
 from upfit.errors import UpfitError
 
 

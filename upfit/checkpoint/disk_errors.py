@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from upfit.convert.output_folder import work_path
-from upfit.convert.work_folder import Interrupted
+from upfit.checkpoint.output_folder import work_path
+from upfit.checkpoint.work_folder import Interrupted
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

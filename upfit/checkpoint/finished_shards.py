@@ -14,9 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from upfit.convert.movers import Piece
-from upfit.convert.readback import STEP, Read, same
-from upfit.convert.safetensors_file import read_exactly
+from upfit.checkpoint.copy_bytes import Piece
+from upfit.checkpoint.read_back import STEP, Read, same
+from upfit.checkpoint.safetensors_header import read_exactly
 from upfit.errors import UpfitError
 
 JOURNAL = "conversion.jsonl"  # in a folder that is being written: what of it is finished
