@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from upfit import provenance
+from upfit.architecture.attention import Attention, Layer
+from upfit.architecture.layers import Architecture
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import Source, find_source
-from upfit.convert.architectures import Architecture
-from upfit.convert.attention import Attention, Layer
 from upfit.convert.calibrate import calibrate
 from upfit.convert.calibration import open_statistics
 from upfit.convert.conversion import Settings, convert

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.folders import letter_tokenizer
 from tests.tiny import BUILDABLE, UNGROUPABLE, tiny_model
+from upfit.architecture.forwards import cache_name, cache_of
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.forwards import cache_name, cache_of
 from upfit.convert.recipe import find_recipes
 from upfit.environment import environment
 from upfit.errors import UpfitError

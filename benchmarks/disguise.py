@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from upfit.architecture.attention import LAYOUTS, Attention
+from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import copy_side_files
-from upfit.convert.architectures import bind
-from upfit.convert.attention import LAYOUTS, Attention
 from upfit.convert.gqa.rebase import expand_heads, rebase_values, scale_pairs
 
 

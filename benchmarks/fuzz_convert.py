@@ -28,11 +28,11 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from upfit.architecture.adapter import see
+from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
-from upfit.convert.architectures import bind
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.engine import outline
-from upfit.convert.lens import see
 from upfit.convert.recipe import get_recipe
 from upfit.environment import environment
 from upfit.errors import UpfitError

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, GenerationMixin, T5Config, WhisperConfig
 
+from upfit.architecture.forwards import cache_of
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.forwards import cache_of
 from upfit.convert.recipe import get_recipe
 from upfit.environment import environment
 from upfit.output import Output

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from upfit import provenance
+from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint, read_config
-from upfit.convert.architectures import bind
 from upfit.environment import environment
 from upfit.output import Output
 from upfit.plan.trace import trace

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
+from upfit.architecture.retarget.retarget import retarget
 from upfit.checkpoint.reader import open_checkpoint
-from upfit.convert.retarget import retarget
 from upfit.environment import environment
 
 IDS = torch.randint(3, 2000, (2, 64), generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.tiny_data import MODEL_TYPES, UNBUILDABLE, UNGROUPABLE  # noqa: E402
-from upfit.convert.architectures import table  # noqa: E402
+from upfit.architecture.layers import table  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
 
@@ -23,7 +23,7 @@ def page() -> str:
     lines = [
         "# Architectures",
         "",
-        "By `model_type`. Written by `scripts/write_architectures_page.py` from `upfit/convert/architectures.toml`.",
+        "By `model_type`. Written by `scripts/write_architectures_page.py` from `upfit/architecture/table.toml`.",
         "",
         f"## Tested ({len(tested)})",
         "",

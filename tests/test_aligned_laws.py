@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 from tests.folders import letter_tokenizer
 from tests.test_laws import CASES, EVERYDAY, VARIANTS, sample
 from tests.tiny import BUILDABLE, auto_class, tiny_inputs, tiny_model
+from upfit.architecture.attention import Attention
+from upfit.architecture.layers import Architecture, bind, table
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert import calibration
-from upfit.convert.architectures import Architecture, bind, table
-from upfit.convert.attention import Attention
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.recipe import PARTS
 from upfit.convert.recipe import Plan, Recipe, get_recipe

@@ -9,9 +9,9 @@ import pytest
 
 from tests.folders import save_tiny
 from tests.tiny import tiny_config, tiny_model
+from upfit.architecture.meta_model import check_structure, load_strictly, skeleton
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.describe import describe
-from upfit.convert.skeleton import check_structure, load_strictly, skeleton
 from upfit.errors import UpfitError
 from upfit.evaluate.load import load_config
 from upfit.model_files import check_numbers

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from tests.folders import save_tiny, tiny_llama
 from upfit import provenance
+from upfit.architecture.layers import bind
 from upfit.checkpoint import content
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.safetensors_header import read_header
 from upfit.cli import app
 from upfit.convert import calibrate as room
-from upfit.convert.architectures import bind
 from upfit.convert.calibrate import calibrate, gather_layer
 from upfit.convert.calibration import fingerprint, open_statistics, read_metadata
 from upfit.convert.conversion import Settings, convert

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.folders import save_tiny
+from upfit.architecture.listing import NOT_LOOKED_AT
 from upfit.cli.conversions import cache_words, parse_size, sanity_words
-from upfit.convert.listing import NOT_LOOKED_AT
 from upfit.errors import UpfitError
 from upfit.options import as_flags, parse_count, parse_share
 

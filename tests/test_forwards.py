@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from tests.tiny import tiny_config, tiny_inputs, tiny_model
-from upfit.convert.forwards import CACHE_NAMES, LOGITS_TO_KEEP, POSITIONS, cache_name, cache_of, takes
+from upfit.architecture.forwards import CACHE_NAMES, LOGITS_TO_KEEP, POSITIONS, cache_name, cache_of, takes
 from upfit.convert.stream import NAME, observed_model
 from upfit.errors import UpfitError
 from upfit.evaluate.cache import CachedModel, tokens_held

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from upfit.convert.fused import Apart, By, Fused
+from upfit.architecture.fused import Apart, By, Fused
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -14,11 +14,11 @@ import torch
 
 from tests.tiny import BUILDABLE, UNGROUPABLE, auto_class, runs, tiny_inputs, tiny_model
 from tests.tiny_data import DOES_NOT_RUN, MODEL_TYPES
+from upfit.architecture.adapter import see
+from upfit.architecture.layers import Architecture, bind, table
 from upfit.checkpoint.reader import open_checkpoint
-from upfit.convert.architectures import Architecture, bind, table
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.engine import outline
-from upfit.convert.lens import see
 from upfit.convert.recipe import Recipe, find_recipes
 from upfit.errors import UpfitError
 from upfit.output import Output

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.folders import save_tiny
 from tests.tiny import auto_class, tiny_model
 from upfit import provenance
+from upfit.architecture.leftovers import patterns, without_prediction
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.leftovers import patterns, without_prediction
 from upfit.convert.recipe import get_recipe
 from upfit.output import Output
 

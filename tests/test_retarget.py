@@ -13,15 +13,15 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from upfit.architecture.layers import table
+from upfit.architecture.retarget.draft import rotary_share
+from upfit.architecture.retarget.nemotron import SMALLEST, powers
+from upfit.architecture.retarget.retarget import MAKERS, retarget
 from upfit.checkpoint.reader import most_positions, open_checkpoint
 from upfit.checkpoint.source import find_source
-from upfit.convert.architectures import table
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.describe import describe
 from upfit.convert.recipe import find_recipes
-from upfit.convert.retarget import MAKERS, retarget
-from upfit.convert.retarget_draft import rotary_share
-from upfit.convert.retarget_nemotron import SMALLEST, powers
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.uptrain.layerwise import attention_paths

@@ -15,8 +15,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, D
 
 from tests.folders import save_tiny
 from tests.uptraining import QUIET
+from upfit.architecture.forwards import cache_name
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.forwards import cache_name
 from upfit.convert.recipe import find_recipes
 
 IDS = torch.arange(3, 35)[None]

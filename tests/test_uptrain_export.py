@@ -15,9 +15,9 @@ from tests.folders import letter_tokenizer
 from tests.test_uptrain_seq2seq import SENTINELS, tiny_t5
 from tests.tiny import tiny_model
 from tests.uptraining import QUIET, config, one_thread, text
+from upfit.architecture.meta_model import load_strictly
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
-from upfit.convert.skeleton import load_strictly
 from upfit.errors import UpfitError
 from upfit.uptrain.export import export, layout_of, namesakes
 from upfit.uptrain.models import is_seq2seq, load, read_config

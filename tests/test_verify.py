@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from tests.folders import save_tiny, tiny_llama
 from tests.tiny import tiny_model
 from upfit import provenance
+from upfit.architecture.layers import bind
 from upfit.checkpoint import finished_shards
 from upfit.checkpoint.copy_bytes import Piece
 from upfit.checkpoint.finished_shards import JOURNAL, Journal
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.safetensors_header import read_exactly
 from upfit.convert import conversion
-from upfit.convert.architectures import bind
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.engine import check_against_class, outline
 from upfit.convert.recipe import Plan, Rule, get_recipe

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from upfit.architecture.adapter import Seen
 from upfit.checkpoint.reader import Checkpoint
 from upfit.checkpoint.safetensors_header import TensorInfo, read_exactly
-from upfit.convert.lens import Seen
 
 PIECE = 8 * 2**20  # bytes that a thread holds and hashes at once
 THREADS = min(8, os.cpu_count() or 1)  # above that the disk is what is waited for

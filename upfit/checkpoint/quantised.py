@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
+    from upfit.architecture.meta_model import Names
     from upfit.checkpoint.reader import Checkpoint
-    from upfit.convert.skeleton import Names
 
 FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 METHOD_KEYS = ("quant_method", "quant_algo", "mode", "w_bit", "bits")
@@ -51,9 +51,9 @@ def _method(value: Any) -> str:
 
 def check_not_quantised(checkpoint: "Checkpoint") -> None:
     """Raise UpfitError when the weights of an opened checkpoint are stored quantised."""
+    from upfit.architecture.meta_model import class_names
     from upfit.checkpoint.reader import read_object
     from upfit.checkpoint.source import contained
-    from upfit.convert.skeleton import class_names
 
     for path in (checkpoint.folder / name for name in FILES):
         if path.exists():

@@ -13,7 +13,7 @@ from upfit.output import Output
 @app.command("list")
 def list_command(as_json: Json = False) -> None:
     """Recipes, and the architectures they apply to."""
-    from upfit.convert.listing import MOVED, OWN, model_types
+    from upfit.architecture.listing import MOVED, OWN, model_types
 
     output, types = Output(as_json), model_types()
     known = [name for name, told in types.items() if told["how"] != "refused"]

@@ -15,13 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from upfit.architecture.adapter import see
+from upfit.architecture.layers import Architecture, bind
+from upfit.architecture.meta_model import vocabulary
 from upfit.checkpoint.output_folder import check_place, resolved
 from upfit.checkpoint.quantised import check_not_quantised
 from upfit.checkpoint.reader import Checkpoint, most_positions, open_checkpoint, safetensors_dtype
 from upfit.checkpoint.safetensors_header import encode_header, read_header
 from upfit.checkpoint.source import find_source
 from upfit.checkpoint.work_folder import work_folder
-from upfit.convert.architectures import Architecture, bind
 from upfit.convert.calibration import (
     LENGTH,
     TOKENS,
@@ -36,8 +38,6 @@ from upfit.convert.calibration import (
     read_documents,
 )
 from upfit.convert.facts import Facts, understand, watch
-from upfit.convert.lens import see
-from upfit.convert.skeleton import vocabulary
 from upfit.convert.statistics import ROWS, add, observe, sample_rows
 from upfit.convert.stream import Opaque, Stream, run_block
 from upfit.durable import write_whole

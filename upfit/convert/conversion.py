@@ -14,6 +14,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from upfit import provenance
+from upfit.architecture.adapter import see
+from upfit.architecture.grouped_class import is_grouped
+from upfit.architecture.layers import Architecture, bind, check_known, has_two_ways
+from upfit.architecture.leftovers import Leftovers, left_over, settle
 from upfit.checkpoint.disk_errors import disk_errors
 from upfit.checkpoint.finished_shards import JOURNAL, Journal, crc_of
 from upfit.checkpoint.output_folder import check_output
@@ -24,12 +28,8 @@ from upfit.checkpoint.remote_code import without_code
 from upfit.checkpoint.source import Source, check_side_files, copy_code, copy_side_files, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.checkpoint.writer import Shard, split, write_shards
-from upfit.convert.architectures import Architecture, bind, check_known, has_two_ways
 from upfit.convert.calibration import check_texts
 from upfit.convert.engine import Planned, changed_layers, check_against_class, edit_dtype, outline, output_bytes, shape_changes
-from upfit.convert.leftovers import Leftovers, left_over, settle
-from upfit.convert.lens import see
-from upfit.convert.own_class import is_grouped
 from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, find_merge
 from upfit.convert.verify import Promise, Report, tolerance, verify
 from upfit.errors import UpfitError
@@ -245,7 +245,7 @@ def _check_source(checkpoint: Checkpoint) -> tuple[frozenset[str], frozenset[str
 
     Raises UpfitError when the source is incomplete.
     """
-    from upfit.convert.skeleton import class_names, structure_report
+    from upfit.architecture.meta_model import class_names, structure_report
 
     report = structure_report(checkpoint.config, checkpoint.tensors)
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):

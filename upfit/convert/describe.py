@@ -3,13 +3,13 @@
 from typing import Any
 
 from upfit import provenance
+from upfit.architecture.grouped_class import is_grouped
+from upfit.architecture.layers import bind, check_known, has_two_ways
+from upfit.architecture.meta_model import model_class_for
 from upfit.checkpoint.quantised import check_not_quantised
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import find_source
-from upfit.convert.architectures import bind, check_known, has_two_ways
-from upfit.convert.own_class import is_grouped
 from upfit.convert.recipe import find_recipes
-from upfit.convert.skeleton import model_class_for
 from upfit.modeling.registry import is_own
 from upfit.output import human_bytes, human_count
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.architecture.attention import Layer
+from upfit.architecture.layers import Architecture
 from upfit.checkpoint.reader import Checkpoint, safetensors_dtype
 from upfit.checkpoint.safetensors_header import ITEM_BYTES
-from upfit.convert.architectures import Architecture
-from upfit.convert.attention import Layer
 from upfit.convert.recipe import Plan, Rule
 from upfit.errors import UpfitError
 
@@ -87,7 +87,7 @@ def check_against_class(
     Raises ValueError when a written tensor is unknown to the class or has another shape, or when a parameter that differs
     between the source's class and the target's is not written.
     """
-    from upfit.convert.skeleton import class_names
+    from upfit.architecture.meta_model import class_names
 
     source = class_names(architecture.config, stored=True).shapes
     target = class_names(plan.config, stored=True)
@@ -110,7 +110,7 @@ def check_against_class(
 
 def changed_layers(architecture: Architecture, plan: Plan) -> list[Layer]:
     """The attention layers that have other parameters, or other shapes, in the class of the plan's config."""
-    from upfit.convert.skeleton import class_names
+    from upfit.architecture.meta_model import class_names
 
     before, after = (class_names(config, stored=True).shapes for config in (architecture.config, plan.config))
     different = [name for name in {**before, **after} if before.get(name) != after.get(name)]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upfit.convert.architectures import Entry
-from upfit.convert.attention import Geometry
+from upfit.architecture.attention import Geometry
+from upfit.architecture.layers import Entry
 from upfit.convert.stream import Block, Call, Opaque, Seen, listening, run_block, tapped
 
 FEW = 2  # windows are enough for a test

@@ -22,7 +22,7 @@ from upfit.convert.recipe import Rule
 from upfit.convert.stream import Stream, run_block
 
 if TYPE_CHECKING:
-    from upfit.convert.attention import Layer
+    from upfit.architecture.attention import Layer
     from upfit.convert.recipe import Bench
 
 FITTED = "fitted/"  # how rules name tensors of the fit, as opposed to tensors of the checkpoint

@@ -16,8 +16,8 @@ from upfit.output import Output
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from upfit.architecture.layers import Architecture
     from upfit.checkpoint.reader import Checkpoint
-    from upfit.convert.architectures import Architecture
 
 MERGE = "merge"  # the name of recipes that go back to a stock class
 Tensors = Mapping[str, "Tensor"]

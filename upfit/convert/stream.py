@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from upfit.architecture.layers import Architecture
+from upfit.architecture.meta_model import quiet_transformers, skeleton
 from upfit.checkpoint.reader import Checkpoint
-from upfit.convert.architectures import Architecture
-from upfit.convert.skeleton import quiet_transformers, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -207,7 +207,7 @@ class Weights:
     def __init__(self, model: "PreTrainedModel", checkpoint: Checkpoint, device: str) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        from upfit.convert.skeleton import class_names
+        from upfit.architecture.meta_model import class_names
 
         self.model, self.checkpoint, self.device = model, checkpoint, device
         with quiet_transformers():

@@ -62,8 +62,8 @@ def verify(folder: Path, source: Path | None, promise: Promise, named: Path, all
 
     `allowed` names tensors that the source's class already left unused. Raises UpfitError when a check fails.
     """
+    from upfit.architecture.meta_model import check_structure
     from upfit.checkpoint.reader import open_checkpoint
-    from upfit.convert.skeleton import check_structure
 
     try:
         with open_checkpoint(folder) as written:
@@ -164,8 +164,8 @@ def sample_ids(folder: Path) -> tuple["torch.Tensor | None", bool]:
     model has positions."""
     import torch
 
+    from upfit.architecture.meta_model import quiet_transformers, vocabulary
     from upfit.checkpoint.reader import most_positions, read_config
-    from upfit.convert.skeleton import quiet_transformers, vocabulary
 
     config = read_config(folder)
     size, longest = vocabulary(config), min(SAMPLE_TOKENS, most_positions(config) or SAMPLE_TOKENS)
@@ -195,7 +195,7 @@ def _logits(folder: Path, ids: "torch.Tensor", allowed: frozenset[str], dtype: s
     ids alone."""
     import torch
 
-    from upfit.convert.skeleton import load_strictly
+    from upfit.architecture.meta_model import load_strictly
 
     options = {"dtype": getattr(torch, dtype)} if dtype else {}
     model = load_strictly(folder, unexpected=allowed, **options)

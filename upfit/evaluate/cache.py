@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from upfit.convert.forwards import ADVICE, LOGITS_TO_KEEP, cache_name, cache_of, takes
+from upfit.architecture.forwards import ADVICE, LOGITS_TO_KEEP, cache_name, cache_of, takes
 from upfit.errors import UpfitError
 
 NO_CACHE = "the model returns no cache"

@@ -16,7 +16,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from upfit.convert.forwards import LOGITS_TO_KEEP, takes
+from upfit.architecture.forwards import LOGITS_TO_KEEP, takes
 from upfit.errors import UpfitError
 from upfit.output import Meter
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from upfit.architecture.meta_model import load_strictly
 from upfit.checkpoint.source import Source
-from upfit.convert.skeleton import load_strictly
 from upfit.errors import UpfitError
 from upfit.text.tokenizer import no_panic
 

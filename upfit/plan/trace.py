@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, PreTrainedModel
 
-from upfit.convert.skeleton import skeleton
+from upfit.architecture.meta_model import skeleton
 from upfit.errors import UpfitError
 from upfit.uptrain.packed import UNKNOWN
 

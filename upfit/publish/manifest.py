@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from upfit import provenance
+from upfit.architecture.meta_model import check_structure
 from upfit.checkpoint.output_folder import WORK
 from upfit.checkpoint.reader import INDEX, open_checkpoint
 from upfit.checkpoint.source import NEVER_COPIED, SIDE_FILES, contained
-from upfit.convert.skeleton import check_structure
 from upfit.errors import UpfitError
 from upfit.modeling.registry import is_own, shipped
 

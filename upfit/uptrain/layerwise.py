@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import Source
-from upfit.convert.architectures import bind
 from upfit.errors import UpfitError
 from upfit.uptrain.models import Traits, hidden_states
 from upfit.uptrain.rows import IGNORE

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from upfit.architecture.forwards import LOGITS_TO_KEEP, POSITIONS, takes
+from upfit.architecture.meta_model import load_strictly
 from upfit.checkpoint.reader import open_checkpoint, read_config, torch_dtype
-from upfit.convert.forwards import LOGITS_TO_KEEP, POSITIONS, takes
-from upfit.convert.skeleton import load_strictly
 from upfit.errors import UpfitError
 from upfit.uptrain import packed
 from upfit.uptrain.content import content_hash

@@ -11,10 +11,10 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from transformers import PreTrainedModel
 
+from upfit.architecture.meta_model import read_as_class, vocabulary
 from upfit.checkpoint.output_folder import check_output
 from upfit.checkpoint.reader import open_checkpoint, read_config
 from upfit.checkpoint.source import Source, check_side_files, find_source, teacher_source
-from upfit.convert.skeleton import read_as_class, vocabulary
 from upfit.errors import UpfitError
 from upfit.options import flag
 from upfit.output import Output, human_count

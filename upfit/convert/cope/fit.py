@@ -25,7 +25,7 @@ from upfit.modeling.cope_equations import grouped, positions_of
 from upfit.modeling.modeling_upfit_cope import heads_of, is_heads_first, rotate_back
 
 if TYPE_CHECKING:
-    from upfit.convert.attention import Layer
+    from upfit.architecture.attention import Layer
     from upfit.convert.recipe import Bench
 
 SPREAD = 0.1

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from upfit.convert.decoders import auto_map, check_decoder
+from upfit.architecture.decoder_check import auto_map, check_decoder
 from upfit.convert.recipe import Bench, Fit, Plan, Recipe, Rule, Tensors, possible
 from upfit.errors import UpfitError
 from upfit.options import flag, option
@@ -12,8 +12,8 @@ from upfit.options import flag, option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upfit.convert.architectures import Architecture
-    from upfit.convert.attention import Layer
+    from upfit.architecture.attention import Layer
+    from upfit.architecture.layers import Architecture
 
 PAPER = "Golovneva et al. 2024, Contextual Position Encoding, arXiv 2405.18719"
 MODEL_TYPE = "upfit_cope"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upfit.convert.attention import LAYOUTS, Attention
+from upfit.architecture.attention import LAYOUTS, Attention
 from upfit.convert.diff.paper import lambda_vectors
 from upfit.convert.recipe import Rule, Tensors
 from upfit.errors import UpfitError
@@ -19,8 +19,8 @@ from upfit.modeling.modeling_upfit_diff import lambda_init
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upfit.convert.architectures import Architecture
-    from upfit.convert.attention import Layer
+    from upfit.architecture.attention import Layer
+    from upfit.architecture.layers import Architecture
 
 # Config keys of the source that DiffLlama has as well, and those with which its layers would be something else.
 KEPT = (

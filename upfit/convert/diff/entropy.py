@@ -13,7 +13,7 @@ from upfit.convert.statistics import sample_rows
 from upfit.convert.stream import Seen
 
 if TYPE_CHECKING:
-    from upfit.convert.attention import Layer
+    from upfit.architecture.attention import Layer
     from upfit.convert.recipe import Bench
 
 ROWS = 24  # sampled query positions of every 512 of a window

@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from upfit.convert.decoders import auto_map, class_shapes
+from upfit.architecture.decoder_check import auto_map, class_shapes
 from upfit.convert.recipe import Rule, Tensors
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upfit.convert.architectures import Architecture, Entry
+    from upfit.architecture.layers import Architecture, Entry
 
 MODEL_TYPE = "upfit_diff"
 
@@ -66,7 +66,7 @@ def own_config(architecture: "Architecture", config: dict[str, Any], variant: st
 
 def attention_classes(architecture: "Architecture") -> list[str]:
     """Names of the classes of this model's attention modules."""
-    from upfit.convert.skeleton import skeleton
+    from upfit.architecture.meta_model import skeleton
 
     model = skeleton(architecture.config)
     return sorted({type(model.get_submodule(layer.path)).__name__ for layer in architecture.layers})

@@ -10,8 +10,8 @@ from upfit.errors import UpfitError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upfit.convert.architectures import Architecture
-    from upfit.convert.attention import Attention, Layer
+    from upfit.architecture.attention import Attention, Layer
+    from upfit.architecture.layers import Architecture
 
 OWN_KEYS = ("base_model_type", "auto_map", "architectures")
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from upfit.convert.attention import Attention
+from upfit.architecture.attention import Attention
 
 HALF = 0.5  # λ where sigmoid's argument is 0; a power of two, so that nothing is rounded
 

@@ -14,7 +14,7 @@ from upfit.convert.stream import Seen
 from upfit.modeling.modeling_upfit_diff import lambda_init
 
 if TYPE_CHECKING:
-    from upfit.convert.attention import Layer
+    from upfit.architecture.attention import Layer
     from upfit.convert.diff.fit import Form
 
 LAMBDAS = (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5)  # below 0 both maps add up, which loses less and subtracts nothing

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from upfit.convert.decoders import check_decoder, class_shapes
+from upfit.architecture.decoder_check import check_decoder, class_shapes
 from upfit.convert.diff.family import MODEL_TYPE, doubled, own_config, sinks_rule
 from upfit.convert.diff.merge import plan_merge
 from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, Rule, Tensors, possible
@@ -13,8 +13,8 @@ from upfit.options import flag, option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upfit.convert.architectures import Architecture
-    from upfit.convert.attention import Attention, Layer
+    from upfit.architecture.attention import Attention, Layer
+    from upfit.architecture.layers import Architecture
 
 PAPER = "Ye et al. 2024, Differential Transformer, arXiv 2410.05258, and its V2 (2026); DEX: Kong et al. 2025, arXiv 2505.16333"
 QUERY_PARTS = ("q", "q_bias", "q_norm", "o")

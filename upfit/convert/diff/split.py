@@ -14,7 +14,7 @@ from upfit.convert.stream import Seen
 from upfit.modeling.modeling_upfit_diff import lambda_init
 
 if TYPE_CHECKING:
-    from upfit.convert.attention import Layer
+    from upfit.architecture.attention import Layer
 
 FIRST_SCALES = (1.0, 1.15, 1.3, 1.5, 1.8)
 SECOND_SCALES = (0.5, 1.0, 1.5)

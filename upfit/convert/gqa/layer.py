@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upfit.convert.architectures import Entry
-from upfit.convert.attention import Attention, Geometry, Layer
+from upfit.architecture.attention import Attention, Geometry, Layer
+from upfit.architecture.layers import Entry
 from upfit.convert.facts import Facts, watch
 from upfit.convert.gqa import scores
 from upfit.convert.lanes import Lane, token_weights

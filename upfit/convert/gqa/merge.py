@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upfit.convert.attention import Attention
+from upfit.architecture.attention import Attention
 
 if TYPE_CHECKING:
     from torch import Tensor

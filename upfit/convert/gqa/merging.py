@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from upfit.convert.attention import LAYOUTS, Attention
+from upfit.architecture.attention import LAYOUTS, Attention
 from upfit.convert.facts import Facts
 from upfit.convert.gqa import align, values
 from upfit.convert.gqa.grouping import pair_costs, partition

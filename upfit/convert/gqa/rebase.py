@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upfit.convert.attention import Attention
+from upfit.architecture.attention import Attention
 
 
 def expand_heads(attention: Attention, kv_heads: int) -> Attention:

@@ -8,8 +8,8 @@ from upfit.errors import UpfitError
 from upfit.options import flag, option
 
 if TYPE_CHECKING:
-    from upfit.convert.architectures import Architecture
-    from upfit.convert.attention import Attention, Layer
+    from upfit.architecture.attention import Attention, Layer
+    from upfit.architecture.layers import Architecture
     from upfit.convert.gqa.aligned import Choice
 
 Method = Literal["auto", "aligned", "mean", "first", "random"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upfit.convert.attention import LAYOUTS, Attention, Layer
+from upfit.architecture.attention import LAYOUTS, Attention, Layer
 from upfit.convert.facts import Facts, Turns, understand
 from upfit.convert.fitting import LayerFit, Walk
 from upfit.convert.gqa import scores, values

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from upfit.convert.attention import LAYOUTS, Attention, Layer
+from upfit.architecture.attention import LAYOUTS, Attention, Layer
 from upfit.convert.calibrate import gather_layer, pick_device, sample_for
 from upfit.convert.facts import Facts
 from upfit.convert.gqa import align

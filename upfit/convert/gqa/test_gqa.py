@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.folders import logits, save_tiny, tiny_llama
 from tests.tiny import auto_class, tiny_inputs, tiny_model
+from upfit.architecture.attention import Attention
+from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
-from upfit.convert.architectures import bind
-from upfit.convert.attention import Attention
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.merge import first, mean, merge
 from upfit.convert.recipe import get_recipe

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.folders import logits, save_tiny, tiny_llama
+from upfit.architecture.attention import LAYOUTS, Attention
+from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
-from upfit.convert.architectures import bind
-from upfit.convert.attention import LAYOUTS, Attention
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.rebase import expand_heads, permute_heads, rebase_values, scale_pairs
 from upfit.convert.recipe import get_recipe

@@ -6,8 +6,8 @@ split into a power of two, which goes into the projection behind the norm withou
 
 from typing import TYPE_CHECKING, Any
 
-from upfit.convert.retarget_draft import Draft, Named, common, names, projections, rotary, split_heads, zero_bias
-from upfit.convert.retarget_phi import neox_head
+from upfit.architecture.retarget.draft import Draft, Named, common, names, projections, rotary, split_heads, zero_bias
+from upfit.architecture.retarget.phi import neox_head
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,17 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.architecture.fused import PARTS, Fused
+from upfit.architecture.layers import check_known
+from upfit.architecture.retarget.retarget import retarget
 from upfit.checkpoint.reader import Checkpoint, safetensors_dtype, torch_dtype
 from upfit.checkpoint.safetensors_header import ITEM_BYTES, TensorInfo
-from upfit.convert.architectures import check_known
-from upfit.convert.fused import PARTS, Fused
 from upfit.convert.recipe import Plan, Rule
-from upfit.convert.retarget import retarget
 
 if TYPE_CHECKING:
     import torch
 
-    from upfit.convert.architectures import Described
+    from upfit.architecture.layers import Described
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Seen(Checkpoint):
 def see(checkpoint: Checkpoint, own: bool = False) -> Checkpoint:
     """The checkpoint as recipes want it: itself, where its family stores what it is. With `own`, as of its own family even
     where another one computes the same."""
-    from upfit.convert.skeleton import built_of
+    from upfit.architecture.meta_model import built_of
 
     check_known(checkpoint.config)
     with built_of(len(checkpoint.tensors)):
@@ -151,7 +151,7 @@ def seen_shapes(
     config: dict[str, Any], tensors: "Mapping[str, Described]", own: bool = False
 ) -> "tuple[dict[str, Any], Mapping[str, Described]]":
     """`see`, of tensors that are only described."""
-    from upfit.convert.skeleton import built_of
+    from upfit.architecture.meta_model import built_of
 
     check_known(config)
     with built_of(len(tensors)):
@@ -194,7 +194,7 @@ def moved(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | 
 
 def apart(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | None:
     """The lens that shows fused queries, keys and values apart; None where nothing is fused."""
-    from upfit.convert.skeleton import class_names
+    from upfit.architecture.meta_model import class_names
 
     arrangements = class_names(config).fused
     stored = class_names(config, stored=True) if arrangements else None

@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from upfit.convert.attention import Layer
+from upfit.architecture.attention import Layer
 from upfit.convert.recipe import Plan, Rule
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
-    from upfit.convert.architectures import Architecture, Described, Entry
+    from upfit.architecture.layers import Architecture, Described, Entry
 
 Shape = tuple[int, ...]
 PREDICTION = re.compile(r"mtp|nextn", re.IGNORECASE)  # multi-token prediction, as modules and config keys are called

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from upfit.convert.retarget_draft import Draft, Named, common, join_heads, names, zero_bias
+from upfit.architecture.retarget.draft import Draft, Named, common, join_heads, names, zero_bias
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:

@@ -12,16 +12,16 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upfit.convert.architectures import Entry, entry_for
-from upfit.convert.fused import Apart, set_apart
+from upfit.architecture.fused import Apart, set_apart
+from upfit.architecture.layers import Entry, entry_for
 from upfit.errors import UpfitError
 from upfit.model_files import check_numbers, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from upfit.architecture.layers import Described
     from upfit.checkpoint.reader import Checkpoint
-    from upfit.convert.architectures import Described
 
 AUTO_CLASSES = (
     "AutoModelForCausalLM",

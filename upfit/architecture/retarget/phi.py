@@ -7,7 +7,7 @@ GPT-J and CodeGen rotate neighbouring dimensions, Phi the two halves: rows of q 
 
 from typing import TYPE_CHECKING, Any
 
-from upfit.convert.retarget_draft import (
+from upfit.architecture.retarget.draft import (
     Draft,
     Named,
     common,

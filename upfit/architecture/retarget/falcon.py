@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from upfit.convert.retarget_draft import Draft
+from upfit.architecture.retarget.draft import Draft
 from upfit.errors import UpfitError
 
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from upfit.convert.architectures import Described, disk_names
+from upfit.architecture.layers import Described, disk_names
+from upfit.architecture.meta_model import class_names, model_class_for, read_as_class
 from upfit.convert.recipe import Rule
-from upfit.convert.skeleton import class_names, model_class_for, read_as_class
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:

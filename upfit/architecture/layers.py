@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Protocol
 
+from upfit.architecture.attention import Geometry, Layer
+from upfit.architecture.grouped_class import KV_HEADS, as_own
 from upfit.checkpoint.safetensors_header import ITEM_BYTES
-from upfit.convert.attention import Geometry, Layer
-from upfit.convert.own_class import KV_HEADS, as_own
 from upfit.errors import UpfitError
 from upfit.modeling.registry import family
 
 if TYPE_CHECKING:
-    from upfit.convert.fused import By
-    from upfit.convert.skeleton import Names
+    from upfit.architecture.fused import By
+    from upfit.architecture.meta_model import Names
 
 
 class Described(Protocol):
@@ -238,8 +238,8 @@ def bind(config: dict[str, Any], tensors: Mapping[str, "Described"], own: bool =
 
     Raises UpfitError for an unsupported model type, and when the tensors are not what the class wants.
     """
-    from upfit.convert.lens import seen_shapes
-    from upfit.convert.skeleton import class_names
+    from upfit.architecture.adapter import seen_shapes
+    from upfit.architecture.meta_model import class_names
 
     config, tensors = seen_shapes(config, tensors, own)
     entry = entry_for(config)
@@ -274,7 +274,7 @@ class Probe:
 
 def _probe(config: dict[str, Any], entry: Entry) -> Probe:
     """Build the class with every head count set to 1 (2 where it is 1), or to 2 and 4 where the class wants even counts."""
-    from upfit.convert.skeleton import class_names
+    from upfit.architecture.meta_model import class_names
 
     failure: UpfitError | None = None
     for small, other in ((1, 2), (2, 4)):

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from upfit.convert import retarget_bigcode, retarget_falcon, retarget_nemotron, retarget_phi
-from upfit.convert.architectures import Described
+from upfit.architecture.layers import Described
+from upfit.architecture.retarget import bigcode, falcon, nemotron, phi
+from upfit.architecture.retarget.draft import Draft, check_class
 from upfit.convert.recipe import Rule
-from upfit.convert.retarget_draft import Draft, check_class
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ TARGETS = {  # the name of each target for people, by model type
     "phi": "Phi (model_type phi)",
 }
 MAKERS: dict[str, Callable[[Draft], dict[str, Any]]] = {
-    "biogpt": retarget_bigcode.from_biogpt,
-    "codegen": retarget_phi.from_gptj,
-    "gpt-sw3": retarget_bigcode.from_gpt2,
-    "gpt2": retarget_bigcode.from_gpt2,
-    "gpt_neox_japanese": retarget_nemotron.from_gpt_neox_japanese,
-    "gptj": retarget_phi.from_gptj,
-    "opt": retarget_bigcode.from_opt,
-    "xglm": retarget_bigcode.from_xglm,
+    "biogpt": bigcode.from_biogpt,
+    "codegen": phi.from_gptj,
+    "gpt-sw3": bigcode.from_gpt2,
+    "gpt2": bigcode.from_gpt2,
+    "gpt_neox_japanese": nemotron.from_gpt_neox_japanese,
+    "gptj": phi.from_gptj,
+    "opt": bigcode.from_opt,
+    "xglm": bigcode.from_xglm,
 }
 
 
@@ -70,7 +70,7 @@ def _maker(config: dict[str, Any]) -> Callable[[Draft], dict[str, Any]] | None:
     model_type = config["model_type"]
     if model_type == "gpt_neox":
         beside = config.get("use_parallel_residual", True)
-        return retarget_phi.from_gpt_neox if beside else retarget_nemotron.from_gpt_neox
+        return phi.from_gpt_neox if beside else nemotron.from_gpt_neox
     if model_type == "falcon":
-        return retarget_falcon.from_falcon if retarget_falcon.is_multi_head(config) else None
+        return falcon.from_falcon if falcon.is_multi_head(config) else None
     return MAKERS.get(model_type)

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
-    from upfit.convert.architectures import Architecture, Entry
+    from upfit.architecture.layers import Architecture, Entry
 
 
 def check_decoder(architecture: "Architecture") -> None:
     """Raise UpfitError unless the model is the class that AutoModelForCausalLM gives its type, and one that ours go with."""
     from transformers import AutoModelForCausalLM
 
-    from upfit.convert.skeleton import auto_class_for
+    from upfit.architecture.meta_model import auto_class_for
 
     name = architecture.entry.model_type
     if architecture.entry.own:
@@ -35,7 +35,7 @@ def check_decoder(architecture: "Architecture") -> None:
 
 
 def class_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    from upfit.convert.skeleton import class_names
+    from upfit.architecture.meta_model import class_names
 
     return class_names(config).shapes
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from upfit.convert.architectures import table
+from upfit.architecture.layers import table
 from upfit.modeling.registry import code_files
 
 SUPPORTED, OWN, MOVED = "supported", "own class", "retargeted"
@@ -29,7 +29,7 @@ def _writing() -> set[str]:
     """Model types that an auto class of language models loads."""
     import transformers
 
-    from upfit.convert.skeleton import AUTO_CLASSES
+    from upfit.architecture.meta_model import AUTO_CLASSES
 
     # By names alone: asking for the config classes would import every model there is.
     mappings = [getattr(transformers, name)._model_mapping._model_mapping for name in AUTO_CLASSES]

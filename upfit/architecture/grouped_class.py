@@ -11,7 +11,7 @@ from upfit.errors import UpfitError
 from upfit.modeling.registry import is_own
 
 if TYPE_CHECKING:
-    from upfit.convert.architectures import Entry
+    from upfit.architecture.layers import Entry
 
 MODEL_TYPE = "upfit_gqa"
 KV_HEADS = "gqa.kv_heads"  # where its config counts them
@@ -31,7 +31,7 @@ def as_own(config: dict[str, Any], entry: "Entry") -> dict[str, Any]:
     changed = copy.deepcopy(config)
     if not entry.own or is_own(config):
         return changed
-    from upfit.convert.skeleton import auto_class_for
+    from upfit.architecture.meta_model import auto_class_for
 
     auto = auto_class_for(config)
     if not auto.__name__.startswith("AutoModelFor"):
