@@ -21,10 +21,10 @@ from torch import Tensor
 from upfit import provenance
 from upfit.architecture.attention import Attention, Layer
 from upfit.architecture.layers import Architecture
+from upfit.calibration.calibrate import calibrate
+from upfit.calibration.statistics_file import open_statistics
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import Source, find_source
-from upfit.convert.calibrate import calibrate
-from upfit.convert.calibration import open_statistics
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.recipe import Options
 from upfit.convert.recipe import Plan, Recipe, get_recipe

@@ -17,8 +17,8 @@ from tests.test_laws import CASES, EVERYDAY, VARIANTS, sample
 from tests.tiny import BUILDABLE, auto_class, tiny_inputs, tiny_model
 from upfit.architecture.attention import Attention
 from upfit.architecture.layers import Architecture, bind, table
+from upfit.calibration import statistics_file
 from upfit.checkpoint.reader import open_checkpoint
-from upfit.convert import calibration
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.recipe import PARTS
 from upfit.convert.recipe import Plan, Recipe, get_recipe
@@ -78,7 +78,7 @@ def test_equal_heads_merge_for_free(name: str, tmp_path: Path, monkeypatch: pyte
     if not fewer:
         pytest.skip("its tiny model has one key/value head already")
     equal_heads(tmp_path / "source", tmp_path / "equal", fewer[-1])
-    monkeypatch.setattr(calibration, "library_documents", lambda: [Document(TEXT, "text")])
+    monkeypatch.setattr(statistics_file, "library_documents", lambda: [Document(TEXT, "text")])
     recipe = get_recipe("gqa")
     # A model that cannot run on text is averaged by auto.
     method = "aligned" if name in EVERYDAY and not model.config.is_encoder_decoder else "auto"
@@ -101,7 +101,7 @@ def test_aligned_beats_merging_alone_beats_the_mean(tmp_path: Path) -> None:
     """
     source = embedded_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    ids = calibration.make_sample(python_documents(), tokenizer, 8192, 512, {}).windows[512]
+    ids = statistics_file.make_sample(python_documents(), tokenizer, 8192, 512, {}).windows[512]
     recipe, lost = get_recipe("gqa"), dict[str, float]()
     text: dict[str, Any] = {"calibration_tokens": "6k", "calibration_length": 512}
     before = loss_on(source, ids)

@@ -13,19 +13,19 @@ from typer.testing import CliRunner
 from tests.folders import save_tiny, tiny_llama
 from upfit import provenance
 from upfit.architecture.layers import bind
+from upfit.calibration import calibrate as room
+from upfit.calibration.calibrate import calibrate, gather_layer
+from upfit.calibration.layerwise import Seen, Stream
+from upfit.calibration.statistics import Rows, add, observe
+from upfit.calibration.statistics_file import fingerprint, open_statistics, read_metadata
+from upfit.calibration.traits import Facts, understand, watch
 from upfit.checkpoint import content
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.safetensors_header import read_header
 from upfit.cli import app
-from upfit.convert import calibrate as room
-from upfit.convert.calibrate import calibrate, gather_layer
-from upfit.convert.calibration import fingerprint, open_statistics, read_metadata
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.facts import Facts, understand, watch
 from upfit.convert.gqa.ran import method_ran
 from upfit.convert.recipe import get_recipe
-from upfit.convert.statistics import Rows, add, observe
-from upfit.convert.stream import Seen, Stream
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.publish.card import Card

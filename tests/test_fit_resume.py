@@ -18,12 +18,13 @@ from tests.folders import letter_tokenizer, save_tiny, tiny_llama
 from tests.test_fit_work import stop_at
 from tests.tiny import BUILDABLE, tiny_model
 from upfit import provenance
-from upfit.convert import fit_work, fitting
-from upfit.convert.calibrate import calibrate
-from upfit.convert.calibration import read_metadata
+from upfit.calibration import fit_work
+from upfit.calibration.calibrate import calibrate
+from upfit.calibration.layerwise import Stream
+from upfit.calibration.statistics_file import read_metadata
+from upfit.convert import fitting
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
-from upfit.convert.stream import Stream
 from upfit.output import Output
 
 QUIET = Output(quiet=True)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from upfit.convert import fit_work
-from upfit.convert.carried import Carried
-from upfit.convert.fit_work import FitWork
-from upfit.convert.lanes import Lane
-from upfit.convert.stream import Call
+from upfit.calibration import fit_work
+from upfit.calibration.carried import Carried
+from upfit.calibration.fit_work import FitWork
+from upfit.calibration.layerwise import Call
+from upfit.calibration.teacher_student import Lane
 
 LAYERS = 4
 IDENTITY = {"model": "m", "settings": {"kv_heads": 2}}

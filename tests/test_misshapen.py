@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from benchmarks.fuzz_convert import damaged
 from tests.folders import letter_tokenizer, save_tiny
 from tests.uptraining import QUIET
+from upfit.calibration.calibrate import calibrate
+from upfit.calibration.statistics_file import open_statistics
 from upfit.checkpoint.reader import open_checkpoint
-from upfit.convert.calibrate import calibrate
-from upfit.convert.calibration import open_statistics
 from upfit.errors import UpfitError
 from upfit.uptrain.prepare import prepare
 from upfit.uptrain.shards import MANIFEST, Shards

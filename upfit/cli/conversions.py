@@ -160,7 +160,7 @@ def calibrate(
     quiet: Quiet = False,
 ) -> None:
     """Watch a model read text, and keep statistics of every attention layer for conversions that use data."""
-    from upfit.convert.calibrate import calibrate as run
+    from upfit.calibration.calibrate import calibrate as run
 
     output = Output(as_json, quiet)
     answer = run(model, list(texts), out, calibration_tokens, calibration_length, revision, overwrite, output)

@@ -18,6 +18,7 @@ from upfit.architecture.adapter import see
 from upfit.architecture.grouped_class import is_grouped
 from upfit.architecture.layers import Architecture, bind, check_known, has_two_ways
 from upfit.architecture.leftovers import Leftovers, left_over, settle
+from upfit.calibration.statistics_file import check_texts
 from upfit.checkpoint.disk_errors import disk_errors
 from upfit.checkpoint.finished_shards import JOURNAL, Journal, crc_of
 from upfit.checkpoint.output_folder import check_output
@@ -28,7 +29,6 @@ from upfit.checkpoint.remote_code import without_code
 from upfit.checkpoint.source import Source, check_side_files, copy_code, copy_side_files, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.checkpoint.writer import Shard, split, write_shards
-from upfit.convert.calibration import check_texts
 from upfit.convert.engine import Planned, changed_layers, check_against_class, edit_dtype, outline, output_bytes, shape_changes
 from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, find_merge
 from upfit.convert.verify import Promise, Report, tolerance, verify
@@ -150,7 +150,7 @@ def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[st
 
 def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
     """The job with the plan that the fit makes, checked again; with the fallback where the model cannot be watched."""
-    from upfit.convert.stream import Opaque
+    from upfit.calibration.layerwise import Opaque
 
     bench.scratch.mkdir(parents=True, exist_ok=True)
     alone = False
@@ -189,7 +189,7 @@ def _planned(job: Job, plan: Plan, alone: bool) -> Job:
 
 
 def _previewed(fit: Fit, bench: Bench) -> dict[str, Any] | None:
-    from upfit.convert.stream import Opaque
+    from upfit.calibration.layerwise import Opaque
 
     try:
         return fit.preview(bench)

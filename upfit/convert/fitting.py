@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from upfit import provenance
+from upfit.calibration.calibrate import pick_device, sample_for
+from upfit.calibration.carried import Carried
+from upfit.calibration.fit_work import Entry, FitWork
+from upfit.calibration.layerwise import Stream, run_block
+from upfit.calibration.statistics_file import Sample, fingerprint
+from upfit.calibration.teacher_student import lanes_of
 from upfit.checkpoint.reader import torch_dtype
-from upfit.convert.calibrate import pick_device, sample_for
-from upfit.convert.calibration import Sample, fingerprint
-from upfit.convert.carried import Carried
-from upfit.convert.fit_work import Entry, FitWork
-from upfit.convert.lanes import lanes_of
 from upfit.convert.recipe import Rule
-from upfit.convert.stream import Stream, run_block
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer

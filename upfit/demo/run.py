@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from upfit import provenance
+from upfit.calibration.calibrate import calibrate
 from upfit.checkpoint.output_folder import check_ours, check_place, resolved
 from upfit.checkpoint.work_folder import work_folder
-from upfit.convert.calibrate import calibrate
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.demo import embedded_model

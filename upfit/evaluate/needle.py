@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upfit.convert.stream import Seen
+from upfit.calibration.layerwise import Seen
 from upfit.errors import UpfitError
 from upfit.evaluate.attention import MAP_TOKENS, record_by_head, shares, watching
 from upfit.evaluate.statistics import difference_interval, mean_interval

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from upfit.calibration.layerwise import Block, Opaque, Stream
+from upfit.calibration.traits import Watched, watch
 from upfit.convert.cope.recipe import CALIBRATION, Options, new_tensors
-from upfit.convert.facts import Watched, watch
 from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
 from upfit.convert.recipe import Plan
-from upfit.convert.stream import Block, Opaque, Stream
 from upfit.errors import UpfitError
 from upfit.modeling.cope_equations import grouped, positions_of
 from upfit.modeling.modeling_upfit_cope import heads_of, is_heads_first, rotate_back

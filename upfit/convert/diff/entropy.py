@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from upfit.convert.facts import watch
+from upfit.calibration.layerwise import Seen
+from upfit.calibration.statistics import sample_rows
+from upfit.calibration.traits import watch
 from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
 from upfit.convert.recipe import Plan, Rule, Tensors
-from upfit.convert.statistics import sample_rows
-from upfit.convert.stream import Seen
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from upfit.convert.facts import Facts, understand, watch
+from upfit.calibration.layerwise import Opaque, Seen, listening, run_block, run_until
+from upfit.calibration.ridge import Moments, ridge_linear
+from upfit.calibration.statistics import sample_rows
+from upfit.calibration.teacher_student import Lane, add_rows, mlp_end, put, refit_mlp, stream_error
+from upfit.calibration.traits import Facts, understand, watch
 from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
-from upfit.convert.lanes import Lane, add_rows, mlp_end, put, refit_mlp, stream_error
 from upfit.convert.recipe import Plan
-from upfit.convert.ridge import Moments, ridge_linear
-from upfit.convert.statistics import sample_rows
-from upfit.convert.stream import Opaque, Seen, listening, run_block, run_until
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer

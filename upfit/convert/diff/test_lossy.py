@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny import tiny_model
+from upfit.calibration.layerwise import Seen
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert, merge
 from upfit.convert.diff.entropy import entropy
@@ -17,7 +18,6 @@ from upfit.convert.diff.paper import lambda_vectors, pairs
 from upfit.convert.diff.recipe import Options
 from upfit.convert.diff.split import choose, naive
 from upfit.convert.diff.test_diff import QUIET, RECIPE, ids_of, loaded, made, shaken, still_after_ten_steps
-from upfit.convert.stream import Seen
 from upfit.demo import embedded_model
 from upfit.errors import UpfitError
 

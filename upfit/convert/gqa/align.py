@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upfit.convert.facts import Facts
+from upfit.calibration.traits import Facts
 
 TINY = 1e-12
 ALTERNATIONS = 8

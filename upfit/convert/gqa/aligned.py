@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upfit.calibration.statistics_file import Statistics, is_statistics, open_statistics
 from upfit.checkpoint.content import file_hash
-from upfit.convert.calibration import Statistics, is_statistics, open_statistics
 from upfit.convert.fitting import Calibration, Task, fit_layers, read_calibration
 from upfit.convert.gqa.layer import Settings
 from upfit.convert.gqa.recipe import METHOD_RAN

@@ -8,7 +8,7 @@ partition, heads are exchanged between groups as long as that helps.
 import torch
 from torch import Tensor
 
-from upfit.convert.facts import Facts
+from upfit.calibration.traits import Facts
 
 STARTS = 16  # exchanging heads finds a near optimum, so several random beginnings are tried beside the contiguous one
 

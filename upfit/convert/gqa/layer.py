@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from upfit.architecture.attention import Attention, Geometry, Layer
 from upfit.architecture.layers import Entry
-from upfit.convert.facts import Facts, watch
+from upfit.calibration.layerwise import Block, Seen
+from upfit.calibration.statistics import ROWS, add, observe, sample_rows
+from upfit.calibration.teacher_student import Lane, token_weights
+from upfit.calibration.traits import Facts, watch
 from upfit.convert.gqa import scores
-from upfit.convert.lanes import Lane, token_weights
-from upfit.convert.statistics import ROWS, add, observe, sample_rows
-from upfit.convert.stream import Block, Seen
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention
-from upfit.convert.facts import Facts
+from upfit.calibration.teacher_student import Lane, token_weights
+from upfit.calibration.traits import Facts
 from upfit.convert.gqa import align, values
 from upfit.convert.gqa.grouping import pair_costs, partition
 from upfit.convert.gqa.layer import Merged, Place, Settings, Told, View, with_bias
 from upfit.convert.gqa.merge import mean
-from upfit.convert.lanes import Lane, token_weights
 
 CUTS = (0.4, 0.5, 0.6, 0.75, 1.0)  # shares of the rotated pairs, from the fastest, that are merged as rotated
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
-from upfit.convert.facts import Facts, Turns, understand
+from upfit.calibration.layerwise import Opaque, find_blocks, observed_model, run_block, run_until
+from upfit.calibration.ridge import Moments, augmented, ridge_linear
+from upfit.calibration.teacher_student import Lane, add_rows, mlp_end, put, refit_mlp, stream_error
+from upfit.calibration.traits import Facts, Turns, understand
 from upfit.convert.fitting import LayerFit, Walk
 from upfit.convert.gqa import scores, values
 from upfit.convert.gqa.layer import Merged, Place, Settings, Told, View, watch_teacher
 from upfit.convert.gqa.merge import merge as merge_plainly
 from upfit.convert.gqa.merging import merge_layer, pack, refine
-from upfit.convert.lanes import Lane, add_rows, mlp_end, put, refit_mlp, stream_error
-from upfit.convert.ridge import Moments, augmented, ridge_linear
-from upfit.convert.stream import Opaque, find_blocks, observed_model, run_block, run_until
 
 DRIFT_RIDGE = 1e-3
 Kept = tuple[Facts, dict[str, Tensor]]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upfit.convert.facts import Turns
+from upfit.calibration.traits import Turns
 
 NEGLIGIBLE = 1e-9  # a share of the energy that is rounding
 Norm = Callable[[Tensor], Tensor]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
-from upfit.convert.calibrate import gather_layer, pick_device, sample_for
-from upfit.convert.facts import Facts
+from upfit.calibration.calibrate import gather_layer, pick_device, sample_for
+from upfit.calibration.layerwise import Stream
+from upfit.calibration.traits import Facts
 from upfit.convert.gqa import align
 from upfit.convert.gqa.aligned import Choice, statistics_for
 from upfit.convert.gqa.merging import choose_groups
-from upfit.convert.stream import Stream
 
 if TYPE_CHECKING:
     from upfit.convert.recipe import Bench

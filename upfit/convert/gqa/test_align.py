@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from upfit.convert.facts import Facts, Turns
+from upfit.calibration.ridge import Moments, ridge
+from upfit.calibration.traits import Facts, Turns
 from upfit.convert.gqa import align, scores, values
 from upfit.convert.gqa.grouping import partition
-from upfit.convert.ridge import Moments, ridge
 
 HEADS, OLD, PAIRS, FREE, HIDDEN = 6, 3, 4, 2, 20
 WIDTH = 2 * PAIRS + FREE

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from tests.folders import letter_tokenizer
 from tests.tiny import tiny_model
+from upfit.calibration.layerwise import Seen
+from upfit.calibration.teacher_student import Lane, MlpEnd, refit_mlp
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.layer import View, _spread
 from upfit.convert.gqa.refit import _drift
 from upfit.convert.gqa.test_align import drawn, problem
-from upfit.convert.lanes import Lane, MlpEnd, refit_mlp
 from upfit.convert.recipe import get_recipe
-from upfit.convert.stream import Seen
 from upfit.output import Output
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upfit.convert.ridge import Moments
+from upfit.calibration.ridge import Moments
 
 ROUNDS = 4
 ITERATIONS = 6

@@ -18,13 +18,9 @@ from torch import Tensor
 from upfit.architecture.adapter import see
 from upfit.architecture.layers import Architecture, bind
 from upfit.architecture.meta_model import vocabulary
-from upfit.checkpoint.output_folder import check_place, resolved
-from upfit.checkpoint.quantised import check_not_quantised
-from upfit.checkpoint.reader import Checkpoint, most_positions, open_checkpoint, safetensors_dtype
-from upfit.checkpoint.safetensors_header import encode_header, read_header
-from upfit.checkpoint.source import find_source
-from upfit.checkpoint.work_folder import work_folder
-from upfit.convert.calibration import (
+from upfit.calibration.layerwise import Opaque, Stream, run_block
+from upfit.calibration.statistics import ROWS, add, observe, sample_rows
+from upfit.calibration.statistics_file import (
     LENGTH,
     TOKENS,
     Sample,
@@ -37,9 +33,13 @@ from upfit.convert.calibration import (
     metadata,
     read_documents,
 )
-from upfit.convert.facts import Facts, understand, watch
-from upfit.convert.statistics import ROWS, add, observe, sample_rows
-from upfit.convert.stream import Opaque, Stream, run_block
+from upfit.calibration.traits import Facts, understand, watch
+from upfit.checkpoint.output_folder import check_place, resolved
+from upfit.checkpoint.quantised import check_not_quantised
+from upfit.checkpoint.reader import Checkpoint, most_positions, open_checkpoint, safetensors_dtype
+from upfit.checkpoint.safetensors_header import encode_header, read_header
+from upfit.checkpoint.source import find_source
+from upfit.checkpoint.work_folder import work_folder
 from upfit.durable import write_whole
 from upfit.errors import UpfitError
 from upfit.options import parse_count

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upfit.calibration.layerwise import Call, Stream
+from upfit.calibration.ridge import Moments, augmented, ridge_linear
+from upfit.calibration.traits import Residual
 from upfit.checkpoint.reader import Checkpoint
-from upfit.convert.facts import Residual
-from upfit.convert.ridge import Moments, augmented, ridge_linear
-from upfit.convert.stream import Call, Stream
 
 
 @dataclass

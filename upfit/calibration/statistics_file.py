@@ -18,12 +18,12 @@ from torch import Tensor
 
 from upfit.architecture.meta_model import quiet_transformers
 from upfit.bounded import parse_json, shaped
+from upfit.calibration.layerwise import Opaque
+from upfit.calibration.statistics_check import check_facts, check_layer, check_windows
+from upfit.calibration.traits import Facts, Residual
 from upfit.checkpoint.content import tensors_hash
 from upfit.checkpoint.reader import Checkpoint
 from upfit.checkpoint.safetensors_header import TensorInfo, read_header, read_metadata
-from upfit.convert.facts import Facts, Residual
-from upfit.convert.statistics_check import check_facts, check_layer, check_windows
-from upfit.convert.stream import Opaque
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.text import Document, file_documents, find_files, library_documents

@@ -7,8 +7,8 @@ from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
+from upfit.calibration.traits import Facts, Residual
 from upfit.checkpoint.safetensors_header import TensorInfo
-from upfit.convert.facts import Facts, Residual
 from upfit.options import fits
 
 

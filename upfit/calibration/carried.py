@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from upfit.convert.lanes import Lane
-from upfit.convert.stream import Call
+from upfit.calibration.layerwise import Call
+from upfit.calibration.teacher_student import Lane
 
 NOTHING = object()
 
