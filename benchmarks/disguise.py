@@ -17,7 +17,7 @@ from upfit.architecture.attention import LAYOUTS, Attention
 from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import copy_side_files
-from upfit.convert.gqa.rebase import expand_heads, rebase_values, scale_pairs
+from upfit.convert.gqa.reparametrise import expand_heads, rebase_values, scale_pairs
 
 
 def main() -> None:

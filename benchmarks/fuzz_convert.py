@@ -32,7 +32,7 @@ from upfit.architecture.adapter import see
 from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.engine import outline
+from upfit.convert.planned import outline
 from upfit.convert.recipe import get_recipe
 from upfit.environment import environment
 from upfit.errors import UpfitError

@@ -18,7 +18,7 @@ from upfit.architecture.adapter import see
 from upfit.architecture.layers import Architecture, bind, table
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.engine import outline
+from upfit.convert.planned import outline
 from upfit.convert.recipe import Recipe, find_recipes
 from upfit.errors import UpfitError
 from upfit.output import Output

@@ -20,7 +20,7 @@ from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.safetensors_header import read_exactly
 from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.engine import check_against_class, outline
+from upfit.convert.planned import check_against_class, outline
 from upfit.convert.recipe import Plan, Rule, get_recipe
 from upfit.convert.verify import CLOSE, Promise, Report, compare, tolerance
 from upfit.errors import UpfitError

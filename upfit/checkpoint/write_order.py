@@ -19,13 +19,13 @@ from upfit.checkpoint.copy_bytes import Mover, Piece, Run, write_all
 from upfit.checkpoint.disk_errors import naming
 from upfit.checkpoint.finished_shards import Journal
 from upfit.checkpoint.reader import Checkpoint
-from upfit.convert.engine import compute, finish
+from upfit.convert.planned import compute, finish
 
 if TYPE_CHECKING:
     import torch
 
     from upfit.checkpoint.writer import Shard
-    from upfit.convert.engine import Planned
+    from upfit.convert.planned import Planned
     from upfit.convert.recipe import Rule
 
 

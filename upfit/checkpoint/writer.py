@@ -17,7 +17,7 @@ from upfit.checkpoint.finished_shards import Journal
 from upfit.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from upfit.checkpoint.safetensors_header import encode_header
 from upfit.checkpoint.write_order import Depot, Target, Work, stages
-from upfit.convert.engine import Planned
+from upfit.convert.planned import Planned
 from upfit.convert.recipe import Rule
 
 

@@ -29,7 +29,7 @@ from upfit.checkpoint.remote_code import without_code
 from upfit.checkpoint.source import Source, check_side_files, copy_code, copy_side_files, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.checkpoint.writer import Shard, split, write_shards
-from upfit.convert.engine import Planned, changed_layers, check_against_class, edit_dtype, outline, output_bytes, shape_changes
+from upfit.convert.planned import Planned, changed_layers, check_against_class, edit_dtype, outline, output_bytes, shape_changes
 from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, find_merge
 from upfit.convert.verify import Promise, Report, tolerance, verify
 from upfit.errors import UpfitError

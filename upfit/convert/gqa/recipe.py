@@ -10,7 +10,7 @@ from upfit.options import flag, option
 if TYPE_CHECKING:
     from upfit.architecture.attention import Attention, Layer
     from upfit.architecture.layers import Architecture
-    from upfit.convert.gqa.aligned import Choice
+    from upfit.convert.gqa.fit import Choice
 
 Method = Literal["auto", "aligned", "mean", "first", "random"]
 METHOD_RAN = "method_ran"  # where recipe.json keeps what `auto` came to
@@ -82,7 +82,7 @@ def plan(architecture: "Architecture", options: Options) -> Plan:
 
 
 def _repeated(architecture: "Architecture", kv_heads: int) -> Plan:
-    from upfit.convert.gqa.rebase import expand_heads
+    from upfit.convert.gqa.reparametrise import expand_heads
 
     def change(attention: "Attention") -> "Attention":
         return expand_heads(attention, kv_heads)
@@ -101,13 +101,13 @@ def _check_flags(options: Options) -> None:
 
 def _fit(options: Options, outline: Plan, fallback: Plan | None) -> Fit:
     def choice() -> "Choice":
-        from upfit.convert.gqa.aligned import Choice
+        from upfit.convert.gqa.fit import Choice
 
         sizes = (options.calibration_tokens, options.calibration_length)
         return Choice(options.kv_heads, options.refit, options.calibration, *sizes)
 
     def run(bench: Bench) -> Plan:
-        from upfit.convert.gqa.aligned import fit
+        from upfit.convert.gqa.fit import fit
 
         return fit(bench, choice(), outline)
 
@@ -120,7 +120,7 @@ def _fit(options: Options, outline: Plan, fallback: Plan | None) -> Fit:
 
 
 def _aligned_rule(layer: "Layer", options: Options) -> Rule:
-    from upfit.convert.gqa.aligned import shapes
+    from upfit.convert.gqa.fit import shapes
 
     label = f"{layer.geometry.kv_heads} → {options.kv_heads} key/value heads, aligned" + (", refitted" if options.refit else "")
     return layer.rule((*PARTS, "q", "o", "q_bias"), shapes(options.kv_heads), label)
@@ -139,7 +139,7 @@ def check_kv_heads(kv_heads: int, architecture: "Architecture") -> None:
 
 
 def _rule(layer: "Layer", options: Options, initializer_range: float) -> Rule:
-    from upfit.convert.gqa.merge import merge
+    from upfit.convert.gqa.pooling import merge
 
     def change(attention: "Attention") -> "Attention":
         return merge(attention, options.kv_heads, options.method, options.seed + layer.index, initializer_range)

@@ -12,9 +12,9 @@ from upfit.architecture.attention import LAYOUTS, Attention, Layer
 from upfit.calibration.calibrate import gather_layer, pick_device, sample_for
 from upfit.calibration.layerwise import Stream
 from upfit.calibration.traits import Facts
-from upfit.convert.gqa import align
-from upfit.convert.gqa.aligned import Choice, statistics_for
-from upfit.convert.gqa.merging import choose_groups
+from upfit.convert.gqa import closed_form
+from upfit.convert.gqa.fit import Choice, statistics_for
+from upfit.convert.gqa.merge_layer import choose_groups
 
 if TYPE_CHECKING:
     from upfit.convert.recipe import Bench
@@ -85,17 +85,17 @@ def _errors(
             pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
             some = pairs[own][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(own), 0, 1, 1)
             keys, queries = sums["keys"][joint][:, joint], sums["queries"][own]
-            merged = align.merge_keys(facts, keys, some, queries, owners, round(CUT * facts.pairs))
-            one, all_of_it = align.key_error(facts, merged, keys, queries, owners)
+            merged = closed_form.merge_keys(facts, keys, some, queries, owners, round(CUT * facts.pairs))
+            one, all_of_it = closed_form.key_error(facts, merged, keys, queries, owners)
             lost["keys"] += one
             total["keys"] += all_of_it
         if facts.values:
             width = layer.geometry.v_head_dim
             joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
-            metric = align.output_metric(outputs[:, own].transpose(0, 1), owners, len(group))
+            metric = closed_form.output_metric(outputs[:, own].transpose(0, 1), owners, len(group))
             moment = sums["values"][joint][:, joint]
             power = float((moment * metric).sum())
-            lost["values"] += align.reduce(moment, metric, width)[2] * power
+            lost["values"] += closed_form.reduce(moment, metric, width)[2] * power
             total["values"] += power
     attention_error = lost["keys"] / total["keys"] if facts.keys else None
     return attention_error, lost["values"] / total["values"] if facts.values else None

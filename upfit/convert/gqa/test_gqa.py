@@ -13,7 +13,7 @@ from upfit.architecture.attention import Attention
 from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.gqa.merge import first, mean, merge
+from upfit.convert.gqa.pooling import first, mean, merge
 from upfit.convert.recipe import get_recipe
 from upfit.errors import UpfitError
 from upfit.output import Output

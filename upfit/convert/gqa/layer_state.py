@@ -12,7 +12,7 @@ from upfit.calibration.layerwise import Block, Seen
 from upfit.calibration.statistics import ROWS, add, observe, sample_rows
 from upfit.calibration.teacher_student import Lane, token_weights
 from upfit.calibration.traits import Facts, watch
-from upfit.convert.gqa import scores
+from upfit.convert.gqa import fit_scores
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Settings:
     kv_heads: int
     refit: bool = True
     rows: int = ROWS
-    effort: scores.Effort = scores.Effort()
+    effort: fit_scores.Effort = fit_scores.Effort()
     importance: float = 1.0
     token_power: float = 2.0  # a token weighs 1 / rms of the teacher's stream to this power
 
@@ -54,7 +54,7 @@ class View:
     output: Tensor
     values: Tensor
     scaling: float
-    targets: list[scores.Target]
+    targets: list[fit_scores.Target]
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,16 @@ def watch_teacher(
     return views, sums
 
 
-def _target(seen: Seen, at: Tensor, keys: int, attention: Attention, token_weight: Tensor, settings: Settings) -> scores.Target:
+def _target(
+    seen: Seen, at: Tensor, keys: int, attention: Attention, token_weight: Tensor, settings: Settings
+) -> fit_scores.Target:
     wanted, weights = seen.scores(at, keys)
     importance = torch.ones_like(weights[..., :1])
     if settings.importance and attention.o is not None and attention.o.shape[1] == seen.q.shape[1]:
         importance = _spread(seen, weights, keys, attention.o) * token_weight[:, at][:, None, :, None]
         importance = (importance / importance.mean().clamp_min(1e-30)).clamp_min(1e-4) ** settings.importance
         importance = importance / importance.mean()
-    return scores.Target(at, keys, wanted.masked_fill_(weights == 0, 0.0), weights, importance)
+    return fit_scores.Target(at, keys, wanted.masked_fill_(weights == 0, 0.0), weights, importance)
 
 
 def _spread(seen: Seen, weights: Tensor, keys: int, outputs: Tensor) -> Tensor:

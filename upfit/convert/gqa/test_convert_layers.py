@@ -12,9 +12,9 @@ from tests.tiny import tiny_model
 from upfit.calibration.layerwise import Seen
 from upfit.calibration.teacher_student import Lane, MlpEnd, refit_mlp
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.gqa.layer import View, _spread
-from upfit.convert.gqa.refit import _drift
-from upfit.convert.gqa.test_align import drawn, problem
+from upfit.convert.gqa.convert_layers import _drift
+from upfit.convert.gqa.layer_state import View, _spread
+from upfit.convert.gqa.test_closed_form import drawn, problem
 from upfit.convert.recipe import get_recipe
 from upfit.output import Output
 

@@ -6,10 +6,10 @@ from torch import Tensor
 from upfit.architecture.attention import LAYOUTS, Attention
 from upfit.calibration.teacher_student import Lane, token_weights
 from upfit.calibration.traits import Facts
-from upfit.convert.gqa import align, values
+from upfit.convert.gqa import closed_form, fit_values
 from upfit.convert.gqa.grouping import pair_costs, partition
-from upfit.convert.gqa.layer import Merged, Place, Settings, Told, View, with_bias
-from upfit.convert.gqa.merge import mean
+from upfit.convert.gqa.layer_state import Merged, Place, Settings, Told, View, with_bias
+from upfit.convert.gqa.pooling import mean
 
 CUTS = (0.4, 0.5, 0.6, 0.75, 1.0)  # shares of the rotated pairs, from the fastest, that are merged as rotated
 
@@ -38,7 +38,9 @@ def merge_layer(facts: Facts, attention: Attention, sums: dict[str, Tensor], kv_
         joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
         owners = torch.arange(len(group)).repeat_interleave(per)
         outputs = new_o[:, r * size : (r + 1) * size].transpose(0, 1)
-        found = align.merge_values(sums["values"][joint][:, joint], align.output_metric(outputs, owners, len(group)), width)
+        found = closed_form.merge_values(
+            sums["values"][joint][:, joint], closed_form.output_metric(outputs, owners, len(group)), width
+        )
         downs.append(found.values)
         new_v.append(found.values @ v[group].flatten(0, 1))
         new_o[:, r * size : (r + 1) * size] = torch.einsum("hev,hvw->ehw", outputs, found.outputs[owners])
@@ -62,7 +64,7 @@ def choose_groups(facts: Facts, sums: dict[str, Tensor], outputs: Tensor, count:
         return [list(range(r * size, (r + 1) * size)) for r in range(kv_heads)]
     pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
     owned = [range(j * heads // count, (j + 1) * heads // count) for j in range(count)]
-    metric = torch.stack([align.output_gram(outputs, some) for some in owned])
+    metric = torch.stack([closed_form.output_gram(outputs, some) for some in owned])
     return partition(pair_costs(facts, pairs, sums.get("queries"), sums.get("values"), metric), kv_heads)
 
 
@@ -89,13 +91,13 @@ def _merge_keys(
         owners = torch.arange(len(group)).repeat_interleave(per)
         joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
         some = pairs[heads][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(heads), 0, 1, 1)
-        found = align.merge_keys(facts, sums["keys"][joint][:, joint], some, sums["queries"][heads], owners, cut)
+        found = closed_form.merge_keys(facts, sums["keys"][joint][:, joint], some, sums["queries"][heads], owners, cut)
         new_k.append(found.keys @ k[group][:, order].flatten(0, 1))
         new_q.append(found.queries @ q[heads][:, order])
     return torch.cat(new_q), torch.stack(new_k)
 
 
-def _rows_of(view: View, facts: Facts, merged: Merged, attention: Attention, weight: Tensor) -> values.Mixed:
+def _rows_of(view: View, facts: Facts, merged: Merged, attention: Attention, weight: Tensor) -> fit_values.Mixed:
     """The sampled rows of one batch for the fit of values and outputs."""
     size, parts, targets, tokens = len(merged.heads) // len(merged.groups), [], [], []
     for target in view.targets:
@@ -107,7 +109,7 @@ def _rows_of(view: View, facts: Facts, merged: Merged, attention: Attention, wei
         given = view.given[:, target.at]
         targets.append((given if attention.o_bias is None else given - attention.o_bias).flatten(0, 1))
         tokens.append(weight[:, target.at].flatten())
-    return values.Mixed(torch.cat(parts), torch.cat(targets), torch.cat(tokens))
+    return fit_values.Mixed(torch.cat(parts), torch.cat(targets), torch.cat(tokens))
 
 
 def refine(
@@ -115,19 +117,19 @@ def refine(
 ) -> None:
     """Better shared values and outputs for what the teacher's attention gives out, on sampled rows."""
 
-    def rows(held: bool) -> values.Mixed:
+    def rows(held: bool) -> fit_values.Mixed:
         some = []
         for view, lane in zip(views, lanes, strict=True):
             if lane.held == held:
                 weight = token_weights(lane.middle(view.given, facts.residual), settings.token_power)
                 some.append(_rows_of(view, facts, merged, attention, weight))
-        return values.Mixed(*(torch.cat([getattr(one, name) for one in some]) for name in ("values", "target", "weight")))
+        return fit_values.Mixed(*(torch.cat([getattr(one, name) for one in some]) for name in ("values", "target", "weight")))
 
     assert attention.v is not None
     stacked = with_bias(attention.v, attention.v_bias)
     old = torch.stack([stacked[group].flatten(0, 1) for group in merged.groups])  # [G, g·V, E']
     size = len(merged.heads) // len(merged.groups)
-    down, outputs = values.refine_values(rows(held=False), rows(held=True), merged.down, merged.o.unflatten(1, (-1, size)))
+    down, outputs = fit_values.refine_values(rows(held=False), rows(held=True), merged.down, merged.o.unflatten(1, (-1, size)))
     merged.v, merged.o = down @ old, outputs.flatten(1, 2)
 
 

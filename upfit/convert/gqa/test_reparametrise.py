@@ -13,7 +13,7 @@ from upfit.architecture.attention import LAYOUTS, Attention
 from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.gqa.rebase import expand_heads, permute_heads, rebase_values, scale_pairs
+from upfit.convert.gqa.reparametrise import expand_heads, permute_heads, rebase_values, scale_pairs
 from upfit.convert.recipe import get_recipe
 from upfit.output import Output
 

@@ -11,9 +11,9 @@ import torch
 from upfit.calibration.statistics_file import Statistics, is_statistics, open_statistics
 from upfit.checkpoint.content import file_hash
 from upfit.convert.fitting import Calibration, Task, fit_layers, read_calibration
-from upfit.convert.gqa.layer import Settings
+from upfit.convert.gqa.convert_layers import begin
+from upfit.convert.gqa.layer_state import Settings
 from upfit.convert.gqa.recipe import METHOD_RAN
-from upfit.convert.gqa.refit import begin
 from upfit.convert.recipe import Plan
 from upfit.errors import UpfitError
 
@@ -94,7 +94,7 @@ def shapes(kv_heads: int) -> "Callable[[Any], Any]":
     """The change of a layer's shapes, for the plan that a dry run shows. Never run on values."""
     from dataclasses import replace
 
-    from upfit.convert.gqa.merge import merge
+    from upfit.convert.gqa.pooling import merge
 
     def change(attention: Any) -> Any:
         if attention.k.device != torch.device("meta"):

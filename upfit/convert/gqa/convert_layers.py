@@ -19,10 +19,10 @@ from upfit.calibration.ridge import Moments, augmented, ridge_linear
 from upfit.calibration.teacher_student import Lane, add_rows, mlp_end, put, refit_mlp, stream_error
 from upfit.calibration.traits import Facts, Turns, understand
 from upfit.convert.fitting import LayerFit, Walk
-from upfit.convert.gqa import scores, values
-from upfit.convert.gqa.layer import Merged, Place, Settings, Told, View, watch_teacher
-from upfit.convert.gqa.merge import merge as merge_plainly
-from upfit.convert.gqa.merging import merge_layer, pack, refine
+from upfit.convert.gqa import fit_scores, fit_values
+from upfit.convert.gqa.layer_state import Merged, Place, Settings, Told, View, watch_teacher
+from upfit.convert.gqa.merge_layer import merge_layer, pack, refine
+from upfit.convert.gqa.pooling import merge as merge_plainly
 
 DRIFT_RIDGE = 1e-3
 Kept = tuple[Facts, dict[str, Tensor]]
@@ -122,10 +122,10 @@ def _averaged(place: Place, attention: Attention, lanes: list[Lane]) -> dict[str
     return {place.layer.names[part]: tensor for part, tensor in packed.items() if part[0] in "kv"}
 
 
-def _form(place: Place, facts: Facts, turns: Turns, attention: Attention, views: list[View]) -> scores.Form | None:
+def _form(place: Place, facts: Facts, turns: Turns, attention: Attention, views: list[View]) -> fit_scores.Form | None:
     """How the student's projections become scores. None when its norms cannot be applied to heads in another order."""
     student = place.student
-    norms: dict[str, scores.Norm | None] = {"q_norm": None, "k_norm": None}
+    norms: dict[str, fit_scores.Norm | None] = {"q_norm": None, "k_norm": None}
     for part in norms:
         try:
             module = student.get_submodule(place.path(part))
@@ -136,10 +136,12 @@ def _form(place: Place, facts: Facts, turns: Turns, attention: Attention, views:
             return None  # a scale for each head, or one over all heads: fitted by nothing but the drift
         norms[part] = _in_order(module, list(facts.order))
     shape = place.shape
-    return scores.Form(turns, norms["q_norm"], norms["k_norm"], shape.heads, place.kv_heads, shape.head_dim, views[0].scaling)
+    return fit_scores.Form(
+        turns, norms["q_norm"], norms["k_norm"], shape.heads, place.kv_heads, shape.head_dim, views[0].scaling
+    )
 
 
-def _in_order(module: nn.Module, order: list[int]) -> scores.Norm:
+def _in_order(module: nn.Module, order: list[int]) -> fit_scores.Norm:
     """`module`, which norms heads as the model stores them, on heads whose dimensions are in `Facts.order`."""
     back = torch.tensor(order).argsort().tolist()
 
@@ -158,7 +160,7 @@ def _student_inputs(place: Place, lane: Lane) -> Tensor:
 def _drift(inputs: list[Tensor], views: list[View], lanes: list[Lane]) -> Tensor:
     """M [E, E] that best takes what the student sees to what the teacher saw: W M x_student ≈ W x_teacher."""
     gap = sum(float((x - view.inputs).square().sum()) for x, view in zip(inputs, views, strict=True))
-    if gap <= values.NEGLIGIBLE * sum(float(view.inputs.square().sum()) for view in views):
+    if gap <= fit_values.NEGLIGIBLE * sum(float(view.inputs.square().sum()) for view in views):
         return torch.eye(inputs[0].shape[-1], device=inputs[0].device)
     own = cross = torch.zeros((), dtype=torch.float64)
     for x, view, lane in zip(inputs, views, lanes, strict=True):
@@ -178,7 +180,7 @@ def _mapped(weight: Tensor, drift: Tensor) -> Tensor:
 def _fit_scores(
     choices: dict[int, Merged],
     merged: Merged,
-    form: scores.Form,
+    form: fit_scores.Form,
     inputs: list[Tensor],
     views: list[View],
     lanes: list[Lane],
@@ -188,10 +190,10 @@ def _fit_scores(
 ) -> None:
     """Choose the cut on held-back rows, then (with a drift, that is when refitting) fit q and k. Changes `merged`."""
     width = merged.q.shape[-1]
-    fitted: list[scores.Batch] = []
-    held: list[scores.Batch] = []
+    fitted: list[fit_scores.Batch] = []
+    held: list[fit_scores.Batch] = []
     for x, view, lane in zip(inputs, views, lanes, strict=True):
-        batch = scores.Batch(augmented(x, width), [_reordered(target, merged.heads) for target in view.targets])
+        batch = fit_scores.Batch(augmented(x, width), [_reordered(target, merged.heads) for target in view.targets])
         (held if lane.held else fitted).append(batch)
     q_moment = k_moment = torch.zeros(width, width, device=inputs[0].device)
     for batch in fitted:
@@ -201,26 +203,28 @@ def _fit_scores(
             looked = (target.weights * (1 - target.weights) * target.importance).sum((1, 2))  # [B, L]
             seen = batch.inputs[:, : target.keys]
             k_moment = k_moment + (seen * looked[..., None]).flatten(0, 1).T @ seen.flatten(0, 1)
-    best: tuple[float, int, scores.Weights] | None = None
+    best: tuple[float, int, fit_scores.Weights] | None = None
     for cut, choice in choices.items():
         q, k = (_mapped(w, drift) if drift is not None else w for w in (choice.q, choice.k))
-        start = scores.Weights(q.flatten(0, 1), k.flatten(0, 1))
-        error = scores.held_error(held, form, start)
+        start = fit_scores.Weights(q.flatten(0, 1), k.flatten(0, 1))
+        error = fit_scores.held_error(held, form, start)
         if best is None or error < best[0]:
             best = (error, cut, start)
     assert best is not None
     told.merged_error, told.cut, weights = best[0], best[1], best[2]
     if settings.refit:
-        result = scores.fit_scores(fitted, held, form, weights, q_moment, k_moment, settings.effort)
+        result = fit_scores.fit_scores(fitted, held, form, weights, q_moment, k_moment, settings.effort)
         weights, told.fitted_error = result.weights, result.after[1]
     merged.q = weights.q.unflatten(0, (-1, form.width))
     merged.k = weights.k.unflatten(0, (-1, form.width))
 
 
-def _reordered(target: scores.Target, heads: list[int]) -> scores.Target:
+def _reordered(target: fit_scores.Target, heads: list[int]) -> fit_scores.Target:
     if heads == sorted(heads):
         return target
-    return scores.Target(target.at, target.keys, target.scores[:, heads], target.weights[:, heads], target.importance[:, heads])
+    return fit_scores.Target(
+        target.at, target.keys, target.scores[:, heads], target.weights[:, heads], target.importance[:, heads]
+    )
 
 
 def _refit_stream(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from upfit.calibration.ridge import Moments, ridge
 from upfit.calibration.traits import Facts, Turns
-from upfit.convert.gqa import align, scores, values
+from upfit.convert.gqa import closed_form, fit_scores, fit_values
 from upfit.convert.gqa.grouping import partition
 
 HEADS, OLD, PAIRS, FREE, HIDDEN = 6, 3, 4, 2, 20
@@ -46,7 +46,7 @@ def test_keys_in_different_bases_merge_exactly(cut: int) -> None:
     factors = [torch.complex(drawn(PAIRS, seed=j), drawn(PAIRS, seed=j + 9)) for j in range(OLD)]
     keys = [factored(base, factor) for factor in factors]
     queries = [drawn(50, WIDTH, seed=20 + h) for h in range(HEADS)]
-    merged = align.merge_keys(facts(), *moments(keys, queries), cut)
+    merged = closed_form.merge_keys(facts(), *moments(keys, queries), cut)
     new_key = torch.cat(keys, 1) @ merged.keys.T
     for head in range(HEADS):
         old = queries[head] @ keys[head * OLD // HEADS].T
@@ -57,7 +57,7 @@ def test_keys_in_different_bases_merge_exactly(cut: int) -> None:
 def test_fast_pairs_are_only_multiplied() -> None:
     """What is done to a rotated pair commutes with its rotation: a complex factor, for keys and for queries."""
     keys, queries = [drawn(99, WIDTH, seed=j) for j in range(OLD)], [drawn(50, WIDTH, seed=9 + h) for h in range(HEADS)]
-    merged = align.merge_keys(facts(), *moments(keys, queries), 2)
+    merged = closed_form.merge_keys(facts(), *moments(keys, queries), 2)
     for matrix in (*merged.queries, *merged.keys.split(WIDTH, 1)):
         for pair in range(2):
             block = matrix[[pair, PAIRS + pair]][:, [pair, PAIRS + pair]]
@@ -68,10 +68,10 @@ def test_fast_pairs_are_only_multiplied() -> None:
 
 def test_norms_allow_only_turns() -> None:
     keys, queries = [drawn(99, WIDTH, seed=j) for j in range(OLD)], [drawn(50, WIDTH, seed=9 + h) for h in range(HEADS)]
-    turned = align.merge_keys(facts(normed=True), *moments(keys, queries), 2)
+    turned = closed_form.merge_keys(facts(normed=True), *moments(keys, queries), 2)
     for matrix in turned.queries:
         torch.testing.assert_close(matrix @ matrix.T, torch.eye(WIDTH, dtype=torch.float64))
-    plain = align.merge_keys(facts(normed=True, factors=False), *moments(keys, queries), 2)
+    plain = closed_form.merge_keys(facts(normed=True, factors=False), *moments(keys, queries), 2)
     torch.testing.assert_close(torch.cat(keys, 1) @ plain.keys.T, torch.stack(keys).mean(0))
 
 
@@ -81,9 +81,12 @@ def test_key_merge_beats_the_mean_and_the_first() -> None:
     covariance, pairs, of_queries, owners = moments(keys, queries)
     same = torch.eye(WIDTH, dtype=torch.float64)
     plain = same.expand(HEADS, -1, -1)
-    rivals = [align.KeyMerge(same.repeat(1, OLD) / OLD, plain), align.KeyMerge(torch.cat([same, 0 * same, 0 * same], 1), plain)]
-    ours = align.merge_keys(facts(), covariance, pairs, of_queries, owners, PAIRS)
-    errors = [align.key_error(facts(), one, covariance, of_queries, owners)[0] for one in (ours, *rivals)]
+    rivals = [
+        closed_form.KeyMerge(same.repeat(1, OLD) / OLD, plain),
+        closed_form.KeyMerge(torch.cat([same, 0 * same, 0 * same], 1), plain),
+    ]
+    ours = closed_form.merge_keys(facts(), covariance, pairs, of_queries, owners, PAIRS)
+    errors = [closed_form.key_error(facts(), one, covariance, of_queries, owners)[0] for one in (ours, *rivals)]
     assert errors[0] < min(errors[1:])
 
 
@@ -96,7 +99,7 @@ def test_values_in_different_bases_merge_exactly(seed: int) -> None:
     outputs = drawn(HEADS, HIDDEN, width, seed=seed + 7)
     owners = torch.arange(OLD).repeat_interleave(HEADS // OLD)
     joint = torch.cat(olds, 1)
-    merged = align.merge_values(joint.T @ joint, align.output_metric(outputs, owners, OLD), width)
+    merged = closed_form.merge_values(joint.T @ joint, closed_form.output_metric(outputs, owners, OLD), width)
     for head, old in enumerate(owners.tolist()):
         new = (joint @ merged.values.T) @ (outputs[head] @ merged.outputs[old]).T
         expected = olds[old] @ outputs[head].T
@@ -105,7 +108,7 @@ def test_values_in_different_bases_merge_exactly(seed: int) -> None:
 
 def test_full_rank_is_exact() -> None:
     joint = drawn(100, 12)
-    up, down, lost = align.reduce(joint.T @ joint, torch.eye(12, dtype=torch.float64), 12)
+    up, down, lost = closed_form.reduce(joint.T @ joint, torch.eye(12, dtype=torch.float64), 12)
     torch.testing.assert_close(up @ down, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-10)
     assert lost == 0
 
@@ -120,7 +123,7 @@ def test_partition_finds_what_belongs_together() -> None:
     assert partition(torch.ones(12, 12), 3) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-def problem(norm: bool) -> tuple[scores.Fit, scores.Weights, list[scores.Batch], scores.Form]:
+def problem(norm: bool) -> tuple[fit_scores.Fit, fit_scores.Weights, list[fit_scores.Batch], fit_scores.Form]:
     """Two windows, two targets of one batch, two new heads for six query heads."""
     tokens, kv_heads = 9, 2
     turns = torch.polar(torch.ones(tokens, PAIRS), torch.arange(tokens)[:, None] * 0.5 ** torch.arange(PAIRS))
@@ -131,13 +134,13 @@ def problem(norm: bool) -> tuple[scores.Fit, scores.Weights, list[scores.Batch],
         allowed = torch.arange(keys)[None] <= at[:, None]
         wanted = drawn(2, HEADS, 2, keys, seed=number).masked_fill(~allowed, 0)
         weights = drawn(2, HEADS, 2, keys, seed=5).masked_fill(~allowed, float("-inf")).softmax(-1)
-        targets.append(scores.Target(at, keys, wanted, weights, drawn(2, HEADS, 2, 1, seed=3).abs()))
-    batches = [scores.Batch(drawn(2, tokens, HIDDEN, seed=8), targets)]
+        targets.append(fit_scores.Target(at, keys, wanted, weights, drawn(2, HEADS, 2, 1, seed=3).abs()))
+    batches = [fit_scores.Batch(drawn(2, tokens, HIDDEN, seed=8), targets)]
     rms = (lambda x: x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt()) if norm else None
-    form = scores.Form(Turns(turns, turns), rms, rms, HEADS, kv_heads, WIDTH, 0.3)
+    form = fit_scores.Form(Turns(turns, turns), rms, rms, HEADS, kv_heads, WIDTH, 0.3)
     basis = torch.eye(HIDDEN, dtype=torch.float64)
-    point = scores.Weights(drawn(HEADS * WIDTH, HIDDEN, seed=1), drawn(kv_heads * WIDTH, HIDDEN, seed=2))
-    return scores.Fit(batches, form, basis, basis), point, batches, form
+    point = fit_scores.Weights(drawn(HEADS * WIDTH, HIDDEN, seed=1), drawn(kv_heads * WIDTH, HIDDEN, seed=2))
+    return fit_scores.Fit(batches, form, basis, basis), point, batches, form
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -149,7 +152,7 @@ def test_gradient_and_curvature_are_those_of_the_error(norm: bool) -> None:
     q, k = point.q.clone().requires_grad_(), point.k.clone().requires_grad_()
 
     def scored(q: Tensor, k: Tensor) -> list[Tensor]:
-        batch, a, b = next(iter(fit.sides(scores.Weights(q, k))))
+        batch, a, b = next(iter(fit.sides(fit_scores.Weights(q, k))))
         return [fit._scores(a.values[:, part], b.values[:, : t.keys]) for t, part in fit._parts(batch)]
 
     targets = fit.batches[0].targets
@@ -158,7 +161,7 @@ def test_gradient_and_curvature_are_those_of_the_error(norm: bool) -> None:
     by_q, by_k = torch.autograd.grad(error, (q, k))
     torch.testing.assert_close(found.q, -by_q / 2)
     torch.testing.assert_close(found.k, -by_k / 2)
-    change = scores.Weights(drawn(*point.q.shape, seed=4), drawn(*point.k.shape, seed=5))
+    change = fit_scores.Weights(drawn(*point.q.shape, seed=4), drawn(*point.k.shape, seed=5))
     moved = torch.func.jvp(lambda *w: tuple(scored(*w)), (point.q, point.k), (change.q, change.k))[1]
     expected = sum((t.seen(m) * m).sum() for t, m in zip(targets, moved, strict=True))
     torch.testing.assert_close(fit.curvature(sides, change).dot(change), expected)
@@ -169,22 +172,22 @@ def test_fitting_scores_reaches_what_can_be_reached() -> None:
     _, point, batches, form = problem(norm=False)
     batch = batches[0]
     basis = torch.eye(HIDDEN, dtype=torch.float64)
-    _, q, k = next(iter(scores.Fit(batches, form, basis, basis).sides(point)))
-    exact = scores.Fit(batches, form, basis, basis)
+    _, q, k = next(iter(fit_scores.Fit(batches, form, basis, basis).sides(point)))
+    exact = fit_scores.Fit(batches, form, basis, basis)
     for target, part in exact._parts(batch):
         target.scores = exact._scores(q.values[:, part], k.values[:, : target.keys])
-    start = point.plus(scores.Weights(drawn(*point.q.shape, seed=6), drawn(*point.k.shape, seed=7)), 0.1)
+    start = point.plus(fit_scores.Weights(drawn(*point.q.shape, seed=6), drawn(*point.k.shape, seed=7)), 0.1)
     single = [
-        scores.Batch(
+        fit_scores.Batch(
             batch.inputs.float(),
-            [scores.Target(t.at, t.keys, t.scores.float(), t.weights.float(), t.importance.float()) for t in batch.targets],
+            [fit_scores.Target(t.at, t.keys, t.scores.float(), t.weights.float(), t.importance.float()) for t in batch.targets],
         )
     ]
     turns = Turns(form.turns.q.to(torch.complex64), form.turns.k.to(torch.complex64))
-    small = scores.Form(turns, None, None, form.heads, form.kv_heads, form.width, form.scaling)
+    small = fit_scores.Form(turns, None, None, form.heads, form.kv_heads, form.width, form.scaling)
     moment = batch.inputs.flatten(0, 1).T.float() @ batch.inputs.flatten(0, 1).float()
-    begin = scores.Weights(start.q.float(), start.k.float())
-    done = scores.fit_scores(single, single, small, begin, moment, moment, scores.Effort(8, 30))
+    begin = fit_scores.Weights(start.q.float(), start.k.float())
+    done = fit_scores.fit_scores(single, single, small, begin, moment, moment, fit_scores.Effort(8, 30))
     assert done.after[0] < 1e-3 * done.before[0]
 
 
@@ -210,7 +213,7 @@ def test_refined_values_lower_the_held_back_error() -> None:
     """Two groups of three heads; targets that two shared values can make only with other output weights."""
     mixed, target = drawn(300, 2, 3, 8).float(), drawn(300, HIDDEN, seed=1).float()
     target = target * 0.1 + torch.einsum("xgnm,egnm->xe", mixed, drawn(HIDDEN, 2, 3, 8, seed=2).float())
-    rows = [values.Mixed(mixed[some], target[some], torch.ones(300)[some]) for some in (slice(0, 250), slice(250, 300))]
+    rows = [fit_values.Mixed(mixed[some], target[some], torch.ones(300)[some]) for some in (slice(0, 250), slice(250, 300))]
     down, outputs = drawn(2, 4, 8, seed=3).float(), drawn(HIDDEN, 2, 3, 4, seed=4).float()
-    found = values.refine_values(rows[0], rows[1], down, outputs)
-    assert values._error(rows[1], *found) < 0.7 * values._error(rows[1], down, outputs)
+    found = fit_values.refine_values(rows[0], rows[1], down, outputs)
+    assert fit_values._error(rows[1], *found) < 0.7 * fit_values._error(rows[1], down, outputs)
