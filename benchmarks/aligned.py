@@ -29,9 +29,9 @@ from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.recipe import Options
 from upfit.convert.recipe import Plan, Recipe, get_recipe
 from upfit.environment import environment
+from upfit.evaluate.intervals import difference_interval, mean_interval
 from upfit.evaluate.load import load_model, load_tokenizer, pick_device
 from upfit.evaluate.loss import PARTS, Losses, window_losses
-from upfit.evaluate.statistics import difference_interval, mean_interval
 from upfit.output import Output
 from upfit.text import python_documents
 from upfit.text.windows import Window, make_windows

@@ -33,11 +33,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from upfit.environment import environment
-from upfit.evaluate.statistics import mean_interval
+from upfit.evaluate.intervals import mean_interval
+from upfit.evaluate.synthetic import counting, flipflop, selective_copy
+from upfit.evaluate.synthetic.items import Item
 from upfit.modeling.cope_attention import attend
 from upfit.modeling.cope_equations import Inputs, Sight, whole
-from upfit.tasks import counting, flipflop, selective_copy
-from upfit.tasks.items import Item
 
 POSITIONS = ("absolute", "relative", "rope", "cope", "rope+cope")
 ROPE_BASE = 10_000.0

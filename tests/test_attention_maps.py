@@ -16,9 +16,9 @@ from upfit import provenance
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
-from upfit.evaluate.attention import all_maps, choose, places, record_by_head, record_maps
 from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options
+from upfit.evaluate.probes.attention_maps import all_maps, choose, places, record_by_head, record_maps
 from upfit.output import Output, to_json
 
 QUIET = Output(quiet=True)

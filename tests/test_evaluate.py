@@ -29,10 +29,10 @@ from upfit import text as texts
 from upfit.errors import UpfitError
 from upfit.evaluate.cache import measure_cache
 from upfit.evaluate.evaluate import evaluate
+from upfit.evaluate.intervals import difference_interval, mean_interval
 from upfit.evaluate.loss import by_position, token_losses, window_losses
 from upfit.evaluate.options import Options
 from upfit.evaluate.speed import settle_lengths
-from upfit.evaluate.statistics import difference_interval, mean_interval
 from upfit.evaluate.tables import show
 from upfit.output import Meter, Output
 from upfit.text import Document, file_documents, python_documents, read_blocks

@@ -13,7 +13,7 @@ from upfit.architecture.forwards import CACHE_NAMES, LOGITS_TO_KEEP, POSITIONS, 
 from upfit.calibration.layerwise import NAME, observed_model
 from upfit.errors import UpfitError
 from upfit.evaluate.cache import CachedModel, tokens_held
-from upfit.evaluate.reading import check_goes_on
+from upfit.evaluate.probes.reader import check_goes_on
 from upfit.uptrain.parallel import layer_classes
 
 CLOSE = 1e-5  # of the largest logit: float32, through different shapes

@@ -17,9 +17,9 @@ from tests.folders import letter_tokenizer, save_tiny, tiny_llama
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
-from upfit.evaluate import harness
 from upfit.evaluate.evaluate import evaluate
-from upfit.evaluate.harness_scores import MEANS, Metric, Scores, differences, metric
+from upfit.evaluate.harness import harness
+from upfit.evaluate.harness.scores import MEANS, Metric, Scores, differences, metric
 from upfit.evaluate.options import Options, check_options
 from upfit.evaluate.tables import show
 from upfit.output import Meter, Output
@@ -118,7 +118,7 @@ def instances(one: harness.Asked) -> list[Any]:
 @pytest.mark.parametrize("batch", [1, 5])
 def test_log_likelihoods_are_those_of_the_harness(models: dict[str, Path], tasks: str, batch: int) -> None:
     hf = pytest.importorskip("lm_eval.models.huggingface")
-    from upfit.evaluate.harness_model import Model
+    from upfit.evaluate.harness.model import Model
 
     model, (pick, roll), _ = asked(models["llama"], tasks, ["pick", "roll"])
     stock = hf.HFLM(pretrained=model, tokenizer=letter_tokenizer(), max_length=POSITIONS, backend="causal")
@@ -139,7 +139,7 @@ def test_log_likelihoods_are_those_of_the_harness(models: dict[str, Path], tasks
 @pytest.mark.parametrize("name", ["llama", "diff", "cope"])
 def test_batches_change_nothing(models: dict[str, Path], tasks: str, name: str) -> None:
     pytest.importorskip("lm_eval")
-    from upfit.evaluate.harness_model import Model
+    from upfit.evaluate.harness.model import Model
 
     model, (pick, say), _ = asked(models[name], tasks, ["pick", "say"])
     assert type(model).__name__.startswith("Upfit") == (name != "llama")
@@ -152,7 +152,7 @@ def test_batches_change_nothing(models: dict[str, Path], tasks: str, name: str) 
 
 def test_only_what_is_scored_becomes_logits(models: dict[str, Path], tasks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval")
-    from upfit.evaluate.harness_model import Model
+    from upfit.evaluate.harness.model import Model
 
     model, (pick,), _ = asked(models["llama"], tasks, ["pick"])
     ours = Model(model, letter_tokenizer(), 4, POSITIONS, meter)
@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_run(models: dict[str, P
 
 def test_it_fits_to_the_last_position(models: dict[str, Path], tasks: str) -> None:
     pytest.importorskip("lm_eval")
-    from upfit.evaluate.harness_model import Model
+    from upfit.evaluate.harness.model import Model
 
     model, (say,), _ = asked(models["llama"], tasks, ["say"])
     longest = max(len(row["question"]) for row in ROWS) + 12
@@ -331,7 +331,7 @@ def test_bad_tasks_are_one_line(tasks: str, tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_an_end_is_refused(models: dict[str, Path]) -> None:
     pytest.importorskip("lm_eval")
-    from upfit.evaluate.harness_model import Model
+    from upfit.evaluate.harness.model import Model
 
     tokenizer = letter_tokenizer()
     tokenizer.eos_token = None

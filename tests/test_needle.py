@@ -11,8 +11,8 @@ from upfit.calibration.layerwise import Seen
 from upfit.demo import embedded_model
 from upfit.errors import UpfitError
 from upfit.evaluate.evaluate import evaluate
-from upfit.evaluate.needle import DEPTHS, Sample, compared, largest_logit, make_samples, mass, probe, record
 from upfit.evaluate.options import Options
+from upfit.evaluate.probes.needle import DEPTHS, Sample, compared, largest_logit, make_samples, mass, probe, record
 from upfit.output import Output
 from upfit.text import python_documents
 

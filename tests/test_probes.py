@@ -12,8 +12,8 @@ from scipy import stats
 from tests.folders import letter_tokenizer
 from upfit.demo import embedded_model
 from upfit.errors import UpfitError
-from upfit.evaluate import depths
-from upfit.evaluate.retrieval import floor
+from upfit.evaluate.probes import depths
+from upfit.evaluate.probes.retrieval import floor
 from upfit.longcontext.probes import scores
 from upfit.longcontext.probes.contexts import SPARE, Laid, Settings, make_contexts
 from upfit.longcontext.probes.families import FAMILIES

@@ -22,10 +22,10 @@ from upfit.errors import UpfitError
 from upfit.evaluate.evaluate import PROBES, evaluate
 from upfit.evaluate.options import PROBES as NAMES
 from upfit.evaluate.options import Options
-from upfit.evaluate.tasks import TASKS, Question, compared, make_questions, probe, record
+from upfit.evaluate.probes.synthetic import TASKS, Question, compared, make_questions, probe, record
+from upfit.evaluate.synthetic import counting, flipflop, selective_copy
+from upfit.evaluate.synthetic.items import Item
 from upfit.output import Output
-from upfit.tasks import counting, flipflop, selective_copy
-from upfit.tasks.items import Item
 
 # Shares are of fixed samples; a tolerance is about five standard errors of one, so that another way to draw would not matter.
 PROGRAMS = 1000

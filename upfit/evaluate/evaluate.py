@@ -11,13 +11,13 @@ import torch
 from upfit import provenance
 from upfit.checkpoint.source import Source, find_source
 from upfit.errors import UpfitError
-from upfit.evaluate import attention, harness, harness_scores, needle
 from upfit.evaluate.ablate import ablated
 from upfit.evaluate.cache import CacheGrowth, measure_cache
+from upfit.evaluate.harness import harness, scores
 from upfit.evaluate.load import check_model, free, load_config, load_model, load_tokenizer, most_positions, pick_device
 from upfit.evaluate.loss import Losses, difference, window_losses
 from upfit.evaluate.options import Options, check_options
-from upfit.evaluate.probes import PROBES, make_samples
+from upfit.evaluate.probes.registry import PROBES, attention_maps, make_samples, needle
 from upfit.evaluate.speed import hardware, measure_speed, settle_lengths
 from upfit.options import as_flags
 from upfit.output import Output
@@ -46,7 +46,7 @@ class Subject:
     samples: dict[str, list[Any]] = field(default_factory=dict)  # of each probe
     found: dict[str, Any] = field(default_factory=dict)
     asked: list[harness.Asked] = field(default_factory=list)
-    scores: dict[str, harness_scores.Scores] = field(default_factory=dict)
+    scores: dict[str, scores.Scores] = field(default_factory=dict)
     short: needle.Sample | None = None  # the text whose attention maps are kept
     maps: list[torch.Tensor] = field(default_factory=list)  # of every layer on it [H, T, T]
 
@@ -111,7 +111,7 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
         "probe_differences": {name: PROBES[name].compared(first.found[name], second.found[name]) for name in first.found}
         if second and first.found
         else None,
-        "task_differences": harness_scores.differences(first.scores, second.scores) if second and first.scores else None,
+        "task_differences": scores.differences(first.scores, second.scores) if second and first.scores else None,
         "ablation": None if first.ablated is None else difference(first.ablated, _losses(first), True) | {"part": first.ablate},
         "speed": speed,
         "data": data,
@@ -132,14 +132,14 @@ def _tell_heads(subjects: list[Subject], records: list[dict[str, Any]], count: i
     found = []
     for subject, told in watched:
         own = told["attention_by_head"]
-        now = attention.places(provenance.read(subject.source.path), own)
+        now = attention_maps.places(provenance.read(subject.source.path), own)
         told["attention_by_head"] = [[layer[at] for at in places] for layer, places in zip(own, now, strict=True)]
         found.append((subject, told, now))
     for subject, told, now in found:
         if subject.short is not None:
-            chosen = attention.choose(found[-1][1]["attention_by_head"], count)
+            chosen = attention_maps.choose(found[-1][1]["attention_by_head"], count)
             shown = needle.record_shown(subject.short, subject.tokenizer)
-            told["maps"] = shown | {"heads": attention.record_maps(subject.maps, chosen, now)}
+            told["maps"] = shown | {"heads": attention_maps.record_maps(subject.maps, chosen, now)}
 
 
 def _check_recordable(source: Source) -> None:
@@ -260,4 +260,4 @@ def _measure_one(subject: Subject, model: Any, options: Options, output: Output)
     if subject.asked:
         subject.scores = harness.ask(model, subject.tokenizer, subject.most, subject.asked, options, name, output)
     if subject.short is not None:
-        subject.maps = attention.all_maps(model, subject.short.ids)
+        subject.maps = attention_maps.all_maps(model, subject.short.ids)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from upfit.errors import UpfitError
-from upfit.evaluate.statistics import Estimate, difference_interval, mean_interval
+from upfit.evaluate.intervals import Estimate, difference_interval, mean_interval
 from upfit.output import Meter
 from upfit.text.windows import Window
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from upfit.errors import UpfitError
-from upfit.evaluate.harness_scores import Metric, Scores, metric
+from upfit.evaluate.harness.scores import Metric, Scores, metric
 from upfit.evaluate.options import Options
 from upfit.output import Meter, Output
 
@@ -160,7 +160,7 @@ def ask(
     """Run every task on a model. Raises UpfitError, before any is run, when a prompt does not fit."""
     from lm_eval import evaluate
 
-    from upfit.evaluate.harness_model import Model
+    from upfit.evaluate.harness.model import Model
 
     label, loud = "", sys.stderr
 

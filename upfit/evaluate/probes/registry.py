@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from upfit.errors import UpfitError
-from upfit.evaluate import needle, position, retrieval, tasks
 from upfit.evaluate.options import Options
+from upfit.evaluate.probes import needle, position, retrieval, synthetic
 from upfit.longcontext.probes import contexts
 from upfit.longcontext.probes.families import FAMILIES
 from upfit.output import Meter
@@ -31,7 +31,7 @@ def _needles(tokenizers: list[Any], documents: list[Document], options: Options,
 
 
 def _questions(name: str, tokenizers: list[Any], _: list[Document], options: Options, lengths: list[int]) -> list[list[Any]]:
-    return tasks.make_questions(name, tokenizers, options.probe_samples, lengths[0])
+    return synthetic.make_questions(name, tokenizers, options.probe_samples, lengths[0])
 
 
 def _contexts(
@@ -50,7 +50,9 @@ def _windows(tokenizers: list[Any], documents: list[Document], options: Options,
 PROBES = {name: Probe(partial(_contexts, name), retrieval.probe, retrieval.record, retrieval.compared) for name in FAMILIES}
 PROBES["position"] = Probe(_windows, position.probe, position.record, position.compared)
 PROBES["needle"] = Probe(_needles, needle.probe, needle.record, needle.compared)
-PROBES |= {name: Probe(partial(_questions, name), tasks.probe, tasks.record, tasks.compared) for name in tasks.TASKS}
+PROBES |= {
+    name: Probe(partial(_questions, name), synthetic.probe, synthetic.record, synthetic.compared) for name in synthetic.TASKS
+}
 
 
 def make_samples(

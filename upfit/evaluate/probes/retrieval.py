@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from upfit.evaluate import depths
-from upfit.evaluate.reading import Reader
+from upfit.evaluate.probes import depths
+from upfit.evaluate.probes.reader import Reader
 from upfit.longcontext.probes import scores
 from upfit.longcontext.probes.contexts import Laid
 from upfit.longcontext.probes.families import FAMILIES

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from upfit.errors import UpfitError
-from upfit.evaluate.statistics import difference_interval, mean_interval
+from upfit.evaluate.intervals import difference_interval, mean_interval
+from upfit.evaluate.synthetic import counting, flipflop, selective_copy
+from upfit.evaluate.synthetic.items import Item
 from upfit.output import Meter
-from upfit.tasks import counting, flipflop, selective_copy
-from upfit.tasks.items import Item
 from upfit.text.windows import encode, prefix_ids
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from upfit.evaluate.statistics import Estimate, difference_interval, mean_interval
+from upfit.evaluate.intervals import Estimate, difference_interval, mean_interval
 
 # How the harness's aggregations make one number of the documents' values: (sign and scale of a value, e ** the mean?).
 # Values are numbers, or (number, weight). Others (F1, BLEU, a task's own) have no interval here.

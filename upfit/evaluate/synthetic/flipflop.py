@@ -13,7 +13,7 @@ reimplementations have it; the card of that data does not say.
 
 import random
 
-from upfit.tasks.items import Item
+from upfit.evaluate.synthetic.items import Item
 
 VOCABULARY = ("w", "r", "i", "0", "1")
 LENGTH = 512

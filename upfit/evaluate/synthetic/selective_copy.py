@@ -12,7 +12,7 @@ copy follows at once, with no symbol to announce it. All of the copy is scored.
 
 import random
 
-from upfit.tasks.items import Item
+from upfit.evaluate.synthetic.items import Item
 
 BLANK = "_"
 VOCABULARY = (BLANK, *"abcdefghijklmno")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from upfit.evaluate.statistics import CONFIDENCE, Estimate, difference_interval, mean_interval
+from upfit.evaluate.intervals import CONFIDENCE, Estimate, difference_interval, mean_interval
 
 ROUNDS = 2000
 SEED = 20240426

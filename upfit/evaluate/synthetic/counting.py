@@ -12,7 +12,7 @@ theirs, a text that is too long loses its beginning, and with it sometimes the l
 
 import random
 
-from upfit.tasks.items import Item
+from upfit.evaluate.synthetic.items import Item
 
 NAMES = ("a", "b", "c", "d", "e")
 VARIABLES = (1, 3, 5)  # what the paper tells
