@@ -28,7 +28,7 @@ from typing import Any
 from tests.uptraining import make_workshop, metrics
 from tests.warm_python import warm_python
 from upfit.environment import environment
-from upfit.uptrain.state import STEP_NAME, STOPPED, Workspace
+from upfit.uptrain.run.state import STEP_NAME, STOPPED, Workspace
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("killed", "terminated", "usr1", "disk full", "torn")

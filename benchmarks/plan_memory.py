@@ -23,7 +23,7 @@ from upfit.environment import environment
 from upfit.output import Output
 from upfit.plan.options import Options
 from upfit.plan.plan import plan
-from upfit.uptrain.prepare import prepare
+from upfit.uptrain.data.prepare import prepare
 
 TEXT = Path(json.__file__).parent.parent / "argparse.py"
 IMPORTS = "import torch, transformers, accelerate, upfit.uptrain.train, time; time.sleep(2)"

@@ -54,7 +54,7 @@ def main() -> None:
 
 def _run(scratch: Path, tokenizer: str, workers: int) -> dict[str, Any]:
     from upfit.text.tokenizer import load_tokenizer
-    from upfit.uptrain.prepare import prepare
+    from upfit.uptrain.data.prepare import prepare
 
     load_tokenizer(tokenizer)  # imports transformers
     before, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

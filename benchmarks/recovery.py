@@ -19,7 +19,7 @@ from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options
 from upfit.output import Output
 from upfit.uptrain.config import resolve
-from upfit.uptrain.prepare import prepare
+from upfit.uptrain.data.prepare import prepare
 from upfit.uptrain.train import uptrain
 
 

@@ -34,9 +34,9 @@ from upfit.plan.options import Options
 from upfit.plan.plan import Work, flops_a_token
 from upfit.plan.trace import trace
 from upfit.uptrain.config import Config
-from upfit.uptrain.prepare import prepare
-from upfit.uptrain.rows import TextRows
-from upfit.uptrain.shards import Shards
+from upfit.uptrain.data.prepare import prepare
+from upfit.uptrain.data.rows import TextRows
+from upfit.uptrain.data.shards import Shards
 from upfit.uptrain.train import uptrain
 
 ARMS = ("trainer, CE", "upfit, CE", "upfit, KL")

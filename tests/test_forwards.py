@@ -14,7 +14,7 @@ from upfit.calibration.layerwise import NAME, observed_model
 from upfit.errors import UpfitError
 from upfit.evaluate.cache import CachedModel, tokens_held
 from upfit.evaluate.probes.reader import check_goes_on
-from upfit.uptrain.parallel import layer_classes
+from upfit.uptrain.model.parallel import layer_classes
 
 CLOSE = 1e-5  # of the largest logit: float32, through different shapes
 # Plain; soft caps and windows; sinks; windows of another kind; linear attention between; our own class's family.

@@ -18,8 +18,8 @@ from upfit.calibration.calibrate import calibrate
 from upfit.calibration.statistics_file import open_statistics
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.errors import UpfitError
-from upfit.uptrain.prepare import prepare
-from upfit.uptrain.shards import MANIFEST, Shards
+from upfit.uptrain.data.prepare import prepare
+from upfit.uptrain.data.shards import MANIFEST, Shards
 
 SEEDS = 150
 

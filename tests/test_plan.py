@@ -14,10 +14,10 @@ from upfit.errors import UpfitError
 from upfit.plan.options import Options
 from upfit.plan.plan import plan
 from upfit.plan.trace import trace
-from upfit.uptrain.layerwise import Layerwise, freeze_all_but
-from upfit.uptrain.losses import Objective
-from upfit.uptrain.models import Distiller, examine
-from upfit.uptrain.preflight import _kept
+from upfit.uptrain.model.layerwise import Layerwise, freeze_all_but
+from upfit.uptrain.model.losses import Objective
+from upfit.uptrain.model.model_traits import Distiller, examine
+from upfit.uptrain.run.preflight import _kept
 
 
 @pytest.fixture(scope="module")

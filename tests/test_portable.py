@@ -21,7 +21,7 @@ from upfit.publish.options import Options
 from upfit.publish.portable import sent, settings, words
 from upfit.publish.push import pack, push
 from upfit.report.run import report
-from upfit.uptrain.prepare import prepare
+from upfit.uptrain.data.prepare import prepare
 from upfit.uptrain.train import uptrain
 
 

@@ -12,10 +12,10 @@ import pytest
 from tests.folders import letter_tokenizer
 from tests.uptraining import QUIET, text
 from upfit.errors import UpfitError
-from upfit.uptrain.prepare import prepare
-from upfit.uptrain.rows import IGNORE, TextRows
-from upfit.uptrain.shard_writer import ShardWriter
-from upfit.uptrain.shards import MANIFEST, Shards
+from upfit.uptrain.data.prepare import prepare
+from upfit.uptrain.data.rows import IGNORE, TextRows
+from upfit.uptrain.data.shard_writer import ShardWriter
+from upfit.uptrain.data.shards import MANIFEST, Shards
 
 END = 1
 

@@ -19,11 +19,11 @@ from upfit.checkpoint.work_folder import work_folder
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
 from upfit.provenance import FILE
-from upfit.uptrain import prepare as preparing
-from upfit.uptrain import tokenise
-from upfit.uptrain.prepare import prepare
-from upfit.uptrain.shard_writer import ShardWriter
-from upfit.uptrain.shards import Shards
+from upfit.uptrain.data import prepare as preparing
+from upfit.uptrain.data import tokenise
+from upfit.uptrain.data.prepare import prepare
+from upfit.uptrain.data.shard_writer import ShardWriter
+from upfit.uptrain.data.shards import Shards
 
 DOCUMENTS = 200
 

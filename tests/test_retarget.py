@@ -24,7 +24,7 @@ from upfit.convert.describe import describe
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.output import Output
-from upfit.uptrain.layerwise import attention_paths
+from upfit.uptrain.model.layerwise import attention_paths
 
 CLOSE = 1e-10
 COARSE = 2e-6  # GPT-J and CodeGen multiply queries by keys in float32, and have sines and cosines in it

@@ -13,12 +13,12 @@ from tests.test_uptrain_resume import ENVIRONMENT, torchrun, untimed
 from tests.uptraining import BASE, QUIET, Workshop, config, make_workshop, metrics, weights
 from tests.warm_python import warm_python
 from upfit.errors import UpfitError
-from upfit.uptrain import prepare as preparing
-from upfit.uptrain.prepare import prepare
-from upfit.uptrain.rows import TextRows
-from upfit.uptrain.shard_writer import ShardWriter
-from upfit.uptrain.shards import DOCUMENTS, MANIFEST, Shards
-from upfit.uptrain.state import Workspace
+from upfit.uptrain.data import prepare as preparing
+from upfit.uptrain.data.prepare import prepare
+from upfit.uptrain.data.rows import TextRows
+from upfit.uptrain.data.shard_writer import ShardWriter
+from upfit.uptrain.data.shards import DOCUMENTS, MANIFEST, Shards
+from upfit.uptrain.run.state import Workspace
 from upfit.uptrain.train import uptrain
 
 BLOCK, TOKENS = 64, 1000

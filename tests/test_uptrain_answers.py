@@ -23,15 +23,15 @@ from upfit.longcontext.synth import synth
 from upfit.longcontext.wording import Wording
 from upfit.output import Output
 from upfit.text.tokenizer import load_tokenizer
-from upfit.uptrain import preflight
-from upfit.uptrain.answers import AnswerRows, fingerprint
 from upfit.uptrain.config import Config
-from upfit.uptrain.feed import Feed, Part, micro_batches
-from upfit.uptrain.loop import tensors
-from upfit.uptrain.losses import Objective
-from upfit.uptrain.models import Distiller, examine
-from upfit.uptrain.prepare import prepare
-from upfit.uptrain.rows import IGNORE
+from upfit.uptrain.data.answers import AnswerRows, fingerprint
+from upfit.uptrain.data.dataloader import Feed, Part, micro_batches
+from upfit.uptrain.data.prepare import prepare
+from upfit.uptrain.data.rows import IGNORE
+from upfit.uptrain.model.losses import Objective
+from upfit.uptrain.model.model_traits import Distiller, examine
+from upfit.uptrain.run import preflight
+from upfit.uptrain.run.loop import tensors
 from upfit.uptrain.train import uptrain
 
 SETTINGS: dict[str, Any] = {

@@ -12,9 +12,9 @@ from upfit.convert.conversion import Settings, convert, merge
 from upfit.convert.diff.recipe import Options
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
-from upfit.uptrain import attention
-from upfit.uptrain.models import load
-from upfit.uptrain.setup import make_optimizer
+from upfit.uptrain.model import converted_modules
+from upfit.uptrain.model.model_traits import load
+from upfit.uptrain.run.setup import make_optimizer
 from upfit.uptrain.train import uptrain
 
 
@@ -45,10 +45,10 @@ def test_rates_and_decay(workshop: Workshop, tmp_path: Path) -> None:
 
 def test_progress_goes_from_0_to_1(workshop: Workshop, tmp_path: Path) -> None:
     model = load(differential(workshop, tmp_path / "dex", variant="dex"), torch.float32, torch.device("cpu"))
-    modules = list(attention.converted(model))
+    modules = list(converted_modules.converted(model))
     assert len(modules) == model.config.num_hidden_layers and all(module.progress == 1.0 for module in modules)
     for step, expected in ((0, 0.0), (10, 0.5), (20, 1.0), (39, 1.0)):
-        attention.set_progress(model, step, 40)
+        converted_modules.set_progress(model, step, 40)
         assert all(module.progress == expected for module in modules)
 
 

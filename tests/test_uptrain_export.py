@@ -19,10 +19,10 @@ from upfit.architecture.meta_model import load_strictly
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
-from upfit.uptrain.export import export, layout_of, namesakes
-from upfit.uptrain.models import is_seq2seq, load, read_config
-from upfit.uptrain.parallel import gathered
-from upfit.uptrain.prepare import prepare
+from upfit.uptrain.data.prepare import prepare
+from upfit.uptrain.model.export import export, layout_of, namesakes
+from upfit.uptrain.model.model_traits import is_seq2seq, load, read_config
+from upfit.uptrain.model.parallel import gathered
 from upfit.uptrain.train import uptrain
 
 WEIGHTS = "model.safetensors"
@@ -162,7 +162,7 @@ def test_what_could_not_be_written_is_told_before_the_first_step(
 ) -> None:
     source = saved(tmp_path / "model", "llama")
     kept = "model.norm.weight"
-    monkeypatch.setattr("upfit.uptrain.export.as_saved", lambda student, weights: {kept: weights[kept]})
+    monkeypatch.setattr("upfit.uptrain.model.export.as_saved", lambda student, weights: {kept: weights[kept]})
     with pytest.raises(UpfitError, match="as nothing .*: it could not be written") as caught:
         run(source, place / "data", tmp_path / "out")
     assert "\n" not in str(caught.value)

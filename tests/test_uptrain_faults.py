@@ -19,15 +19,15 @@ from tests.uptraining import BASE, QUIET, Workshop, make_workshop, metrics, one_
 from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
-from upfit.uptrain import faults
 from upfit.uptrain.config import Config
-from upfit.uptrain.faults import data_step
-from upfit.uptrain.feed import Feed, Part
-from upfit.uptrain.metrics import Journal
-from upfit.uptrain.models import Distiller
-from upfit.uptrain.rows import TextRows
-from upfit.uptrain.shards import Shards
-from upfit.uptrain.state import Counters, Workspace
+from upfit.uptrain.data.dataloader import Feed, Part
+from upfit.uptrain.data.rows import TextRows
+from upfit.uptrain.data.shards import Shards
+from upfit.uptrain.model.model_traits import Distiller
+from upfit.uptrain.run import checkpointing
+from upfit.uptrain.run.checkpointing import data_step
+from upfit.uptrain.run.metrics import Journal
+from upfit.uptrain.run.state import Counters, Workspace
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +165,9 @@ def test_a_checkpoint_is_whole_before_more_time_is_lost(since: int, took: int, w
     first = SimpleNamespace(is_main_process=True)
     run: Any = SimpleNamespace(config=config, accelerator=first, sound=sound, counters=sound, saved_step=3, saver=saver)
     run.saved_at = time.monotonic() - since
-    assert faults.save_due(run) == due
+    assert checkpointing.save_due(run) == due
     run.saved_step = 7
-    assert not faults.save_due(run), "there is one of this step"
+    assert not checkpointing.save_due(run), "there is one of this step"
 
 
 def test_a_burst_is_left_out_exactly_and_resumably(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

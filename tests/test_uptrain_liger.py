@@ -13,8 +13,8 @@ from tests.folders import tiny_llama
 from tests.tiny import tiny_model
 from tests.uptraining import Workshop, make_workshop, metrics
 from upfit.errors import UpfitError
-from upfit.uptrain.liger import fuse
-from upfit.uptrain.models import examine
+from upfit.uptrain.model.liger import fuse
+from upfit.uptrain.model.model_traits import examine
 
 
 def install(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0, backward: float = 1.0) -> list[dict[str, Any]]:

@@ -12,9 +12,9 @@ from tests.tiny import tiny_model
 from tests.uptraining import QUIET, Workshop, make_workshop, metrics
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
-from upfit.uptrain import packed
-from upfit.uptrain.models import Traits, examine, hidden_states, pack
-from upfit.uptrain.packed import documents
+from upfit.uptrain.model import packed
+from upfit.uptrain.model.model_traits import Traits, examine, hidden_states, pack
+from upfit.uptrain.model.packed import documents
 
 LENGTHS = {"several": [[9, 15], [24]], "one": [[24], [24]], "many": [[1, 2, 1, 3, 2, 1, 2, 1, 3, 2, 1, 5], [2] * 12]}
 # Repeated key/value heads, windows, norms, biases, partial rotary.

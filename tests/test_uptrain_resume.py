@@ -26,10 +26,10 @@ from upfit.checkpoint.work_folder import LOCK, MARK, work_folder
 from upfit.cli import app
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
-from upfit.uptrain import content, state
-from upfit.uptrain.content import content_hash
-from upfit.uptrain.models import fingerprint
-from upfit.uptrain.state import Counters, Workspace
+from upfit.uptrain.model.model_traits import fingerprint
+from upfit.uptrain.run import fingerprints, state
+from upfit.uptrain.run.fingerprints import content_hash
+from upfit.uptrain.run.state import Counters, Workspace
 
 ROOT = Path(__file__).parent.parent
 TIMED = {"tokens_per_second", "seconds"}
@@ -241,8 +241,8 @@ def damage(checkpoint: Path, how: str) -> None:
     elif how == "unfinished":
         (checkpoint / "trainer.json").unlink()
     elif how == "truncated":
-        content = (checkpoint / "__0_0.distcp").read_bytes()
-        (checkpoint / "__0_0.distcp").write_bytes(content[:-100])
+        fingerprints = (checkpoint / "__0_0.distcp").read_bytes()
+        (checkpoint / "__0_0.distcp").write_bytes(fingerprints[:-100])
     else:
         size = (checkpoint / ".metadata").stat().st_size
         (checkpoint / ".metadata").write_bytes(b"\xff" * size)
@@ -272,10 +272,10 @@ def flip(path: Path) -> None:
 
 def test_one_bit_makes_another_content(tmp_path: Path) -> None:
     """Wherever it lies; and what is the same in another place has the same hash."""
-    content = bytes(range(256)) * 4 * 2**10
+    fingerprints = bytes(range(256)) * 4 * 2**10
     first, second = tmp_path / "first", tmp_path / "second"
     for size in (0, 1, 3 * 2**20, PIECE, PIECE + 1, 2 * PIECE + 5):
-        first.write_bytes((content * (size // len(content) + 1))[:size])
+        first.write_bytes((fingerprints * (size // len(fingerprints) + 1))[:size])
         shutil.copyfile(first, second)
         assert content_hash(first) == content_hash(second)
         if size:
@@ -317,11 +317,11 @@ def test_training_does_not_wait_for_the_hashes_of_a_checkpoint(
     hashed: list[tuple[str, bool]] = []
 
     @functools.lru_cache
-    def seen(file: content._File) -> str:
+    def seen(file: fingerprints._File) -> str:
         hashed.append((file.path.parent.name, threading.current_thread() is threading.main_thread()))
         return "hash"
 
-    monkeypatch.setattr(content, "_hash", seen)
+    monkeypatch.setattr(fingerprints, "_hash", seen)
     shop.run(tmp_path / "out", tokens="1024")
     here = {folder for folder, main in hashed if main}
     assert here == {"student", "teacher"} and {folder for folder, _ in hashed} > here

@@ -21,8 +21,8 @@ from upfit import provenance
 from upfit.cli import app
 from upfit.errors import UpfitError
 from upfit.uptrain.config import Config, resolve
-from upfit.uptrain.models import Distiller
-from upfit.uptrain.prepare import prepare
+from upfit.uptrain.data.prepare import prepare
+from upfit.uptrain.model.model_traits import Distiller
 from upfit.uptrain.train import uptrain
 
 
@@ -95,8 +95,8 @@ def test_micro_batches_do_not_change_the_losses(shop: Workshop, tmp_path: Path) 
 
 
 def test_the_loss_is_the_mean_over_all_labels_of_the_step(shop: Workshop, tmp_path: Path) -> None:
-    from upfit.uptrain.rows import IGNORE, TextRows
-    from upfit.uptrain.shards import Shards
+    from upfit.uptrain.data.rows import IGNORE, TextRows
+    from upfit.uptrain.data.shards import Shards
 
     shop.run(tmp_path / "out", tokens="128", kl_weight=0.0, micro_batch=1)
     rows = TextRows(Shards(shop.data), 32, 4, 0).of_step(0, 4, 0, 1)
@@ -312,7 +312,7 @@ class Diary(GeneralTracker):
 
 def test_a_tracker_is_told_the_config_and_every_step(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "diary", Diary)
-    monkeypatch.setattr("upfit.uptrain.setup.get_available_trackers", lambda: ["diary"])
+    monkeypatch.setattr("upfit.uptrain.run.setup.get_available_trackers", lambda: ["diary"])
     shop.run(tmp_path / "out", tokens="256", track="diary")
     assert Diary.told[0]["tokens"] == "256" and Diary.told[1:] == metrics(tmp_path / "out")
 

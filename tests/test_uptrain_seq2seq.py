@@ -15,11 +15,11 @@ from tests.test_uptrain_resume import Interrupting
 from tests.uptraining import QUIET, Workshop, metrics, text, weights
 from upfit import provenance
 from upfit.errors import UpfitError
-from upfit.uptrain.losses import Objective
-from upfit.uptrain.models import Traits, load
-from upfit.uptrain.prepare import prepare
-from upfit.uptrain.seq2seq import Seq2Seq
-from upfit.uptrain.spans import Vocabulary, corrupt, cut, find_vocabulary, fitting, sizes_of
+from upfit.uptrain.data.prepare import prepare
+from upfit.uptrain.data.spans import Vocabulary, corrupt, cut, find_vocabulary, fitting, sizes_of
+from upfit.uptrain.model.losses import Objective
+from upfit.uptrain.model.model_traits import Traits, load
+from upfit.uptrain.model.seq2seq import Seq2Seq
 
 SENTINELS = 20
 VOCABULARY = Vocabulary(tuple(range(100, 100 + SENTINELS)), 1)

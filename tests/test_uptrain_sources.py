@@ -17,12 +17,12 @@ from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.publish.portable import portable
-from upfit.uptrain.feed import Feed, Part, averages
-from upfit.uptrain.interleave import InterleavedRows, interleave
-from upfit.uptrain.prepare import prepare
-from upfit.uptrain.rows import Row, Rows, TextRows
-from upfit.uptrain.shard_writer import ShardWriter
-from upfit.uptrain.sources import Sources, parse, whole_weights
+from upfit.uptrain.data.dataloader import Feed, Part, averages
+from upfit.uptrain.data.interleave import InterleavedRows, interleave
+from upfit.uptrain.data.prepare import prepare
+from upfit.uptrain.data.rows import Row, Rows, TextRows
+from upfit.uptrain.data.shard_writer import ShardWriter
+from upfit.uptrain.data.sources import Sources, parse, whole_weights
 from upfit.uptrain.train import uptrain
 
 

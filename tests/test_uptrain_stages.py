@@ -20,10 +20,10 @@ from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.output import Meter
 from upfit.uptrain.config import Config
+from upfit.uptrain.data.rows import IGNORE
 from upfit.uptrain.default_stages import default_stages
-from upfit.uptrain.layerwise import Layerwise, attention_paths, converted_paths
-from upfit.uptrain.models import examine, load
-from upfit.uptrain.rows import IGNORE
+from upfit.uptrain.model.layerwise import Layerwise, attention_paths, converted_paths
+from upfit.uptrain.model.model_traits import examine, load
 from upfit.uptrain.stages import parse, split
 from upfit.uptrain.train import uptrain
 

@@ -15,7 +15,7 @@ from tests.folders import save_tiny, tiny_llama
 from upfit import provenance
 from upfit.output import Output
 from upfit.uptrain.config import Config
-from upfit.uptrain.prepare import prepare
+from upfit.uptrain.data.prepare import prepare
 from upfit.uptrain.train import uptrain
 
 QUIET = Output(quiet=True)

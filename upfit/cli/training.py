@@ -26,7 +26,7 @@ def prepare(
     quiet: Quiet = False,
 ) -> None:
     """Turn text into token shards for uptraining (txt, jsonl, json, parquet, gz of them, hub data set)."""
-    from upfit.uptrain.prepare import prepare as run
+    from upfit.uptrain.data.prepare import prepare as run
 
     output = Output(as_json, quiet)
     manifest = run(list(texts), out, tokenizer, field, output, overwrite, tokens, workers)

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from upfit.architecture.meta_model import skeleton
 from upfit.errors import UpfitError
-from upfit.uptrain.packed import UNKNOWN
+from upfit.uptrain.model.packed import UNKNOWN
 
 Trained = Literal["all", "attention", "layerwise"]
 NAME = "upfit_traced"  # of our function in transformers' attention interface

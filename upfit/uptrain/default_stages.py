@@ -12,7 +12,7 @@ from upfit.checkpoint.source import Source, find_source, teacher_source
 from upfit.convert.gqa.ran import method_ran
 from upfit.modeling.registry import is_own
 from upfit.uptrain.config import Config, default
-from upfit.uptrain.models import is_seq2seq
+from upfit.uptrain.model.model_traits import is_seq2seq
 
 BLIND = ("mean", "first", "random")  # methods of convert gqa and mqa that look at no text
 LOSSLESS = "lossless"

@@ -22,18 +22,18 @@ from upfit.durable import remove_tree, rename_new, sync_tree
 from upfit.options import as_flags
 from upfit.output import Output
 from upfit.uptrain.config import Config, check, dump
-from upfit.uptrain.data import Data, open_data
+from upfit.uptrain.data.open_data import Data, open_data
 from upfit.uptrain.default_stages import default_stages
-from upfit.uptrain.export import export
-from upfit.uptrain.faults import one_line, watch_for_signals
-from upfit.uptrain.finished import finished_run, together
-from upfit.uptrain.loop import Run, measure, train
-from upfit.uptrain.models import Distiller
-from upfit.uptrain.parallel import gathered, mesh_of
-from upfit.uptrain.places import Place, finished, make_way
-from upfit.uptrain.setup import check_first, check_places, find_teacher, make_accelerator, set_up
+from upfit.uptrain.model.export import export
+from upfit.uptrain.model.model_traits import Distiller
+from upfit.uptrain.model.parallel import gathered, mesh_of
+from upfit.uptrain.run.checkpointing import one_line, watch_for_signals
+from upfit.uptrain.run.finished import finished_run, together
+from upfit.uptrain.run.loop import Run, measure, train
+from upfit.uptrain.run.setup import check_first, check_places, find_teacher, make_accelerator, set_up
+from upfit.uptrain.run.stage_folders import Place, finished, make_way
+from upfit.uptrain.run.state import METRICS
 from upfit.uptrain.stages import Stage, split
-from upfit.uptrain.state import METRICS
 
 CONFIG_FILE = "uptrain.toml"
 

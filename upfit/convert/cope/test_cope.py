@@ -22,7 +22,7 @@ from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.modeling.modeling_upfit_cope import interface, is_heads_first
 from upfit.output import Output
-from upfit.uptrain.attention import set_progress
+from upfit.uptrain.model.converted_modules import set_progress
 
 QUIET = Output(quiet=True)
 RECIPE = find_recipes()["cope"]

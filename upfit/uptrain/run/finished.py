@@ -1,0 +1,55 @@
+"""A run that is finished already: what `--resume` answers then, so that a job script can always pass it. Writes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+from upfit import provenance
+from upfit.checkpoint.reader import open_checkpoint
+from upfit.checkpoint.source import Source
+from upfit.errors import UpfitError
+from upfit.uptrain.data.open_data import Data
+from upfit.uptrain.model.model_traits import fingerprint
+from upfit.uptrain.run.stage_folders import Place
+from upfit.uptrain.stages import Stage
+
+
+def finished_run(out: Path, stages: list[Stage], opened: list[Data], source: Source) -> dict[str, Any] | None:
+    """The report of the run that made `out`, if it was of these stages, on this data, from this model; else None.
+
+    A signal's mark in the work folder tells that a later run was stopped: that one is not finished.
+    """
+    if Place(out, stages, 1).mark.exists():
+        return None
+    try:
+        with open_checkpoint(out):
+            steps = [step for step in provenance.read(out) if step["verb"] != "evaluate"]  # may have been recorded since
+    except UpfitError:
+        return None
+    entries = steps[-len(stages) :]
+    if len(entries) != len(stages) or not all(map(_made, entries, stages, opened)) or not _learned(entries, source):
+        return None
+    reports = [{"stopped": False, "stage": entry["stage"], **entry["measurements"]} for entry in entries]
+    return together(reports, len(stages))
+
+
+def together(reports: list[dict[str, Any]], stages: int) -> dict[str, Any]:
+    """The report of a run of so many stages from those that were begun: that of the last one, and of several all of them."""
+    return reports[-1] if stages == 1 else reports[-1] | {"stages": reports}
+
+
+def _made(entry: dict[str, Any], stage: Stage, data: Data) -> bool:
+    """Whether a step of recipe.json is of this stage, on this data."""
+    if entry["verb"] != "uptrain" or stage.name not in (None, entry.get("stage")):
+        return False
+    return stage.agrees(entry["options"]) and (entry.get("data") or {}).get("fingerprint") == data.fingerprint
+
+
+def _learned(entries: list[dict[str, Any]], source: Source) -> bool:
+    """Whether the first of these steps started from the model that `source` holds now, and all learned from what their teachers
+    still are, where they still are."""
+    known = [entry.get("fingerprints") or {} for entry in entries]
+    places = [(entry.get("teacher") or {}).get("path") for entry in entries]
+    teachers = [(told.get("teacher"), Path(place)) for told, place in zip(known, places, strict=True) if place]
+    if known[0].get("model") != fingerprint(source.path):
+        return False
+    return all(fingerprint(place) == told for told, place in teachers if place.is_dir())

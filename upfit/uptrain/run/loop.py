@@ -1,0 +1,238 @@
+"""The training loop: which rows, which gradients, when to save and when to stop. Everything it needs comes in a `Run`.
+
+Ranks agree on the few things they must agree on (labels in the step, a signal seen, a checkpoint due) in one small reduction
+before each step, and on the losses in another after it.
+"""
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from upfit.errors import UpfitError
+from upfit.output import Output
+from upfit.uptrain.config import Config
+from upfit.uptrain.data.dataloader import Feed, Part, averages, micro_batches
+from upfit.uptrain.data.rows import IGNORE, Row
+from upfit.uptrain.model import converted_modules
+from upfit.uptrain.model.layerwise import Layerwise
+from upfit.uptrain.model.model_traits import Distiller
+from upfit.uptrain.model.parallel import full
+from upfit.uptrain.run import checkpointing
+from upfit.uptrain.run.metrics import Journal, record, show
+from upfit.uptrain.run.saver import Saver
+from upfit.uptrain.run.state import METRICS, Counters, Workspace
+from upfit.uptrain.schedule import Plan, learning_rate
+
+MEASURE_EVERY = 10  # steps
+
+Learner = Distiller | Layerwise  # from rows to a loss and what is told of it
+
+
+@dataclass
+class Run:
+    """A run in progress. `module` is the learner as wrapped for several processes, `learner` the same without wrapper.
+
+    `stop` asks for its end; `sound` are the counters of the newest step that was fine, `saved_step` is that of the newest
+    checkpoint, written or being written.
+    """
+
+    accelerator: Accelerator
+    learner: Learner
+    module: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    feed: Feed
+    plan: Plan
+    peak: float
+    micro_tokens: int
+    config: Config
+    counters: Counters
+    workspace: Workspace
+    saver: Saver
+    identity: dict[str, Any]
+    output: Output
+    stage: str
+    mark: Path  # that a signal has ended the run
+    layout: dict[str, str]  # of the result's tensors, see export.layout_of
+    stop: threading.Event = field(default_factory=threading.Event)
+    saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = -1
+    journal: Journal = field(init=False)
+    sound: Counters = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.journal = Journal(self.workspace.path / METRICS if self.accelerator.is_main_process else None)
+        self.sound = self.counters
+
+    @property
+    def world(self) -> int:
+        return self.accelerator.num_processes
+
+    def batches(self, rows: list[Row]) -> Iterator[list[Row]]:
+        return micro_batches(rows, self.config.micro_batch, self.micro_tokens)
+
+    @property
+    def sharded(self) -> bool:
+        return self.saver.sharded
+
+    def lacking(self, batches: int) -> int:
+        """How many batches another process has more than this one's. Shards are gathered in each, so all must do as many."""
+        if not self.sharded:
+            return 0
+        counts = self.accelerator.gather(torch.tensor([batches], device=self.accelerator.device))
+        return int(counts.max()) - batches
+
+    def total(self, values: list[float] | Tensor) -> Tensor:
+        """The sum over all processes; whole numbers up to 2^53 are exact where the device has float64."""
+        dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        tensor = torch.as_tensor(values, dtype=dtype, device=self.accelerator.device)
+        return self.accelerator.reduce(tensor, "sum")
+
+
+def train(run: Run) -> bool:
+    """Do the steps that are left; False when a signal ended the run early (its state is then saved)."""
+    plan = run.plan
+    began, first, done = time.monotonic(), run.counters.step, 0
+    run.saved_step, run.sound = first, replace(run.counters)
+    with run.output.progress("uptrain", plan.steps) as meter:
+        meter.advance(first)
+        while run.counters.step < plan.steps:
+            counters, start = run.counters, time.monotonic()
+            parts, trouble = take(run)
+            here = [sum(part.tokens for part in parts), *(part.labels for part in parts)]
+            asked = [run.stop.is_set(), checkpointing.save_due(run), trouble is not None]
+            stopping, saving, failing, tokens, *labels = run.total([*asked, *here]).tolist()
+            run.saver.settle()
+            if failing:
+                checkpointing.save(run)
+                checkpointing.finish(run)
+                raise trouble or UpfitError("another process could not read its rows and tells why; all end here")
+            if stopping:
+                checkpointing.stop(run)
+                return False
+            if saving:
+                checkpointing.save(run)
+            counters.tokens += round(tokens)
+            line = one_step(run, parts, labels)
+            seconds = time.monotonic() - start
+            counters.seconds += seconds
+            line |= {"tokens_per_second": tokens / seconds, "seconds": counters.seconds}
+            if counters.step % MEASURE_EVERY == 0 or counters.step == plan.steps:
+                line |= converted_modules.measures(run.learner.student)
+            if run.config.measure_every is not None and counters.step % run.config.measure_every == 0:
+                line |= {f"holdout_{name}": value for name, value in measure(run, run.learner).items()}
+            done += 1
+            record(run, line)
+            show(run, meter, line, (time.monotonic() - began) / done)
+            if not counters.bad:
+                run.sound = replace(counters)
+            elif counters.bad > run.config.max_bad_steps:
+                checkpointing.roll_back(run)
+                meter.advance(run.counters.step - counters.step)
+    checkpointing.save(run)  # where there is no room for it, there may be for the result, which is smaller
+    checkpointing.finish(run)
+    return True
+
+
+def take(run: Run) -> tuple[list[Part], UpfitError | None]:
+    """This process's share of the step at hand, or why it cannot be read: then all processes save and end together."""
+    data = checkpointing.data_step(run.counters.step, run.counters.rollbacks)
+    try:
+        return run.feed.of_step(data, run.accelerator.process_index, run.world), None
+    except UpfitError as error:
+        return [Part(name, []) for name in run.feed.names], error
+
+
+def one_step(run: Run, parts: list[Part], labels: list[float]) -> dict[str, Any]:
+    """Gradients of this process's rows, summed over all, and one update; the step's line for metrics.jsonl.
+
+    The loss of a part is the sum over all its `labels` in the step divided by their number, whatever the processes and
+    micro-batches: data-parallel training averages gradients over processes, hence the factor `world`.
+    """
+    counters, config = run.counters, run.config
+    # Seeded by the step, so that dropout after a resume is what it would have been.
+    torch.manual_seed(((config.seed * 1_000_003 + counters.step) * 4099 + run.accelerator.process_index) % 2**63)
+    rate = learning_rate(counters.step, run.plan.steps, run.peak, config.warmup, config.decay, config.min_rate)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+    converted_modules.set_progress(run.learner.student, counters.step, run.plan.steps)
+    run.optimizer.zero_grad(set_to_none=True)
+    counts = [max(1.0, count) for count in labels]
+    sums = torch.zeros(len(parts), 1 + run.learner.values, device=run.accelerator.device)
+    work = [(at, batch) for at, part in enumerate(parts) for batch in run.batches(part.rows)]
+    work += [(0, [run.feed.main.empty()])] * run.lacking(len(work))
+    for number, (at, batch) in enumerate(work, 1):
+        # Shards add up what they are sent; whole gradients to add up would take the memory that sharding saves.
+        with contextlib.nullcontext() if run.sharded or number == len(work) else run.accelerator.no_sync(run.module):
+            loss, *values = run.module(*tensors(batch, run.accelerator.device), parts[at].name)
+            run.accelerator.backward(loss * (run.world * parts[at].weight / counts[at]))
+        sums[at] += torch.stack([loss.detach(), *values]).float()
+    norm = full(run.accelerator.clip_grad_norm_(run.learner.parameters(), config.clip))
+    means = [[value / count for value in row] for row, count in zip(run.total(sums).tolist(), counts, strict=True)]
+    loss_mean = sum(part.weight * mean[0] for part, mean in zip(parts, means, strict=True))
+    # The sums are everybody's and the gradients are averaged, so every process comes to the same answer.
+    fine = math.isfinite(loss_mean) and math.isfinite(float(norm))
+    if fine:
+        run.optimizer.step()
+    counters.step += 1
+    counters.bad = 0 if fine else counters.bad + 1
+    counters.skipped += not fine
+    return {
+        "stage": run.stage,
+        "step": counters.step,
+        "tokens": counters.tokens,
+        "loss": loss_mean,
+        **by_name(run.learner, parts, [mean[1:] for mean in means]),
+        "lr": rate,
+        "grad_norm": float(norm),
+        "skipped": counters.skipped,
+        "rollbacks": sum(place < counters.step for place, *_ in counters.rollbacks),
+    }
+
+
+def by_name(learner: Learner, parts: list[Part], means: list[list[float]]) -> dict[str, Any]:
+    """What the learner measured of each part, by the part's name."""
+    return {
+        f"{part.name}{key}": value for part, mean in zip(parts, means, strict=True) for key, value in learner.told(mean).items()
+    }
+
+
+def tensors(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, positions and labels of some rows, [B, T] each (of an encoder-decoder, ids have a length of their own). Shorter rows
+    are filled up at their end, where a causal model's real tokens do not look, with positions that go on and labels that do
+    not count."""
+    longest = max(len(row.labels) for row in rows)
+    ids = np.zeros((len(rows), max(len(row.input_ids) for row in rows)), dtype=np.int64)
+    positions, labels = np.zeros((len(rows), longest), dtype=np.int64), np.full((len(rows), longest), IGNORE)
+    for at, row in enumerate(rows):
+        size = len(row.labels)
+        ids[at, : len(row.input_ids)], labels[at, :size], positions[at, :size] = row.input_ids, row.labels, row.position_ids
+        positions[at, size:] = row.position_ids[-1] + 1 + np.arange(longest - size)
+    moved = (torch.from_numpy(array).to(device, non_blocking=True) for array in (ids, positions, labels))
+    return next(moved), next(moved), next(moved)
+
+
+@torch.no_grad()
+def measure(run: Run, learner: Learner) -> dict[str, Any]:
+    """What `learner` measures of the held-out rows of each part and source, averaged over their labels; empty without them."""
+    parts = run.feed.held_out(run.accelerator.process_index, run.world)
+    was_training = learner.training
+    learner.eval()
+    sums = torch.zeros(len(parts), 1 + learner.values, device=run.accelerator.device)
+    for at, part in enumerate(parts):
+        sums[at, -1] = part.labels
+        batches = list(run.batches(part.rows))
+        for batch in batches + [[run.feed.main.empty()]] * run.lacking(len(batches)):
+            _, *values = learner(*tensors(batch, run.accelerator.device), part.name)
+            sums[at, :-1] += torch.stack(values).float()
+    learner.train(was_training)
+    return averages(parts, run.total(sums).tolist(), learner.told)

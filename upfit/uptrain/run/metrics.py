@@ -1,0 +1,71 @@
+"""What a run tells of each step: a line in metrics.jsonl, the tracker, the progress bar."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upfit.output import Meter
+
+if TYPE_CHECKING:
+    from upfit.uptrain.run.loop import Run
+
+
+class Journal:
+    """The file `path`, to which whole lines are appended; None (every process but the first) keeps nothing.
+
+    What a full disk does not take waits in memory. The file is opened for each line, so that it may be replaced in between.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.waiting = b""
+
+    def append(self, line: str) -> None:
+        """Raises OSError when the line, or a part of it, has to wait."""
+        if self.path is not None:
+            self.waiting += line.encode() + b"\n"
+            self.flush()
+
+    def flush(self, sync: bool = False) -> None:
+        """Write what waits; with `sync` it is on the disk afterwards. Raises OSError."""
+        if self.path is None:
+            return
+        with open(self.path, "ab", buffering=0) as file:
+            while self.waiting:
+                self.waiting = self.waiting[file.write(self.waiting) :]
+            if sync:
+                os.fsync(file.fileno())
+
+
+def record(run: "Run", line: dict[str, Any]) -> None:
+    """Append one line to metrics.jsonl and tell the tracker. JSON has no NaN: such values are null.
+
+    A list holds one number a layer; trackers get each as a series of its own.
+    """
+    waited = bool(run.journal.waiting)
+    try:
+        run.journal.append(json.dumps({name: finite(value) for name, value in line.items()}))
+    except OSError as error:
+        if not waited:
+            told = f"{run.journal.path} could not be written ({error.strerror})"
+            run.output.note(f"{told}; its lines wait in memory, and the run goes on")
+    if run.config.track is not None:
+        layers = {name: value for name, value in line.items() if isinstance(value, list)}
+        told_of = {name: value for name, value in line.items() if name not in ("step", *layers)}
+        told_of |= {f"{name}/{layer}": value for name, values in layers.items() for layer, value in enumerate(values)}
+        run.accelerator.log(told_of, step=line["step"])
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(run: "Run", meter: Meter, line: dict[str, Any], seconds_a_step: float) -> None:
+    left = round(seconds_a_step * (run.plan.steps - run.counters.step))
+    hours, rest = divmod(left, 3600)
+    rate = run.plan.tokens_a_step / seconds_a_step  # of answers about: their lengths differ
+    meter.advance(1, f"loss {line['loss']:.4f}, {rate:.0f} tokens/s, {hours}:{rest // 60:02d}:{rest % 60:02d} left")
