@@ -20,7 +20,8 @@ from upfit.errors import UpfitError
 from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.loss import window_losses
 from upfit.evaluate.options import Options
-from upfit.evaluate.probes import position, reader, retrieval
+from upfit.evaluate.probes import position, retrieval
+from upfit.evaluate.probes import reader as reader_room
 from upfit.evaluate.tables import show
 from upfit.longcontext.probes import contexts
 from upfit.output import Meter, Output
@@ -77,17 +78,17 @@ def plainly(model: Any, ids: list[int], count: int) -> list[int]:
 
 
 def test_asked_after_the_cache_is_asked_of_the_whole_text(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "CHUNK", 16)
+    monkeypatch.setattr(reader_room, "CHUNK", 16)
     draw, tokenizer = np.random.default_rng(0), letter_tokenizer()
     text = draw.integers(3, 64, 75)
-    reader = reader.Reader(model, tokenizer, text)
+    reader = reader_room.Reader(model, tokenizer, text)
     reader.ends = set()
     cache = reader.read(text)
     newline = tokenizer.convert_tokens_to_ids("\n")
     for _ in range(3):  # the same cache each time: a question must leave nothing in it
         asks, answer = draw.integers(3, 64, 9), draw.integers(3, 64, 5)
         whole = [*text.tolist(), *asks.tolist()]
-        true = plainly(model, whole, len(answer) + reader.SPARE)
+        true = plainly(model, whole, len(answer) + reader_room.SPARE)
         assert newline not in true
         half_right = np.array([*true[:2], *answer[2:]])
         for wanted in (answer, half_right):
@@ -102,7 +103,7 @@ def test_asked_after_the_cache_is_asked_of_the_whole_text(model: Any, monkeypatc
 def test_answers_end_at_a_line_or_an_end_token() -> None:
     model = tiny_llama(initializer_range=0.2)
     tokenizer, text = letter_tokenizer(), np.arange(3, 60)
-    reader = reader.Reader(model, tokenizer, text)
+    reader = reader_room.Reader(model, tokenizer, text)
     asks = np.array([5, 6, 7])
     free = reader.answer(reader.read(text), asks, np.array([4] * 6)).said
     assert len(free) > 3
@@ -117,7 +118,7 @@ def test_a_model_that_forgets_its_cache_is_refused() -> None:
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     with pytest.raises(UpfitError, match="does not go on from its cache"):
-        reader.Reader(model, letter_tokenizer(), np.arange(3, 60))
+        reader_room.Reader(model, letter_tokenizer(), np.arange(3, 60))
 
 
 def test_the_curve_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,8 +241,8 @@ def damage(checkpoint: Path, how: str) -> None:
     elif how == "unfinished":
         (checkpoint / "trainer.json").unlink()
     elif how == "truncated":
-        fingerprints = (checkpoint / "__0_0.distcp").read_bytes()
-        (checkpoint / "__0_0.distcp").write_bytes(fingerprints[:-100])
+        content = (checkpoint / "__0_0.distcp").read_bytes()
+        (checkpoint / "__0_0.distcp").write_bytes(content[:-100])
     else:
         size = (checkpoint / ".metadata").stat().st_size
         (checkpoint / ".metadata").write_bytes(b"\xff" * size)
@@ -272,10 +272,10 @@ def flip(path: Path) -> None:
 
 def test_one_bit_makes_another_content(tmp_path: Path) -> None:
     """Wherever it lies; and what is the same in another place has the same hash."""
-    fingerprints = bytes(range(256)) * 4 * 2**10
+    content = bytes(range(256)) * 4 * 2**10
     first, second = tmp_path / "first", tmp_path / "second"
     for size in (0, 1, 3 * 2**20, PIECE, PIECE + 1, 2 * PIECE + 5):
-        first.write_bytes((fingerprints * (size // len(fingerprints) + 1))[:size])
+        first.write_bytes((content * (size // len(content) + 1))[:size])
         shutil.copyfile(first, second)
         assert content_hash(first) == content_hash(second)
         if size:

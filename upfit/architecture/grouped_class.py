@@ -1,6 +1,6 @@
 """Our class for families whose own has as many key/value heads as query heads, whatever its config says: `upfit_gqa`.
 
-A row of `architectures.toml` says how such a family's code is written (`own`, see `modeling_upfit_gqa.py`), what its attention
+A row of `table.toml` says how such a family's code is written (`own`, see `modeling_upfit_gqa.py`), what its attention
 modules call their number of query heads (`heads`), and below which module they are to be changed (`inside`, empty: all).
 """
 

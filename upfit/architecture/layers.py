@@ -1,6 +1,6 @@
 """Where q, k, v and o live for each model type, and the attention layers of one checkpoint in canonical form.
 
-The table is data (`architectures.toml`). What a checkpoint really contains is then found by building its class on the meta
+The table is data (`table.toml`). What a checkpoint really contains is then found by building its class on the meta
 device twice, with the head counts it has and with others, and looking at which parameters changed shape: config keys can
 lie, shapes cannot.
 """
@@ -37,7 +37,7 @@ class Described(Protocol):
 class Entry:
     """One row of the table. `q`, `k`, ... are module names inside the attention module; `kv_heads` are config paths.
 
-    `own` says how the family's code is written, where it needs our class to have fewer key/value heads (`own_class.py`).
+    `own` says how the family's code is written, where it needs our class to have fewer key/value heads (`grouped_class.py`).
     """
 
     model_type: str
@@ -70,7 +70,7 @@ class Table:
 @functools.cache
 def table() -> Table:
     """The supported model types, the refused ones, and those that are converted as another one."""
-    content = tomllib.loads(resources.files(__package__).joinpath("architectures.toml").read_text(encoding="utf-8"))
+    content = tomllib.loads(resources.files(__package__).joinpath("table.toml").read_text(encoding="utf-8"))
     entries = {}
     for group in content["group"]:
         row = {**content["default"], **{key: value for key, value in group.items() if key != "types"}}

@@ -1,6 +1,6 @@
 """Writes the shards of a result: sizes are known beforehand, so every tensor has its place and nothing is kept in memory.
 
-Untouched tensors move as bytes (`movers.py`). Computed tensors come last in their file, so that what is moved stays in long
+Untouched tensors move as bytes (`copy_bytes.py`). Computed tensors come last in their file, so that what is moved stays in long
 runs, and the data begins where it does in the source's file modulo a block, so that whole blocks can be moved.
 """
 

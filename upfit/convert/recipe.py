@@ -1,6 +1,6 @@
 """The vocabulary of a conversion: a recipe makes a plan, a plan is a new config and rules, a rule maps named tensors.
 
-No file, no model class and no torch in here: what runs a plan is `engine.py`, what a plan is made for is `architectures.py`.
+No file, no model class and no torch in here: what runs a plan is `planned.py`, what a plan is made for `architecture/layers.py`.
 """
 
 import importlib

@@ -13,11 +13,13 @@ from upfit.checkpoint.source import Source, find_source
 from upfit.errors import UpfitError
 from upfit.evaluate.ablate import ablated
 from upfit.evaluate.cache import CacheGrowth, measure_cache
-from upfit.evaluate.harness import harness, scores
+from upfit.evaluate.harness import harness
+from upfit.evaluate.harness import scores as harness_scores
 from upfit.evaluate.load import check_model, free, load_config, load_model, load_tokenizer, most_positions, pick_device
 from upfit.evaluate.loss import Losses, difference, window_losses
 from upfit.evaluate.options import Options, check_options
-from upfit.evaluate.probes.registry import PROBES, attention_maps, make_samples, needle
+from upfit.evaluate.probes import attention_maps, needle
+from upfit.evaluate.probes.registry import PROBES, make_samples
 from upfit.evaluate.speed import hardware, measure_speed, settle_lengths
 from upfit.options import as_flags
 from upfit.output import Output
@@ -46,7 +48,7 @@ class Subject:
     samples: dict[str, list[Any]] = field(default_factory=dict)  # of each probe
     found: dict[str, Any] = field(default_factory=dict)
     asked: list[harness.Asked] = field(default_factory=list)
-    scores: dict[str, scores.Scores] = field(default_factory=dict)
+    scores: dict[str, harness_scores.Scores] = field(default_factory=dict)
     short: needle.Sample | None = None  # the text whose attention maps are kept
     maps: list[torch.Tensor] = field(default_factory=list)  # of every layer on it [H, T, T]
 
@@ -111,7 +113,7 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
         "probe_differences": {name: PROBES[name].compared(first.found[name], second.found[name]) for name in first.found}
         if second and first.found
         else None,
-        "task_differences": scores.differences(first.scores, second.scores) if second and first.scores else None,
+        "task_differences": harness_scores.differences(first.scores, second.scores) if second and first.scores else None,
         "ablation": None if first.ablated is None else difference(first.ablated, _losses(first), True) | {"part": first.ablate},
         "speed": speed,
         "data": data,

@@ -1,9 +1,9 @@
-"""Aligned merging of a whole checkpoint, layer by layer, in the converted model's own stream.
+"""Aligned merging of a whole model, layer by layer.
 
-Two streams go through the layers side by side: the teacher's and the converted model's. At each layer the teacher is watched,
-its heads are merged in closed form (`align.py`), and then, with `refit`, queries and keys are fitted to the teacher's scores
-on what the converted model really sees (`scores.py`), the output projection to the teacher's stream after the attention, and
-the last matrix of the MLP to the teacher's stream after the layer (`values.py`). Nothing is chosen on the rows that are
+Two models run side by side through the same layers: the teacher and the converted one. At each layer the teacher is watched and
+its heads are merged in closed form (`closed_form.py`). Then, with `refit`, on what the converted model really sees, queries and
+keys are fitted to the teacher's scores (`fit_scores.py`), the output projection to the teacher's stream after the attention, and
+the last matrix of the MLP to the teacher's stream after the layer (`fit_values.py`). Nothing is chosen on the rows that are
 fitted: the cut of slow pairs, Gauss–Newton steps and ridges are chosen on held-back windows.
 """
 

@@ -5,7 +5,7 @@ and the model has to go on. Told are the share of samples whose every answer tok
 loss, and for the position that has to predict the answer's first token the attention mass on the answer in the needle, on the
 text's first token (where idle heads look), and on the rest; further the largest attention logit and hidden state (top-1), the
 outliers that make quantisation hard. Attention mass is as in the Differential Transformer's table 3 (arXiv 2410.05258), with
-maps as they reach the values (see `attention.py`), which tells each head's share on the answer too.
+maps as they reach the values (see `attention_maps.py`), which tells each head's share on the answer too.
 
 Legend: N samples, T tokens, L layers, H heads.
 """
