@@ -23,11 +23,12 @@ from upfit.architecture.attention import Attention, Layer
 from upfit.architecture.layers import Architecture
 from upfit.calibration.calibrate import calibrate
 from upfit.calibration.statistics_file import open_statistics
+from upfit.checkpoint.plan import Plan
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import Source, find_source
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.recipe import Options
-from upfit.convert.recipe import Plan, Recipe, get_recipe
+from upfit.convert.recipe import Recipe, get_recipe
 from upfit.environment import environment
 from upfit.evaluate.intervals import difference_interval, mean_interval
 from upfit.evaluate.load import load_model, load_tokenizer, pick_device

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from upfit.architecture.attention import LAYOUTS, Attention
 from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
-from upfit.checkpoint.source import copy_side_files
+from upfit.checkpoint.side_files import copy_side_files
 from upfit.convert.gqa.reparametrise import expand_heads, rebase_values, scale_pairs
 
 

@@ -30,10 +30,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from upfit.architecture.adapter import see
 from upfit.architecture.layers import bind
+from upfit.checkpoint.execute import outline
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.planned import outline
-from upfit.convert.recipe import get_recipe
+from upfit.convert.recipe import get_recipe, outline_of
 from upfit.environment import environment
 from upfit.errors import UpfitError
 from upfit.output import Output
@@ -148,7 +148,7 @@ class Target:
         with open_checkpoint(self.folder) as stored:
             checkpoint = see(stored)
             architecture = bind(checkpoint.config, checkpoint.tensors)
-            outline(checkpoint.written(recipe.plan(architecture, options)), checkpoint, None)
+            outline(checkpoint.written(outline_of(recipe.plan(architecture, options))), checkpoint, None)
         return "planned"
 
     def _failed(self, name: str, content: bytes, why: str) -> None:

@@ -18,10 +18,11 @@ from tests.tiny import BUILDABLE, auto_class, tiny_inputs, tiny_model
 from upfit.architecture.attention import Attention
 from upfit.architecture.layers import Architecture, bind, table
 from upfit.calibration import statistics_file
+from upfit.checkpoint.plan import Plan
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.recipe import PARTS
-from upfit.convert.recipe import Plan, Recipe, get_recipe
+from upfit.convert.recipe import Recipe, get_recipe
 from upfit.demo import embedded_model
 from upfit.output import Output
 from upfit.text import Document, python_documents

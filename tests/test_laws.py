@@ -16,10 +16,10 @@ from tests.tiny import BUILDABLE, UNGROUPABLE, auto_class, runs, tiny_inputs, ti
 from tests.tiny_data import DOES_NOT_RUN, MODEL_TYPES
 from upfit.architecture.adapter import see
 from upfit.architecture.layers import Architecture, bind, table
+from upfit.checkpoint.execute import outline
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.planned import outline
-from upfit.convert.recipe import Recipe, find_recipes
+from upfit.convert.recipe import Recipe, find_recipes, outline_of
 from upfit.errors import UpfitError
 from upfit.output import Output
 
@@ -161,7 +161,7 @@ def test_identity(case: Case, recipe: Recipe) -> None:
     before = hashes(case.folder)
     out = case.converted(recipe, options, f"identity-{recipe.name}")
     exact, before_logits, after_logits = (
-        recipe.plan(case.architecture, options).exact,
+        outline_of(recipe.plan(case.architecture, options)).exact,
         case.logits(case.folder),
         case.logits(out),
     )
@@ -174,7 +174,7 @@ def test_dry_is_real_and_stock_loads_it(case: Case, recipe: Recipe) -> None:
     for number, options in case.trials(recipe):
         with open_checkpoint(case.folder) as stored:
             checkpoint = see(stored)
-            planned = outline(checkpoint.written(recipe.plan(case.architecture, options)), checkpoint, None)
+            planned = outline(checkpoint.written(outline_of(recipe.plan(case.architecture, options))), checkpoint, None)
         out = case.converted(recipe, options, f"{recipe.name}-{number}")
         with open_checkpoint(out) as written:
             real = {(name, info.dtype, info.shape) for name, info in written.tensors.items()}

@@ -12,7 +12,7 @@ from tests.folders import save_tiny, tiny_llama
 from upfit.checkpoint import copy_bytes
 from upfit.checkpoint.copy_bytes import Piece
 from upfit.checkpoint.read_back import check_written
-from upfit.checkpoint.writer import Shard
+from upfit.checkpoint.shard import Shard
 from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe

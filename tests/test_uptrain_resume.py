@@ -21,14 +21,14 @@ from tests.folders import save_tiny, tiny_llama
 from tests.uptraining import BASE, Workshop, make_workshop, metrics, one_thread, weights
 from tests.warm_python import warm_python
 from upfit import provenance
-from upfit.checkpoint.content import PIECE
+from upfit.checkpoint import content as content_room
+from upfit.checkpoint.content import PIECE, content_hash
 from upfit.checkpoint.work_folder import LOCK, MARK, work_folder
 from upfit.cli import app
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
 from upfit.uptrain.model.model_traits import fingerprint
-from upfit.uptrain.run import fingerprints, state
-from upfit.uptrain.run.fingerprints import content_hash
+from upfit.uptrain.run import state
 from upfit.uptrain.run.state import Counters, Workspace
 
 ROOT = Path(__file__).parent.parent
@@ -317,11 +317,11 @@ def test_training_does_not_wait_for_the_hashes_of_a_checkpoint(
     hashed: list[tuple[str, bool]] = []
 
     @functools.lru_cache
-    def seen(file: fingerprints._File) -> str:
+    def seen(file: content_room._File) -> str:
         hashed.append((file.path.parent.name, threading.current_thread() is threading.main_thread()))
         return "hash"
 
-    monkeypatch.setattr(fingerprints, "_hash", seen)
+    monkeypatch.setattr(content_room, "_hash", seen)
     shop.run(tmp_path / "out", tokens="1024")
     here = {folder for folder, main in hashed if main}
     assert here == {"student", "teacher"} and {folder for folder, _ in hashed} > here

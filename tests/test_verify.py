@@ -15,13 +15,15 @@ from upfit import provenance
 from upfit.architecture.layers import bind
 from upfit.checkpoint import finished_shards
 from upfit.checkpoint.copy_bytes import Piece
+from upfit.checkpoint.execute import outline
 from upfit.checkpoint.finished_shards import JOURNAL, Journal
+from upfit.checkpoint.plan import Plan, Rule
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.safetensors_header import read_exactly
 from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.planned import check_against_class, outline
-from upfit.convert.recipe import Plan, Rule, get_recipe
+from upfit.convert.planned import check_against_class
+from upfit.convert.recipe import get_recipe
 from upfit.convert.verify import CLOSE, Promise, Report, compare, tolerance
 from upfit.errors import UpfitError
 from upfit.output import Output

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from upfit.architecture.fused import PARTS, Fused
 from upfit.architecture.layers import check_known
 from upfit.architecture.retarget.retarget import retarget
+from upfit.checkpoint.plan import Plan, Rule
 from upfit.checkpoint.reader import Checkpoint, safetensors_dtype, torch_dtype
 from upfit.checkpoint.safetensors_header import ITEM_BYTES, TensorInfo
-from upfit.convert.recipe import Plan, Rule
 
 if TYPE_CHECKING:
     import torch

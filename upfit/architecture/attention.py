@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from upfit.convert.recipe import Rule
+from upfit.checkpoint.plan import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.attention import Layer
-from upfit.convert.recipe import Plan, Rule
+from upfit.checkpoint.plan import Plan, Rule
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:

@@ -3,10 +3,12 @@
 A hash of some of a tensor's bytes would call two models one, and what was computed of the one would be used for the other.
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from upfit.architecture.adapter import Seen
@@ -56,3 +58,23 @@ def _pieces(ranges: Iterable[Range]) -> Iterator[Range]:
 def _hash_piece(piece: Range) -> bytes:
     descriptor, start, nbytes = piece
     return hashlib.sha256(read_exactly(descriptor, nbytes, start)).digest()
+
+
+def content_hash(path: Path) -> str:
+    """The hash of a whole file; it is read again only when the file was changed. Raises OSError."""
+    state = path.stat()
+    # The time of the last change of the inode is set by the system alone; who restores the time of the content moves this one.
+    return _hash(_File((state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns), path))
+
+
+@dataclass(frozen=True)
+class _File:
+    """The same file, unchanged, where `state` is the same: its folder may have got another name."""
+
+    state: tuple[int, ...]
+    path: Path = field(compare=False)
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash(file: _File) -> str:
+    return file_hash(file.path)

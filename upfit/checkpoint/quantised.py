@@ -53,7 +53,7 @@ def check_not_quantised(checkpoint: "Checkpoint") -> None:
     """Raise UpfitError when the weights of an opened checkpoint are stored quantised."""
     from upfit.architecture.meta_model import class_names
     from upfit.checkpoint.reader import read_object
-    from upfit.checkpoint.source import contained
+    from upfit.checkpoint.side_files import contained
 
     for path in (checkpoint.folder / name for name in FILES):
         if path.exists():

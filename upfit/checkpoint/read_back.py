@@ -18,7 +18,7 @@ from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
     from upfit.checkpoint.reader import Checkpoint
-    from upfit.checkpoint.writer import Shard
+    from upfit.checkpoint.shard import Shard
 
 STEP = 2**20
 EDGE = 256

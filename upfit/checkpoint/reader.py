@@ -16,14 +16,14 @@ from upfit.checkpoint.disk_errors import naming
 from upfit.checkpoint.identity import Identity, sampled
 from upfit.checkpoint.quantised import of_config, refusal
 from upfit.checkpoint.safetensors_header import TensorInfo, read_exactly, read_header
-from upfit.checkpoint.source import contained
+from upfit.checkpoint.side_files import contained
 from upfit.errors import UpfitError
 from upfit.modeling.registry import is_own
 
 if TYPE_CHECKING:
     import torch
 
-    from upfit.convert.recipe import Plan
+    from upfit.checkpoint.plan import Plan
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[\w.\-]+\.safetensors")

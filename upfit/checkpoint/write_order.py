@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Protocol
 from upfit.checkpoint import copy_bytes
 from upfit.checkpoint.copy_bytes import Mover, Piece, Run, write_all
 from upfit.checkpoint.disk_errors import naming
+from upfit.checkpoint.execute import compute, finish
 from upfit.checkpoint.finished_shards import Journal
 from upfit.checkpoint.reader import Checkpoint
-from upfit.convert.planned import compute, finish
 
 if TYPE_CHECKING:
     import torch
 
-    from upfit.checkpoint.writer import Shard
-    from upfit.convert.planned import Planned
-    from upfit.convert.recipe import Rule
+    from upfit.checkpoint.execute import Planned
+    from upfit.checkpoint.plan import Rule
+    from upfit.checkpoint.shard import Shard
 
 
 class Depot(Protocol):

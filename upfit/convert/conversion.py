@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,17 +20,21 @@ from upfit.architecture.layers import Architecture, bind, check_known, has_two_w
 from upfit.architecture.leftovers import Leftovers, left_over, settle
 from upfit.calibration.statistics_file import check_texts
 from upfit.checkpoint.disk_errors import disk_errors
+from upfit.checkpoint.execute import Planned, outline
 from upfit.checkpoint.finished_shards import JOURNAL, Journal, crc_of
 from upfit.checkpoint.output_folder import check_output
+from upfit.checkpoint.plan import Plan
 from upfit.checkpoint.quantised import check_not_quantised
 from upfit.checkpoint.read_back import check_places, check_written
 from upfit.checkpoint.reader import Checkpoint, config_dtypes, open_checkpoint, read_config, safetensors_dtype, torch_dtype
 from upfit.checkpoint.remote_code import without_code
-from upfit.checkpoint.source import Source, check_side_files, copy_code, copy_side_files, find_source
+from upfit.checkpoint.shard import Shard, split
+from upfit.checkpoint.side_files import check_side_files, copy_code, copy_side_files
+from upfit.checkpoint.source import Source, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
-from upfit.checkpoint.writer import Shard, split, write_shards
-from upfit.convert.planned import Planned, changed_layers, check_against_class, edit_dtype, outline, output_bytes, shape_changes
-from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, find_merge
+from upfit.checkpoint.writer import write_shards
+from upfit.convert.planned import changed_layers, check_against_class, edit_dtype, output_bytes, shape_changes
+from upfit.convert.recipe import MERGE, Bench, Fit, Recipe, find_merge, outline_of
 from upfit.convert.verify import Promise, Report, tolerance, verify
 from upfit.errors import UpfitError
 from upfit.modeling.registry import family, is_own
@@ -72,6 +76,7 @@ class Job:
     checkpoint: Checkpoint
     architecture: Architecture
     plan: Plan
+    fit: Fit | None  # what finds the plan, where text is needed for it; `plan` is its outline until then
     planned: list[Planned]
     unused: frozenset[str]  # tensors that the source's own class does not take
     unexpected: frozenset[str]  # and what its loading calls them
@@ -88,12 +93,11 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     check_texts(getattr(options, "calibration", None))
     with _opened(source, out, options, recipe, settings, output) as (job, bench, work, stream):
         preview: dict[str, Any] | None = None
-        fit = job.plan.fit
-        if fit is not None and not settings.dry_run:
+        if job.fit is not None and not settings.dry_run:
             with disk_errors(out):
-                job = _fitted(job, fit, bench)
-        elif fit is not None and fit.calibrated:
-            preview = _previewed(fit, bench)
+                job = _fitted(job, job.fit, bench)
+        elif job.fit is not None and job.fit.preview is not None:
+            preview = _previewed(job.fit.preview, bench)
         for note in job.plan.notes:
             output.note(note)
         answer = _summary(job) | ({"sensitivity": preview} if preview else {})
@@ -173,7 +177,7 @@ def _planned(job: Job, plan: Plan, alone: bool) -> Job:
 
     def replan(architecture: Architecture) -> Plan:
         again = job.recipe.plan(architecture, job.options)
-        return again if again.fit is None or again.fit.fallback is None else again.fit.fallback
+        return again.fallback or again.outline if isinstance(again, Fit) else again
 
     checkpoint, present = job.checkpoint, job.unused & job.checkpoint.passing.keys()
     changed = changed_layers(job.architecture, plan)
@@ -188,11 +192,11 @@ def _planned(job: Job, plan: Plan, alone: bool) -> Job:
     return dataclasses.replace(job, plan=plan, planned=planned, leftovers=leftovers)
 
 
-def _previewed(fit: Fit, bench: Bench) -> dict[str, Any] | None:
+def _previewed(preview: Callable[[Bench], dict[str, Any]], bench: Bench) -> dict[str, Any] | None:
     from upfit.calibration.layerwise import Opaque
 
     try:
-        return fit.preview(bench)
+        return preview(bench)
     except Opaque as reason:
         bench.output.note(f"no prediction: {reason}")
         return None
@@ -205,15 +209,16 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     check_known(checkpoint.config)
     check_not_quantised(checkpoint)
     stored = checkpoint
-    checkpoint, architecture, plan = _first_way(recipe, options, stored)
+    checkpoint, architecture, made = _first_way(recipe, options, stored)
+    plan, fit = outline_of(made), made if isinstance(made, Fit) else None
     unused = _check_source(stored)
-    job = Job(recipe, options, settings, source, out, checkpoint, architecture, plan, [], *unused, Leftovers())
-    job = _planned(job, plan, plan.fit is None)
+    job = Job(recipe, options, settings, source, out, checkpoint, architecture, plan, fit, [], *unused, Leftovers())
+    job = _planned(job, plan, fit is None)
     check_side_files(source.path)
     provenance.read(source.path)
-    fitted = sum(item.nbytes for item in job.planned if item.rule is not None) * FIT_FACTOR if plan.fit else 0
+    fitted = sum(item.nbytes for item in job.planned if item.rule is not None) * FIT_FACTOR if fit else 0
     needed = 0 if settings.dry_run else output_bytes(job.planned, source.path) + fitted  # planned where it cannot run, perhaps
-    if settings.stream and plan.fit is not None:
+    if settings.stream and fit is not None:
         raise UpfitError(
             "--stream has each file of the model once, and this conversion runs the model on text; leave --stream out, or "
             "choose what needs no text, such as --method mean"
@@ -224,10 +229,10 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     return job
 
 
-def _first_way(recipe: Recipe, options: Any, checkpoint: Checkpoint) -> tuple[Checkpoint, Architecture, Plan]:
+def _first_way(recipe: Recipe, options: Any, checkpoint: Checkpoint) -> tuple[Checkpoint, Architecture, Plan | Fit]:
     """The first way of seeing this checkpoint that the recipe can be planned for: stock classes before ours."""
 
-    def way(own: bool) -> tuple[Checkpoint, Architecture, Plan]:
+    def way(own: bool) -> tuple[Checkpoint, Architecture, Plan | Fit]:
         seen = see(checkpoint, own)
         architecture = bind(seen.config, seen.tensors, own)
         return seen, architecture, recipe.plan(architecture, options)

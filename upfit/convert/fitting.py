@@ -18,8 +18,8 @@ from upfit.calibration.fit_work import Entry, FitWork
 from upfit.calibration.layerwise import Stream, run_block
 from upfit.calibration.statistics_file import Sample, fingerprint
 from upfit.calibration.teacher_student import lanes_of
+from upfit.checkpoint.plan import Rule
 from upfit.checkpoint.reader import torch_dtype
-from upfit.convert.recipe import Rule
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer

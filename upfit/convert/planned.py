@@ -5,77 +5,17 @@ known (names, shapes, types, sizes, file offsets) and compared with what the tar
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.attention import Layer
 from upfit.architecture.layers import Architecture
-from upfit.checkpoint.reader import Checkpoint, safetensors_dtype
-from upfit.checkpoint.safetensors_header import ITEM_BYTES
-from upfit.convert.recipe import Plan, Rule
-from upfit.errors import UpfitError
+from upfit.checkpoint.execute import Planned
+from upfit.checkpoint.plan import Plan
+from upfit.checkpoint.reader import Checkpoint
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One tensor of the result. `rule` is None for a tensor that passes through; `source` names it in the checkpoint."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    source: str
-    rule: Rule | None
-    cast: bool = False  # passes through, but in another type
-
-    @property
-    def untouched(self) -> bool:
-        """Whether its bytes are those of the source."""
-        return self.rule is None and not self.cast
-
-
-def outline(plan: Plan, checkpoint: Checkpoint, dtype: str | None) -> list[Planned]:
-    """Every tensor of the result, found by running the plan on meta tensors.
-
-    `dtype` (a safetensors name such as `BF16`) recasts all floating tensors; None keeps what the checkpoint has.
-    Raises ValueError when a rule reads what is not there, writes what another one writes, or not what it says.
-    """
-    planned: dict[str, Planned] = {}
-    dropped: set[str] = set()
-    known = checkpoint.tensors.keys() | checkpoint.fitted.keys() | checkpoint.passing.keys()
-    for rule in plan.rules:
-        missing = [name for name in rule.reads if name not in known]
-        if missing:
-            raise ValueError(f"rule {rule.label!r} reads {missing[0]!r}, which the checkpoint does not have")
-        written = rule.apply({name: checkpoint.meta(name) for name in rule.reads})
-        if set(written) != set(rule.writes):
-            raise ValueError(f"rule {rule.label!r} wrote {sorted(written)}, it promised {sorted(rule.writes)}")
-        for name, tensor in written.items():
-            if name in planned:
-                raise ValueError(f"{name!r} is written twice, the second time by rule {rule.label!r}")
-            planned[name] = _computed(name, tensor, rule, checkpoint, dtype)
-        dropped.update(rule.drops)
-    for name, info in checkpoint.passing.items():
-        if name in planned or name in dropped:
-            continue
-        cast = dtype is not None and info.dtype in FLOATS and info.dtype != dtype
-        kind = dtype if cast and dtype else info.dtype
-        planned[name] = Planned(name, kind, info.shape, info.numel * ITEM_BYTES[kind], name, None, cast)
-    return list(planned.values())
-
-
-FLOATS = ("F16", "BF16", "F32", "F64")
-
-
-def _computed(name: str, tensor: "Tensor", rule: Rule, checkpoint: Checkpoint, dtype: str | None) -> Planned:
-    kind = dtype or safetensors_dtype(tensor.dtype)
-    known = checkpoint.tensors
-    source = name if name in checkpoint.passing else next(read for read in rule.reads if read in known)
-    return Planned(name, kind, tuple(tensor.shape), tensor.numel() * ITEM_BYTES[kind], source, rule)
+    pass
 
 
 def check_against_class(
@@ -117,28 +57,6 @@ def changed_layers(architecture: Architecture, plan: Plan) -> list[Layer]:
     return [layer for layer in architecture.layers if any(name.startswith(layer.path + ".") for name in different)]
 
 
-def compute(rule: Rule, checkpoint: Checkpoint, planned: dict[str, Planned]) -> dict[str, "Tensor"]:
-    """Run one rule on real tensors; the results have the planned shape and type and are finite.
-
-    Raises UpfitError when a result is not finite (the source already was not, or the arithmetic overflowed its type).
-    """
-    results = {}
-    for name, tensor in rule.apply({name: checkpoint.read(name) for name in rule.reads}).items():
-        results[name] = finish(tensor, planned[name])
-    return results
-
-
-def finish(tensor: "Tensor", item: Planned) -> "Tensor":
-    """Cast to the planned type and check that the values are finite."""
-    from upfit.checkpoint.reader import torch_dtype
-
-    tensor = tensor.to(torch_dtype(item.dtype)).contiguous()
-    assert tuple(tensor.shape) == item.shape, f"{item.name} was planned as {item.shape}, computed as {tuple(tensor.shape)}"
-    if not tensor.isfinite().all():
-        raise UpfitError(f"tensor {item.name!r} is not finite as {item.dtype}; check the source, or choose another --dtype")
-    return tensor
-
-
 def edit_dtype(config: dict[str, Any], dtype_name: str) -> dict[str, Any]:
     """`config` with `dtype` (and `torch_dtype`, where older files have it) changed, nested configs included."""
     changed = {key: edit_dtype(value, dtype_name) if isinstance(value, dict) else value for key, value in config.items()}
@@ -163,7 +81,7 @@ def output_bytes(planned: list[Planned], folder: Path) -> int:
 
     Raises UpfitError for files there that cannot be copied.
     """
-    from upfit.checkpoint.source import check_side_files
+    from upfit.checkpoint.side_files import check_side_files
 
     side = sum(path.stat().st_size for path in check_side_files(folder).values())
     return sum(item.nbytes for item in planned) + side + 2**20

@@ -1,60 +1,24 @@
-"""The vocabulary of a conversion: a recipe makes a plan, a plan is a new config and rules, a rule maps named tensors.
+"""What a recipe is: it makes a plan of new config and rules, or says how to find one on text.
 
-No file, no model class and no torch in here: what runs a plan is `planned.py`, what a plan is made for `architecture/layers.py`.
+No model class and no torch in here: what runs a plan is `planned.py`, what a plan is made for `architecture/layers.py`.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.checkpoint.plan import Plan
 from upfit.errors import UpfitError
 from upfit.output import Output
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from upfit.architecture.layers import Architecture
     from upfit.checkpoint.reader import Checkpoint
 
 MERGE = "merge"  # the name of recipes that go back to a stock class
-Tensors = Mapping[str, "Tensor"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A pure function on named tensors.
-
-    `apply` gets the tensors named in `reads` (from the checkpoint, or statistics) and returns exactly those in `writes`. It
-    must run on meta tensors too. A tensor that no rule writes passes through untouched, unless a rule lists it in `drops`.
-    `label` is what the dry run shows.
-    """
-
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-    apply: Callable[[Tensors], "dict[str, Tensor]"]
-    label: str
-    drops: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a conversion will do.
-
-    `config` is the whole new `config.json`. `exact` promises logits equal to the source's bit for bit, `close` equal to
-    rounding; verify then demands it. `notes` are shown to the user. A plan with a `fit` is only an outline: what is written is
-    the plan that the fit makes of the checkpoint on calibration text. `report` goes into recipe.json.
-    """
-
-    config: dict[str, Any]
-    rules: tuple[Rule, ...]
-    exact: bool = False
-    close: bool = False
-    notes: tuple[str, ...] = ()
-    fit: "Fit | None" = None
-    report: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,14 +35,18 @@ class Bench:
 
 @dataclass(frozen=True)
 class Fit:
-    """`run(bench)` gives the plan to be written. `preview(bench)` tells, for a dry run, what calibration predicts, as tables
-    that JSON can hold. `fallback` is the plan for a model that cannot be watched on text (None: that is an error);
-    `calibrated` says whether the user gave calibration, `otherwise` what to do about that error."""
+    """A plan that has to be found by running the model on text.
 
+    `outline` tells what will be written: names, shapes and the config; its rules run on meta tensors alone. `run(bench)` gives
+    the plan to be written. `fallback` is the plan for a model that cannot be watched on text (None: that is an error, and
+    `otherwise` says what to do about it). `preview(bench)` tells, for a dry run, what calibration predicts, as tables that JSON
+    can hold; None where nothing can be predicted.
+    """
+
+    outline: Plan
     run: "Callable[[Bench], Plan]"
-    preview: "Callable[[Bench], dict[str, Any]]"
-    fallback: "Plan | None"
-    calibrated: bool
+    fallback: Plan | None = None
+    preview: "Callable[[Bench], dict[str, Any]] | None" = None
     otherwise: str = ""
 
 
@@ -86,22 +54,28 @@ class Fit:
 class Recipe:
     """One attention that a checkpoint can be given.
 
-    `options` is a frozen dataclass whose fields are the command-line flags. `plan(architecture, options)` is pure and raises
-    UpfitError for a setting that the checkpoint does not allow. `identity` gives options that must not change the function
-    (None where there are none), `trials` a few real settings; the laws in `tests/` run over both.
+    `options` is a frozen dataclass whose fields are the command-line flags. `plan(architecture, options)` is pure, gives a Plan
+    or, where it takes text to make one, a Fit, and raises UpfitError for a setting that the checkpoint does not allow.
+    `identity` gives options that must not change the function (None where there are none), `trials` a few real settings; the
+    laws in `tests/` run over both.
     """
 
     name: str
     summary: str
     paper: str
     options: type
-    plan: "Callable[[Architecture, Any], Plan]"
+    plan: "Callable[[Architecture, Any], Plan | Fit]"
     identity: "Callable[[Architecture], Any | None]"
     trials: "Callable[[Architecture], list[Any]]"
     offers: "Callable[[Architecture], str]" = field(default=lambda architecture: "")
 
 
-def possible(plan: "Callable[[Architecture, Any], Plan]", architecture: "Architecture", options: Any) -> bool:
+def outline_of(made: Plan | Fit) -> Plan:
+    """What will be written, as far as it is known without running the model."""
+    return made.outline if isinstance(made, Fit) else made
+
+
+def possible(plan: "Callable[[Architecture, Any], Plan | Fit]", architecture: "Architecture", options: Any) -> bool:
     """Whether this checkpoint allows these settings."""
     try:
         plan(architecture, options)

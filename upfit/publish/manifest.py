@@ -8,7 +8,7 @@ from upfit import provenance
 from upfit.architecture.meta_model import check_structure
 from upfit.checkpoint.output_folder import WORK
 from upfit.checkpoint.reader import INDEX, open_checkpoint
-from upfit.checkpoint.source import NEVER_COPIED, SIDE_FILES, contained
+from upfit.checkpoint.side_files import NEVER_COPIED, SIDE_FILES, contained
 from upfit.errors import UpfitError
 from upfit.modeling.registry import is_own, shipped
 

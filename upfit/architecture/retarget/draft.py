@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.layers import Described, disk_names
 from upfit.architecture.meta_model import class_names, model_class_for, read_as_class
-from upfit.convert.recipe import Rule
+from upfit.checkpoint.plan import Rule
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:

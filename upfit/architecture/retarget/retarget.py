@@ -11,7 +11,7 @@ from typing import Any
 from upfit.architecture.layers import Described
 from upfit.architecture.retarget import bigcode, falcon, nemotron, phi
 from upfit.architecture.retarget.draft import Draft, check_class
-from upfit.convert.recipe import Rule
+from upfit.checkpoint.plan import Rule
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from upfit.calibration.layerwise import Block, Opaque, Stream
 from upfit.calibration.traits import Watched, watch
+from upfit.checkpoint.plan import Plan
 from upfit.convert.cope.recipe import CALIBRATION, Options, new_tensors
 from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
-from upfit.convert.recipe import Plan
 from upfit.errors import UpfitError
 from upfit.modeling.cope_equations import grouped, positions_of
 from upfit.modeling.modeling_upfit_cope import heads_of, is_heads_first, rotate_back
@@ -62,7 +62,7 @@ def fit(bench: "Bench", plan: Plan, options: Options, chosen: "list[Layer]") -> 
     rotations = {entry.layer: entry.extra["rotation"] for entry in fitted.entries if entry.extra}
     config = {**plan.config, "cope": {**plan.config["cope"], "rotations": rotations}}
     report = {"calibration": calibration.record(), "layers": fitted.records}
-    return replace(plan, config=config, rules=(*plan.rules, *fitted.rules), fit=None, report=report)
+    return replace(plan, config=config, rules=(*plan.rules, *fitted.rules), report=report)
 
 
 def _fit_layer(walk: Walk, index: int, layer: "Layer", options: Options, first: bool) -> LayerFit:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from upfit.architecture.decoder_check import auto_map, check_decoder
-from upfit.convert.recipe import Bench, Fit, Plan, Recipe, Rule, Tensors, possible
+from upfit.checkpoint.plan import Plan, Rule, Tensors
+from upfit.convert.recipe import Bench, Fit, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag, option
 
@@ -57,7 +58,7 @@ class Options:
         return (self.positions - 1) / self.reach
 
 
-def plan(architecture: "Architecture", options: Options) -> Plan:
+def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
     """The outline of the plan; the rest is read off the model while it runs over text.
 
     Raises UpfitError for a family or a setting that cannot be had.
@@ -85,7 +86,7 @@ def plan(architecture: "Architecture", options: Options) -> Plan:
 
         return fit(bench, replace(outline, rules=()), options, chosen)
 
-    return replace(outline, fit=Fit(run, _nothing, None, calibrated=False, otherwise="; choose --gates constant"))
+    return Fit(outline, run, otherwise="; choose --gates constant")
 
 
 def new_tensors(layer: "Layer", options: Options) -> "dict[str, tuple[int, ...]]":
@@ -112,10 +113,6 @@ def _rule(layer: "Layer", options: Options) -> Rule:
         return made | dict.fromkeys(own, tensors[key])
 
     return Rule((query, key), (*names, *own), apply, f"contextual positions, {options.gates} gates")
-
-
-def _nothing(bench: Bench) -> dict[str, Any]:
-    return {}
 
 
 def _config(architecture: "Architecture", options: Options, chosen: "list[Layer]") -> dict[str, Any]:

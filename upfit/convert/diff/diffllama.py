@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upfit.architecture.attention import LAYOUTS, Attention
+from upfit.checkpoint.plan import Rule, Tensors
 from upfit.convert.diff.paper import lambda_vectors
-from upfit.convert.recipe import Rule, Tensors
 from upfit.errors import UpfitError
 from upfit.modeling.modeling_upfit_diff import lambda_init
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from upfit.calibration.layerwise import Seen
 from upfit.calibration.statistics import sample_rows
 from upfit.calibration.traits import watch
+from upfit.checkpoint.plan import Plan, Rule, Tensors
 from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
-from upfit.convert.recipe import Plan, Rule, Tensors
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
@@ -44,7 +44,7 @@ def with_spread_heads(bench: "Bench", plan: Plan, sources: tuple[list[str] | Non
         chosen[record["layer"]] = torch.zeros(layers[record["layer"]].geometry.heads)
         chosen[record["layer"]][record["heads"]] = 1
     rules = tuple(_with_heads(rule, layers, chosen) for rule in plan.rules)
-    return replace(plan, rules=rules, fit=None, report={"layers": records})
+    return replace(plan, rules=rules, report={"layers": records})
 
 
 def _spread(walk: Walk, index: int, layer: "Layer") -> LayerFit:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.decoder_check import auto_map, class_shapes
-from upfit.convert.recipe import Rule, Tensors
+from upfit.checkpoint.plan import Rule, Tensors
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from upfit.calibration.ridge import Moments, ridge_linear
 from upfit.calibration.statistics import sample_rows
 from upfit.calibration.teacher_student import Lane, add_rows, mlp_end, put, refit_mlp, stream_error
 from upfit.calibration.traits import Facts, understand, watch
+from upfit.checkpoint.plan import Plan
 from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
-from upfit.convert.recipe import Plan
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from upfit.checkpoint.plan import Plan, Rule, Tensors
 from upfit.convert.diff.family import class_shapes, sinks_rule
-from upfit.convert.recipe import Plan, Rule, Tensors
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:

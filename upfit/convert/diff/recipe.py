@@ -1,12 +1,13 @@
 """Differential attention: a second softmax map is subtracted from the first, so that noise common to both cancels."""
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from upfit.architecture.decoder_check import check_decoder, class_shapes
+from upfit.checkpoint.plan import Plan, Rule, Tensors
 from upfit.convert.diff.family import MODEL_TYPE, doubled, own_config, sinks_rule
 from upfit.convert.diff.merge import plan_merge
-from upfit.convert.recipe import MERGE, Bench, Fit, Plan, Recipe, Rule, Tensors, possible
+from upfit.convert.recipe import MERGE, Bench, Fit, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag, option
 
@@ -64,7 +65,7 @@ FLAGS_OF = {  # which flags go with which variants; the others refuse them
 }
 
 
-def plan(architecture: "Architecture", options: Options) -> Plan:
+def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
     """The plan of a variant.
 
     Raises UpfitError for a family that the variant cannot be made of, and for flags of another variant.
@@ -92,7 +93,7 @@ def _check_flags(options: Options) -> None:
         raise UpfitError(f"{flag(calibrated[0])} is for variants that are fitted, and this one is not; leave it out")
 
 
-def _plan_pairs(architecture: "Architecture", options: Options) -> Plan:
+def _plan_pairs(architecture: "Architecture", options: Options) -> Plan | Fit:
     config = doubled(architecture)
     rules = [_pair_rule(layer, options) for layer in architecture.layers]
     rules += [sinks_rule(layer.names["sinks"]) for layer in architecture.layers if "sinks" in layer.names]
@@ -139,7 +140,7 @@ def _lambda_rule(layer: "Layer", lambdas: str) -> Rule:
     return Rule((query,), (name,), apply, "λ = sigmoid(0) = 0.5")
 
 
-def _plan_dex(architecture: "Architecture", options: Options) -> Plan:
+def _plan_dex(architecture: "Architecture", options: Options) -> Plan | Fit:
     rules = tuple(_dex_rule(layer) for layer in architecture.layers)
     outline = Plan(own_config(architecture, architecture.config, "dex", "head"), rules, exact=True)
     if options.heads == "all":
@@ -150,18 +151,14 @@ def _plan_dex(architecture: "Architecture", options: Options) -> Plan:
 
         return with_spread_heads(bench, outline, _sources(options))
 
-    return replace(outline, fit=Fit(run, _nothing, None, calibrated=False))
+    return Fit(outline, run)
 
 
 def _sources(options: Options) -> tuple[list[str] | None, str | None, int | None]:
     return options.calibration, options.calibration_tokens, options.calibration_length
 
 
-def _nothing(bench: Bench) -> dict[str, Any]:
-    return {}
-
-
-def _plan_split(architecture: "Architecture", options: Options) -> Plan:
+def _plan_split(architecture: "Architecture", options: Options) -> Plan | Fit:
     widths = {layer.geometry.head_dim for layer in architecture.layers}
     if any(width % 4 for width in widths):
         raise UpfitError(f"heads of width {sorted(widths)} cannot be halved into rotated pairs; choose --variant v2")
@@ -180,7 +177,7 @@ def _plan_split(architecture: "Architecture", options: Options) -> Plan:
         )
         return fit(bench, fitting, replace(outline, rules=()), _sources(options))
 
-    return replace(outline, fit=Fit(run, _nothing, None, calibrated=False))
+    return Fit(outline, run)
 
 
 def _split_rule(layer: "Layer") -> Rule:
@@ -196,7 +193,7 @@ def _split_rule(layer: "Layer") -> Rule:
     return Rule((query,), names, apply, "each query in two halves")
 
 
-def _plan_diffllama(architecture: "Architecture", options: Options) -> Plan:
+def _plan_diffllama(architecture: "Architecture", options: Options) -> Plan | Fit:
     from upfit.convert.diff import diffllama
 
     diffllama.check(architecture, options.exact)
@@ -216,7 +213,7 @@ def _plan_diffllama(architecture: "Architecture", options: Options) -> Plan:
         fitting = Fitting("diffllama", lambda layer, facts, views: candidates(layer.index, views, eps), options.refit)
         return fit(bench, fitting, replace(outline, rules=biases), _sources(options))
 
-    return replace(outline, fit=Fit(run, _nothing, None, calibrated=False))
+    return Fit(outline, run)
 
 
 def _dex_rule(layer: "Layer") -> Rule:

@@ -2,8 +2,8 @@
 
 Two models run side by side through the same layers: the teacher and the converted one. At each layer the teacher is watched and
 its heads are merged in closed form (`closed_form.py`). Then, with `refit`, on what the converted model really sees, queries and
-keys are fitted to the teacher's scores (`fit_scores.py`), the output projection to the teacher's stream after the attention, and
-the last matrix of the MLP to the teacher's stream after the layer (`fit_values.py`). Nothing is chosen on the rows that are
+keys are fitted to the teacher's scores (`fit_scores.py`), the output projection to the teacher's stream after the attention,
+and the last matrix of the MLP to the teacher's stream after the layer (`fit_values.py`). Nothing is chosen on the rows that are
 fitted: the cut of slow pairs, Gauss–Newton steps and ridges are chosen on held-back windows.
 """
 

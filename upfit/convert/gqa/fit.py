@@ -10,11 +10,11 @@ import torch
 
 from upfit.calibration.statistics_file import Statistics, is_statistics, open_statistics
 from upfit.checkpoint.content import file_hash
+from upfit.checkpoint.plan import Plan
 from upfit.convert.fitting import Calibration, Task, fit_layers, read_calibration
 from upfit.convert.gqa.convert_layers import begin
 from upfit.convert.gqa.layer_state import Settings
 from upfit.convert.gqa.recipe import METHOD_RAN
-from upfit.convert.recipe import Plan
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from upfit.convert.recipe import Bench, Fit, Plan, Recipe, Rule
+from upfit.checkpoint.plan import Plan, Rule
+from upfit.convert.recipe import Bench, Fit, Recipe, outline_of
 from upfit.errors import UpfitError
 from upfit.options import flag, option
 
@@ -50,7 +51,7 @@ class Options(MultiQueryOptions):
     )
 
 
-def plan(architecture: "Architecture", options: Options) -> Plan:
+def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
     """Merge the heads of every layer that has more than `kv_heads`; with its own number of heads nothing changes, with a
     multiple of it every head is repeated, which is the same function.
 
@@ -73,10 +74,9 @@ def plan(architecture: "Architecture", options: Options) -> Plan:
         averaged = replace(
             options, method="mean", calibration=None, calibration_tokens=None, calibration_length=None, refit=True
         )
-        fallback = plan(architecture, averaged) if options.method == "auto" and not options.calibration else None
+        fallback = outline_of(plan(architecture, averaged)) if options.method == "auto" and not options.calibration else None
         rules = tuple(_aligned_rule(layer, options) for layer in changed)
-        outline = Plan(config, rules, notes=tuple(notes))
-        return replace(outline, fit=_fit(options, outline, fallback))
+        return _fit(options, Plan(config, rules, notes=tuple(notes)), fallback)
     rules = tuple(_rule(layer, replace(options, method=method), architecture.initializer_range) for layer in changed)
     return Plan(config, rules, exact=not rules, notes=tuple(notes), report={METHOD_RAN: method} if rules else None)
 
@@ -116,7 +116,8 @@ def _fit(options: Options, outline: Plan, fallback: Plan | None) -> Fit:
 
         return predict(bench, choice())
 
-    return Fit(run, preview, fallback, calibrated=options.calibration is not None, otherwise="; choose --method mean")
+    shown = preview if options.calibration is not None else None
+    return Fit(outline, run, fallback, shown, otherwise="; choose --method mean")
 
 
 def _aligned_rule(layer: "Layer", options: Options) -> Rule:
@@ -163,7 +164,7 @@ def _can_be_one(architecture: "Architecture") -> bool:
     return 1 in architecture.allowed_kv_heads()[:-1]
 
 
-def plan_multi_query(architecture: "Architecture", options: MultiQueryOptions) -> Plan:
+def plan_multi_query(architecture: "Architecture", options: MultiQueryOptions) -> Plan | Fit:
     """One key/value head in every layer."""
     return plan(architecture, Options(1, **asdict(options)))
 

@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from upfit.architecture.meta_model import Names, quiet_transformers
 from upfit.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, read_config, torch_dtype
 from upfit.checkpoint.safetensors_header import TensorInfo
-from upfit.checkpoint.source import copy_code, copy_side_files
+from upfit.checkpoint.side_files import copy_code, copy_side_files
 from upfit.errors import UpfitError
 from upfit.uptrain.model.model_traits import load
 

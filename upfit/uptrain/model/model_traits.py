@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from upfit.architecture.forwards import LOGITS_TO_KEEP, POSITIONS, takes
 from upfit.architecture.meta_model import load_strictly
+from upfit.checkpoint.content import content_hash
 from upfit.checkpoint.reader import open_checkpoint, read_config, torch_dtype
 from upfit.errors import UpfitError
 from upfit.uptrain.data.rows import IGNORE
 from upfit.uptrain.model import packed
 from upfit.uptrain.model.losses import Head, Objective, chunked_loss, dense_loss
-from upfit.uptrain.run.fingerprints import content_hash
 
 PROBE_TOKENS = 16
 EXACT, ROUNDED = 1e-4, 2e-2  # largest relative difference of two ways to the same numbers, in float32 and in shorter types

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from upfit.architecture.meta_model import read_as_class, vocabulary
 from upfit.checkpoint.output_folder import check_output
 from upfit.checkpoint.reader import open_checkpoint, read_config
-from upfit.checkpoint.source import Source, check_side_files, find_source, teacher_source
+from upfit.checkpoint.side_files import check_side_files
+from upfit.checkpoint.source import Source, find_source, teacher_source
 from upfit.errors import UpfitError
 from upfit.options import flag
 from upfit.output import Output, human_count

@@ -18,9 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from upfit.checkpoint.content import content_hash
 from upfit.durable import remove_tree, rename_new, sync_tree, write_whole
 from upfit.errors import UpfitError
-from upfit.uptrain.run.fingerprints import content_hash
 
 WEIGHT, FACTS, METRICS = "weight", "trainer.json", "metrics.jsonl"
 STOPPED = "stopped"  # a signal ended the run, and --resume goes on: for job scripts
