@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.tiny_data import MODEL_TYPES, UNBUILDABLE, UNGROUPABLE  # noqa: E402
-from upfit.architecture.layers import table  # noqa: E402
+from upfit.architecture.table import table  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
 

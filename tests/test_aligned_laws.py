@@ -16,7 +16,8 @@ from tests.folders import letter_tokenizer
 from tests.test_laws import CASES, EVERYDAY, VARIANTS, sample
 from tests.tiny import BUILDABLE, auto_class, tiny_inputs, tiny_model
 from upfit.architecture.attention import Attention
-from upfit.architecture.layers import Architecture, bind, table
+from upfit.architecture.layers import Architecture, bind
+from upfit.architecture.table import table
 from upfit.calibration import statistics_file
 from upfit.checkpoint.plan import Plan
 from upfit.checkpoint.reader import open_checkpoint

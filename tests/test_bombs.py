@@ -9,7 +9,8 @@ import pytest
 
 from tests.folders import save_tiny
 from tests.tiny import tiny_config, tiny_model
-from upfit.architecture.meta_model import check_structure, load_strictly, skeleton
+from upfit.architecture.loading import check_structure, load_strictly
+from upfit.architecture.meta_model import skeleton
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.describe import describe
 from upfit.errors import UpfitError

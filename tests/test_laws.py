@@ -15,7 +15,8 @@ import torch
 from tests.tiny import BUILDABLE, UNGROUPABLE, auto_class, runs, tiny_inputs, tiny_model
 from tests.tiny_data import DOES_NOT_RUN, MODEL_TYPES
 from upfit.architecture.adapter import see
-from upfit.architecture.layers import Architecture, bind, table
+from upfit.architecture.layers import Architecture, bind
+from upfit.architecture.table import table
 from upfit.checkpoint.execute import outline
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert

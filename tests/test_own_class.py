@@ -15,7 +15,7 @@ from transformers import EncoderDecoderCache, GenerationMixin
 from tests.test_laws import sample
 from tests.tiny import BUILDABLE, auto_class, tiny_inputs, tiny_model
 from upfit.architecture.forwards import cache_of
-from upfit.architecture.layers import table
+from upfit.architecture.table import table
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.output import Output

@@ -147,7 +147,7 @@ def test_integers_and_scales_of_plain_models_are_none(tmp_path: Path, kind: str)
 def test_integers_that_the_class_has_are_none(tmp_path: Path) -> None:
     """BatchNorm counts batches in I64."""
     from tests.tiny import tiny_model
-    from upfit.checkpoint.quantised import check_not_quantised
+    from upfit.architecture.quantised import check_not_quantised
     from upfit.checkpoint.reader import open_checkpoint
 
     tiny_model("granite_speech").save_pretrained(tmp_path)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from upfit.architecture.layers import table
 from upfit.architecture.retarget.draft import rotary_share
 from upfit.architecture.retarget.nemotron import SMALLEST, powers
 from upfit.architecture.retarget.retarget import MAKERS, retarget
+from upfit.architecture.table import table
 from upfit.checkpoint.reader import most_positions, open_checkpoint
 from upfit.checkpoint.source import find_source
 from upfit.convert.conversion import Settings, convert

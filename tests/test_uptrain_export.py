@@ -15,7 +15,7 @@ from tests.folders import letter_tokenizer
 from tests.test_uptrain_seq2seq import SENTINELS, tiny_t5
 from tests.tiny import tiny_model
 from tests.uptraining import QUIET, config, one_thread, text
-from upfit.architecture.meta_model import load_strictly
+from upfit.architecture.loading import load_strictly
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.fused import PARTS, Fused
-from upfit.architecture.layers import check_known
 from upfit.architecture.retarget.retarget import retarget
+from upfit.architecture.table import check_known
 from upfit.checkpoint.plan import Plan, Rule
 from upfit.checkpoint.reader import Checkpoint, safetensors_dtype, torch_dtype
 from upfit.checkpoint.safetensors_header import ITEM_BYTES, TensorInfo
@@ -20,7 +20,7 @@ from upfit.checkpoint.safetensors_header import ITEM_BYTES, TensorInfo
 if TYPE_CHECKING:
     import torch
 
-    from upfit.architecture.layers import Described
+    from upfit.architecture.table import Described
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def moved(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | 
 
 def apart(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | None:
     """The lens that shows fused queries, keys and values apart; None where nothing is fused."""
-    from upfit.architecture.meta_model import class_names
+    from upfit.architecture.names import class_names
 
     arrangements = class_names(config).fused
     stored = class_names(config, stored=True) if arrangements else None

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
-    from upfit.architecture.layers import Architecture, Entry
+    from upfit.architecture.layers import Architecture
+    from upfit.architecture.table import Entry
 
 
 def check_decoder(architecture: "Architecture") -> None:
@@ -35,7 +36,7 @@ def check_decoder(architecture: "Architecture") -> None:
 
 
 def class_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    from upfit.architecture.meta_model import class_names
+    from upfit.architecture.names import class_names
 
     return class_names(config).shapes
 

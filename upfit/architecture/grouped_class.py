@@ -7,14 +7,12 @@ modules call their number of query heads (`heads`), and below which module they 
 import copy
 from typing import TYPE_CHECKING, Any
 
+from upfit.architecture.table import MODEL_TYPE
 from upfit.errors import UpfitError
 from upfit.modeling.registry import is_own
 
 if TYPE_CHECKING:
-    from upfit.architecture.layers import Entry
-
-MODEL_TYPE = "upfit_gqa"
-KV_HEADS = "gqa.kv_heads"  # where its config counts them
+    from upfit.architecture.table import Entry
 
 
 def is_grouped(config: dict[str, Any]) -> bool:

@@ -6,125 +6,19 @@ lie, shapes cannot.
 """
 
 import copy
-import functools
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from importlib import resources
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.attention import Geometry, Layer
-from upfit.architecture.grouped_class import KV_HEADS, as_own
+from upfit.architecture.grouped_class import as_own
+from upfit.architecture.names import disk_names
+from upfit.architecture.table import Described, Entry, entry_for
 from upfit.checkpoint.safetensors_header import ITEM_BYTES
 from upfit.errors import UpfitError
-from upfit.modeling.registry import family
 
 if TYPE_CHECKING:
-    from upfit.architecture.fused import By
-    from upfit.architecture.meta_model import Names
-
-
-class Described(Protocol):
-    """What is known of a tensor without reading it: of one in a file, or of one that is only planned."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of the table. `q`, `k`, ... are module names inside the attention module; `kv_heads` are config paths.
-
-    `own` says how the family's code is written, where it needs our class to have fewer key/value heads (`grouped_class.py`).
-    """
-
-    model_type: str
-    kv_heads: tuple[str, ...]
-    q: str
-    k: str
-    v: str
-    o: str
-    q_norm: str
-    k_norm: str
-    layout: str
-    kv_heads_multiple: int
-    nested: str  # config key of the language model inside, whose own type tells the rest; empty for a language model
-    kv_heads_flag: bool  # the config key says whether there is one, not how many
-    fused: str  # the module that holds q, k and v in one; they are then seen as its children
-    fused_by: "By"
-    fused_transposed: bool
-    own: str
-    heads: str
-    inside: str
-
-
-@dataclass(frozen=True)
-class Table:
-    entries: dict[str, Entry]
-    refused: dict[str, str]  # model type -> reason
-    retargets: dict[str, tuple[str, ...]]  # model type -> the types that it is converted as
-
-
-@functools.cache
-def table() -> Table:
-    """The supported model types, the refused ones, and those that are converted as another one."""
-    content = tomllib.loads(resources.files(__package__).joinpath("table.toml").read_text(encoding="utf-8"))
-    entries = {}
-    for group in content["group"]:
-        row = {**content["default"], **{key: value for key, value in group.items() if key != "types"}}
-        row["kv_heads"] = (KV_HEADS,) if row["own"] else tuple(row["kv_heads"])
-        row |= {part: f"{row['fused']}.{part}" for part in "qkv" if row["fused"]}
-        entries.update({name: Entry(name, **row) for name in group["types"]})
-    refused = {name: group["reason"] for group in content["refused"] for name in group["types"]}
-    retargets = {name: tuple(group["to"]) for group in content["retarget"] for name in group["types"]}
-    return Table(entries, refused, retargets)
-
-
-def find_entry(model_type: str) -> Entry:
-    """Raises UpfitError, with the reason, for a model type that cannot be converted."""
-    known = table()
-    if model_type in known.entries:
-        return known.entries[model_type]
-    if model_type in known.refused:
-        raise UpfitError(f"{model_type} cannot be converted: {known.refused[model_type]}")
-    raise UpfitError(f"unknown architecture {model_type!r}; `upfit list` shows the {len(known.entries)} that can be converted")
-
-
-def entry_for(config: dict[str, Any]) -> Entry:
-    """The row for this `config.json`; where a language model is nested in it, that model's row with the outer model's name.
-
-    Raises UpfitError, with the reason, for a model type that cannot be converted.
-    """
-    entry = find_entry(family(config))
-    if not entry.nested:
-        return entry
-    inside = config.get(entry.nested)
-    model_type = inside.get("model_type") if isinstance(inside, dict) else None
-    known = table()
-    if model_type in known.refused:
-        raise UpfitError(
-            f"this {entry.model_type} cannot be converted, for its language model is {model_type}: {known.refused[model_type]}"
-        )
-    if model_type in known.retargets:
-        raise UpfitError(
-            f"this {entry.model_type} cannot be converted, for its language model is {model_type}, which would have to change "
-            "its type, and only a model that stands alone can"
-        )
-    inner = known.entries.get(str(model_type), entry)  # one that is only ever nested has no row of its own
-    if inner.own:
-        raise UpfitError(
-            f"this {entry.model_type} cannot be converted, for its language model is {model_type}, which needs a class of ours "
-            "and cannot have it inside another model"
-        )
-    return replace(inner, model_type=entry.model_type, kv_heads=tuple(f"{entry.nested}.{key}" for key in inner.kv_heads))
-
-
-def check_known(config: dict[str, Any]) -> None:
-    """Raise UpfitError, with the reason, for a config whose model type cannot be converted, whatever its tensors are."""
-    if config["model_type"] not in table().retargets:
-        entry_for(config)
+    from upfit.architecture.names import Names
 
 
 @dataclass(frozen=True)
@@ -226,12 +120,6 @@ def _counts(config: dict[str, Any], entry: Entry) -> list[tuple[dict[str, Any], 
     return found
 
 
-def has_two_ways(config: dict[str, Any]) -> bool:
-    """Whether a checkpoint can become another family's and, where that has no place for it, our own class."""
-    known = table()
-    return config["model_type"] in known.retargets and config["model_type"] in known.entries
-
-
 def bind(config: dict[str, Any], tensors: Mapping[str, "Described"], own: bool = False) -> Architecture:
     """See the checkpoint with this config and these tensors as attention layers; with `own`, of its own family even where it is
     usually seen as another's.
@@ -239,7 +127,7 @@ def bind(config: dict[str, Any], tensors: Mapping[str, "Described"], own: bool =
     Raises UpfitError for an unsupported model type, and when the tensors are not what the class wants.
     """
     from upfit.architecture.adapter import seen_shapes
-    from upfit.architecture.meta_model import class_names
+    from upfit.architecture.names import class_names
 
     config, tensors = seen_shapes(config, tensors, own)
     entry = entry_for(config)
@@ -254,16 +142,6 @@ def bind(config: dict[str, Any], tensors: Mapping[str, "Described"], own: bool =
     return Architecture(entry, config, layers)
 
 
-def disk_names(names: "Names", tensors: Mapping[str, "Described"]) -> dict[str, str]:
-    """Parameter name -> tensor name in the file, for the tensors that become one parameter whole."""
-    found = {}
-    for disk_name, info in tensors.items():
-        module_name = names.module_name(disk_name)
-        if names.shapes.get(module_name) == info.shape:
-            found[module_name] = disk_name
-    return found
-
-
 @dataclass(frozen=True)
 class Probe:
     """Parameter shapes of the class with other key/value head counts; `counts` pairs (head count now, in the probe)."""
@@ -274,7 +152,7 @@ class Probe:
 
 def _probe(config: dict[str, Any], entry: Entry) -> Probe:
     """Build the class with every head count set to 1 (2 where it is 1), or to 2 and 4 where the class wants even counts."""
-    from upfit.architecture.meta_model import class_names
+    from upfit.architecture.names import class_names
 
     failure: UpfitError | None = None
     for small, other in ((1, 2), (2, 4)):

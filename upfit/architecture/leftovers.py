@@ -16,7 +16,8 @@ from upfit.checkpoint.plan import Plan, Rule
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
-    from upfit.architecture.layers import Architecture, Described, Entry
+    from upfit.architecture.layers import Architecture
+    from upfit.architecture.table import Described, Entry
 
 Shape = tuple[int, ...]
 PREDICTION = re.compile(r"mtp|nextn", re.IGNORECASE)  # multi-token prediction, as modules and config keys are called

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from upfit.architecture.layers import table
+from upfit.architecture.table import table
 from upfit.modeling.registry import code_files
 
 SUPPORTED, OWN, MOVED = "supported", "own class", "retargeted"

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from upfit.architecture.adapter import see
 from upfit.architecture.layers import Architecture, bind
+from upfit.architecture.loading import pick_device
 from upfit.architecture.meta_model import vocabulary
+from upfit.architecture.quantised import check_not_quantised
 from upfit.calibration.layerwise import Opaque, Stream, run_block
 from upfit.calibration.statistics import ROWS, add, observe, sample_rows
 from upfit.calibration.statistics_file import (
@@ -35,7 +37,6 @@ from upfit.calibration.statistics_file import (
 )
 from upfit.calibration.traits import Facts, understand, watch
 from upfit.checkpoint.output_folder import check_place, resolved
-from upfit.checkpoint.quantised import check_not_quantised
 from upfit.checkpoint.reader import Checkpoint, most_positions, open_checkpoint, safetensors_dtype
 from upfit.checkpoint.safetensors_header import encode_header, read_header
 from upfit.checkpoint.source import find_source
@@ -228,10 +229,6 @@ def gather_layer(stream: Stream, architecture: Architecture, index: int, held: l
     if layer is None:
         return None
     return LayerSums(layer.path, facts, {name: tensor.float().cpu().contiguous() for name, tensor in sums.items()})
-
-
-def pick_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _join(work: FinishedLayers, made: Path, sample: Sample, told: dict[str, str]) -> None:

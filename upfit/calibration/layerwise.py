@@ -207,7 +207,7 @@ class Weights:
     def __init__(self, model: "PreTrainedModel", checkpoint: Checkpoint, device: str) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        from upfit.architecture.meta_model import class_names
+        from upfit.architecture.names import class_names
 
         self.model, self.checkpoint, self.device = model, checkpoint, device
         with quiet_transformers():

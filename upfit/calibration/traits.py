@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from upfit.architecture.attention import Geometry
-from upfit.architecture.layers import Entry
+from upfit.architecture.table import Entry
 from upfit.calibration.layerwise import Block, Call, Opaque, Seen, listening, run_block, tapped
 
 FEW = 2  # windows are enough for a test

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from upfit.bounded import read_json
 from upfit.checkpoint.disk_errors import naming
 from upfit.checkpoint.identity import Identity, sampled
-from upfit.checkpoint.quantised import of_config, refusal
+from upfit.checkpoint.quantised_config import of_config, refusal
 from upfit.checkpoint.safetensors_header import TensorInfo, read_exactly, read_header
 from upfit.checkpoint.side_files import contained
 from upfit.errors import UpfitError

@@ -31,8 +31,6 @@ SIDE_FILES = (
     "USE_POLICY*",
     "README.md",
 )
-
-
 NEVER_COPIED = {".py", ".bin", ".pt", ".pth", ".pkl", ".safetensors"}
 
 

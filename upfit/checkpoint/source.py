@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit import provenance
-from upfit.checkpoint import quantised
+from upfit.checkpoint import quantised_config
 from upfit.checkpoint.side_files import NEVER_COPIED, SIDE_FILES
 from upfit.errors import UpfitError
 from upfit.model_files import check_model_files
@@ -20,7 +20,7 @@ WEIGHT_PATTERNS = ("model.safetensors", "model-?????-of-?????.safetensors")  # a
 STORY_FILES = (provenance.FILE, "metrics.jsonl")
 SMALL_FILES = (
     *("config.json", "model.safetensors.index.json", "additional_chat_templates/*"),
-    *(*SIDE_FILES, *STORY_FILES, *quantised.FILES),
+    *(*SIDE_FILES, *STORY_FILES, *quantised_config.FILES),
 )  # what is fetched of a hub model beside its weights
 HUB_ID = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
 

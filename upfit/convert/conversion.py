@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 from upfit import provenance
 from upfit.architecture.adapter import see
 from upfit.architecture.grouped_class import is_grouped
-from upfit.architecture.layers import Architecture, bind, check_known, has_two_ways
+from upfit.architecture.layers import Architecture, bind
 from upfit.architecture.leftovers import Leftovers, left_over, settle
+from upfit.architecture.quantised import check_not_quantised
+from upfit.architecture.table import check_known, has_two_ways
 from upfit.calibration.statistics_file import check_texts
 from upfit.checkpoint.disk_errors import disk_errors
 from upfit.checkpoint.execute import Planned, outline
 from upfit.checkpoint.finished_shards import JOURNAL, Journal, crc_of
 from upfit.checkpoint.output_folder import check_output
 from upfit.checkpoint.plan import Plan
-from upfit.checkpoint.quantised import check_not_quantised
 from upfit.checkpoint.read_back import check_places, check_written
 from upfit.checkpoint.reader import Checkpoint, config_dtypes, open_checkpoint, read_config, safetensors_dtype, torch_dtype
 from upfit.checkpoint.remote_code import without_code
@@ -250,7 +251,8 @@ def _check_source(checkpoint: Checkpoint) -> tuple[frozenset[str], frozenset[str
 
     Raises UpfitError when the source is incomplete.
     """
-    from upfit.architecture.meta_model import class_names, structure_report
+    from upfit.architecture.loading import structure_report
+    from upfit.architecture.names import class_names
 
     report = structure_report(checkpoint.config, checkpoint.tensors)
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):

@@ -4,9 +4,10 @@ from typing import Any
 
 from upfit import provenance
 from upfit.architecture.grouped_class import is_grouped
-from upfit.architecture.layers import bind, check_known, has_two_ways
+from upfit.architecture.layers import bind
 from upfit.architecture.meta_model import model_class_for
-from upfit.checkpoint.quantised import check_not_quantised
+from upfit.architecture.quantised import check_not_quantised
+from upfit.architecture.table import check_known, has_two_ways
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import find_source
 from upfit.convert.recipe import find_recipes

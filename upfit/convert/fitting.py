@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from upfit import provenance
-from upfit.calibration.calibrate import pick_device, sample_for
+from upfit.architecture.loading import pick_device
+from upfit.calibration.calibrate import sample_for
 from upfit.calibration.carried import Carried
 from upfit.calibration.fit_work import Entry, FitWork
 from upfit.calibration.layerwise import Stream, run_block

@@ -6,16 +6,13 @@ known (names, shapes, types, sizes, file offsets) and compared with what the tar
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from upfit.architecture.attention import Layer
 from upfit.architecture.layers import Architecture
 from upfit.checkpoint.execute import Planned
 from upfit.checkpoint.plan import Plan
 from upfit.checkpoint.reader import Checkpoint
-
-if TYPE_CHECKING:
-    pass
 
 
 def check_against_class(
@@ -27,7 +24,7 @@ def check_against_class(
     Raises ValueError when a written tensor is unknown to the class or has another shape, or when a parameter that differs
     between the source's class and the target's is not written.
     """
-    from upfit.architecture.meta_model import class_names
+    from upfit.architecture.names import class_names
 
     source = class_names(architecture.config, stored=True).shapes
     target = class_names(plan.config, stored=True)
@@ -50,7 +47,7 @@ def check_against_class(
 
 def changed_layers(architecture: Architecture, plan: Plan) -> list[Layer]:
     """The attention layers that have other parameters, or other shapes, in the class of the plan's config."""
-    from upfit.architecture.meta_model import class_names
+    from upfit.architecture.names import class_names
 
     before, after = (class_names(config, stored=True).shapes for config in (architecture.config, plan.config))
     different = [name for name in {**before, **after} if before.get(name) != after.get(name)]

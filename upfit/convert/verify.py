@@ -62,7 +62,7 @@ def verify(folder: Path, source: Path | None, promise: Promise, named: Path, all
 
     `allowed` names tensors that the source's class already left unused. Raises UpfitError when a check fails.
     """
-    from upfit.architecture.meta_model import check_structure
+    from upfit.architecture.loading import check_structure
     from upfit.checkpoint.reader import open_checkpoint
 
     try:
@@ -195,7 +195,7 @@ def _logits(folder: Path, ids: "torch.Tensor", allowed: frozenset[str], dtype: s
     ids alone."""
     import torch
 
-    from upfit.architecture.meta_model import load_strictly
+    from upfit.architecture.loading import load_strictly
 
     options = {"dtype": getattr(torch, dtype)} if dtype else {}
     model = load_strictly(folder, unexpected=allowed, **options)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from upfit.architecture.meta_model import load_strictly
+from upfit.architecture.loading import load_strictly
 from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.text.tokenizer import no_panic

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit import provenance
-from upfit.architecture.meta_model import check_structure
+from upfit.architecture.loading import check_structure
 from upfit.checkpoint.output_folder import WORK
 from upfit.checkpoint.reader import INDEX, open_checkpoint
 from upfit.checkpoint.side_files import NEVER_COPIED, SIDE_FILES, contained

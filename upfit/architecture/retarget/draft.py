@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from upfit.architecture.layers import Described, disk_names
-from upfit.architecture.meta_model import class_names, model_class_for, read_as_class
+from upfit.architecture.meta_model import model_class_for, read_as_class
+from upfit.architecture.names import class_names, disk_names
+from upfit.architecture.table import Described
 from upfit.checkpoint.plan import Rule
 from upfit.errors import UpfitError
 

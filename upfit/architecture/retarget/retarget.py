@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from upfit.architecture.layers import Described
 from upfit.architecture.retarget import bigcode, falcon, nemotron, phi
 from upfit.architecture.retarget.draft import Draft, check_class
+from upfit.architecture.table import Described
 from upfit.checkpoint.plan import Rule
 
 

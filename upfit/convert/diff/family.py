@@ -9,7 +9,8 @@ from upfit.errors import UpfitError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upfit.architecture.layers import Architecture, Entry
+    from upfit.architecture.layers import Architecture
+    from upfit.architecture.table import Entry
 
 MODEL_TYPE = "upfit_diff"
 

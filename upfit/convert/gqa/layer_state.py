@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from upfit.architecture.attention import Attention, Geometry, Layer
-from upfit.architecture.layers import Entry
+from upfit.architecture.table import Entry
 from upfit.calibration.layerwise import Block, Seen
 from upfit.calibration.statistics import ROWS, add, observe, sample_rows
 from upfit.calibration.teacher_student import Lane, token_weights

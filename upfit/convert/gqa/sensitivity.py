@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
-from upfit.calibration.calibrate import gather_layer, pick_device, sample_for
+from upfit.architecture.loading import pick_device
+from upfit.calibration.calibrate import gather_layer, sample_for
 from upfit.calibration.layerwise import Stream
 from upfit.calibration.traits import Facts
 from upfit.convert.gqa import closed_form

@@ -97,7 +97,7 @@ def ask_here(requests: list[Request], answers: Answers, options: Options, meter:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from upfit.calibration.calibrate import pick_device
+    from upfit.architecture.loading import pick_device
 
     if Path(str(options.model)).is_dir():
         check_model_files(Path(str(options.model)))

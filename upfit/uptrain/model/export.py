@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from upfit.architecture.meta_model import Names, quiet_transformers
+from upfit.architecture.meta_model import quiet_transformers
+from upfit.architecture.names import Names
 from upfit.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, read_config, torch_dtype
 from upfit.checkpoint.safetensors_header import TensorInfo
 from upfit.checkpoint.side_files import copy_code, copy_side_files

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from upfit.architecture.forwards import LOGITS_TO_KEEP, POSITIONS, takes
-from upfit.architecture.meta_model import load_strictly
+from upfit.architecture.loading import load_strictly
 from upfit.checkpoint.content import content_hash
 from upfit.checkpoint.reader import open_checkpoint, read_config, torch_dtype
 from upfit.errors import UpfitError

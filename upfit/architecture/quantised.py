@@ -5,17 +5,15 @@ a right one. So what is not plainly floating where the class computes in floatin
 """
 
 import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from upfit.errors import UpfitError
+from upfit.checkpoint.quantised_config import FILES, method_of, refusal
 
 if TYPE_CHECKING:
-    from upfit.architecture.meta_model import Names
+    from upfit.architecture.names import Names
     from upfit.checkpoint.reader import Checkpoint
 
-FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
-METHOD_KEYS = ("quant_method", "quant_algo", "mode", "w_bit", "bits")
+
 PLAIN = {"F16", "BF16", "F32", "F64"}
 KINDS = {"F8": "FP8", "F6": "FP6", "F4": "FP4", "I8": "INT8"}
 # What quantisers store beside `weight` or instead of it: GPTQ, AWQ, bitsandbytes, compressed-tensors, ModelOpt, HQQ and others.
@@ -29,35 +27,15 @@ COMPANION = re.compile(
 PACKED = re.compile(r"_(blocks|scales|qweight|packed)$")  # so called by others too, where it is of plain numbers
 
 
-def of_config(config: dict[str, Any]) -> str | None:
-    """The method that a `config.json`, or a config nested in it, tells of; None where it tells of none."""
-    for key, value in config.items():
-        mlx = key == "quantization" and isinstance(value, dict) and "bits" in value
-        if value and (key in ("quantization_config", "compression_config") or mlx):
-            return _method(value) or "unknown"
-        inside = of_config(value) if isinstance(value, dict) else None
-        if inside:
-            return inside
-    return None
-
-
-def _method(value: Any) -> str:
-    """What a description of a quantisation calls its method, however deep; empty where it does not say."""
-    if not isinstance(value, dict):
-        return ""
-    said = [str(value[key]) for key in METHOD_KEYS if isinstance(value.get(key), str | int)]
-    return said[0] if said else next(filter(None, map(_method, value.values())), "")
-
-
 def check_not_quantised(checkpoint: "Checkpoint") -> None:
     """Raise UpfitError when the weights of an opened checkpoint are stored quantised."""
-    from upfit.architecture.meta_model import class_names
+    from upfit.architecture.names import class_names
     from upfit.checkpoint.reader import read_object
     from upfit.checkpoint.side_files import contained
 
     for path in (checkpoint.folder / name for name in FILES):
         if path.exists():
-            method = _method(read_object(contained(path, checkpoint.folder))) if path.is_file() else ""
+            method = method_of(read_object(contained(path, checkpoint.folder))) if path.is_file() else ""
             raise refusal(checkpoint.folder, f"{method or 'unknown'}, by its {path.name}")
     names = class_names(checkpoint.config, stored=True)
     stored = {name: names.module_name(name) for name in checkpoint.tensors}
@@ -81,7 +59,3 @@ def _why(name: str, parameter: str, dtype: str, names: "Names", taken: set[str])
     instead = [f"{place}.weight" for place in (module, module.rpartition(".")[0])]
     missing = [weight for weight in instead if weight in names.floating and weight not in taken]
     return f"{kind}: {name}, of {dtype}, stands for {missing[0]}" if missing and dtype not in PLAIN else ""
-
-
-def refusal(folder: Path, what: str) -> UpfitError:
-    return UpfitError(f"{folder} is quantised ({what}); convert the checkpoint it was made from, then quantise the result")
