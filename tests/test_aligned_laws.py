@@ -18,7 +18,7 @@ from tests.tiny import BUILDABLE, auto_class, tiny_inputs, tiny_model
 from upfit.architecture.attention import Attention
 from upfit.architecture.layers import Architecture, bind
 from upfit.architecture.table import table
-from upfit.calibration import statistics_file
+from upfit.calibration import sample as sample_room
 from upfit.checkpoint.plan import Plan
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
@@ -80,7 +80,7 @@ def test_equal_heads_merge_for_free(name: str, tmp_path: Path, monkeypatch: pyte
     if not fewer:
         pytest.skip("its tiny model has one key/value head already")
     equal_heads(tmp_path / "source", tmp_path / "equal", fewer[-1])
-    monkeypatch.setattr(statistics_file, "library_documents", lambda: [Document(TEXT, "text")])
+    monkeypatch.setattr(sample_room, "library_documents", lambda: [Document(TEXT, "text")])
     recipe = get_recipe("gqa")
     # A model that cannot run on text is averaged by auto.
     method = "aligned" if name in EVERYDAY and not model.config.is_encoder_decoder else "auto"
@@ -103,7 +103,7 @@ def test_aligned_beats_merging_alone_beats_the_mean(tmp_path: Path) -> None:
     """
     source = embedded_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    ids = statistics_file.make_sample(python_documents(), tokenizer, 8192, 512, {}).windows[512]
+    ids = sample_room.make_sample(python_documents(), tokenizer, 8192, 512, {}).windows[512]
     recipe, lost = get_recipe("gqa"), dict[str, float]()
     text: dict[str, Any] = {"calibration_tokens": "6k", "calibration_length": 512}
     before = loss_on(source, ids)

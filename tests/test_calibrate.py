@@ -14,8 +14,10 @@ from tests.folders import save_tiny, tiny_llama
 from upfit import provenance
 from upfit.architecture.layers import bind
 from upfit.calibration import calibrate as room
-from upfit.calibration.calibrate import calibrate, gather_layer
-from upfit.calibration.layerwise import Seen, Stream
+from upfit.calibration.calibrate import calibrate
+from upfit.calibration.gather import gather_layer
+from upfit.calibration.layerwise import Stream
+from upfit.calibration.observe import Seen
 from upfit.calibration.statistics import Rows, add, observe
 from upfit.calibration.statistics_file import fingerprint, open_statistics, read_metadata
 from upfit.calibration.traits import Facts, understand, watch

@@ -14,7 +14,7 @@ from torch import Tensor
 from upfit.calibration import fit_work
 from upfit.calibration.carried import Carried
 from upfit.calibration.fit_work import FitWork
-from upfit.calibration.layerwise import Call
+from upfit.calibration.observe import Call
 from upfit.calibration.teacher_student import Lane
 
 LAYERS = 4

@@ -10,7 +10,8 @@ from transformers import DynamicCache, LlamaForCausalLM, MambaConfig, MambaForCa
 
 from tests.tiny import tiny_config, tiny_inputs, tiny_model
 from upfit.architecture.forwards import CACHE_NAMES, LOGITS_TO_KEEP, POSITIONS, cache_name, cache_of, takes
-from upfit.calibration.layerwise import NAME, observed_model
+from upfit.calibration.layerwise import observed_model
+from upfit.calibration.observe import NAME
 from upfit.errors import UpfitError
 from upfit.evaluate.cache import CachedModel, tokens_held
 from upfit.evaluate.probes.reader import check_goes_on

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from upfit.calibration.layerwise import Seen
+from upfit.calibration.observe import Seen
 from upfit.demo import embedded_model
 from upfit.errors import UpfitError
 from upfit.evaluate.evaluate import evaluate

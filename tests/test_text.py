@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.folders import letter_tokenizer
-from upfit.calibration.statistics_file import check_texts, make_sample, read_documents
+from upfit.calibration.sample import check_texts, make_sample, read_documents
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.text import content_stamp, entries, file_documents, plain

@@ -7,7 +7,7 @@ one, and the same command goes on from there.
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +18,26 @@ from torch import Tensor
 from upfit.architecture.adapter import see
 from upfit.architecture.layers import Architecture, bind
 from upfit.architecture.loading import pick_device
-from upfit.architecture.meta_model import vocabulary
 from upfit.architecture.quantised import check_not_quantised
-from upfit.calibration.layerwise import Opaque, Stream, run_block
-from upfit.calibration.statistics import ROWS, add, observe, sample_rows
-from upfit.calibration.statistics_file import (
-    LENGTH,
-    TOKENS,
+from upfit.calibration.gather import LayerSums, gather_layer
+from upfit.calibration.layerwise import Stream
+from upfit.calibration.observe import Opaque
+from upfit.calibration.sample import (
     Sample,
-    check_statistics,
     check_texts,
-    facts_from,
-    fast_tokenizer,
-    fingerprint,
-    make_sample,
-    metadata,
-    read_documents,
+    sample_for,
 )
-from upfit.calibration.traits import Facts, understand, watch
+from upfit.calibration.statistics import ROWS
+from upfit.calibration.statistics_file import check_statistics, facts_from, fingerprint, metadata
+from upfit.calibration.traits import Facts
 from upfit.checkpoint.output_folder import check_place, resolved
-from upfit.checkpoint.reader import Checkpoint, most_positions, open_checkpoint, safetensors_dtype
+from upfit.checkpoint.reader import Checkpoint, open_checkpoint, safetensors_dtype
 from upfit.checkpoint.safetensors_header import encode_header, read_header
 from upfit.checkpoint.source import find_source
 from upfit.checkpoint.work_folder import work_folder
 from upfit.durable import write_whole
 from upfit.errors import UpfitError
-from upfit.options import parse_count
 from upfit.output import Output
-
-
-@dataclass(frozen=True)
-class LayerSums:
-    """One attention layer: its facts and float32 statistics, or why it could not be watched."""
-
-    path: str
-    facts: Facts | str
-    sums: dict[str, Tensor]
 
 
 def calibrate(
@@ -117,34 +101,6 @@ def calibrate(
     }
 
 
-def sample_for(
-    folder: Path,
-    checkpoint: Checkpoint,
-    texts: list[str] | None,
-    tokens: str | None,
-    length: int | None,
-    output: Output | None = None,
-) -> Sample:
-    """Windows of calibration text for this model. What is left out of the text is noted on `output`.
-
-    Raises UpfitError for text or sizes that cannot be used, Opaque when the model's folder has no tokenizer of its own.
-    """
-    count = parse_count(tokens or str(TOKENS), "--calibration-tokens")
-    tokenizer = fast_tokenizer(folder)
-    longest = most_positions(checkpoint.config)
-    if length is not None and length < 8:
-        raise UpfitError(f"--calibration-length got {length}; give at least 8 tokens")
-    if length is not None and longest is not None and length > longest:
-        raise UpfitError(f"--calibration-length {length} is above the model's {longest} positions; give at most {longest}")
-    length = length or min(LENGTH, longest or LENGTH)
-    told = {"files": texts or "the standard library of Python", "length": length}
-    sample = make_sample(read_documents(texts, count, output), tokenizer, count, length, told)
-    known = vocabulary(checkpoint.config)
-    if known is not None and max(int(some.max()) for some in sample.windows.values()) >= known:
-        raise Opaque(f"its tokenizer has more than the model's {known} ids, so it belongs to another model")
-    return sample
-
-
 class FinishedLayers:
     """What of a calibration is done: in `folder`, one file for each finished layer, and the hidden states before the next."""
 
@@ -200,35 +156,6 @@ def _gather(
             meter.advance(1, found.path if found else "")
     facts = work.read()["facts"]
     return {path: value if isinstance(value, str) else facts_from(value) for path, value in facts.items()}
-
-
-def gather_layer(stream: Stream, architecture: Architecture, index: int, held: list[bool]) -> LayerSums | None:
-    """Run one layer over every batch of the stream, which moves on; its statistics, or None for one without key/value heads."""
-    block = stream.blocks[index]
-    stream.load(index)
-    layer = {layer.path: layer for layer in architecture.layers}.get(block.attention_path) if block.attention else None
-    facts: Facts | str = "no attention"
-    sums: dict[str, Tensor] = {}
-    if layer is not None:
-        longest = max(stream.batches, key=lambda batch: batch.ids.shape[1])
-        assert longest.hidden is not None
-        try:
-            facts, _ = understand(block, architecture.entry, layer.geometry, longest.hidden, longest.calls[index])
-        except Opaque as reason:
-            facts = str(reason)
-    for number, (batch, back) in enumerate(zip(stream.batches, held, strict=True)):
-        assert batch.hidden is not None
-        if isinstance(facts, str) or back:
-            batch.hidden = run_block(block.module, batch.hidden, batch.calls[index])
-            continue
-        watched = watch(block, batch.hidden, batch.calls[index], ())
-        rows = sample_rows(batch.ids.shape[1], ROWS, index, number, batch.hidden.device)
-        add(sums, observe(watched.seen, facts, rows))
-        batch.hidden = watched.output
-    stream.empty(block.module)
-    if layer is None:
-        return None
-    return LayerSums(layer.path, facts, {name: tensor.float().cpu().contiguous() for name, tensor in sums.items()})
 
 
 def _join(work: FinishedLayers, made: Path, sample: Sample, told: dict[str, str]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from upfit.calibration.layerwise import Call
+from upfit.calibration.observe import Call
 from upfit.calibration.teacher_student import Lane
 
 NOTHING = object()

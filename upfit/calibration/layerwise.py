@@ -6,9 +6,9 @@ states that are kept between them. Attention goes through a function of ours in 
 queries, keys and values can be seen as the attention sees them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,117 +16,11 @@ from torch import Tensor, nn
 
 from upfit.architecture.layers import Architecture
 from upfit.architecture.meta_model import quiet_transformers, skeleton
+from upfit.calibration.observe import NAME, Call, Opaque, Stop, register
 from upfit.checkpoint.reader import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NAME = "upfit_observed"  # of our function in transformers' attention interface
-HARMLESS = {
-    "position_ids",
-    "cache_position",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-}  # tensors given to attention that change nothing
-
-
-class Opaque(Exception):
-    """This model, or this layer, cannot be observed; the message says why. Callers fall back to what needs no observation."""
-
-
-class _Stop(Exception):
-    """Ends a forward pass whose rest is not wanted."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One call of the attention function. q [B, H, T, D], k [B, K, T, D], v [B, K, T, V], output [B, T, H, V], all as the
-    attention sees them (after norms and rotation). `mask` is None for plain causal attention, else [B or 1, 1 or H, T, T], bool
-    (True: may look) or added to the scores. `cap` and `sinks` [H] are None where the family has none."""
-
-    module: nn.Module
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    scaling: float
-    cap: float | None
-    sinks: Tensor | None
-    output: Tensor
-
-    def scores(self, rows: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-        """Scores before any cap [B, H, R, keys] of the query positions `rows` [R] on the first `keys` keys, and the attention
-        weights there (zero where the mask forbids; with sinks they sum to less than one). `keys` must reach past every row."""
-        group = self.q.shape[1] // self.k.shape[1]
-        q = self.q[:, :, rows].unflatten(1, (-1, group)).flatten(2, 3)
-        scores = (q @ self.k[:, :, :keys].transpose(-1, -2)).unflatten(2, (group, -1)).flatten(1, 2) * self.scaling
-        return scores, self.weights(scores, rows)
-
-    def attended(self) -> Tensor:
-        """[B, T, H, V]: what attention makes of q, k and v here."""
-        if self.cap is None and self.sinks is None:
-            causal = self.mask is None and self.q.shape[2] > 1
-            output = nn.functional.scaled_dot_product_attention(
-                self.q, self.k, self.v, attn_mask=self.mask, is_causal=causal, scale=self.scaling, enable_gqa=True
-            )
-        else:
-            _, weights = self.scores(torch.arange(self.q.shape[2], device=self.q.device), self.k.shape[2])
-            output = weights @ self.v.repeat_interleave(self.q.shape[1] // self.v.shape[1], 1)
-        return output.transpose(1, 2).contiguous()
-
-    def weights(self, scores: Tensor, rows: Tensor) -> Tensor:
-        """Attention weights of uncapped `scores` [B, H, R, keys] at the query positions `rows`."""
-        capped = scores if self.cap is None else torch.tanh(scores / self.cap) * self.cap
-        keys = scores.shape[-1]
-        if self.mask is None:
-            allowed = torch.arange(keys, device=rows.device)[None] <= rows[:, None]
-            masked = capped.masked_fill(~allowed, float("-inf"))
-        elif self.mask.dtype == torch.bool:
-            masked = capped.masked_fill(~self.mask[:, :, rows, :keys], float("-inf"))
-        else:
-            masked = capped + self.mask[:, :, rows, :keys]
-        if self.sinks is None:
-            return masked.softmax(-1)
-        sink = self.sinks.reshape(1, -1, 1, 1).expand(*masked.shape[:3], 1).to(masked.dtype)
-        return torch.cat([masked, sink], -1).softmax(-1)[..., :-1]
-
-
-Listener = Callable[[Seen], Tensor | None]
-_listener: Listener | None = None
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    strange = [name for name, given in others.items() if isinstance(given, Tensor) and name not in HARMLESS]
-    if strange:
-        raise Opaque(f"its attention is given {strange[0]!r}, which is not understood")
-    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-    bare = Seen(module, query, key, value, attention_mask, scaling, softcap, s_aux, query)
-    output = bare.attended()
-    if _listener is not None:
-        said = _listener(replace(bare, output=output))
-        output = output if said is None else said
-    return output, None
-
-
-@contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Calls `listener` for every attention inside the block; a tensor that it gives back takes the place of the output."""
-    global _listener
-    before, _listener = _listener, listener
-    try:
-        yield
-    finally:
-        _listener = before
 
 
 @contextmanager
@@ -144,15 +38,6 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
-
-
-def register() -> None:
-    """Make NAME an attention implementation of transformers': one that can be listened to."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def observed_model(config: dict[str, Any], device: str = "cpu") -> "PreTrainedModel":
@@ -251,14 +136,6 @@ class Weights:
 
 
 @dataclass
-class Call:
-    """What a layer is given for one batch, besides the hidden states."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-@dataclass
 class Batch:
     """Token ids [windows, tokens] and, between the layers, hidden states [windows, tokens, E]."""
 
@@ -303,7 +180,7 @@ class Stream:
                 first.append(hidden)
             batch.calls.append(Call(arguments[1:], keywords))
             if len(batch.calls) == len(self.blocks):
-                raise _Stop
+                raise Stop
             return (hidden, None) if as_tuple else hidden
 
         for block in self.blocks:
@@ -311,7 +188,7 @@ class Stream:
         try:
             with torch.no_grad(), quiet_transformers():
                 self.model(input_ids=batch.ids, use_cache=False)
-        except _Stop:
+        except Stop:
             pass
         except Opaque:
             raise
@@ -335,48 +212,3 @@ class Stream:
             for name, parameter in part._parameters.items():
                 if parameter is not None:
                     part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-
-def run_block(module: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """The hidden states that a layer makes of `hidden` [B, T, E]."""
-    with torch.no_grad(), quiet_transformers():
-        result = module(hidden, *call.arguments, **call.keywords)
-    return result[0] if isinstance(result, tuple) else result
-
-
-def run_until(block: nn.Module, stop: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """The input of the module `stop` inside the layer; what comes after it is not run."""
-    caught: list[Tensor] = []
-
-    def catch(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        caught.append(given[0])
-        raise _Stop
-
-    handle = stop.register_forward_pre_hook(catch)
-    try:
-        run_block(block, hidden, call)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
-
-
-@contextmanager
-def tapped(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """A dictionary that holds, after a run inside the block, (input, output) of each of these modules, by their names here."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-            if given and isinstance(given[0], Tensor):
-                seen[name] = (given[0], output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

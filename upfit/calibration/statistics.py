@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upfit.calibration.layerwise import Seen
+from upfit.calibration.observe import Seen
 from upfit.calibration.traits import Facts
 
 SEGMENT = 512  # positions that share one range of keys: rows of a long window do not look at keys that are still to come

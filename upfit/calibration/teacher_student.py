@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upfit.calibration.layerwise import Call, Stream
+from upfit.calibration.layerwise import Stream
+from upfit.calibration.observe import Call
 from upfit.calibration.ridge import Moments, augmented, ridge_linear
 from upfit.calibration.traits import Residual
 from upfit.checkpoint.reader import Checkpoint

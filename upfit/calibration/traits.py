@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from upfit.architecture.attention import Geometry
 from upfit.architecture.table import Entry
-from upfit.calibration.layerwise import Block, Call, Opaque, Seen, listening, run_block, tapped
+from upfit.calibration.layerwise import Block
+from upfit.calibration.observe import Call, Opaque, Seen, listening, run_block, tapped
 
 FEW = 2  # windows are enough for a test
 CLOSE = 1e-7  # share of the energy that a test may leave unexplained, in float32

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its own quantisation, in config.json or a file beside it. What is stored: architecture/quantised.py."""
+"""What a checkpoint says of its own quantisation, in its config or a file beside it; see architecture/quantised.py too."""
 
 from pathlib import Path
 from typing import Any

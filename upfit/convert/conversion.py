@@ -20,7 +20,7 @@ from upfit.architecture.layers import Architecture, bind
 from upfit.architecture.leftovers import Leftovers, left_over, settle
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known, has_two_ways
-from upfit.calibration.statistics_file import check_texts
+from upfit.calibration.sample import check_texts
 from upfit.checkpoint.disk_errors import disk_errors
 from upfit.checkpoint.execute import Planned, outline
 from upfit.checkpoint.finished_shards import JOURNAL, Journal, crc_of
@@ -155,7 +155,7 @@ def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[st
 
 def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
     """The job with the plan that the fit makes, checked again; with the fallback where the model cannot be watched."""
-    from upfit.calibration.layerwise import Opaque
+    from upfit.calibration.observe import Opaque
 
     bench.scratch.mkdir(parents=True, exist_ok=True)
     alone = False
@@ -194,7 +194,7 @@ def _planned(job: Job, plan: Plan, alone: bool) -> Job:
 
 
 def _previewed(preview: Callable[[Bench], dict[str, Any]], bench: Bench) -> dict[str, Any] | None:
-    from upfit.calibration.layerwise import Opaque
+    from upfit.calibration.observe import Opaque
 
     try:
         return preview(bench)

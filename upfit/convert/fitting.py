@@ -13,11 +13,12 @@ from torch import Tensor
 
 from upfit import provenance
 from upfit.architecture.loading import pick_device
-from upfit.calibration.calibrate import sample_for
 from upfit.calibration.carried import Carried
 from upfit.calibration.fit_work import Entry, FitWork
-from upfit.calibration.layerwise import Stream, run_block
-from upfit.calibration.statistics_file import Sample, fingerprint
+from upfit.calibration.layerwise import Stream
+from upfit.calibration.observe import run_block
+from upfit.calibration.sample import Sample, sample_for
+from upfit.calibration.statistics_file import fingerprint
 from upfit.calibration.teacher_student import lanes_of
 from upfit.checkpoint.plan import Rule
 from upfit.checkpoint.reader import torch_dtype

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from upfit.calibration.layerwise import Block, Opaque, Stream
+from upfit.calibration.layerwise import Block, Stream
+from upfit.calibration.observe import Opaque
 from upfit.calibration.traits import Watched, watch
 from upfit.checkpoint.plan import Plan
 from upfit.convert.cope.recipe import CALIBRATION, Options, new_tensors

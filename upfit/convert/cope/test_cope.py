@@ -206,7 +206,7 @@ def test_rope_fades_out_with_training(tmp_path: Path) -> None:
 
 def test_implementations_agree(tmp_path: Path) -> None:
     """Ours whole and in chunks, and a stock one with the positions as its mask, which is how probes watch attention."""
-    from upfit.calibration.layerwise import NAME, register
+    from upfit.calibration.observe import NAME, register
 
     _, out = made(tmp_path)
     register()

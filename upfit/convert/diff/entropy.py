@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from upfit.calibration.layerwise import Seen
+from upfit.calibration.observe import Seen
 from upfit.calibration.statistics import sample_rows
 from upfit.calibration.traits import watch
 from upfit.checkpoint.plan import Plan, Rule, Tensors

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from upfit.calibration.layerwise import Opaque, Seen, listening, run_block, run_until
+from upfit.calibration.observe import Opaque, Seen, listening, run_block, run_until
 from upfit.calibration.ridge import Moments, ridge_linear
 from upfit.calibration.statistics import sample_rows
 from upfit.calibration.teacher_student import Lane, add_rows, mlp_end, put, refit_mlp, stream_error

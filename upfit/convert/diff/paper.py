@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from upfit.calibration.layerwise import Seen
+from upfit.calibration.observe import Seen
 from upfit.modeling.modeling_upfit_diff import lambda_init
 
 if TYPE_CHECKING:

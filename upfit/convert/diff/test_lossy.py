@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny import tiny_model
-from upfit.calibration.layerwise import Seen
+from upfit.calibration.observe import Seen
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert, merge
 from upfit.convert.diff.entropy import entropy

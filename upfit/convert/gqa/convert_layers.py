@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
-from upfit.calibration.layerwise import Opaque, find_blocks, observed_model, run_block, run_until
+from upfit.calibration.layerwise import find_blocks, observed_model
+from upfit.calibration.observe import Opaque, run_block, run_until
 from upfit.calibration.ridge import Moments, augmented, ridge_linear
 from upfit.calibration.teacher_student import Lane, add_rows, mlp_end, put, refit_mlp, stream_error
 from upfit.calibration.traits import Facts, Turns, understand

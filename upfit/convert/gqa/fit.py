@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upfit.calibration.statistics_file import Statistics, is_statistics, open_statistics
+from upfit.calibration.sample import is_statistics
+from upfit.calibration.statistics_file import Statistics, open_statistics
 from upfit.checkpoint.content import file_hash
 from upfit.checkpoint.plan import Plan
 from upfit.convert.fitting import Calibration, Task, fit_layers, read_calibration

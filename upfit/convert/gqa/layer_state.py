@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from upfit.architecture.attention import Attention, Geometry, Layer
 from upfit.architecture.table import Entry
-from upfit.calibration.layerwise import Block, Seen
+from upfit.calibration.layerwise import Block
+from upfit.calibration.observe import Seen
 from upfit.calibration.statistics import ROWS, add, observe, sample_rows
 from upfit.calibration.teacher_student import Lane, token_weights
 from upfit.calibration.traits import Facts, watch

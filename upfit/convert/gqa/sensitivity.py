@@ -10,8 +10,9 @@ from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
 from upfit.architecture.loading import pick_device
-from upfit.calibration.calibrate import gather_layer, sample_for
+from upfit.calibration.gather import gather_layer
 from upfit.calibration.layerwise import Stream
+from upfit.calibration.sample import sample_for
 from upfit.calibration.traits import Facts
 from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.fit import Choice, statistics_for

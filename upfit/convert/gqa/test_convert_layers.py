@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.folders import letter_tokenizer
 from tests.tiny import tiny_model
-from upfit.calibration.layerwise import Seen
+from upfit.calibration.observe import Seen
 from upfit.calibration.teacher_student import Lane, MlpEnd, refit_mlp
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.convert_layers import _drift

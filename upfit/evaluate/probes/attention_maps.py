@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upfit.calibration.layerwise import NAME, Listener, Seen, listening, register
+from upfit.calibration.observe import NAME, Listener, Seen, listening, register
 
 MAP_TOKENS = 96  # of the text whose maps are kept whole: a map is one number for each two tokens
 DIGITS = 4  # behind the point, of what is kept

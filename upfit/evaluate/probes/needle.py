@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upfit.calibration.layerwise import Seen
+from upfit.calibration.observe import Seen
 from upfit.errors import UpfitError
 from upfit.evaluate.intervals import difference_interval, mean_interval
 from upfit.evaluate.probes.attention_maps import MAP_TOKENS, record_by_head, shares, watching

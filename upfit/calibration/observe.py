@@ -1,0 +1,180 @@
+"""Watches attention at work: queries, keys and values as they reach it, and what modules take in and give back."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upfit.architecture.meta_model import quiet_transformers
+
+NAME = "upfit_observed"  # of our function in transformers' attention interface
+HARMLESS = {
+    "position_ids",
+    "cache_position",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+}  # tensors given to attention that change nothing
+
+
+class Opaque(Exception):
+    """This model, or this layer, cannot be observed; the message says why. Callers fall back to what needs no observation."""
+
+
+class Stop(Exception):
+    """Ends a forward pass whose rest is not wanted."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of the attention function. q [B, H, T, D], k [B, K, T, D], v [B, K, T, V], output [B, T, H, V], all as the
+    attention sees them (after norms and rotation). `mask` is None for plain causal attention, else [B or 1, 1 or H, T, T], bool
+    (True: may look) or added to the scores. `cap` and `sinks` [H] are None where the family has none."""
+
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scaling: float
+    cap: float | None
+    sinks: Tensor | None
+    output: Tensor
+
+    def scores(self, rows: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+        """Scores before any cap [B, H, R, keys] of the query positions `rows` [R] on the first `keys` keys, and the attention
+        weights there (zero where the mask forbids; with sinks they sum to less than one). `keys` must reach past every row."""
+        group = self.q.shape[1] // self.k.shape[1]
+        q = self.q[:, :, rows].unflatten(1, (-1, group)).flatten(2, 3)
+        scores = (q @ self.k[:, :, :keys].transpose(-1, -2)).unflatten(2, (group, -1)).flatten(1, 2) * self.scaling
+        return scores, self.weights(scores, rows)
+
+    def attended(self) -> Tensor:
+        """[B, T, H, V]: what attention makes of q, k and v here."""
+        if self.cap is None and self.sinks is None:
+            causal = self.mask is None and self.q.shape[2] > 1
+            output = nn.functional.scaled_dot_product_attention(
+                self.q, self.k, self.v, attn_mask=self.mask, is_causal=causal, scale=self.scaling, enable_gqa=True
+            )
+        else:
+            _, weights = self.scores(torch.arange(self.q.shape[2], device=self.q.device), self.k.shape[2])
+            output = weights @ self.v.repeat_interleave(self.q.shape[1] // self.v.shape[1], 1)
+        return output.transpose(1, 2).contiguous()
+
+    def weights(self, scores: Tensor, rows: Tensor) -> Tensor:
+        """Attention weights of uncapped `scores` [B, H, R, keys] at the query positions `rows`."""
+        capped = scores if self.cap is None else torch.tanh(scores / self.cap) * self.cap
+        keys = scores.shape[-1]
+        if self.mask is None:
+            allowed = torch.arange(keys, device=rows.device)[None] <= rows[:, None]
+            masked = capped.masked_fill(~allowed, float("-inf"))
+        elif self.mask.dtype == torch.bool:
+            masked = capped.masked_fill(~self.mask[:, :, rows, :keys], float("-inf"))
+        else:
+            masked = capped + self.mask[:, :, rows, :keys]
+        if self.sinks is None:
+            return masked.softmax(-1)
+        sink = self.sinks.reshape(1, -1, 1, 1).expand(*masked.shape[:3], 1).to(masked.dtype)
+        return torch.cat([masked, sink], -1).softmax(-1)[..., :-1]
+
+
+Listener = Callable[[Seen], Tensor | None]
+_listener: Listener | None = None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    strange = [name for name, given in others.items() if isinstance(given, Tensor) and name not in HARMLESS]
+    if strange:
+        raise Opaque(f"its attention is given {strange[0]!r}, which is not understood")
+    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    bare = Seen(module, query, key, value, attention_mask, scaling, softcap, s_aux, query)
+    output = bare.attended()
+    if _listener is not None:
+        said = _listener(replace(bare, output=output))
+        output = output if said is None else said
+    return output, None
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Calls `listener` for every attention inside the block; a tensor that it gives back takes the place of the output."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
+
+
+def register() -> None:
+    """Make NAME an attention implementation of transformers': one that can be listened to."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@dataclass
+class Call:
+    """What a layer is given for one batch, besides the hidden states."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+def run_block(module: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The hidden states that a layer makes of `hidden` [B, T, E]."""
+    with torch.no_grad(), quiet_transformers():
+        result = module(hidden, *call.arguments, **call.keywords)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def run_until(block: nn.Module, stop: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The input of the module `stop` inside the layer; what comes after it is not run."""
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        caught.append(given[0])
+        raise Stop
+
+    handle = stop.register_forward_pre_hook(catch)
+    try:
+        run_block(block, hidden, call)
+    except Stop:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+@contextmanager
+def tapped(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """A dictionary that holds, after a run inside the block, (input, output) of each of these modules, by their names here."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+            if given and isinstance(given[0], Tensor):
+                seen[name] = (given[0], output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
