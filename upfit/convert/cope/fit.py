@@ -19,7 +19,7 @@ from upfit.calibration.layerwise import Block, Stream
 from upfit.calibration.observe import Opaque
 from upfit.calibration.traits import Watched, watch
 from upfit.checkpoint.plan import Plan
-from upfit.convert.cope.recipe import CALIBRATION, Options, new_tensors
+from upfit.convert.cope.options import CALIBRATION, Options, new_tensors
 from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
 from upfit.errors import UpfitError
 from upfit.modeling.cope_equations import grouped, positions_of

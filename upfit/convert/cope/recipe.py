@@ -1,14 +1,15 @@
 """Contextual position encoding (CoPE): positions that count what the context says is worth counting. Not Clipped RoPE."""
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.decoder_check import auto_map, check_decoder
 from upfit.checkpoint.plan import Plan, Rule, Tensors
+from upfit.convert.cope.options import CALIBRATION, Options, new_tensors
 from upfit.convert.recipe import Bench, Fit, Recipe, possible
 from upfit.errors import UpfitError
-from upfit.options import flag, option
+from upfit.options import flag
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,44 +19,6 @@ if TYPE_CHECKING:
 
 PAPER = "Golovneva et al. 2024, Contextual Position Encoding, arXiv 2405.18719"
 MODEL_TYPE = "upfit_cope"
-CALIBRATION = ("calibration", "calibration_tokens", "calibration_length")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Flags of `upfit convert cope`."""
-
-    positions: int = option(64, help="learned positions; farther keys are all at the last one")
-    gates: Literal["content", "keys", "constant"] = option(
-        "content",
-        help="what a position counts. content: query times key, before rotation; keys: query times a learned key of its own, "
-        "which is cached too; constant: every token alike, the control",
-    )
-    span: int | None = option(
-        None, help="tokens after which the last position is reached at first, on average; default: four times --positions"
-    )
-    embeddings: Literal["shared", "heads"] = option("shared", help="one table of embeddings a layer, or one a head")
-    every: int = option(1, help="contextual positions in every so many-th layer")
-    scale: Literal["paper", "code"] = option(
-        "paper", help="position logits q·e as in the paper's listing, or divided by √d like content, as in the authors' code"
-    )
-    drop_rope: bool = option(False, help="fade the rotary positions out in the first half of uptraining, for CoPE alone")
-    calibration: list[str] | None = option(
-        None, help="text files or folders to set the gates on; default: Python's standard library"
-    )
-    calibration_tokens: str | None = option(None, help="tokens of calibration text to use, such as 64k (the default)")
-    calibration_length: int | None = option(
-        None, help="tokens of a calibration window; default: 2048, or what the model allows"
-    )
-
-    @property
-    def reach(self) -> int:
-        return self.span or 4 * self.positions
-
-    @property
-    def share(self) -> float:
-        """The mean gate that reaches the last position after as many tokens."""
-        return (self.positions - 1) / self.reach
 
 
 def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
@@ -87,17 +50,6 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
         return fit(bench, replace(outline, rules=()), options, chosen)
 
     return Fit(outline, run, otherwise="; choose --gates constant")
-
-
-def new_tensors(layer: "Layer", options: Options) -> "dict[str, tuple[int, ...]]":
-    """What a layer gets: names after its stem, and shapes."""
-    shape = layer.geometry
-    table: tuple[int, ...] = (options.positions, shape.head_dim)
-    told = {"cope_embeddings": table if options.embeddings == "shared" else (shape.heads, *table)}
-    told["cope_gate_bias"] = (shape.heads,)
-    if options.gates != "constant":
-        told["cope_gate_scale"] = (shape.heads,)
-    return told
 
 
 def _rule(layer: "Layer", options: Options) -> Rule:

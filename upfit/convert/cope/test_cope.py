@@ -17,7 +17,7 @@ from tests.tiny import tiny_model
 from upfit.architecture.forwards import CACHE_NAMES, cache_name, cache_of
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.cope.recipe import Options
+from upfit.convert.cope.options import Options
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.modeling.modeling_upfit_cope import interface, is_heads_first

@@ -2,35 +2,21 @@
 beforehand."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upfit.calibration.sample import is_statistics
-from upfit.calibration.statistics_file import Statistics, open_statistics
 from upfit.checkpoint.content import file_hash
 from upfit.checkpoint.plan import Plan
 from upfit.convert.fitting import Calibration, Task, fit_layers, read_calibration
+from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.convert_layers import begin
 from upfit.convert.gqa.layer_state import Settings
-from upfit.convert.gqa.recipe import METHOD_RAN
-from upfit.errors import UpfitError
+from upfit.convert.gqa.ran import METHOD_RAN
 
 if TYPE_CHECKING:
     from upfit.convert.recipe import Bench
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the user asked for. `calibration` names text, or one statistics file, or nothing."""
-
-    kv_heads: int
-    refit: bool
-    calibration: list[str] | None
-    tokens: str | None
-    length: int | None
 
 
 def fit(bench: "Bench", choice: Choice, plan: Plan) -> Plan:
@@ -61,20 +47,6 @@ def fit(bench: "Bench", choice: Choice, plan: Plan) -> Plan:
     report = {METHOD_RAN: "aligned", "calibration": calibration.record(), "layers": fitted.records}
     notes = (*plan.notes, *_notes(fitted.records))
     return Plan(plan.config, tuple(fitted.rules), notes=notes, report=report)
-
-
-def statistics_for(bench: "Bench", choice: Choice) -> Statistics | None:
-    """The statistics file among `choice.calibration`, opened; None when it names text, or nothing."""
-    named = choice.calibration or []
-    if not any(map(is_statistics, named)):
-        return None
-    if len(named) > 1:
-        raise UpfitError("--calibration takes text, or one statistics file, not both; give the statistics file alone")
-    if choice.tokens is not None or choice.length is not None:
-        raise UpfitError(
-            "--calibration-tokens and --calibration-length are those of the statistics file; leave them out, or give text"
-        )
-    return open_statistics(Path(named[0]).expanduser(), bench.checkpoint)
 
 
 def _progress(record: dict[str, Any]) -> str:

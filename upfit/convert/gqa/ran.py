@@ -1,8 +1,6 @@
 """Which method merged key/value heads: the one that ran, as a step of recipe.json tells it, not the one that was asked for."""
 
-from typing import Any, get_args
-
-from upfit.convert.gqa.recipe import METHOD_RAN, Method
+from typing import Any, Literal, get_args
 
 VERBS = ("convert gqa", "convert mqa")
 AUTO = "auto"
@@ -22,3 +20,7 @@ def method_ran(step: dict[str, Any]) -> str | None:
     if name == AUTO:
         name = "mean" if "not_aligned" in measured else "aligned" if "calibration" in measured else None
     return name if name in METHODS else None
+
+
+Method = Literal["auto", "aligned", "mean", "first", "random"]
+METHOD_RAN = "method_ran"  # where recipe.json keeps what `auto` came to

@@ -1,9 +1,10 @@
 """Grouped-query attention: fewer key/value heads, each shared by a contiguous group of query heads; multi-query is one."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from upfit.checkpoint.plan import Plan, Rule
+from upfit.convert.gqa.ran import METHOD_RAN, Method
 from upfit.convert.recipe import Bench, Fit, Recipe, outline_of
 from upfit.errors import UpfitError
 from upfit.options import flag, option
@@ -11,10 +12,8 @@ from upfit.options import flag, option
 if TYPE_CHECKING:
     from upfit.architecture.attention import Attention, Layer
     from upfit.architecture.layers import Architecture
-    from upfit.convert.gqa.fit import Choice
+    from upfit.convert.gqa.choice import Choice
 
-Method = Literal["auto", "aligned", "mean", "first", "random"]
-METHOD_RAN = "method_ran"  # where recipe.json keeps what `auto` came to
 GQA_PAPER = "Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models, arXiv 2305.13245"
 MQA_PAPER = "Shazeer 2019, Fast Transformer Decoding: One Write-Head is All You Need, arXiv 1911.02150"
 PARTS = ("k", "v", "k_bias", "v_bias", "k_norm")  # what belongs to a key/value head; queries and output stay untouched
@@ -101,7 +100,7 @@ def _check_flags(options: Options) -> None:
 
 def _fit(options: Options, outline: Plan, fallback: Plan | None) -> Fit:
     def choice() -> "Choice":
-        from upfit.convert.gqa.fit import Choice
+        from upfit.convert.gqa.choice import Choice
 
         sizes = (options.calibration_tokens, options.calibration_length)
         return Choice(options.kv_heads, options.refit, options.calibration, *sizes)

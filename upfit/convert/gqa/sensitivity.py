@@ -15,7 +15,7 @@ from upfit.calibration.layerwise import Stream
 from upfit.calibration.sample import sample_for
 from upfit.calibration.traits import Facts
 from upfit.convert.gqa import closed_form
-from upfit.convert.gqa.fit import Choice, statistics_for
+from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.merge_layer import choose_groups
 
 if TYPE_CHECKING:
