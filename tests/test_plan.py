@@ -14,9 +14,10 @@ from upfit.errors import UpfitError
 from upfit.plan.options import Options
 from upfit.plan.plan import plan
 from upfit.plan.trace import trace
+from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.layerwise import Layerwise, freeze_all_but
 from upfit.uptrain.model.losses import Objective
-from upfit.uptrain.model.model_traits import Distiller, examine
+from upfit.uptrain.model.model_traits import examine
 from upfit.uptrain.run.preflight import _kept
 
 

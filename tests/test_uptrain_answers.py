@@ -25,13 +25,13 @@ from upfit.output import Output
 from upfit.text.tokenizer import load_tokenizer
 from upfit.uptrain.config import Config
 from upfit.uptrain.data.answers import AnswerRows, fingerprint
-from upfit.uptrain.data.dataloader import Feed, Part, micro_batches
+from upfit.uptrain.data.dataloader import Feed, Part, micro_batches, tensors
 from upfit.uptrain.data.prepare import prepare
 from upfit.uptrain.data.rows import IGNORE
+from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.losses import Objective
-from upfit.uptrain.model.model_traits import Distiller, examine
+from upfit.uptrain.model.model_traits import examine
 from upfit.uptrain.run import preflight
-from upfit.uptrain.run.loop import tensors
 from upfit.uptrain.train import uptrain
 
 SETTINGS: dict[str, Any] = {

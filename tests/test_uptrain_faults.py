@@ -23,10 +23,10 @@ from upfit.uptrain.config import Config
 from upfit.uptrain.data.dataloader import Feed, Part
 from upfit.uptrain.data.rows import TextRows
 from upfit.uptrain.data.shards import Shards
-from upfit.uptrain.model.model_traits import Distiller
+from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.run import checkpointing
 from upfit.uptrain.run.checkpointing import data_step
-from upfit.uptrain.run.metrics import Journal
+from upfit.uptrain.run.metrics_file import Journal
 from upfit.uptrain.run.state import Counters, Workspace
 
 

@@ -12,8 +12,9 @@ from tests.folders import tiny_llama
 from tests.tiny import tiny_model
 from tests.uptraining import pooled, seeded
 from upfit.uptrain.data.rows import IGNORE
+from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.losses import Head, Objective, chunked_loss, dense_loss
-from upfit.uptrain.model.model_traits import Distiller, configured_head, examine, hidden_states
+from upfit.uptrain.model.model_traits import configured_head, examine, hidden_states
 
 N, H, V = 37, 16, 53
 FLOAT32: dict[str, Any] = dict(rtol=2e-5, atol=2e-5)  # sums of 37 · 53 float32 terms

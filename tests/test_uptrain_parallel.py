@@ -27,8 +27,9 @@ from tests.warm_python import warm_python
 from upfit.checkpoint.work_folder import LOCK, MARK
 from upfit.errors import UpfitError
 from upfit.uptrain.config import Config
+from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.losses import Objective
-from upfit.uptrain.model.model_traits import Distiller, examine
+from upfit.uptrain.model.model_traits import examine
 from upfit.uptrain.model.parallel import Mesh, mesh_of, prepare
 from upfit.uptrain.run.state import Workspace
 from upfit.uptrain.train import uptrain

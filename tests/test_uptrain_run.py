@@ -22,7 +22,7 @@ from upfit.cli import app
 from upfit.errors import UpfitError
 from upfit.uptrain.config import Config, resolve
 from upfit.uptrain.data.prepare import prepare
-from upfit.uptrain.model.model_traits import Distiller
+from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.train import uptrain
 
 

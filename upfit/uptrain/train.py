@@ -2,10 +2,9 @@
 
 import contextlib
 import gc
-import shlex
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,22 @@ from upfit.checkpoint.output_folder import resolved
 from upfit.checkpoint.source import Source, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.durable import remove_tree, rename_new, sync_tree
-from upfit.options import as_flags
 from upfit.output import Output
 from upfit.uptrain.config import Config, check, dump
 from upfit.uptrain.data.open_data import Data, open_data
 from upfit.uptrain.default_stages import default_stages
+from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.export import export
-from upfit.uptrain.model.model_traits import Distiller
 from upfit.uptrain.model.parallel import gathered, mesh_of
 from upfit.uptrain.run.checkpointing import one_line, watch_for_signals
 from upfit.uptrain.run.finished import finished_run, together
-from upfit.uptrain.run.loop import Run, measure, train
+from upfit.uptrain.run.job import CONFIG_FILE, Job
+from upfit.uptrain.run.loop import measure, train
+from upfit.uptrain.run.run import Run
 from upfit.uptrain.run.setup import check_first, check_places, find_teacher, make_accelerator, set_up
 from upfit.uptrain.run.stage_folders import Place, finished, make_way
 from upfit.uptrain.run.state import METRICS
 from upfit.uptrain.stages import Stage, split
-
-CONFIG_FILE = "uptrain.toml"
 
 
 def uptrain(
@@ -99,25 +97,6 @@ def _work(accelerator: Accelerator, job: "Job") -> Iterator[WorkFolder | None]:
             make_way(work.path, job.resume, job.overwrite)
         accelerator.wait_for_everyone()
         yield work
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the user asked for: `source` is the model that the first stage starts from, `data` what it reads."""
-
-    source: Source
-    data: str
-    out: Path
-    config: Config
-    tables: dict[str, dict[str, Any]]
-    resume: bool
-    overwrite: bool
-
-    @property
-    def command(self) -> str:
-        """What gives the same again; what the stages have of their own is in the config that lies beside the result."""
-        words = ["upfit", "uptrain", self.source.name, self.data, str(self.out)]
-        return shlex.join([*words, *as_flags(self.config), *(["--config", str(self.out / CONFIG_FILE)] if self.tables else [])])
 
 
 def leave(accelerator: Accelerator) -> None:

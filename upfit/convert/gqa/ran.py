@@ -2,6 +2,8 @@
 
 from typing import Any, Literal, get_args
 
+Method = Literal["auto", "aligned", "mean", "first", "random"]
+METHOD_RAN = "method_ran"  # where recipe.json keeps what `auto` came to
 VERBS = ("convert gqa", "convert mqa")
 AUTO = "auto"
 METHODS = tuple(name for name in get_args(Method) if name != AUTO)
@@ -20,7 +22,3 @@ def method_ran(step: dict[str, Any]) -> str | None:
     if name == AUTO:
         name = "mean" if "not_aligned" in measured else "aligned" if "calibration" in measured else None
     return name if name in METHODS else None
-
-
-Method = Literal["auto", "aligned", "mean", "first", "random"]
-METHOD_RAN = "method_ran"  # where recipe.json keeps what `auto` came to

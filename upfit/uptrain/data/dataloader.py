@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from upfit.uptrain.data.rows import Row, Rows
+from upfit.uptrain.data.rows import IGNORE, Row, Rows
 
 MAIN, MIX = "", "mix_"  # prefixes of what is told of a part
 MOST_PASSES = 4  # up to which repeated text is worth almost as much as new text (Muennighoff et al. 2023, arXiv 2305.16264)
@@ -109,3 +111,18 @@ def micro_batches(rows: list[Row], most: int | None, tokens: int) -> Iterator[li
         batch.append(row)
     if batch:
         yield batch
+
+
+def tensors(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, positions and labels of some rows, [B, T] each (of an encoder-decoder, ids have a length of their own). Shorter rows
+    are filled up at their end, where a causal model's real tokens do not look, with positions that go on and labels that do
+    not count."""
+    longest = max(len(row.labels) for row in rows)
+    ids = np.zeros((len(rows), max(len(row.input_ids) for row in rows)), dtype=np.int64)
+    positions, labels = np.zeros((len(rows), longest), dtype=np.int64), np.full((len(rows), longest), IGNORE)
+    for at, row in enumerate(rows):
+        size = len(row.labels)
+        ids[at, : len(row.input_ids)], labels[at, :size], positions[at, :size] = row.input_ids, row.labels, row.position_ids
+        positions[at, size:] = row.position_ids[-1] + 1 + np.arange(longest - size)
+    moved = (torch.from_numpy(array).to(device, non_blocking=True) for array in (ids, positions, labels))
+    return next(moved), next(moved), next(moved)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from upfit.errors import UpfitError
+from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.layerwise import Layerwise
-from upfit.uptrain.model.model_traits import Distiller
 from upfit.uptrain.model.parallel import layer_classes
 
 

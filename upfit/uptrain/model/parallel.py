@@ -22,9 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from upfit.errors import UpfitError
 from upfit.uptrain.config import Config
+from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.layerwise import Layerwise
-from upfit.uptrain.model.model_traits import Distiller
-from upfit.uptrain.run.state import plain
+
+WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what recomputing and compiling put into the names of parameters
 
 
 @dataclass(frozen=True)
@@ -154,3 +155,10 @@ def whole_modules(model: nn.Module) -> Iterator[nn.Module]:
         yield module
     if unit is not None:
         unit.reshard()
+
+
+def plain(name: str) -> str:
+    """The name of a parameter as the model in its folder has it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.losses import Objective, dense_loss
-from upfit.uptrain.model.model_traits import Distiller
 
 
 class Seq2Seq(Distiller):

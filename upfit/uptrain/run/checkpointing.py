@@ -20,7 +20,7 @@ from upfit.uptrain.config import save_interval
 from upfit.uptrain.run.saver import reason
 
 if TYPE_CHECKING:
-    from upfit.uptrain.run.loop import Run
+    from upfit.uptrain.run.run import Run
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # the end is near: of schedulers in general, and as Slurm's jobs ask for it
 NOT_WRITTEN = (OSError, SafetensorError)  # safetensors tells a full disk by an error of its own

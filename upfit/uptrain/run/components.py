@@ -10,14 +10,14 @@ from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.uptrain.config import Config
-from upfit.uptrain.data.dataloader import MAIN, MIX, Feed
+from upfit.uptrain.data.dataloader import MAIN, MIX, Feed, tensors
 from upfit.uptrain.data.open_data import Data
 from upfit.uptrain.model import converted_modules, liger, model_traits
+from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.layerwise import Layerwise, attention_paths, converted_paths
 from upfit.uptrain.model.losses import Objective
-from upfit.uptrain.model.model_traits import Distiller, Traits
+from upfit.uptrain.model.model_traits import Traits
 from upfit.uptrain.model.seq2seq import Seq2Seq
-from upfit.uptrain.run.loop import tensors
 from upfit.uptrain.schedule import ADAM_BETAS
 
 UNIT_ROWS = 8  # of the text, on which the size of attention outputs is measured

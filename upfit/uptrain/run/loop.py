@@ -6,96 +6,20 @@ before each step, and on the losses in another after it.
 
 import contextlib
 import math
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import Tensor
 
 from upfit.errors import UpfitError
-from upfit.output import Output
-from upfit.uptrain.config import Config
-from upfit.uptrain.data.dataloader import Feed, Part, averages, micro_batches
-from upfit.uptrain.data.rows import IGNORE, Row
+from upfit.uptrain.data.dataloader import Part, averages, tensors
 from upfit.uptrain.model import converted_modules
-from upfit.uptrain.model.layerwise import Layerwise
-from upfit.uptrain.model.model_traits import Distiller
 from upfit.uptrain.model.parallel import full
 from upfit.uptrain.run import checkpointing
-from upfit.uptrain.run.metrics import Journal, record, show
-from upfit.uptrain.run.saver import Saver
-from upfit.uptrain.run.state import METRICS, Counters, Workspace
-from upfit.uptrain.schedule import Plan, learning_rate
-
-MEASURE_EVERY = 10  # steps
-
-Learner = Distiller | Layerwise  # from rows to a loss and what is told of it
-
-
-@dataclass
-class Run:
-    """A run in progress. `module` is the learner as wrapped for several processes, `learner` the same without wrapper.
-
-    `stop` asks for its end; `sound` are the counters of the newest step that was fine, `saved_step` is that of the newest
-    checkpoint, written or being written.
-    """
-
-    accelerator: Accelerator
-    learner: Learner
-    module: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    feed: Feed
-    plan: Plan
-    peak: float
-    micro_tokens: int
-    config: Config
-    counters: Counters
-    workspace: Workspace
-    saver: Saver
-    identity: dict[str, Any]
-    output: Output
-    stage: str
-    mark: Path  # that a signal has ended the run
-    layout: dict[str, str]  # of the result's tensors, see export.layout_of
-    stop: threading.Event = field(default_factory=threading.Event)
-    saved_at: float = field(default_factory=time.monotonic)
-    saved_step: int = -1
-    journal: Journal = field(init=False)
-    sound: Counters = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.journal = Journal(self.workspace.path / METRICS if self.accelerator.is_main_process else None)
-        self.sound = self.counters
-
-    @property
-    def world(self) -> int:
-        return self.accelerator.num_processes
-
-    def batches(self, rows: list[Row]) -> Iterator[list[Row]]:
-        return micro_batches(rows, self.config.micro_batch, self.micro_tokens)
-
-    @property
-    def sharded(self) -> bool:
-        return self.saver.sharded
-
-    def lacking(self, batches: int) -> int:
-        """How many batches another process has more than this one's. Shards are gathered in each, so all must do as many."""
-        if not self.sharded:
-            return 0
-        counts = self.accelerator.gather(torch.tensor([batches], device=self.accelerator.device))
-        return int(counts.max()) - batches
-
-    def total(self, values: list[float] | Tensor) -> Tensor:
-        """The sum over all processes; whole numbers up to 2^53 are exact where the device has float64."""
-        dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
-        tensor = torch.as_tensor(values, dtype=dtype, device=self.accelerator.device)
-        return self.accelerator.reduce(tensor, "sum")
+from upfit.uptrain.run.metrics import record, show
+from upfit.uptrain.run.run import MEASURE_EVERY, Learner, Run
+from upfit.uptrain.schedule import learning_rate
 
 
 def train(run: Run) -> bool:
@@ -204,21 +128,6 @@ def by_name(learner: Learner, parts: list[Part], means: list[list[float]]) -> di
     return {
         f"{part.name}{key}": value for part, mean in zip(parts, means, strict=True) for key, value in learner.told(mean).items()
     }
-
-
-def tensors(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, positions and labels of some rows, [B, T] each (of an encoder-decoder, ids have a length of their own). Shorter rows
-    are filled up at their end, where a causal model's real tokens do not look, with positions that go on and labels that do
-    not count."""
-    longest = max(len(row.labels) for row in rows)
-    ids = np.zeros((len(rows), max(len(row.input_ids) for row in rows)), dtype=np.int64)
-    positions, labels = np.zeros((len(rows), longest), dtype=np.int64), np.full((len(rows), longest), IGNORE)
-    for at, row in enumerate(rows):
-        size = len(row.labels)
-        ids[at, : len(row.input_ids)], labels[at, :size], positions[at, :size] = row.input_ids, row.labels, row.position_ids
-        positions[at, size:] = row.position_ids[-1] + 1 + np.arange(longest - size)
-    moved = (torch.from_numpy(array).to(device, non_blocking=True) for array in (ids, positions, labels))
-    return next(moved), next(moved), next(moved)
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from upfit.uptrain.config import Config
 from upfit.uptrain.data.answers import AnswerRows
 from upfit.uptrain.data.dataloader import Feed
 from upfit.uptrain.data.rows import IGNORE
-from upfit.uptrain.model.model_traits import Distiller, vocabulary_size
+from upfit.uptrain.model.distiller import Distiller
+from upfit.uptrain.model.model_traits import vocabulary_size
 from upfit.uptrain.model.parallel import recompute
 
 TRIED = 256  # tokens of the longest row that is tried

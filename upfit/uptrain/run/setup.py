@@ -32,8 +32,8 @@ from upfit.uptrain.model.export import layout_of
 from upfit.uptrain.model.layerwise import attention_paths, freeze_all_but
 from upfit.uptrain.model.parallel import accelerator_for, mesh_of, prepare
 from upfit.uptrain.run.components import compute_dtype, load_models, make_distiller, make_layerwise, make_optimizer
-from upfit.uptrain.run.loop import Learner, Run
 from upfit.uptrain.run.preflight import preflight
+from upfit.uptrain.run.run import Learner, Run
 from upfit.uptrain.run.saver import Saver
 from upfit.uptrain.run.stage_folders import Place
 from upfit.uptrain.run.state import Counters

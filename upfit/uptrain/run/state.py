@@ -21,13 +21,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from upfit.checkpoint.content import content_hash
 from upfit.durable import remove_tree, rename_new, sync_tree, write_whole
 from upfit.errors import UpfitError
+from upfit.uptrain.model.parallel import plain
 
 WEIGHT, FACTS, METRICS = "weight", "trainer.json", "metrics.jsonl"
 STOPPED = "stopped"  # a signal ended the run, and --resume goes on: for job scripts
 FORMAT = 2
 STEP_NAME = re.compile(r"step-\d{8}")
 LEFTOVER = re.compile(r"step-\d{8}\.(tmp|old)")
-WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what recomputing and compiling put into the names of parameters
 
 
 @dataclass
@@ -148,13 +148,6 @@ def is_complete(path: Path) -> bool:
 def digest(path: Path) -> str:
     """A hash of a file's whole content: a checkpoint with one wrong number would be gone on from as if nothing were."""
     return content_hash(path)
-
-
-def plain(name: str) -> str:
-    """The name of a parameter as the model in its folder has it."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
