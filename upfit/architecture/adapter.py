@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.fused import PARTS, Fused
+from upfit.architecture.meta_model import built_of
+from upfit.architecture.names import class_names
 from upfit.architecture.retarget.retarget import retarget
 from upfit.architecture.table import check_known
 from upfit.checkpoint.plan import Plan, Rule
@@ -137,7 +139,6 @@ class Seen(Checkpoint):
 def see(checkpoint: Checkpoint, own: bool = False) -> Checkpoint:
     """The checkpoint as recipes want it: itself, where its family stores what it is. With `own`, as of its own family even
     where another one computes the same."""
-    from upfit.architecture.meta_model import built_of
 
     check_known(checkpoint.config)
     with built_of(len(checkpoint.tensors)):
@@ -151,7 +152,6 @@ def seen_shapes(
     config: dict[str, Any], tensors: "Mapping[str, Described]", own: bool = False
 ) -> "tuple[dict[str, Any], Mapping[str, Described]]":
     """`see`, of tensors that are only described."""
-    from upfit.architecture.meta_model import built_of
 
     check_known(config)
     with built_of(len(tensors)):
@@ -194,7 +194,6 @@ def moved(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | 
 
 def apart(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | None:
     """The lens that shows fused queries, keys and values apart; None where nothing is fused."""
-    from upfit.architecture.names import class_names
 
     arrangements = class_names(config).fused
     stored = class_names(config, stored=True) if arrangements else None

@@ -7,6 +7,7 @@ modules call their number of query heads (`heads`), and below which module they 
 import copy
 from typing import TYPE_CHECKING, Any
 
+from upfit.architecture.meta_model import auto_class_for
 from upfit.architecture.table import MODEL_TYPE
 from upfit.errors import UpfitError
 from upfit.modeling.registry import is_own
@@ -29,7 +30,6 @@ def as_own(config: dict[str, Any], entry: "Entry") -> dict[str, Any]:
     changed = copy.deepcopy(config)
     if not entry.own or is_own(config):
         return changed
-    from upfit.architecture.meta_model import auto_class_for
 
     auto = auto_class_for(config)
     if not auto.__name__.startswith("AutoModelFor"):

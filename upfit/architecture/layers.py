@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from upfit.architecture.adapter import seen_shapes
 from upfit.architecture.attention import Geometry, Layer
 from upfit.architecture.grouped_class import as_own
-from upfit.architecture.names import disk_names
+from upfit.architecture.names import class_names, disk_names
 from upfit.architecture.table import Described, Entry, entry_for
 from upfit.checkpoint.safetensors_header import ITEM_BYTES
 from upfit.errors import UpfitError
@@ -126,8 +127,6 @@ def bind(config: dict[str, Any], tensors: Mapping[str, "Described"], own: bool =
 
     Raises UpfitError for an unsupported model type, and when the tensors are not what the class wants.
     """
-    from upfit.architecture.adapter import seen_shapes
-    from upfit.architecture.names import class_names
 
     config, tensors = seen_shapes(config, tensors, own)
     entry = entry_for(config)
@@ -152,7 +151,6 @@ class Probe:
 
 def _probe(config: dict[str, Any], entry: Entry) -> Probe:
     """Build the class with every head count set to 1 (2 where it is 1), or to 2 and 4 where the class wants even counts."""
-    from upfit.architecture.names import class_names
 
     failure: UpfitError | None = None
     for small, other in ((1, 2), (2, 4)):

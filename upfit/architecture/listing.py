@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from upfit.architecture.meta_model import AUTO_CLASSES
 from upfit.architecture.table import table
 from upfit.modeling.registry import code_files
 
@@ -28,8 +29,6 @@ def model_types() -> dict[str, dict[str, Any]]:
 def _writing() -> set[str]:
     """Model types that an auto class of language models loads."""
     import transformers
-
-    from upfit.architecture.meta_model import AUTO_CLASSES
 
     # By names alone: asking for the config classes would import every model there is.
     mappings = [getattr(transformers, name)._model_mapping._model_mapping for name in AUTO_CLASSES]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upfit.architecture.meta_model import auto_class_for, built_of, config_errors, counted, model_class_for, read_as_class
+from upfit.checkpoint.reader import open_checkpoint, read_config, torch_dtype
 from upfit.errors import UpfitError
 from upfit.model_files import quiet_transformers
 
@@ -24,8 +25,6 @@ def structure_report(config: dict[str, Any], tensors: "Mapping[str, Described]")
     Raises UpfitError when the class cannot be built or the tensors do not load at all.
     """
     import torch
-
-    from upfit.checkpoint.reader import torch_dtype
 
     state = {name: torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta") for name, info in tensors.items()}
     with config_errors(config):
@@ -66,7 +65,6 @@ def load_with_report(folder: Path, auto_class: Any = None, **options: Any) -> tu
 
     Raises UpfitError when the folder does not load at all.
     """
-    from upfit.checkpoint.reader import open_checkpoint, read_config
 
     auto_class = auto_class or auto_class_for(read_config(folder))
     try:

@@ -7,7 +7,10 @@ a right one. So what is not plainly floating where the class computes in floatin
 import re
 from typing import TYPE_CHECKING
 
+from upfit.architecture.names import class_names
 from upfit.checkpoint.quantised_config import FILES, method_of, refusal
+from upfit.checkpoint.reader import read_object
+from upfit.checkpoint.side_files import contained
 
 if TYPE_CHECKING:
     from upfit.architecture.names import Names
@@ -29,9 +32,6 @@ PACKED = re.compile(r"_(blocks|scales|qweight|packed)$")  # so called by others 
 
 def check_not_quantised(checkpoint: "Checkpoint") -> None:
     """Raise UpfitError when the weights of an opened checkpoint are stored quantised."""
-    from upfit.architecture.names import class_names
-    from upfit.checkpoint.reader import read_object
-    from upfit.checkpoint.side_files import contained
 
     for path in (checkpoint.folder / name for name in FILES):
         if path.exists():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from upfit.architecture.layers import Architecture
 from upfit.architecture.meta_model import quiet_transformers, skeleton
+from upfit.architecture.names import class_names
 from upfit.calibration.observe import NAME, Call, Opaque, Stop, register
 from upfit.checkpoint.reader import Checkpoint
 
@@ -91,8 +92,6 @@ class Weights:
 
     def __init__(self, model: "PreTrainedModel", checkpoint: Checkpoint, device: str) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-
-        from upfit.architecture.names import class_names
 
         self.model, self.checkpoint, self.device = model, checkpoint, device
         with quiet_transformers():

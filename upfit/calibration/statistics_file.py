@@ -21,7 +21,7 @@ from upfit.calibration.sample import Sample, fast_tokenizer
 from upfit.calibration.statistics_check import check_facts, check_layer, check_windows
 from upfit.calibration.traits import Facts, Residual
 from upfit.checkpoint.content import tensors_hash
-from upfit.checkpoint.reader import Checkpoint
+from upfit.checkpoint.reader import Checkpoint, torch_dtype
 from upfit.checkpoint.safetensors_header import TensorInfo, read_header, read_metadata
 from upfit.errors import UpfitError
 from upfit.text.tokenizer import identity
@@ -76,7 +76,6 @@ def _infos_of(path: str, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInf
 
 
 def _read(info: TensorInfo) -> Tensor:
-    from upfit.checkpoint.reader import torch_dtype
 
     with info.file.open("rb") as file:
         file.seek(info.start)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from upfit.checkpoint.plan import Plan, Rule
-from upfit.checkpoint.reader import Checkpoint, safetensors_dtype
+from upfit.checkpoint.reader import Checkpoint, safetensors_dtype, torch_dtype
 from upfit.checkpoint.safetensors_header import ITEM_BYTES
 from upfit.errors import UpfitError
 
@@ -86,7 +86,6 @@ def compute(rule: Rule, checkpoint: Checkpoint, planned: dict[str, Planned]) -> 
 
 def finish(tensor: "Tensor", item: Planned) -> "Tensor":
     """Cast to the planned type and check that the values are finite."""
-    from upfit.checkpoint.reader import torch_dtype
 
     tensor = tensor.to(torch_dtype(item.dtype)).contiguous()
     assert tuple(tensor.shape) == item.shape, f"{item.name} was planned as {item.shape}, computed as {tuple(tensor.shape)}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from upfit import provenance
 from upfit.checkpoint import quantised_config
+from upfit.checkpoint.reader import INDEX, SINGLE, named_files
 from upfit.checkpoint.side_files import NEVER_COPIED, SIDE_FILES
 from upfit.errors import UpfitError
 from upfit.model_files import check_model_files
@@ -80,8 +81,6 @@ def _weights_of(hub_id: str, revision: str | None) -> tuple[str | None, Sequence
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    from upfit.checkpoint.reader import INDEX, SINGLE, named_files
 
     try:
         index = Path(hf_hub_download(hub_id, INDEX, revision=revision))

@@ -11,19 +11,23 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from upfit import provenance
 from upfit.architecture.adapter import see
 from upfit.architecture.grouped_class import is_grouped
 from upfit.architecture.layers import Architecture, bind
 from upfit.architecture.leftovers import Leftovers, left_over, settle
+from upfit.architecture.loading import structure_report
+from upfit.architecture.names import class_names
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known, has_two_ways
+from upfit.calibration.observe import Opaque
 from upfit.calibration.sample import check_texts
 from upfit.checkpoint.disk_errors import disk_errors
 from upfit.checkpoint.execute import Planned, outline
 from upfit.checkpoint.finished_shards import JOURNAL, Journal, crc_of
+from upfit.checkpoint.hub_stream import Stream, streamed
 from upfit.checkpoint.output_folder import check_output
 from upfit.checkpoint.plan import Plan
 from upfit.checkpoint.read_back import check_places, check_written
@@ -41,9 +45,6 @@ from upfit.errors import UpfitError
 from upfit.modeling.registry import family, is_own
 from upfit.options import as_flags, check
 from upfit.output import Output
-
-if TYPE_CHECKING:
-    from upfit.checkpoint.hub_stream import Stream
 
 CODE_NOTE = "auto_map left out: code of the source does not travel, and the classes of the result need none of it"
 FIT_FACTOR = 4  # what a fit keeps beside OUT, in bytes of the attention's weights: it may change the MLP's as well
@@ -117,8 +118,6 @@ def _opened(
         if settings.dry_run:
             place = Path(stack.enter_context(TemporaryDirectory(prefix="upfit-")))
         if settings.stream:
-            from upfit.checkpoint.hub_stream import streamed
-
             check_output(out, [], 0, settings.overwrite)
             if not settings.dry_run:
                 work = stack.enter_context(work_folder(out, _verb(recipe).split()[0], settings.overwrite))
@@ -155,7 +154,6 @@ def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[st
 
 def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
     """The job with the plan that the fit makes, checked again; with the fallback where the model cannot be watched."""
-    from upfit.calibration.observe import Opaque
 
     bench.scratch.mkdir(parents=True, exist_ok=True)
     alone = False
@@ -194,7 +192,6 @@ def _planned(job: Job, plan: Plan, alone: bool) -> Job:
 
 
 def _previewed(preview: Callable[[Bench], dict[str, Any]], bench: Bench) -> dict[str, Any] | None:
-    from upfit.calibration.observe import Opaque
 
     try:
         return preview(bench)
@@ -251,8 +248,6 @@ def _check_source(checkpoint: Checkpoint) -> tuple[frozenset[str], frozenset[str
 
     Raises UpfitError when the source is incomplete.
     """
-    from upfit.architecture.loading import structure_report
-    from upfit.architecture.names import class_names
 
     report = structure_report(checkpoint.config, checkpoint.tensors)
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):

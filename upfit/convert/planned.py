@@ -10,9 +10,11 @@ from typing import Any
 
 from upfit.architecture.attention import Layer
 from upfit.architecture.layers import Architecture
+from upfit.architecture.names import class_names
 from upfit.checkpoint.execute import Planned
 from upfit.checkpoint.plan import Plan
 from upfit.checkpoint.reader import Checkpoint
+from upfit.checkpoint.side_files import check_side_files
 
 
 def check_against_class(
@@ -24,7 +26,6 @@ def check_against_class(
     Raises ValueError when a written tensor is unknown to the class or has another shape, or when a parameter that differs
     between the source's class and the target's is not written.
     """
-    from upfit.architecture.names import class_names
 
     source = class_names(architecture.config, stored=True).shapes
     target = class_names(plan.config, stored=True)
@@ -47,7 +48,6 @@ def check_against_class(
 
 def changed_layers(architecture: Architecture, plan: Plan) -> list[Layer]:
     """The attention layers that have other parameters, or other shapes, in the class of the plan's config."""
-    from upfit.architecture.names import class_names
 
     before, after = (class_names(config, stored=True).shapes for config in (architecture.config, plan.config))
     different = [name for name in {**before, **after} if before.get(name) != after.get(name)]
@@ -78,7 +78,6 @@ def output_bytes(planned: list[Planned], folder: Path) -> int:
 
     Raises UpfitError for files there that cannot be copied.
     """
-    from upfit.checkpoint.side_files import check_side_files
 
     side = sum(path.stat().st_size for path in check_side_files(folder).values())
     return sum(item.nbytes for item in planned) + side + 2**20

@@ -13,6 +13,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.architecture.loading import check_structure, load_strictly
+from upfit.architecture.meta_model import quiet_transformers, vocabulary
+from upfit.checkpoint.reader import most_positions, open_checkpoint, read_config
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
@@ -62,8 +65,6 @@ def verify(folder: Path, source: Path | None, promise: Promise, named: Path, all
 
     `allowed` names tensors that the source's class already left unused. Raises UpfitError when a check fails.
     """
-    from upfit.architecture.loading import check_structure
-    from upfit.checkpoint.reader import open_checkpoint
 
     try:
         with open_checkpoint(folder) as written:
@@ -164,9 +165,6 @@ def sample_ids(folder: Path) -> tuple["torch.Tensor | None", bool]:
     model has positions."""
     import torch
 
-    from upfit.architecture.meta_model import quiet_transformers, vocabulary
-    from upfit.checkpoint.reader import most_positions, read_config
-
     config = read_config(folder)
     size, longest = vocabulary(config), min(SAMPLE_TOKENS, most_positions(config) or SAMPLE_TOKENS)
     if size is None:
@@ -194,8 +192,6 @@ def _logits(folder: Path, ids: "torch.Tensor", allowed: frozenset[str], dtype: s
     """[T, vocabulary] logits of the model in `folder`, its weights rounded to `dtype`; None when its class cannot run on token
     ids alone."""
     import torch
-
-    from upfit.architecture.loading import load_strictly
 
     options = {"dtype": getattr(torch, dtype)} if dtype else {}
     model = load_strictly(folder, unexpected=allowed, **options)

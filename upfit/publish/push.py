@@ -9,8 +9,9 @@ from upfit import provenance
 from upfit.bounded import CARD_BYTES, read_text, shaped
 from upfit.errors import UpfitError
 from upfit.output import Output, to_json
-from upfit.publish import front, licence, manifest
+from upfit.publish import front, hub, licence, manifest
 from upfit.publish.card import Card
+from upfit.publish.hub import check_name
 from upfit.publish.manifest import CARD
 from upfit.publish.options import Options, check_options
 from upfit.publish.portable import known_places, portable, sent
@@ -53,7 +54,6 @@ def push(model: str, repo: str, options: Options, ask: Ask | None, output: Outpu
         return [_told(parcel, dry_run=True) | {"doubts": parcel.doubts} for parcel in parcels]
     for parcel in parcels:
         settle(parcel.doubts, options, ask)
-    from upfit.publish import hub
 
     api = hub.connect()
     answers = [_send(api, parcel, options, ask, output) for parcel in parcels]
@@ -63,7 +63,6 @@ def push(model: str, repo: str, options: Options, ask: Ask | None, output: Outpu
 
 
 def _places(model: Path, repo: str, options: Options) -> list[tuple[Path, str]]:
-    from upfit.publish.hub import check_name
 
     if not options.all:
         check_name(repo)
@@ -108,7 +107,6 @@ def settle(doubts: list[str], options: Options, ask: Ask | None) -> None:
 
 
 def _send(api: Any, parcel: Parcel, options: Options, ask: Ask | None, output: Output) -> dict[str, Any]:
-    from upfit.publish import hub
 
     there = hub.files_of(api, parcel.repo, None)
     if there is not None and provenance.FILE not in there and set(there) - HARMLESS:

@@ -13,6 +13,7 @@ from upfit.convert.fitting import Calibration, Task, fit_layers, read_calibratio
 from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.convert_layers import begin
 from upfit.convert.gqa.layer_state import Settings
+from upfit.convert.gqa.pooling import merge
 from upfit.convert.gqa.ran import METHOD_RAN
 
 if TYPE_CHECKING:
@@ -66,8 +67,6 @@ def _notes(records: list[dict[str, Any]]) -> list[str]:
 def shapes(kv_heads: int) -> "Callable[[Any], Any]":
     """The change of a layer's shapes, for the plan that a dry run shows. Never run on values."""
     from dataclasses import replace
-
-    from upfit.convert.gqa.pooling import merge
 
     def change(attention: Any) -> Any:
         if attention.k.device != torch.device("meta"):
