@@ -28,7 +28,7 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from upfit.architecture.adapter import see
+from upfit.architecture.adapter import adapt
 from upfit.architecture.layers import bind
 from upfit.checkpoint.execute import outline
 from upfit.checkpoint.reader import open_checkpoint
@@ -146,7 +146,7 @@ class Target:
             convert(recipe, str(self.folder), self.out, options, Settings(), Output(quiet=True))
             return "converted and verified"
         with open_checkpoint(self.folder) as stored:
-            checkpoint = see(stored)
+            checkpoint = adapt(stored)
             architecture = bind(checkpoint.config, checkpoint.tensors)
             outline(checkpoint.written(outline_of(recipe.plan(architecture, options))), checkpoint, None)
         return "planned"

@@ -26,10 +26,10 @@ from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.safetensors_header import read_header
 from upfit.cli import app
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.gqa.ran import method_ran
 from upfit.convert.recipe import get_recipe
 from upfit.errors import UpfitError
 from upfit.output import Output
+from upfit.provenance import method_ran
 from upfit.publish.card import Card
 from upfit.report.story import gather
 

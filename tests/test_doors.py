@@ -1,65 +1,87 @@
-"""Which room may import which: cli → publish, evaluate, uptrain → convert; no attention imports another."""
+"""Which room may import which, that no files import each other in a circle, and that no room becomes a house.
 
-import ast
+Every import counts, also those inside functions and those for types alone.
+"""
+
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "upfit"
-GROUND = {
-    "errors",
-    "bounded",
-    "durable",
-    "portable",
-    "addresses",
-    "model_files",
-    "output",
-    "provenance",
-    "options",
-    "environment",
-    "",
+GROUND = {"errors", "bounded", "durable", "portable", "addresses", "model_files", "output", "provenance", "options"}
+GROUND |= {"environment", ""}
+MODEL = {"text", "modeling", "checkpoint", "architecture"}
+ROOMS = {  # what a room may import beside the ground and itself
+    "text": set(),
+    "modeling": set(),
+    "checkpoint": {"text", "modeling"},
+    "architecture": {"text", "modeling", "checkpoint"},
+    "calibration": MODEL,
+    "convert": MODEL | {"calibration"},
+    "longcontext": MODEL,
+    "uptrain": MODEL | {"longcontext"},
+    "evaluate": MODEL | {"longcontext", "calibration"},
+    "plan": MODEL | {"uptrain"},
+    "report": MODEL | {"convert", "evaluate"},
+    "publish": MODEL | {"convert", "evaluate", "report"},
+    "demo": MODEL | {"calibration", "convert", "uptrain", "evaluate"},
 }
-ALLOWED = {
-    "text": {"text"},
-    "modeling": {"modeling"},
-    "checkpoint": {"text", "modeling", "checkpoint"},
-    "architecture": {"text", "modeling", "checkpoint", "architecture"},
-    "calibration": {"text", "modeling", "checkpoint", "architecture", "calibration"},
-    "convert": {"text", "modeling", "checkpoint", "architecture", "calibration", "convert"},
-    "longcontext": {"text", "modeling", "checkpoint", "architecture", "longcontext"},
-    "uptrain": {"text", "modeling", "checkpoint", "architecture", "longcontext", "convert", "uptrain"},
-    "evaluate": {"text", "modeling", "checkpoint", "architecture", "calibration", "longcontext", "evaluate"},
-    "plan": {"text", "modeling", "checkpoint", "architecture", "uptrain", "plan"},
-    "report": {"text", "modeling", "checkpoint", "convert", "evaluate", "report"},
-    "publish": {"text", "modeling", "checkpoint", "architecture", "convert", "evaluate", "report", "publish"},
-    "demo": {"text", "checkpoint", "calibration", "convert", "uptrain", "evaluate", "demo"},
-}
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if not path.name.startswith("test_"))
+LARGEST_SHARE = 0.2  # of the package's lines
+FLAT_FILES = {"convert": 8, "uptrain": 6}
+GRAPH = grimp.build_graph("upfit", cache_dir=None)
+FILES = sorted(name for name in GRAPH.modules if not name.rpartition(".")[2].startswith("test_"))
 
 
-def imported(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names if node.module == "upfit")
-    return names
+def room(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_one_way(path: Path) -> None:
-    parts = path.relative_to(PACKAGE).parts
-    names = imported(path)
-    rooms = {name.split(".")[1] if "." in name else "" for name in names if name.split(".")[0] == "upfit"} - {"__version__"}
-    if parts[0] in ALLOWED:
-        assert rooms <= GROUND | ALLOWED[parts[0]]
-    elif parts[0] not in ("cli", "__main__.py"):
-        assert rooms <= GROUND | ({"modeling"} if parts == ("__init__.py",) else set())  # its model types are made known
-    if parts[0] == "convert":
-        assert not any(name.split(".")[0] == "accelerate" for name in names)
-        attentions = {p.name for p in (PACKAGE / "convert").iterdir() if p.is_dir()}
-        others = attentions - ({parts[1]} if len(parts) > 2 else set())
-        used = {name.split(".")[2] for name in names if name.startswith("upfit.convert.") and name.count(".") >= 2}
-        assert not used & others
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_one_way(name: str) -> None:
+    rooms = {room(other) for other in GRAPH.find_modules_directly_imported_by(name)} - {room(name)}
+    if room(name) in ROOMS:
+        assert rooms <= GROUND | ROOMS[room(name)]
+    elif name == "upfit":
+        assert rooms <= {"modeling"}  # whose model types it makes known
+    elif room(name) not in ("cli", "__main__"):
+        assert rooms <= GROUND
+
+
+def test_of_calibration_evaluate_sees_what_observes_alone() -> None:
+    seen = {other for name in FILES if room(name) == "evaluate" for other in GRAPH.find_modules_directly_imported_by(name)}
+    assert {name for name in seen if room(name) == "calibration"} <= {"upfit.calibration.observe"}
+
+
+def test_of_convert_what_shows_results_sees_what_describes_them_alone() -> None:
+    seen = {o for name in FILES if room(name) in ("report", "publish") for o in GRAPH.find_modules_directly_imported_by(name)}
+    assert {name for name in seen if room(name) == "convert"} <= {"upfit.convert.describe", "upfit.convert.recipe"}
+
+
+def test_no_attention_imports_another() -> None:
+    attentions = {path.name for path in (PACKAGE / "convert").iterdir() if (path / "recipe.py").exists()}
+    for name in (name for name in FILES if room(name) == "convert"):
+        own = name.split(".")[2:3]
+        others = {other.split(".")[2] for other in GRAPH.find_modules_directly_imported_by(name) if other.count(".") > 2}
+        assert not others & attentions - set(own), name
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    tuple(TopologicalSorter({name: GRAPH.find_modules_directly_imported_by(name) for name in FILES}).static_order())
+
+
+def test_accelerate_is_for_training() -> None:
+    graph = grimp.build_graph("upfit", include_external_packages=True, cache_dir=None)
+    assert {room(name) for name in graph.find_modules_that_directly_import("accelerate")} <= {"uptrain", "plan", "environment"}
+
+
+def test_no_room_is_a_house() -> None:
+    paths = [path for path in PACKAGE.rglob("*.py") if not path.name.startswith("test_")]
+    lines = Counter[str]()
+    for path in paths:
+        lines[path.relative_to(PACKAGE).parts[0]] += len(path.read_text(encoding="utf-8").splitlines())
+    assert max(lines.values()) < LARGEST_SHARE * sum(lines.values())
+    flat = Counter(path.parent.name for path in paths if path.parent.parent == PACKAGE)
+    assert all(flat[name] <= most for name, most in FLAT_FILES.items())

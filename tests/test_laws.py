@@ -14,7 +14,7 @@ import torch
 
 from tests.tiny import BUILDABLE, UNGROUPABLE, auto_class, runs, tiny_inputs, tiny_model
 from tests.tiny_data import DOES_NOT_RUN, MODEL_TYPES
-from upfit.architecture.adapter import see
+from upfit.architecture.adapter import adapt
 from upfit.architecture.layers import Architecture, bind
 from upfit.architecture.table import table
 from upfit.checkpoint.execute import outline
@@ -174,7 +174,7 @@ def test_identity(case: Case, recipe: Recipe) -> None:
 def test_dry_is_real_and_stock_loads_it(case: Case, recipe: Recipe) -> None:
     for number, options in case.trials(recipe):
         with open_checkpoint(case.folder) as stored:
-            checkpoint = see(stored)
+            checkpoint = adapt(stored)
             planned = outline(checkpoint.written(outline_of(recipe.plan(case.architecture, options))), checkpoint, None)
         out = case.converted(recipe, options, f"{recipe.name}-{number}")
         with open_checkpoint(out) as written:

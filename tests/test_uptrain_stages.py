@@ -259,6 +259,20 @@ def test_what_a_later_stage_cannot_have_is_told_before_the_first(
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("measured", "stages"),
+    [({"leaves": "blind"}, "layerwise=35%,lm"), ({"leaves": "fitted"}, "lm"), ({"leaves": "lossless", "lossless": True}, "lm")]
+    + [({"leaves": "unsettled", "lossless": True}, None), ({"leaves": "<b>"}, None), ({"leaves": None}, None)],
+)
+def test_any_recipe_says_how_it_leaves_a_model(
+    measured: dict[str, Any], stages: str | None, shop: Workshop, tmp_path: Path
+) -> None:
+    student = save_tiny(tmp_path / "student", pooled(tiny_llama()))
+    source = provenance.read(shop.student)[0]["source"]
+    provenance.write(student, [provenance.step("convert made-up", source, {}, measured)])
+    assert default_stages(config(), Source(student, "student"), False) == stages
+
+
 def test_heads_merged_blindly_have_their_attention_repaired_first(shop: Workshop, tmp_path: Path) -> None:
     """Right after such a conversion, and only where the teacher's attention can be set beside the model's."""
     student = save_tiny(tmp_path / "student", pooled(tiny_llama()))

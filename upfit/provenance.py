@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ from upfit.output import to_json
 
 FILE = "recipe.json"
 FORMAT = 1
+METHOD_RAN = "method_ran"  # among the measurements of a conversion: what `auto` came to
+STATE = "leaves"  # among them too: in which of these states it leaves a model, as far as uptraining needs to know
+LOSSLESS = "lossless"  # nothing to learn from what the model was
+FITTED = "fitted"  # near to what it was: to be changed with care
+BLIND = "blind"  # far from what it was: its attention was changed without looking at what it does
+UNSETTLED = "unsettled"  # lossless, and bound to lose while it is trained
+STATES = (LOSSLESS, FITTED, BLIND, UNSETTLED)
+MERGES = ("convert gqa", "convert mqa")  # the verbs that merge heads
+METHOD_NAME = re.compile(r"[a-z_]{1,32}")
 PACKAGES = ("upfit", "torch", "transformers", "accelerate", "safetensors", "numpy", "scipy")
 
 
@@ -142,3 +152,31 @@ def patterns(folder: Path) -> set[str]:
     with shaped(not_ours(folder / FILE)):
         data = [entry.get("data") or {} for entry in read(folder) if entry["verb"] == "uptrain"]
         return {str(name) for some in data for name in some.get("patterns", ())}
+
+
+def method_ran(entry: dict[str, Any]) -> str | None:
+    """How a step merged heads; None for a step that merged none or does not say how.
+
+    Steps that are older than METHOD_RAN say what was asked for, and of `auto` what was measured: an alignment has the text that
+    it was made on.
+    """
+    measured = entry["measurements"]
+    if entry["verb"] not in MERGES or measured.get("lossless"):
+        return None
+    name = measured.get(METHOD_RAN, entry.get("options", {}).get("method"))
+    if name == "auto":
+        name = "mean" if "not_aligned" in measured else "aligned" if "calibration" in measured else None
+    return name if isinstance(name, str) and METHOD_NAME.fullmatch(name) else None
+
+
+def state_left(entry: dict[str, Any]) -> str | None:
+    """One of STATES for a conversion; None where nothing is known, and for every other step."""
+    measured = entry["measurements"]
+    if not entry["verb"].startswith("convert"):
+        return None
+    if STATE in measured:
+        return measured[STATE] if measured[STATE] in STATES else None
+    if measured.get("lossless"):  # of a folder that is older than STATE, like what follows
+        return UNSETTLED if entry["options"].get("drop_rope") else LOSSLESS
+    method = method_ran(entry)
+    return None if method is None else FITTED if method == "aligned" else BLIND

@@ -36,7 +36,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Lens:
+class Adapter:
     """How stored tensors are seen. `same` names, for seen tensors whose bytes are stored as they are, the stored one; `made`
     holds the others. `puts` are rules from seen tensors back to stored ones; without any, what is seen is what is written.
     `said` tells the user of a change of family."""
@@ -87,12 +87,16 @@ def _put_back(rule: Rule, puts: tuple[Rule, ...]) -> Rule:
 
 
 @dataclass(frozen=True)
-class Seen(Checkpoint):
-    """An opened checkpoint through a lens."""
+class AdaptedCheckpoint(Checkpoint):
+    """An opened checkpoint through an adapter."""
 
     under: Checkpoint = field(kw_only=True)
-    lens: Lens = field(kw_only=True)
+    adapter: Adapter = field(kw_only=True)
     _last: dict[str, Any] = field(default_factory=dict, repr=False)  # the tensors made last, for their neighbours
+
+    @property
+    def stored(self) -> Checkpoint:
+        return self.under.stored
 
     @property
     def nbytes(self) -> int:
@@ -104,14 +108,14 @@ class Seen(Checkpoint):
 
     @property
     def passing(self) -> dict[str, TensorInfo]:
-        return self.under.passing if self.lens.puts else self.tensors
+        return self.under.passing if self.adapter.puts else self.tensors
 
     @property
     def said(self) -> str:
-        return self.lens.said or self.under.said
+        return self.adapter.said or self.under.said
 
     def written(self, plan: Plan) -> Plan:
-        return self.under.written(self.lens.written(plan))
+        return self.under.written(self.adapter.written(plan))
 
     def info(self, name: str) -> TensorInfo:
         known = name in self.tensors or name in self.fitted
@@ -120,14 +124,14 @@ class Seen(Checkpoint):
     def files_of(self, name: str) -> set[Path]:
         if name in self.fitted:
             return super().files_of(name)
-        made = self.lens.made.get(name)
-        stored = made.rule.reads if made else (self.lens.same.get(name, name),)
+        made = self.adapter.made.get(name)
+        stored = made.rule.reads if made else (self.adapter.same.get(name, name),)
         return {file for one in stored for file in self.under.files_of(one)}
 
     def read(self, name: str) -> "torch.Tensor":
-        made = self.lens.made.get(name)
+        made = self.adapter.made.get(name)
         if made is None:
-            stored = self.lens.same.get(name)
+            stored = self.adapter.same.get(name)
             return super().read(name) if name in self.fitted else self.under.read(stored or name)
         if name not in self._last:
             found = made.rule.apply({stored: self.under.read(stored) for stored in made.rule.reads})
@@ -136,41 +140,44 @@ class Seen(Checkpoint):
         return self._last.pop(name)
 
 
-def see(checkpoint: Checkpoint, own: bool = False) -> Checkpoint:
+def adapt(checkpoint: Checkpoint, own: bool = False) -> Checkpoint:
     """The checkpoint as recipes want it: itself, where its family stores what it is. With `own`, as of its own family even
     where another one computes the same."""
-
-    check_known(checkpoint.config)
-    with built_of(len(checkpoint.tensors)):
-        for look in (apart,) if own else (moved, apart):
-            lens = look(checkpoint.config, checkpoint.tensors)
-            checkpoint = checkpoint if lens is None else _through(lens, checkpoint)
+    for adapter in find_adapters(checkpoint.config, checkpoint.tensors, own):
+        checkpoint = _through(adapter, checkpoint)
     return checkpoint
 
 
-def seen_shapes(
-    config: dict[str, Any], tensors: "Mapping[str, Described]", own: bool = False
-) -> "tuple[dict[str, Any], Mapping[str, Described]]":
-    """`see`, of tensors that are only described."""
-
-    check_known(config)
-    with built_of(len(tensors)):
-        for look in (apart,) if own else (moved, apart):
-            lens = look(config, tensors)
-            config, tensors = (config, tensors) if lens is None else (lens.config, lens.shapes(tensors))
+def adapt_shapes(config: dict[str, Any], tensors: "Mapping[str, Described]", own: bool = False) -> tuple[dict[str, Any], Any]:
+    """`adapt`, of tensors that are only described."""
+    for adapter in find_adapters(config, tensors, own):
+        config, tensors = adapter.config, adapter.shapes(tensors)
     return config, tensors
 
 
-def _through(lens: Lens, under: Checkpoint) -> Seen:
-    tensors = {name: replace(under.tensors[stored], name=name) for name, stored in lens.same.items()}
-    for name, made in lens.made.items():
+def find_adapters(config: dict[str, Any], tensors: "Mapping[str, Described]", own: bool) -> list[Adapter]:
+    """What a checkpoint has to be seen through, one after the other. Raises UpfitError for an unsupported model type."""
+    check_known(config)
+    adapters: list[Adapter] = []
+    with built_of(len(tensors)):
+        for find in (split_fused,) if own else (as_other_family, split_fused):
+            adapter = find(config, tensors)
+            if adapter is not None:
+                adapters.append(adapter)
+                config, tensors = adapter.config, adapter.shapes(tensors)
+    return adapters
+
+
+def _through(adapter: Adapter, under: Checkpoint) -> AdaptedCheckpoint:
+    tensors = {name: replace(under.tensors[stored], name=name) for name, stored in adapter.same.items()}
+    for name, made in adapter.made.items():
         place = under.tensors[made.beside]
         nbytes = math.prod(made.shape) * ITEM_BYTES[made.dtype]
         tensors[name] = TensorInfo(name, made.dtype, made.shape, place.file, place.start, place.start + nbytes)
-    return Seen(
-        *(under.folder, lens.config, tensors, under.files, under.fitted, under._descriptors, under._lock, under._identities),
+    return AdaptedCheckpoint(
+        *(under.folder, adapter.config, tensors, under.files, under.fitted, under._descriptors, under._lock, under._identities),
         under=under,
-        lens=lens,
+        adapter=adapter,
     )
 
 
@@ -186,14 +193,14 @@ def make(rules: tuple[Rule, ...], tensors: "Mapping[str, Described]") -> dict[st
     return made
 
 
-def moved(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | None:
-    """The lens that shows the model of another family; None where its own can say fewer key/value heads."""
+def as_other_family(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Adapter | None:
+    """The adapter that shows the model of another family; None where its own can say fewer key/value heads."""
     found = retarget(config, tensors)
-    return None if found is None else Lens(found.config, found.renames, make(found.rules, tensors), said=found.said)
+    return None if found is None else Adapter(found.config, found.renames, make(found.rules, tensors), said=found.said)
 
 
-def apart(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | None:
-    """The lens that shows fused queries, keys and values apart; None where nothing is fused."""
+def split_fused(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Adapter | None:
+    """The adapter that shows fused queries, keys and values apart; None where nothing is fused."""
 
     arrangements = class_names(config).fused
     stored = class_names(config, stored=True) if arrangements else None
@@ -209,7 +216,7 @@ def apart(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Lens | 
     if not gets:
         return None
     fused = {name for rule in gets for name in rule.reads}
-    return Lens(config, {n: n for n in tensors if n not in fused}, make(tuple(gets), tensors), tuple(puts))
+    return Adapter(config, {n: n for n in tensors if n not in fused}, make(tuple(gets), tensors), tuple(puts))
 
 
 def _get(name: str, parts: tuple[str, ...], arrangement: Fused) -> Rule:

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from upfit.architecture.adapter import seen_shapes
+from upfit.architecture.adapter import adapt, adapt_shapes
 from upfit.architecture.attention import Geometry, Layer
 from upfit.architecture.grouped_class import as_own
 from upfit.architecture.names import class_names, disk_names
 from upfit.architecture.table import Described, Entry, entry_for
+from upfit.checkpoint.reader import Checkpoint
 from upfit.checkpoint.safetensors_header import ITEM_BYTES
 from upfit.errors import UpfitError
 
@@ -121,14 +122,22 @@ def _counts(config: dict[str, Any], entry: Entry) -> list[tuple[dict[str, Any], 
     return found
 
 
+def open_model(checkpoint: Checkpoint, own: bool = False) -> tuple[Checkpoint, Architecture]:
+    """The checkpoint as recipes want it, and its attention layers. For `own` and errors see `bind`."""
+    adapted = adapt(checkpoint, own)
+    return adapted, _architecture(adapted.config, adapted.tensors)
+
+
 def bind(config: dict[str, Any], tensors: Mapping[str, "Described"], own: bool = False) -> Architecture:
-    """See the checkpoint with this config and these tensors as attention layers; with `own`, of its own family even where it is
+    """The attention layers of a checkpoint with this config and these tensors; with `own`, of its own family even where it is
     usually seen as another's.
 
     Raises UpfitError for an unsupported model type, and when the tensors are not what the class wants.
     """
+    return _architecture(*adapt_shapes(config, tensors, own))
 
-    config, tensors = seen_shapes(config, tensors, own)
+
+def _architecture(config: dict[str, Any], tensors: Mapping[str, "Described"]) -> Architecture:
     entry = entry_for(config)
     names = class_names(config)
     probe = _probe(config, entry)

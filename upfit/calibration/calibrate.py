@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from upfit.architecture.adapter import see
-from upfit.architecture.layers import Architecture, bind
+from upfit.architecture.layers import Architecture, open_model
 from upfit.architecture.loading import pick_device
 from upfit.architecture.quantised import check_not_quantised
+from upfit.architecture.table import check_known
 from upfit.calibration.gather import LayerSums, gather_layer
 from upfit.calibration.layerwise import Stream
 from upfit.calibration.observe import Opaque
@@ -68,9 +68,9 @@ def calibrate(
     source, began = find_source(model, revision), time.monotonic()
     check_place(out, [source.path, *map(Path, texts)], 0)
     with open_checkpoint(source.path) as stored:
-        checkpoint = see(stored)
+        check_known(stored.config)
         check_not_quantised(stored)
-        architecture = bind(checkpoint.config, checkpoint.tensors)
+        checkpoint, architecture = open_model(stored)
         try:
             sample = sample_for(source.path, checkpoint, texts, tokens, length, output)
         except Opaque as reason:

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from upfit.architecture.adapter import Seen
 from upfit.checkpoint.reader import Checkpoint
 from upfit.checkpoint.safetensors_header import TensorInfo, read_exactly
 
@@ -37,9 +36,7 @@ def file_hash(path: Path) -> str:
 
 def tensors_hash(checkpoint: Checkpoint) -> str:
     """The hash of every stored tensor's name, type, shape and bytes, however they are spread over files."""
-    stored = checkpoint
-    while isinstance(stored, Seen):
-        stored = stored.under
+    stored = checkpoint.stored
     infos = sorted(stored.tensors.values(), key=lambda info: info.name)
     names = "\n".join(f"{info.name} {info.dtype} {info.shape}" for info in infos)
     return hashlib.sha256(names.encode() + hash_of(_range(stored, info) for info in infos)).hexdigest()

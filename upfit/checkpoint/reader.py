@@ -71,6 +71,11 @@ class Checkpoint:
         return sum(info.numel for info in self.tensors.values())
 
     @property
+    def stored(self) -> "Checkpoint":
+        """The checkpoint as its files have it."""
+        return self
+
+    @property
     def passing(self) -> dict[str, TensorInfo]:
         """The tensors that are written as they are, unless a rule writes or drops them."""
         return self.tensors

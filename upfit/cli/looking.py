@@ -53,7 +53,7 @@ def show(
 
 
 def _done(step: dict[str, Any]) -> str:
-    from upfit.convert.gqa.ran import method_ran
+    from upfit.provenance import method_ran
 
     method = method_ran(step)
     return f"{step['verb']} ({method})" if method else str(step["verb"])

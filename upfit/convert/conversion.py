@@ -14,9 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from upfit import provenance
-from upfit.architecture.adapter import see
 from upfit.architecture.grouped_class import is_grouped
-from upfit.architecture.layers import Architecture, bind
+from upfit.architecture.layers import Architecture, bind, open_model
 from upfit.architecture.leftovers import Leftovers, left_over, settle
 from upfit.architecture.loading import structure_report
 from upfit.architecture.names import class_names
@@ -231,8 +230,7 @@ def _first_way(recipe: Recipe, options: Any, checkpoint: Checkpoint) -> tuple[Ch
     """The first way of seeing this checkpoint that the recipe can be planned for: stock classes before ours."""
 
     def way(own: bool) -> tuple[Checkpoint, Architecture, Plan | Fit]:
-        seen = see(checkpoint, own)
-        architecture = bind(seen.config, seen.tensors, own)
+        seen, architecture = open_model(checkpoint, own)
         return seen, architecture, recipe.plan(architecture, options)
 
     try:
@@ -303,6 +301,7 @@ def _step(job: Job, answer: dict[str, Any], promise: Promise) -> dict[str, Any]:
         step["retarget"] = {"from": moved[0], "to": moved[1], "why": job.checkpoint.said}
     if promise.tolerance is not None:
         step["measurements"]["lossless"] = asdict(promise) if promise.tolerance or promise.dtype else True
+        step["measurements"][provenance.STATE] = provenance.LOSSLESS
     if job.plan.report:
         step["measurements"] |= job.plan.report
     if job.unused:

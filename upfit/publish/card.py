@@ -10,10 +10,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from upfit import __version__
-from upfit.convert.gqa.ran import method_ran
 from upfit.convert.recipe import find_recipes
 from upfit.modeling.registry import code_files
 from upfit.output import cache_change, human_bytes, human_count
+from upfit.provenance import method_ran
 from upfit.publish import front
 from upfit.publish.markdown import REPO, code, harmless, model_link, plain, unmarked
 from upfit.publish.portable import commit_of, known_places, portable, settings, words

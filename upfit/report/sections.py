@@ -3,8 +3,8 @@
 from typing import Any
 
 from upfit.convert.describe import as_rows
-from upfit.convert.gqa.ran import method_ran
 from upfit.output import cache_change, human_bytes, human_count
+from upfit.provenance import method_ran
 from upfit.report import figures
 from upfit.report.measured import measured, summary
 from upfit.report.page import Plot, Section, Table, file_name

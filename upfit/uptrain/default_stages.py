@@ -9,26 +9,22 @@ from what it was: its divergence from that is 0, and AdamW would make steps of r
 from upfit import provenance
 from upfit.checkpoint.reader import read_config
 from upfit.checkpoint.source import Source, find_source, teacher_source
-from upfit.convert.gqa.ran import method_ran
 from upfit.modeling.registry import is_own
 from upfit.uptrain.config import Config, default
 from upfit.uptrain.model.model_traits import is_seq2seq
 
-BLIND = ("mean", "first", "random")  # methods of convert gqa and mqa that look at no text
-LOSSLESS = "lossless"
-HEALTHY = ("aligned", LOSSLESS)  # starts that are to be changed with care
 OF_A_TEACHER = ("teacher", "kl_weight", "ce_weight", "temperature")
 
 
-def converted_by(source: Source) -> str | None:
-    """The method that merged heads in the last step of the model's history, or that the step was LOSSLESS; None where it was
-    something else. One that takes rotary positions away while training loses them only then."""
-    last = next((step for step in reversed(provenance.read(source.path)) if step["verb"] != "evaluate"), None)
-    if last is None or not last["verb"].startswith("convert"):
-        return None
-    if last["measurements"].get("lossless") and not last["options"].get("drop_rope"):
-        return LOSSLESS
-    return method_ran(last)
+def state_of(source: Source) -> str | None:
+    """In which state the last step of the model's history left it, where that was a conversion (see provenance.py)."""
+    steps = [step for step in provenance.read(source.path) if step["verb"] != "evaluate"]
+    return provenance.state_left(steps[-1]) if steps else None
+
+
+def wants_care(source: Source) -> bool:
+    """Whether the model is near to what it was, so that training at full rates makes it worse first."""
+    return state_of(source) in (provenance.LOSSLESS, provenance.FITTED)
 
 
 def default_stages(config: Config, source: Source, sharded: bool) -> str | None:
@@ -37,13 +33,13 @@ def default_stages(config: Config, source: Source, sharded: bool) -> str | None:
     Only right after a conversion that lost nothing, or to fewer key/value heads: nothing else has been measured. Whoever says
     how to learn from a teacher learns from one.
     """
-    method, student = converted_by(source), read_config(source.path)
+    state, student = state_of(source), read_config(source.path)
     if config.stages is not None or config.teacher == "none" or not config.kl_weight or is_seq2seq(student):
         return None
-    if method not in (*BLIND, *HEALTHY):
+    if not wants_care(source) and state != provenance.BLIND:
         return None
     whole = "lm" if all(getattr(config, name) == default(name) for name in OF_A_TEACHER) else "distill"
-    if method in HEALTHY or sharded or is_own(student):
+    if state != provenance.BLIND or sharded or is_own(student):
         return whole
     teacher = teacher_source(source.path) if config.teacher is None else find_source(config.teacher)
     beside = teacher is not None and read_config(teacher.path)["model_type"] == student["model_type"]

@@ -62,7 +62,7 @@ def fit(bench: "Bench", plan: Plan, options: Options, chosen: "list[Layer]") -> 
     fitted = fit_layers(bench, calibration, task)
     rotations = {entry.layer: entry.extra["rotation"] for entry in fitted.entries if entry.extra}
     config = {**plan.config, "cope": {**plan.config["cope"], "rotations": rotations}}
-    report = {"calibration": calibration.record(), "layers": fitted.records}
+    report = {**(plan.report or {}), "calibration": calibration.record(), "layers": fitted.records}
     return replace(plan, config=config, rules=(*plan.rules, *fitted.rules), report=report)
 
 

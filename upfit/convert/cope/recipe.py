@@ -10,6 +10,7 @@ from upfit.convert.cope.options import CALIBRATION, Options, new_tensors
 from upfit.convert.recipe import Bench, Fit, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag
+from upfit.provenance import STATE, UNSETTLED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,9 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
         raise UpfitError("--drop-rope leaves layers without contextual positions with none at all; leave out --every")
     check_decoder(architecture)
     chosen = list(architecture.layers[:: options.every])
-    outline = Plan(_config(architecture, options, chosen), tuple(_rule(layer, options) for layer in chosen), exact=True)
+    rules = tuple(_rule(layer, options) for layer in chosen)
+    report = {STATE: UNSETTLED} if options.drop_rope else None
+    outline = Plan(_config(architecture, options, chosen), rules, exact=True, report=report)
 
     if options.gates == "constant" and not options.drop_rope:
         return outline

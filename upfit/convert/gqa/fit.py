@@ -14,7 +14,7 @@ from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.convert_layers import begin
 from upfit.convert.gqa.layer_state import Settings
 from upfit.convert.gqa.pooling import merge
-from upfit.convert.gqa.ran import METHOD_RAN
+from upfit.provenance import FITTED, METHOD_RAN, STATE
 
 if TYPE_CHECKING:
     from upfit.convert.recipe import Bench
@@ -45,7 +45,7 @@ def fit(bench: "Bench", choice: Choice, plan: Plan) -> Plan:
         note=_progress,
     )
     fitted = fit_layers(bench, calibration, task)
-    report = {METHOD_RAN: "aligned", "calibration": calibration.record(), "layers": fitted.records}
+    report = {METHOD_RAN: "aligned", STATE: FITTED, "calibration": calibration.record(), "layers": fitted.records}
     notes = (*plan.notes, *_notes(fitted.records))
     return Plan(plan.config, tuple(fitted.rules), notes=notes, report=report)
 

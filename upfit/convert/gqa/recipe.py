@@ -1,19 +1,20 @@
 """Grouped-query attention: fewer key/value heads, each shared by a contiguous group of query heads; multi-query is one."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from upfit.checkpoint.plan import Plan, Rule
-from upfit.convert.gqa.ran import METHOD_RAN, Method
 from upfit.convert.recipe import Bench, Fit, Recipe, outline_of
 from upfit.errors import UpfitError
 from upfit.options import flag, option
+from upfit.provenance import BLIND, METHOD_RAN, STATE
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Attention, Layer
     from upfit.architecture.layers import Architecture
     from upfit.convert.gqa.choice import Choice
 
+Method = Literal["auto", "aligned", "mean", "first", "random"]
 GQA_PAPER = "Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models, arXiv 2305.13245"
 MQA_PAPER = "Shazeer 2019, Fast Transformer Decoding: One Write-Head is All You Need, arXiv 1911.02150"
 PARTS = ("k", "v", "k_bias", "v_bias", "k_norm")  # what belongs to a key/value head; queries and output stay untouched
@@ -77,7 +78,8 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
         rules = tuple(_aligned_rule(layer, options) for layer in changed)
         return _fit(options, Plan(config, rules, notes=tuple(notes)), fallback)
     rules = tuple(_rule(layer, replace(options, method=method), architecture.initializer_range) for layer in changed)
-    return Plan(config, rules, exact=not rules, notes=tuple(notes), report={METHOD_RAN: method} if rules else None)
+    report = {METHOD_RAN: method, STATE: BLIND} if rules else None
+    return Plan(config, rules, exact=not rules, notes=tuple(notes), report=report)
 
 
 def _repeated(architecture: "Architecture", kv_heads: int) -> Plan:

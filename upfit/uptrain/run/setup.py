@@ -25,7 +25,7 @@ from upfit.uptrain.data.answers import AnswerRows
 from upfit.uptrain.data.dataloader import Feed
 from upfit.uptrain.data.open_data import Data, lay_out
 from upfit.uptrain.data.spans import Vocabulary, find_vocabulary
-from upfit.uptrain.default_stages import HEALTHY, converted_by
+from upfit.uptrain.default_stages import wants_care
 from upfit.uptrain.model import model_traits
 from upfit.uptrain.model.compiled import compile_layers
 from upfit.uptrain.model.export import layout_of
@@ -196,7 +196,7 @@ def set_up(
     module, prepared = prepare(accelerator, learner, optimizer, config.shard_teacher)
     on_cpu = accelerator.device.type == "cpu"
     micro = MICRO_BATCH_TOKENS_CPU if on_cpu else MICRO_BATCH_TOKENS
-    peak = peak_rate(config, hidden_size, name, healthy=converted_by(source) in HEALTHY)
+    peak = peak_rate(config, hidden_size, name, healthy=wants_care(source))
     same = run_identity(config, plan, fingerprints(source, teacher, accelerator), data, dtype)
     announce(plan, feed, peak, student, teacher, dtype, output)
     workspace = place.workspace
