@@ -1,4 +1,4 @@
-"""The model types that Upfit brings itself: one `modeling/modeling_<model type>.py` each.
+"""The model types that Upfit brings itself: one `modeling_<model type>.py` each.
 
 Where upfit is imported, transformers' auto classes know them, so that such a folder needs no `trust_remote_code`. Nothing heavy
 is imported for it before somebody asks for one.
@@ -17,7 +17,7 @@ from typing import Any
 
 CONFIGS = "transformers.models.auto.configuration_auto"  # every use of an auto class begins here
 PREFIX = "modeling_"
-ROOM = Path(__file__).parent / "modeling"
+ROOM = Path(__file__).parent
 
 
 def code_files() -> dict[str, Path]:
@@ -48,7 +48,7 @@ def register() -> None:
     from transformers import AutoConfig
 
     for model_type, path in code_files().items():
-        module: Any = importlib.import_module(f"{__package__}.{ROOM.name}.{path.stem}")
+        module: Any = importlib.import_module(f"{__package__}.{path.stem}")
         AutoConfig.register(model_type, module.CONFIG, exist_ok=True)
         for auto, model in module.MODELS.items():
             auto.register(module.CONFIG, model, exist_ok=True)
