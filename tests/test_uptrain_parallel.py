@@ -260,7 +260,7 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
     with pytest.raises(UpfitError, match="the checkpoint of step 2 .*No space left on device.* go on with --resume") as caught:
         shops["untied"].run(tmp_path / "out", tokens="512", output=Interrupting(2), async_save=background)
-    assert "\n" not in str(caught.value) and not Workspace(tmp_path / "out.upfit-work").checkpoints()
+    assert "\n" not in str(caught.value) and not Workspace(tmp_path / "out.upfit-work").newest()
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true"}
