@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from upfit.tokenizer import begin_token
+from upfit.tokenizer import begin_token, encode_texts
 from upfit.uptrain.shards import TOKEN_DTYPES
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", dtype: str
         return np.zeros(0, dtype=TOKEN_DTYPES[dtype]), np.zeros(0, dtype=np.int64)
     first = begin_token(tokenizer)
     before = 0 if first is None else 1
-    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    found = encode_texts(tokenizer, texts, return_attention_mask=False)["input_ids"]
     lengths = np.array([before + len(ids) + 1 for ids in found])
     joined = np.empty(lengths.sum(), dtype=TOKEN_DTYPES[dtype])
     at = 0

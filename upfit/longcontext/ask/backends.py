@@ -17,6 +17,7 @@ from upfit.longcontext.ask.model import Request
 from upfit.longcontext.options import Options
 from upfit.model_files import check_model_files
 from upfit.output import Meter
+from upfit.tokenizer import encode_texts
 
 MOST_TOKENS = 256  # of an answer
 RETRIES = 8  # of one request, by the client library, with growing waits
@@ -109,8 +110,13 @@ def ask_here(requests: list[Request], answers: Answers, options: Options, meter:
     with open(answers.path, "a", encoding="utf-8") as file:
         for at in range(0, len(requests), BATCH):
             some = requests[at : at + BATCH]
-            inputs = tokenizer([_as_prompt(tokenizer, one.prompt) for one in some], return_tensors="pt", padding=True,
-                               add_special_tokens=not tokenizer.chat_template).to(model.device)  # fmt: skip
+            inputs = encode_texts(
+                tokenizer,
+                [_as_prompt(tokenizer, one.prompt) for one in some],
+                return_tensors="pt",
+                padding=True,
+                add_special_tokens=not tokenizer.chat_template,
+            ).to(model.device)
             torch.manual_seed(options.seed + some[0].index)
             with torch.inference_mode():
                 written = model.generate(**inputs, max_new_tokens=MOST_TOKENS, pad_token_id=tokenizer.pad_token_id, **chance)
