@@ -100,10 +100,12 @@ def ask_here(requests: list[Request], answers: Answers, options: Options, meter:
 
     from upfit.convert.calibrate import pick_device
 
-    if Path(str(options.model)).is_dir():
-        check_model_files(Path(str(options.model)))
-    tokenizer = AutoTokenizer.from_pretrained(str(options.model), trust_remote_code=False, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(str(options.model), trust_remote_code=False, dtype="auto")
+    folder = Path(str(options.model)).expanduser()
+    if folder.is_dir():
+        check_model_files(folder)
+    name = str(folder if folder.is_dir() else options.model)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, dtype="auto")
     model = model.to(pick_device()).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     chance = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
@@ -146,7 +148,7 @@ def ingest(names: list[str], wanted: set[int], answers: Answers) -> None:
     """Keep the responses of a batch service that belong to this part. Raises UpfitError for a file of another layout."""
     with open(answers.path, "a", encoding="utf-8") as file:
         for name in names:
-            for index, text in _responses(Path(name)):
+            for index, text in _responses(Path(name).expanduser()):
                 if index in wanted and index not in answers.texts:
                     answers.keep(file, index, text)
 
