@@ -83,7 +83,7 @@ def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", dtype: str
     """The ids of all `texts` one after the other, with begin and end tokens, and the number of tokens of each."""
     if not texts:
         return np.zeros(0, dtype=TOKEN_DTYPES[dtype]), np.zeros(0, dtype=np.int64)
-    first = begin_token(tokenizer)
+    first, last = begin_token(tokenizer), tokenizer.eos_token_id  # once: each lookup takes 2 µs
     before = 0 if first is None else 1
     found = encode_texts(tokenizer, texts, return_attention_mask=False)["input_ids"]
     lengths = np.array([before + len(ids) + 1 for ids in found])
@@ -93,7 +93,7 @@ def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", dtype: str
         if first is not None:
             joined[at] = first
         joined[at + before : at + length - 1] = ids
-        joined[at + length - 1] = tokenizer.eos_token_id
+        joined[at + length - 1] = last
         at += length
     return joined, lengths
 
