@@ -182,10 +182,10 @@ def fill_the_disk(bench: Bench, process: subprocess.Popen[bytes], draw: random.R
 
 def tear(out: Path, draw: random.Random) -> bool:
     """Cut a file of the newest checkpoint short, as a file system may after a power cut; False where there is none."""
-    found = Workspace(out).checkpoints() if Workspace(out).path.exists() else []
-    if not found:
+    newest = Workspace(out).newest() if Workspace(out).path.exists() else None
+    if newest is None:
         return False
-    files = sorted(path for path in found[-1].rglob("*") if path.is_file() and path.stat().st_size)
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
     path = draw.choice(files)
     os.truncate(path, draw.randrange(path.stat().st_size))
     return True
@@ -196,7 +196,7 @@ def look(bench: Bench, kind: str, out: Path, code: int, said: str, background: b
     workspace = Workspace(out)
     there = workspace.path.exists()
     folders = {path.name for path in workspace.path.iterdir() if STEP_NAME.fullmatch(path.name)} if there else set()
-    whole = [path.name for path in workspace.checkpoints()] if there else []
+    whole = sorted(path.name for path in workspace.checkpoints()) if there else []
     half = any(path.name.endswith((".tmp", ".old")) for path in workspace.path.iterdir()) if there else False
     assert len(folders) - len(whole) == (kind == "torn"), "a checkpoint looks whole and is not"
     lines = lines_in(out)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from tests.folders import save_tiny
 from tests.tiny import tiny_config, tiny_model
@@ -45,7 +46,7 @@ def changed(config: dict[str, Any], place: str, value: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("model_type", "place"), BOMBS, ids=lambda one: str(one))
-@pytest.mark.parametrize("value", [10**9, 10**40, 3 * 10**6])
+@pytest.mark.parametrize("value", [10**9, 10**40, 3 * 10**6, 2**20 + 1])
 def test_a_config_bomb_is_refused_at_once(tmp_path: Path, model_type: str, place: str, value: int) -> None:
     tiny_model(model_type).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -90,3 +91,21 @@ def test_large_numbers_of_honest_configs_are_none() -> None:
     config |= {"sliding_window": 2**40, "training_tokens": [10**12]}
     check_numbers(config, 10_000)
     skeleton(config | {"rope_theta": 10_000})
+
+
+def test_every_class_as_it_is_made_is_honest() -> None:
+    """Sizes of tensors, and of nothing else: no default of a class is refused, however small the folder."""
+    for model_type, config_class in CONFIG_MAPPING.items():
+        try:
+            config = config_class().to_dict()
+        except Exception:  # a class that cannot be made without being told more
+            continue
+        check_numbers(config, 10_000, Path(model_type))
+
+
+def test_the_size_of_a_piece_of_sound_may_be_large_and_that_of_a_mask_not() -> None:
+    samples = ("acoustic_tokenizer_chunk_size", "audio_chunk_size", "speech_encoder_chunk_size")
+    check_numbers(dict.fromkeys(samples, 10**9), 10_000)
+    for name in ("conf_attention_chunk_size", "audio_hidden_size", "speech_vocab_size"):
+        with pytest.raises(UpfitError, match=f"{name} = 1048577, more than"):
+            check_numbers({name: 2**20 + 1}, 10_000)

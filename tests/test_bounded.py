@@ -54,7 +54,7 @@ def test_no_more_is_read_than_the_bound(tmp_path: Path, read: Callable[[Path], o
     path = tmp_path / "large"
     with open(path, "wb") as file:
         os.ftruncate(file.fileno(), 50 * 2**30)  # of which the disk holds nothing
-    with pytest.raises(UpfitError, match="has 53687091200 bytes; at most 100 are read"):
+    with pytest.raises(UpfitError, match=f"^{path} has 53687091200 bytes; at most 100 are read"):
         read(path)
 
 
@@ -63,8 +63,14 @@ def test_a_line_without_end_is_no_line(tmp_path: Path) -> None:
     path.write_bytes(b"{}\n" + b"x" * (LINE_BYTES + 1))
     lines = read_lines(path)
     assert next(lines) == "{}"
-    with pytest.raises(UpfitError, match="line 2 has more than"):
+    with pytest.raises(UpfitError, match=f"^{path} line 2 has more than"):
         next(lines)
+
+
+def test_what_no_file_is_called(tmp_path: Path) -> None:
+    for read in READERS:
+        with pytest.raises(UpfitError, match=r"^'a\\x00b' is no name of a file"):
+            read(Path("a\0b"))
 
 
 def test_what_is_read_is_what_stands_there(tmp_path: Path) -> None:

@@ -316,6 +316,14 @@ def test_bad_settings_are_one_line(changes: dict[str, Any], message: str) -> Non
         check_options(replace(Options(), **changes))
 
 
+def test_the_home_folder_of_tasks_is_known(tasks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HOME", str(Path(tasks).parent))
+    options = Options(tasks=["pick"], task_path=f"~/{Path(tasks).name}")
+    check_options(options)
+    assert [one.label for one in harness.load(options, letter_tokenizer(), POSITIONS, QUIET)] == ["pick"]
+
+
 def test_bad_tasks_are_one_line(tasks: str, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     (tmp_path / "gone.yaml").write_text(CHOICE.replace("pick", "gone").format(path=tmp_path / "gone.jsonl"))

@@ -182,7 +182,7 @@ def test_bad_settings_are_one_line(tmp_path: Path, changes: dict[str, Any], mess
     assert not list(tmp_path.iterdir())
 
 
-def test_question_sets_are_read(tmp_path: Path) -> None:
+def test_question_sets_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     squad = {"data": [{"paragraphs": [{"context": "The sky  is blue.", "qas": [
         {"question": "What is blue?", "answers": [{"text": "The sky"}]}, {"question": "Why?", "answers": []}]}]}]}  # fmt: skip
     hotpot = [{"question": "Where was A's B born?", "answer": "Rome", "context": [["A", ["A has B."]], ["B", ["B is of Rome."]],
@@ -193,7 +193,8 @@ def test_question_sets_are_read(tmp_path: Path) -> None:
     assert [(item.answer, len(item.pieces), len(item.decoys)) for item in items] == [("The sky", 1, 0), ("Rome", 2, 1)]
     with pytest.raises(UpfitError, match="not shaped like"):
         read([str(tmp_path / "other.json")])
-    options = replace(OPTIONS, ask="dataset", questions=[str(tmp_path / "squad.json"), str(tmp_path / "hotpot.json")])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = replace(OPTIONS, ask="dataset", questions=["~/squad.json", str(tmp_path / "hotpot.json")])
     assert synth(TEXT[:1], tmp_path / "out", options, QUIET)["items"] == 2
 
 
@@ -329,7 +330,7 @@ def test_a_server_that_falls_silent_is_one_line_and_asked_again_later(
     assert told["finished"] and len(server.asked) == len(set(server.asked)) == 4
 
 
-def test_requests_go_out_and_responses_come_in(tmp_path: Path) -> None:
+def test_requests_go_out_and_responses_come_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = replace(OPTIONS, ask="file", model="m", items=6, several_share=0.0)
     waiting = synth(TEXT, tmp_path / "out", options, QUIET)
     assert not waiting["finished"]
@@ -348,12 +349,15 @@ def test_requests_go_out_and_responses_come_in(tmp_path: Path) -> None:
     waiting = synth(TEXT, tmp_path / "out", replace(options, responses=[str(answers)]), QUIET)
     assert not waiting["finished"] and "2 requests" in waiting["missing"][0]
     answers.write_text("\n".join(response(row) for row in rows[4:]) + "\n")
-    told = synth(TEXT, tmp_path / "out", replace(options, responses=[str(answers)]), QUIET)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    told = synth(TEXT, tmp_path / "out", replace(options, responses=["~/answers.jsonl"]), QUIET)
     assert told["finished"] and told["items"] + sum(told["rejected"].values()) == 6
 
 
-def test_a_model_in_this_process_can_ask(tmp_path: Path) -> None:
-    options = replace(OPTIONS, ask="hf", model=MODEL, items=2, temperature=0.0)
+def test_a_model_in_this_process_can_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(MODEL)
+    options = replace(OPTIONS, ask="hf", model="~/model", items=2, temperature=0.0)
     with pytest.raises(UpfitError, match=r"no question was kept: .*\(2\)"):  # the embedded model asks nothing sensible
         synth(TEXT, tmp_path / "out", options, QUIET)
     answered = (tmp_path / "out.upfit-work" / "answers-0-of-1.jsonl").read_text(encoding="utf-8").splitlines()

@@ -222,6 +222,15 @@ def test_a_dry_run_asks_the_hub_nothing(folder: Path, monkeypatch: pytest.Monkey
     assert answer["bytes"] == sum(answer["files"].values()) and answer["doubts"] == []
 
 
+def test_the_home_folder_is_known(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    options = Options(dry_run=True, card=Path("~/card.md"))
+    [answer] = push(f"~/{folder.name}", "alice/poet", options, None, QUIET)
+    assert answer["files"] and (folder.parent / "card.md").exists()
+    with pytest.raises(UpfitError, match="exists; give another name"):
+        push(f"~/{folder.name}", "alice/poet", options, None, QUIET)
+
+
 def test_every_model_of_a_folder_gets_a_name(shop: Workshop, tmp_path: Path) -> None:
     for name in ("one", "two"):
         copied(shop.teacher.parent / "better", tmp_path / name)

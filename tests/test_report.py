@@ -56,6 +56,21 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return made
 
 
+def test_the_home_folder_is_known(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").symlink_to(shop.student.parent / "better")
+    (tmp_path / "dry.json").write_text(json.dumps({"sensitivity": PREDICTED}), encoding="utf-8")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def write(overwrite: bool) -> None:
+        report("~/model", Path("~/page.html"), [Path("~/dry.json")], Path("~/png"), overwrite)
+
+    write(False)
+    assert "1.234" in (tmp_path / "page.html").read_text(encoding="utf-8") and list((tmp_path / "png").iterdir())
+    with pytest.raises(UpfitError, match="--overwrite"):
+        write(False)
+    write(True)
+
+
 def test_it_tells_what_was_done_and_measured(shop: Workshop, tmp_path: Path) -> None:
     better = shop.student.parent / "better"
     results = tmp_path / "dry.json"

@@ -150,11 +150,8 @@ def test_a_run_ends_at_damaged_tokens_with_all_steps_before_saved(shop: Workshop
     for resume in (False, True):
         with pytest.raises(UpfitError, match="tokens-00000.bin is damaged in the 64 bytes from offset"):
             broken.run(tmp_path / "out", resume=resume, save_every="100")
-        assert (
-            int(Workspace(tmp_path / "out.upfit-work").checkpoints()[-1].name[5:])
-            == step
-            == len(metrics(tmp_path / "out.upfit-work"))
-        )
+        saved = next(Workspace(tmp_path / "out.upfit-work").checkpoints())
+        assert int(saved.name[5:]) == step == len(metrics(tmp_path / "out.upfit-work"))
     shutil.copy(shop.data / path.name, path)
     broken.run(tmp_path / "out", resume=True)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")

@@ -21,10 +21,11 @@ def test_a_dumped_config_is_read_back_the_same(tmp_path: Path) -> None:
     assert tables(tmp_path / "c.toml") == of_stages
 
 
-def test_flags_override_the_file(tmp_path: Path) -> None:
+def test_flags_override_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "c.toml").write_text('share = "5%"\noriginal_tokens = "2T"\nseed = 3\n')
     assert resolve(tmp_path / "c.toml", {"seed": 4}) == Config(share="5%", original_tokens="2T", seed=4)
-    assert resolve(tmp_path / "c.toml", {"tokens": "1M"}) == Config(tokens="1M", seed=3)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve(Path("~/c.toml"), {"tokens": "1M"}) == Config(tokens="1M", seed=3)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ from torch.distributed.fsdp import FSDPModule
 from accelerate.state import AcceleratorState
 from tests.test_uptrain_resume import Interrupting
 from upfit.output import Output
-from upfit.uptrain import loop
+from upfit.uptrain.run import loop
 from upfit.uptrain.config import Config
 from upfit.uptrain.train import uptrain
 
@@ -261,7 +261,7 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
     with pytest.raises(UpfitError, match="the checkpoint of step 2 .*No space left on device.* go on with --resume") as caught:
         shops["untied"].run(tmp_path / "out", tokens="512", output=Interrupting(2), async_save=background)
-    assert "\n" not in str(caught.value) and not Workspace(tmp_path / "out.upfit-work").checkpoints()
+    assert "\n" not in str(caught.value) and not Workspace(tmp_path / "out.upfit-work").newest()
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true"}

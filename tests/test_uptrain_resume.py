@@ -252,7 +252,7 @@ def damage(checkpoint: Path, how: str) -> None:
 def test_a_damaged_checkpoint_is_passed_over(shop: Workshop, tmp_path: Path, how: str) -> None:
     shop.run(tmp_path / "whole")
     place = stopped(shop, tmp_path)
-    assert [path.name for path in Workspace(tmp_path / "out.upfit-work").checkpoints()] == ["step-00000008", "step-00000009"]
+    assert [path.name for path in Workspace(tmp_path / "out.upfit-work").checkpoints()] == ["step-00000009", "step-00000008"]
     damage(place / "step-00000009", how)
     assert [path.name for path in Workspace(tmp_path / "out.upfit-work").checkpoints()] == ["step-00000008"]
     shop.run(tmp_path / "out", resume=True)
@@ -291,9 +291,9 @@ def test_a_bit_in_the_middle_of_a_checkpoint_or_a_model_is_noticed(tmp_path: Pat
     workspace.partial(1).mkdir(parents=True)
     (workspace.partial(1) / "__0_0.distcp").write_bytes(bytes(5 * 2**20))
     checkpoint = workspace.publish(Counters(step=1), {}, 1)
-    assert workspace.checkpoints() == [checkpoint]
+    assert workspace.newest() == checkpoint
     flip(checkpoint / "__0_0.distcp")
-    assert workspace.checkpoints() == []
+    assert workspace.newest() is None
     model = save_tiny(tmp_path / "model", tiny_llama(hidden_size=256, intermediate_size=1024))
     known = fingerprint(model)
     assert fingerprint(model) == known and (model / "model.safetensors").stat().st_size > 5 * 2**20
@@ -332,6 +332,32 @@ def test_only_the_newest_checkpoints_are_kept(shop: Workshop, tmp_path: Path) ->
     assert sorted(path.name for path in place.glob("step-*")) == ["step-00000008", "step-00000009"]
 
 
+def test_what_is_older_than_is_needed_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of checkpoints of many gigabytes: the newest whole one to go on from, `keep` of them when older ones are removed."""
+    workspace, read = Workspace(tmp_path / "out"), list[str]()
+
+    def save(step: int, keep: int) -> None:
+        workspace.partial(step).mkdir(parents=True)
+        (workspace.partial(step) / "weights").write_bytes(bytes([step]) * 1000)
+        workspace.publish(Counters(step=step), {}, keep)
+
+    for step in range(1, 7):
+        save(step, keep=9)
+    flip(workspace.path / "step-00000006" / "weights")
+
+    def seen(path: Path) -> str:
+        read.append(path.parent.name)
+        return content_hash(path)
+
+    monkeypatch.setattr(state, "digest", seen)
+    assert workspace.begin(resume=True, overwrite=False) == workspace.newest() == workspace.path / "step-00000005"
+    assert read == ["step-00000006", "step-00000005"] * 2
+    read.clear()
+    save(6, keep=2)
+    assert read == ["step-00000006.tmp", "step-00000006", "step-00000005"]
+    assert sorted(path.name for path in workspace.path.iterdir()) == ["step-00000005", "step-00000006"]
+
+
 def test_killed_while_old_ones_are_removed_none_is_left_by_half(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,7 +373,7 @@ def test_killed_while_old_ones_are_removed_none_is_left_by_half(
     monkeypatch.undo()
     workspace = state.Workspace(tmp_path / "out.upfit-work")
     named = [path for path in workspace.path.iterdir() if state.STEP_NAME.fullmatch(path.name)]
-    assert named == workspace.checkpoints() and len(list(workspace.path.glob("*.old"))) == 1
+    assert named == list(workspace.checkpoints()) and len(list(workspace.path.glob("*.old"))) == 1
     shop.run(tmp_path / "out", resume=True)
     assert not workspace.path.exists()
 
@@ -447,8 +473,8 @@ def test_sigterm_to_torchrun_saves_and_resumes_bit_exactly(shop: Workshop, pytho
         process.send_signal(signal.SIGTERM)
         process.wait()
     assert not (tmp_path / "broken").exists() and not list((tmp_path / "broken.upfit-work").glob("*.tmp"))
-    saved = Workspace(tmp_path / "broken.upfit-work").checkpoints()
-    assert int(saved[-1].name[5:]) == len(metrics(tmp_path / "broken.upfit-work"))
+    saved = next(Workspace(tmp_path / "broken.upfit-work").checkpoints())
+    assert int(saved.name[5:]) == len(metrics(tmp_path / "broken.upfit-work"))
     run("broken", resume=True)
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
 
@@ -464,8 +490,8 @@ def test_one_process_dies_all_end_and_nothing_is_lost_but_the_last_steps(shop: W
         os.kill(int((tmp_path / "broken.pid1").read_text()), signal.SIGKILL)
         assert process.wait(PATIENCE) == 1
     assert not (tmp_path / "broken").exists()
-    saved = Workspace(tmp_path / "broken.upfit-work").checkpoints()
-    assert int(saved[-1].name[5:]) >= 10, "a checkpoint is due every ten steps, and written while the next ones go on"
+    saved = next(Workspace(tmp_path / "broken.upfit-work").checkpoints())
+    assert int(saved.name[5:]) >= 10, "a checkpoint is due every ten steps, and written while the next ones go on"
     run("broken", resume=True)
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
     assert untimed(tmp_path / "broken") == untimed(tmp_path / "whole")
@@ -485,4 +511,5 @@ def test_two_nodes_find_each_other_and_stop_together(shop: Workshop, python: str
             node.send_signal(signal.SIGUSR1)
         assert [node.wait(PATIENCE) for node in (first, second)] == [1, 1]
     assert (place / "stopped").exists() and not (tmp_path / "out").exists()
-    assert int(Workspace(tmp_path / "out.upfit-work").checkpoints()[-1].name[5:]) == len(metrics(place)) >= 2
+    saved = next(Workspace(tmp_path / "out.upfit-work").checkpoints())
+    assert int(saved.name[5:]) == len(metrics(place)) >= 2

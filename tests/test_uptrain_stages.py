@@ -1,5 +1,6 @@
 """Stages: shares of a budget, what each learns, and a run that goes on across their borders."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from tests.folders import save_tiny, tiny_llama
-from tests.test_uptrain_resume import Interrupting, untimed
+from tests.test_uptrain_faults import Telling
+from tests.test_uptrain_resume import Interrupting, away, flipped, untimed
 from tests.uptraining import QUIET, Workshop, config, make_workshop, metrics, pooled, text, weights
 from upfit import provenance
 from upfit.checkpoint.source import Source
@@ -197,6 +199,31 @@ def test_stopped_on_either_side_of_the_border_it_ends_with_the_same_bytes(shop: 
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
     assert untimed(tmp_path / "broken") == untimed(tmp_path / "whole")
     assert not (tmp_path / "broken.upfit-work").exists()
+
+
+def test_a_finished_stage_is_one_of_the_same_content(shop: Workshop, tmp_path: Path) -> None:
+    """Under the same names and with the same settings, a model, teacher or data of other content is no finished stage."""
+    teacher, student, data = (Path(shutil.copytree(p, tmp_path / p.name)) for p in (shop.teacher, shop.student, shop.data))
+    mine, out, given = Workshop(teacher, student, data), tmp_path / "out", {**BOTH, "teacher": str(teacher)}
+    mine.run(out, output=InterruptingStage(2, 3), **given)
+    other = make_workshop(tmp_path / "other", documents=50).data
+
+    def refused(folder: Path, message: str) -> None:
+        with pytest.raises(UpfitError, match=message) as caught:
+            mine.run(out, resume=True, **given)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+    between = tmp_path / "out.upfit-work" / "stage-1-layerwise"
+    for folder in (student, teacher):
+        with flipped(folder / "model.safetensors"):
+            refused(between, "changed since")
+    with away(data):
+        shutil.copytree(other, data)
+        refused(data, "not made of what")
+        shutil.rmtree(data)
+    telling = Telling({})
+    assert not mine.run(out, resume=True, output=telling, **given)["stopped"]
+    assert "stage 1 of 2, layerwise is finished" in telling.notes, "for all that"
 
 
 def test_overwrite_throws_finished_stages_away(shop: Workshop, tmp_path: Path) -> None:

@@ -36,8 +36,11 @@ def check_ordinary(path: Path) -> os.stat_result:
 
     Raises UpfitError when it is a pipe, a socket, a device or a folder, or when it cannot be looked at.
     """
-    with _readable(path):
-        told = os.stat(path)
+    with named_errors(path):
+        try:
+            told = os.stat(path)
+        except ValueError as error:  # a zero byte in a name
+            raise UpfitError(f"{str(path)!r} is no name of a file ({error})") from error
     kind = stat.S_IFMT(told.st_mode)
     if kind != stat.S_IFREG:
         raise UpfitError(f"{path} is not an ordinary file but {KINDS.get(kind, 'something else')}; put a file there")
@@ -47,7 +50,7 @@ def check_ordinary(path: Path) -> os.stat_result:
 def open_ordinary(path: Path) -> IO[bytes]:
     """The file, open for reading. Raises UpfitError as `check_ordinary` does, without ever waiting for a pipe's other end."""
     check_ordinary(path)  # before it is opened: opening some devices has effects
-    with _readable(path):
+    with named_errors(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -57,7 +60,7 @@ def open_ordinary(path: Path) -> IO[bytes]:
 
 def read_bytes(path: Path, most: int) -> bytes:
     """All of a file of at most `most` bytes. Raises UpfitError for a larger one, or one that is no ordinary file."""
-    with open_ordinary(path) as file, _readable(path):
+    with open_ordinary(path) as file, named_errors(path):
         content = file.read(most + 1)
         if len(content) > most:
             size = max(os.fstat(file.fileno()).st_size, len(content))
@@ -87,7 +90,7 @@ def parse_json(text: str, where: object) -> Any:
 
 def read_lines(path: Path, most: int = LINES_BYTES) -> Iterator[str]:
     """Line by line, without line ends. Raises UpfitError as `read_text` does, and for a line that is too long to be one."""
-    with open_ordinary(path) as file, _readable(path):
+    with open_ordinary(path) as file, named_errors(path):
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise UpfitError(f"{path} has {size} bytes; at most {most} are read of such a file")
@@ -108,14 +111,12 @@ def _decoded(content: bytes, path: Path, line: int | None = None) -> str:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
     """What the system says against reading `path`, as one line."""
     try:
         yield
     except OSError as error:
         raise UpfitError(f"{path} cannot be read ({(error.strerror or 'unknown reason').lower()})") from error
-    except ValueError as error:  # a zero byte in a name
-        raise UpfitError(f"{str(path)!r} is no name of a file ({error})") from error
 
 
 @contextmanager

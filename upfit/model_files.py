@@ -17,9 +17,9 @@ from upfit.errors import UpfitError
 
 READ_WHOLE = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md", ".toml")
 LARGE = 2**20  # a list of as many items is made in a moment
-HARMLESS = 2**21  # sizes up to here build quickly, and some are no sizes of tensors (samples of sound in a piece)
 # Numbers of elements, so a tensor has as many; unlike positions, bases and ids, which need no tensor.
 SIZE = re.compile(r"(^|_)(dim|size|sizes|width|rank|heads|hidden|channels|experts|layers?|blocks|depths?|labels)$")
+SAMPLES = re.compile(r"(audio|speech|acoustic)_(\w+_)?chunk_size$")  # sound that is read at once: no tensor has this size
 FEW = 64
 
 Path_ = tuple[str | int, ...]
@@ -52,7 +52,7 @@ def check_numbers(config: dict[str, Any], most: int | None = None, path: Path = 
     or of which the config's class makes a list."""
     large = list(large_numbers(config))
     for place, value in large:
-        if most is not None and value > max(most, HARMLESS) and SIZE.search(str(place[-1])):
+        if most is not None and value > most and _is_of_tensor(str(place[-1])):
             raise UpfitError(f"{path} says {_said(place, value)}, more than the folder's {most} bytes can hold; fetch it again")
     for place, value in large:
         if _is_listed(config, place, [other for other, _ in large]):
@@ -66,6 +66,10 @@ def large_numbers(value: Any, at: Path_ = ()) -> Iterator[tuple[Path_, int]]:
             yield from large_numbers(item, (*at, key))
     elif isinstance(value, int) and value > LARGE:
         yield at, value
+
+
+def _is_of_tensor(name: str) -> bool:
+    return SIZE.search(name) is not None and SAMPLES.search(name) is None
 
 
 def _said(place: Path_, value: int) -> str:

@@ -103,7 +103,7 @@ def _check_tasks(options: Options) -> None:
     for name in ("task_path", "task_lengths", "task_limit"):
         if getattr(options, name) is not None and not options.tasks:
             raise UpfitError(f"{flag(name)} goes with --tasks; name one, such as --tasks ruler-offline")
-    if options.task_path is not None and not Path(options.task_path).is_dir():
+    if options.task_path is not None and not Path(options.task_path).expanduser().is_dir():
         raise UpfitError(f"--task-path {options.task_path} is not a folder; give one that holds the task's YAML file")
     if options.task_lengths is not None and min(options.task_lengths, default=0) < LEAST_TASK_LENGTH:
         raise UpfitError(f"--task-lengths got {options.task_lengths}; give lengths of at least {LEAST_TASK_LENGTH} tokens")

@@ -78,7 +78,7 @@ def check_options(options: Options) -> tuple[int, int]:
             raise UpfitError(f"--ask {options.ask} needs {flag}; see docs/synth.md")
     for flag, names in (("--questions", options.questions), ("--responses", options.responses)):
         for name in names or ():
-            if not Path(name).is_file():
+            if not Path(name).expanduser().is_file():
                 raise UpfitError(f"{flag} {name} is not here; give files")
     found = SHARD.fullmatch(options.shard)
     if not found or not int(found[1]) < int(found[2]):

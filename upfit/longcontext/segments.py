@@ -18,6 +18,7 @@ import numpy as np
 from upfit.bounded import RECORD_BYTES, read_json
 from upfit.errors import UpfitError
 from upfit.output import Meter
+from upfit.text.tokenizer import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -171,7 +172,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return encode_texts(tokenizer, texts, return_attention_mask=False)["input_ids"]
 
 
 WORD = re.compile(r"\w+")

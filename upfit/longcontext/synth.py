@@ -81,7 +81,7 @@ def check_families(options: Options) -> None:
 
 def _settings(texts: list[str], local: list[Path], options: Options, tokenizer: str) -> dict[str, Any]:
     kept = {key: value for key, value in asdict(options).items() if key not in FREE}
-    questions = [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in options.questions or ()]
+    questions = [hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest() for name in options.questions or ()]
     content = content_stamp([path for source in local for path in files_of(source)])
     return {"texts": texts, "text": content, "options": kept, "tokenizer_sha256": tokenizer, "questions_sha256": questions}
 

@@ -7,7 +7,7 @@ import numpy as np
 from upfit.errors import UpfitError
 from upfit.longcontext.items import Item
 from upfit.longcontext.segments import JOIN
-from upfit.text.tokenizer import begin_token
+from upfit.text.tokenizer import begin_token, encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ class Wording:
         self.before = np.array([*([] if begin is None else [begin]), *self._ids([before])[0]], dtype=np.uint32)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return encode_texts(self.tokenizer, texts, return_attention_mask=False)["input_ids"]
 
     def tokens(self, item: Item) -> dict[str, np.ndarray]:
         """Tokens (uint32) of the item's texts, each with the line's end, of the question as it is put (ASKED) and of the answer

@@ -1,7 +1,7 @@
 """`upfit push`: look, ask, send, check. Everything a user can mend is found before the hub is asked for anything."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,10 @@ def push(model: str, repo: str, options: Options, ask: Ask | None, output: Outpu
     `ask` puts a question to the user; None: nobody is there to answer, and every doubt ends the push unless `options.yes`.
     Raises UpfitError for a folder that is not whole, a doubt that stays, and whatever the hub refuses.
     """
+    if options.card:
+        options = replace(options, card=options.card.expanduser())
     check_options(options)
-    parcels = [pack(folder, name, options) for folder, name in _places(Path(model), repo, options)]
+    parcels = [pack(folder, name, options) for folder, name in _places(Path(model).expanduser(), repo, options)]
     if options.card:
         card = parcels[0].files[CARD]
         assert isinstance(card, bytes)

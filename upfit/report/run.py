@@ -22,8 +22,9 @@ def report(model: str, out: Path | None, results: list[Path], png: Path | None, 
     Returns what was written. The folder `png` is whole or absent. Raises UpfitError, before anything is written, for a model or
     a file that cannot be read and for an output that is taken (with `overwrite`: by anything but a page, or pictures).
     """
-    name = name_of(model) or Path(model).resolve().name
-    out = out or Path(f"{name}.html")
+    name = name_of(model) or Path(model).expanduser().resolve().name
+    out = (out or Path(f"{name}.html")).expanduser()
+    results, png = [path.expanduser() for path in results], png.expanduser() if png is not None else None
     if out.suffix.lower() not in (".html", ".htm"):
         raise UpfitError(f"OUT is {out}; give a name that ends in .html")
     _check_free(out, overwrite)

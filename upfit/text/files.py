@@ -5,8 +5,6 @@ Only ordinary files are read (through links, too): a pipe would be waited for, a
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -42,15 +40,6 @@ def inner_suffix(path: Path) -> str:
 def form_of(path: Path) -> Form:
     form = FORMS.get(inner_suffix(path), "text")
     return "text" if form == "parquet" and is_packed(path) else form  # which is then found to be none
-
-
-@contextmanager
-def named_errors(path: Path) -> Iterator[None]:
-    """What the system says against reading `path`, as one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UpfitError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
 def files_below(folder: Path) -> list[Path]:

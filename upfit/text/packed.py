@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from upfit.bounded import open_ordinary
+from upfit.bounded import named_errors, open_ordinary
 from upfit.errors import UpfitError
-from upfit.text.files import is_packed, named_errors
+from upfit.text.files import is_packed
 
 CHUNK = 2**20
 FREE_BYTES = 64 * 2**20  # are unpacked whatever their ratio: a short text repeated is honest, too

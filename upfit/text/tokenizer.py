@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PANIC = "PanicException"  # of libraries in Rust; no Exception, and said on stderr too before it is raised
+SHOWN = 60  # characters of a text in an error
 PROBE = "def f(x):\n    return  x + 1  # Größe, 東京, 🙂\n<|endoftext|></s>"
 
 
@@ -63,9 +64,40 @@ def no_panic(name: str) -> Iterator[None]:
             os.write(2, said.read())
 
 
+def encode_texts(tokenizer: Any, texts: list[str], **options: Any) -> Any:
+    """What `tokenizer` makes of `texts`, without special tokens unless `options`, which are its own, ask for them.
+
+    Raises UpfitError, which tells how the text begins that the tokenizer fails at, for any exception or panic of its library.
+    """
+    options = {"add_special_tokens": False, "verbose": False, **options}
+    try:
+        return tokenizer(texts, **options)
+    except BaseException as error:
+        if not _is_of_library(error):
+            raise
+        text = next((one for one in texts if _fails(tokenizer, one, options)), "".join(texts[:1]))
+        told = f"the tokenizer fails at the text that begins with {text[:SHOWN]!r} ({reason(error)})"
+        raise UpfitError(f"{told}; leave that text out, or take a tokenizer that can read it") from error
+
+
+def _fails(tokenizer: Any, text: str, options: dict[str, Any]) -> bool:
+    try:
+        tokenizer([text], **options)
+    except BaseException as error:
+        if not _is_of_library(error):
+            raise
+        return True
+    return False
+
+
+def _is_of_library(error: BaseException) -> bool:
+    """Whether it is an exception or a panic; what the user or the system wants, such as Ctrl-C, is neither."""
+    return isinstance(error, Exception) or type(error).__name__ == PANIC
+
+
 def identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """What must agree between data and model: a hash of the vocabulary and of how a probe text is cut, and special tokens."""
-    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    ids = encode_texts(tokenizer, [PROBE])["input_ids"][0]
     content = json.dumps([sorted(tokenizer.get_vocab().items()), ids], ensure_ascii=True)
     return {
         "sha256": hashlib.sha256(content.encode()).hexdigest(),
@@ -77,5 +109,5 @@ def identity(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 def begin_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The token that this tokenizer puts before a text by itself, if any: its model has always seen it there."""
-    ids = tokenizer("a")["input_ids"]
+    ids = encode_texts(tokenizer, ["a"], add_special_tokens=True)["input_ids"][0]
     return ids[0] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else None

@@ -14,6 +14,7 @@ import numpy as np
 
 from upfit.errors import UpfitError
 from upfit.text import Document
+from upfit.text.tokenizer import encode_texts
 
 MIN_TOKENS = 32  # a document that gives less than this is left out: its loss would be mostly that of the first words
 SEED = 20240229
@@ -37,15 +38,15 @@ class Window:
 
 def prefix_ids(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before every text: [] or, say, [bos]."""
-    plain = tokenizer("a b", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a b")["input_ids"]
+    plain = encode_texts(tokenizer, ["a b"])["input_ids"][0]
+    whole = encode_texts(tokenizer, ["a b"], add_special_tokens=True)["input_ids"][0]
     starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain]
     return whole[: starts[0]] if starts else []
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[int]]]:
     """For each text its ids and, for each id, the character at which it ends. `tokenizer` must be a fast one."""
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = encode_texts(tokenizer, texts, return_offsets_mapping=True)
     ends = [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
     return list(zip(encoded["input_ids"], ends, strict=True))
 

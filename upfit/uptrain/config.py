@@ -211,7 +211,7 @@ def read(file: Path) -> dict[str, Any]:
     Raises UpfitError when it cannot be read or has a key that is no setting.
     """
     try:
-        told = tomllib.loads(read_text(file, SETTINGS_BYTES))
+        told = tomllib.loads(read_text(file.expanduser(), SETTINGS_BYTES))
     except UpfitError as error:
         raise UpfitError(f"--config {error}; give a TOML file") from error
     except RecursionError as error:

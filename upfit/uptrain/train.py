@@ -26,12 +26,12 @@ from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.export import export
 from upfit.uptrain.model.parallel import gathered, mesh_of
 from upfit.uptrain.run.checkpointing import one_line, watch_for_signals
-from upfit.uptrain.run.finished import finished_run, together
+from upfit.uptrain.run.finished import finished_run, finished_stage, together
 from upfit.uptrain.run.job import CONFIG_FILE, Job
 from upfit.uptrain.run.loop import measure, train
 from upfit.uptrain.run.run import Run
 from upfit.uptrain.run.setup import check_first, check_places, find_teacher, make_accelerator, set_up
-from upfit.uptrain.run.stage_folders import Place, finished, make_way
+from upfit.uptrain.run.stage_folders import Place, make_way
 from upfit.uptrain.run.state import METRICS
 from upfit.uptrain.stages import Stage, split
 
@@ -123,13 +123,16 @@ def one_stage(
     """Train stage `place.number` and write its folder, or take the report of the one that is finished already."""
     if not accelerator.is_main_process:
         output = Output(quiet=True)
-    done = finished(place, stage) if job.resume else None
-    if done is not None:
+    start = job.source if place.before is None else replace(job.source, path=place.before)
+    done: list[dict[str, Any] | None] = [None]
+    if job.resume and accelerator.is_main_process:
+        done = [finished_stage(place, stage, data, start)]
+    report = broadcast_object_list(done)[0]
+    if report is not None:
         output.note(f"stage {place.title} is finished")
-        return done
+        return report
     if len(place.stages) > 1:
         output.note(f"stage {place.title}")
-    start = job.source if place.before is None else replace(job.source, path=place.before)
     teacher = find_teacher(stage, start, data, output)
     check_places(job.out, job.source, data, teacher, stage.config, job.overwrite)
     run = set_up(stage, start, data, teacher, place, accelerator, output)

@@ -1,5 +1,7 @@
 """The steps of aligned merging, each by its own law: exact where it promises to be, best where it cannot be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,7 +170,8 @@ def test_gradient_and_curvature_are_those_of_the_error(norm: bool) -> None:
 
 
 def test_fitting_scores_reaches_what_can_be_reached() -> None:
-    """Targets that some projections make exactly: the fit comes close from a disturbed start."""
+    """Targets that some projections make exactly: the fit comes close from a disturbed start. Where held-back windows want the
+    opposite, the start stays."""
     _, point, batches, form = problem(norm=False)
     batch = batches[0]
     basis = torch.eye(HIDDEN, dtype=torch.float64)
@@ -189,6 +192,11 @@ def test_fitting_scores_reaches_what_can_be_reached() -> None:
     begin = fit_scores.Weights(start.q.float(), start.k.float())
     done = fit_scores.fit_scores(single, single, small, begin, moment, moment, fit_scores.Effort(8, 30))
     assert done.after[0] < 1e-3 * done.before[0]
+    against = [fit_scores.Batch(b.inputs, [replace(t, scores=-t.scores) for t in b.targets]) for b in single]
+    kept = fit_scores.fit_scores(single, against, small, begin, moment, moment, fit_scores.Effort(8, 30))
+    assert kept.after == kept.before
+    for stays, was in ((kept.weights.q, begin.q), (kept.weights.k, begin.k)):
+        torch.testing.assert_close(stays, was, rtol=1e-4, atol=1e-4)
 
 
 def test_ridge_keeps_what_is_good() -> None:
@@ -217,3 +225,6 @@ def test_refined_values_lower_the_held_back_error() -> None:
     down, outputs = drawn(2, 4, 8, seed=3).float(), drawn(HIDDEN, 2, 3, 4, seed=4).float()
     found = fit_values.refine_values(rows[0], rows[1], down, outputs)
     assert fit_values._error(rows[1], *found) < 0.7 * fit_values._error(rows[1], down, outputs)
+    content = fit_values.Mixed(rows[1].values, 1.01 * fit_values._given(rows[1], down, outputs), rows[1].weight)
+    kept = fit_values.refine_values(rows[0], content, down, outputs)
+    assert torch.equal(kept[0], down) and torch.equal(kept[1], outputs), "held-back rows that want what was there"

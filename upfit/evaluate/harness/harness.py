@@ -49,7 +49,7 @@ def load(options: Options, tokenizer: Any, most: int | None, output: Output) -> 
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UpfitError("--tasks needs lm-evaluation-harness; install it with: pip install 'upfit[eval]'") from error
-    own = [options.task_path] if options.task_path else []
+    own = [str(Path(options.task_path).expanduser())] if options.task_path else []
     with hushed():
         near = TaskManager(include_path=[ruler(), *own], include_defaults=False)
     names = [one for name in options.tasks or () for one in (RULER_OFFLINE if name == OFFLINE else (name,))]

@@ -17,6 +17,7 @@ from upfit.longcontext.ask.model import Request
 from upfit.longcontext.options import Options
 from upfit.model_files import check_model_files
 from upfit.output import Meter
+from upfit.text.tokenizer import encode_texts
 
 MOST_TOKENS = 256  # of an answer
 RETRIES = 8  # of one request, by the client library, with growing waits
@@ -99,18 +100,25 @@ def ask_here(requests: list[Request], answers: Answers, options: Options, meter:
 
     from upfit.architecture.loading import pick_device
 
-    if Path(str(options.model)).is_dir():
-        check_model_files(Path(str(options.model)))
-    tokenizer = AutoTokenizer.from_pretrained(str(options.model), trust_remote_code=False, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(str(options.model), trust_remote_code=False, dtype="auto")
+    folder = Path(str(options.model)).expanduser()
+    if folder.is_dir():
+        check_model_files(folder)
+    name = str(folder if folder.is_dir() else options.model)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, dtype="auto")
     model = model.to(pick_device()).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     chance = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     with open(answers.path, "a", encoding="utf-8") as file:
         for at in range(0, len(requests), BATCH):
             some = requests[at : at + BATCH]
-            inputs = tokenizer([_as_prompt(tokenizer, one.prompt) for one in some], return_tensors="pt", padding=True,
-                               add_special_tokens=not tokenizer.chat_template).to(model.device)  # fmt: skip
+            inputs = encode_texts(
+                tokenizer,
+                [_as_prompt(tokenizer, one.prompt) for one in some],
+                return_tensors="pt",
+                padding=True,
+                add_special_tokens=not tokenizer.chat_template,
+            ).to(model.device)
             torch.manual_seed(options.seed + some[0].index)
             with torch.inference_mode():
                 written = model.generate(**inputs, max_new_tokens=MOST_TOKENS, pad_token_id=tokenizer.pad_token_id, **chance)
@@ -140,7 +148,7 @@ def ingest(names: list[str], wanted: set[int], answers: Answers) -> None:
     """Keep the responses of a batch service that belong to this part. Raises UpfitError for a file of another layout."""
     with open(answers.path, "a", encoding="utf-8") as file:
         for name in names:
-            for index, text in _responses(Path(name)):
+            for index, text in _responses(Path(name).expanduser()):
                 if index in wanted and index not in answers.texts:
                     answers.keep(file, index, text)
 

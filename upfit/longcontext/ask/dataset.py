@@ -18,7 +18,7 @@ MOST_DECOYS = 8
 
 def read(names: list[str]) -> list[Item]:
     """All questions of the files, in order. Raises UpfitError for a file of another shape, or when there is no question."""
-    found = [entry for name in names for entry in _entries(Path(name))]
+    found = [entry for name in names for entry in _entries(Path(name).expanduser())]
     if not found:
         raise UpfitError(f"{', '.join(names)} hold no question with an answer; give SQuAD or HotpotQA files")
     return [

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from upfit.text.tokenizer import begin_token
+from upfit.text.tokenizer import begin_token, encode_texts
 from upfit.uptrain.data.shards import TOKEN_DTYPES
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", dtype: str
     """The ids of all `texts` one after the other, with begin and end tokens, and the number of tokens of each."""
     if not texts:
         return np.zeros(0, dtype=TOKEN_DTYPES[dtype]), np.zeros(0, dtype=np.int64)
-    first = begin_token(tokenizer)
+    first, last = begin_token(tokenizer), tokenizer.eos_token_id  # once: each lookup takes 2 µs
     before = 0 if first is None else 1
-    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    found = encode_texts(tokenizer, texts, return_attention_mask=False)["input_ids"]
     lengths = np.array([before + len(ids) + 1 for ids in found])
     joined = np.empty(lengths.sum(), dtype=TOKEN_DTYPES[dtype])
     at = 0
@@ -93,7 +93,7 @@ def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", dtype: str
         if first is not None:
             joined[at] = first
         joined[at + before : at + length - 1] = ids
-        joined[at + length - 1] = tokenizer.eos_token_id
+        joined[at + length - 1] = last
         at += length
     return joined, lengths
 

@@ -109,8 +109,8 @@ def one_line(run: "Run", what: str) -> Iterator[None]:
 
 
 def newest(run: "Run") -> str:
-    found = run.workspace.checkpoints()
-    return f"the newest checkpoint in {run.workspace.path} is {found[-1].name}" if found else "there is no checkpoint yet"
+    found = run.workspace.newest()
+    return f"the newest checkpoint in {run.workspace.path} is {found.name}" if found else "there is no checkpoint yet"
 
 
 def roll_back(run: "Run") -> None:
@@ -121,8 +121,7 @@ def roll_back(run: "Run") -> None:
     """
     counters, began = run.counters, run.sound.step
     finish(run)
-    found = run.workspace.checkpoints()[-1:] if run.accelerator.is_main_process else []
-    checkpoint = broadcast_object_list([*found, None][:1])[0]
+    checkpoint = broadcast_object_list([run.workspace.newest() if run.accelerator.is_main_process else None])[0]
     told = f"{counters.bad} steps in a row, from step {began + 1} on, had a loss or gradient that is not finite"
     if checkpoint is None or len(counters.rollbacks) >= run.config.max_rollbacks:
         why = "there is no checkpoint to go back to" if checkpoint is None else f"it went back {len(counters.rollbacks)} times"

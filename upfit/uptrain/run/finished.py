@@ -1,4 +1,8 @@
-"""A run that is finished already: what `--resume` answers then, so that a job script can always pass it. Writes nothing."""
+"""What is finished already, a run or a stage of one: what `--resume` answers then, so that a job script can always pass it.
+
+Names and settings do not tell it: the model, its teacher and the data must have the content that was trained from. Nothing
+is written here.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,8 @@ from upfit.uptrain.data.open_data import Data
 from upfit.uptrain.model.model_traits import fingerprint
 from upfit.uptrain.run.stage_folders import Place
 from upfit.uptrain.stages import Stage
+
+SAME_OR_ANEW = "resume with the same, or start anew with --overwrite"
 
 
 def finished_run(out: Path, stages: list[Stage], opened: list[Data], source: Source) -> dict[str, Any] | None:
@@ -28,13 +34,33 @@ def finished_run(out: Path, stages: list[Stage], opened: list[Data], source: Sou
     entries = steps[-len(stages) :]
     if len(entries) != len(stages) or not all(map(_made, entries, stages, opened)) or not _learned(entries, source):
         return None
-    reports = [{"stopped": False, "stage": entry["stage"], **entry["measurements"]} for entry in entries]
-    return together(reports, len(stages))
+    return together(list(map(_report, entries)), len(stages))
+
+
+def finished_stage(place: Place, stage: Stage, data: Data, start: Source) -> dict[str, Any] | None:
+    """The report of a stage whose folder stands, None where it does not; `start` is the model that it starts from.
+
+    Raises UpfitError when it was made with other settings, on other data, or from other models.
+    """
+    if place.last or not place.folder.exists():
+        return None
+    entry = provenance.read(place.folder)[-1]
+    if not stage.agrees(entry["options"]):
+        raise UpfitError(f"{place.folder} was made with other settings; {SAME_OR_ANEW}")
+    if not _made(entry, stage, data):
+        raise UpfitError(f"{place.folder} was not made of what {', '.join(map(str, data.folders))} holds now; {SAME_OR_ANEW}")
+    if not _learned([entry], start):
+        raise UpfitError(f"{start.name} or its teacher has changed since {place.folder} was made; {SAME_OR_ANEW}")
+    return _report(entry)
 
 
 def together(reports: list[dict[str, Any]], stages: int) -> dict[str, Any]:
     """The report of a run of so many stages from those that were begun: that of the last one, and of several all of them."""
     return reports[-1] if stages == 1 else reports[-1] | {"stages": reports}
+
+
+def _report(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"stopped": False, "stage": entry["stage"], **entry["measurements"]}
 
 
 def _made(entry: dict[str, Any], stage: Stage, data: Data) -> bool:

@@ -7,9 +7,7 @@ The checkpoints of the last stage, and the mark of a clean stop, lie in the work
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from upfit import provenance
 from upfit.checkpoint.output_folder import work_path
 from upfit.durable import remove_tree
 from upfit.errors import UpfitError
@@ -62,19 +60,6 @@ class Place:
     @property
     def title(self) -> str:
         return f"{self.number} of {len(self.stages)}, {self.stages[self.number - 1].name}"
-
-
-def finished(place: Place, stage: Stage) -> dict[str, Any] | None:
-    """The report of a stage whose folder stands, None where it does not.
-
-    Raises UpfitError when it was made with other settings.
-    """
-    if place.last or not place.folder.exists():
-        return None
-    entry = provenance.read(place.folder)[-1]
-    if not stage.agrees(entry["options"]):
-        raise UpfitError(f"{place.folder} was made with other settings; resume with the same, or start anew with --overwrite")
-    return {"stopped": False, "stage": entry["stage"], **entry["measurements"]}
 
 
 def make_way(work: Path, resume: bool, overwrite: bool) -> None:

@@ -9,7 +9,9 @@ processes, sharding or not, can go on from what any other has written.
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +62,11 @@ class Workspace:
         """
         self.path.mkdir(exist_ok=True)
         self.sweep()
-        found = self.checkpoints()
+        found = self.newest()
         if found and resume:
-            return found[-1]
+            return found
         if found and not overwrite:
-            at = f"{self.path} holds a run stopped at step {_step_of(found[-1])}"
+            at = f"{self.path} holds a run stopped at step {_step_of(found)}"
             raise UpfitError(f"{at}; go on with --resume or start anew with --overwrite")
         self.clear()
         return None
@@ -78,22 +80,30 @@ class Workspace:
     def clear(self) -> None:
         """Remove what a run writes here, and nothing else."""
         self.sweep()
-        for path in self.path.iterdir():
-            if STEP_NAME.fullmatch(path.name):
-                discard(path)
+        for path in self._named():
+            discard(path)
         (self.path / METRICS).unlink(missing_ok=True)
 
-    def checkpoints(self) -> list[Path]:
-        """The complete checkpoints, oldest first; half-written and damaged ones are passed over."""
+    def checkpoints(self) -> Iterator[Path]:
+        """The complete checkpoints, newest first; half-written and damaged ones are passed over.
+
+        Each is read whole for that, and not before it is asked for.
+        """
+        return filter(is_complete, self._named())
+
+    def newest(self) -> Path | None:
+        return next(self.checkpoints(), None)
+
+    def _named(self) -> list[Path]:
         named = (path for path in self.path.iterdir() if STEP_NAME.fullmatch(path.name))
-        return sorted((path for path in named if is_complete(path)), key=_step_of)
+        return sorted(named, key=_step_of, reverse=True)
 
     def partial(self, step: int) -> Path:
         """Where the checkpoint of `step` is written until it is whole."""
         return self.path / f"step-{step:08d}.tmp"
 
     def publish(self, counters: Counters, identity: dict[str, Any], keep: int) -> Path:
-        """Give the checkpoint whose tensors are written its name, and then remove all but the newest `keep`."""
+        """Give the checkpoint whose tensors are written its name, and then remove what is older than the newest `keep`."""
         partial = self.partial(counters.step)
         files = {path.name: [path.stat().st_size, digest(path)] for path in sorted(partial.iterdir())}
         facts = {"format": FORMAT, "files": files, "counters": asdict(counters), "identity": identity}
@@ -103,8 +113,11 @@ class Workspace:
         if target.exists():  # damaged, or of steps that were undone
             discard(target)
         rename_new(partial, target)
-        for old in self.checkpoints()[:-keep]:
-            discard(old)
+        kept = list(islice(self.checkpoints(), keep))
+        if len(kept) == keep:
+            for old in self._named():
+                if _step_of(old) < _step_of(kept[-1]):
+                    discard(old)
         return target
 
     def truncate_metrics(self, step: int) -> None:

@@ -1,0 +1,121 @@
+"""What a merge is best in, against references that know nothing of how it is found: singular values of what the heads give out.
+
+By Eckart and Young no shared head of width V can give out more than the V largest singular values of what the old ones gave.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from upfit.architecture.attention import Attention
+from upfit.calibration.observe import Seen
+from upfit.convert.gqa import closed_form
+from upfit.convert.gqa.grouping import pair_costs
+from upfit.convert.gqa.layer_state import Settings, Told, _spread, _target
+from upfit.convert.gqa.merge_layer import choose_groups, merge_layer
+from upfit.convert.gqa.test_closed_form import FREE, OLD, PAIRS, WIDTH, drawn, facts, moments
+
+VALUE, HIDDEN, SAMPLES = 4, 12, 60
+LOUDNESS = (0.01, 1.0, 30.0)  # of the heads' queries or outputs: far from equal, so that weights matter
+
+
+def tail(matrix: Tensor, rank: int) -> Tensor:
+    """The least squared error of any matrix of `rank`."""
+    return torch.linalg.svdvals(matrix)[rank:].square().sum()
+
+
+def test_shared_values_lose_least_of_what_is_given_out() -> None:
+    """Of the output, not of the values: a head that o_proj makes loud counts for more."""
+    loud = torch.tensor(LOUDNESS, dtype=torch.float64)
+    v, o = drawn(OLD, VALUE, HIDDEN), drawn(HIDDEN, OLD, VALUE, seed=1) * loud[:, None]
+    q, k = drawn(OLD, WIDTH, HIDDEN, seed=2), drawn(OLD, WIDTH, HIDDEN, seed=3)
+    x = drawn(SAMPLES, HIDDEN, seed=4)
+    before = torch.einsum("xe,jve->xjv", x, v)
+    given = torch.einsum("xjv,ejv->xje", before, o)
+    sums = {"values": before.flatten(1).T @ before.flatten(1)}
+    [merged] = merge_layer(replace(facts(), keys=False), Attention(q=q, k=k, v=v, o=o), sums, 1, Told("")).values()
+    after = torch.einsum("xv,ejv->xje", x @ merged.v[0].double().T, merged.o.double())
+    lost, least = (given - after).square().sum(), tail(given.flatten(1), VALUE)
+    torch.testing.assert_close(lost, least, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("cut", [PAIRS, 0])
+def test_shared_keys_lose_least_where_queries_are_loud(cut: int) -> None:
+    """Each old head's keys count by the energy of its queries: on a rotated pair the best shared key is that of one complex
+    number for all heads, on the others (cut 0: on all) that of as many real ones as there are places."""
+    keys = [drawn(SAMPLES, WIDTH, seed=j) for j in range(OLD)]
+    queries = [drawn(SAMPLES, WIDTH, seed=20 + j) * loud for j, loud in enumerate(LOUDNESS)]
+    joint, pairs, of_queries, owners = moments(keys, queries)
+    merged = closed_form.merge_keys(facts(), joint, pairs, of_queries, owners, cut)
+    shared = torch.cat(keys, 1) @ merged.keys.T
+    gaps = [own - shared @ turn for own, turn in zip(keys, merged.queries, strict=True)]
+    if cut:
+        complex_keys = [torch.complex(own[:, :PAIRS], own[:, PAIRS : 2 * PAIRS]) for own in keys]
+        for pair in range(PAIRS):
+            both = [pair, PAIRS + pair]
+            energy = torch.stack([query[:, both].square().sum() for query in queries])
+            lost = sum(e * gap[:, both].square().sum() for e, gap in zip(energy, gaps, strict=True))
+            seen = torch.stack([own[:, pair] for own in complex_keys], 1) * energy.sqrt()
+            torch.testing.assert_close(lost, tail(seen, 1), rtol=1e-3, atol=0)
+        gaps, keys = ([one[:, -FREE:] for one in some] for some in (gaps, keys))
+        queries = [query[:, -FREE:] for query in queries]
+    roots = [closed_form.powers(query.T @ query)[0] for query in queries]
+    lost = sum((gap @ root).square().sum() for gap, root in zip(gaps, roots, strict=True))
+    least = tail(torch.cat([own @ root for own, root in zip(keys, roots, strict=True)], 1), len(roots[0]))
+    torch.testing.assert_close(lost, least, rtol=1e-3, atol=0)
+
+
+def statistics(keys: list[Tensor], values: list[Tensor], queries: list[Tensor]) -> dict[str, Tensor]:
+    joint, pairs, of_queries, _ = moments(keys, queries)
+    mixed = torch.cat(values, 1)
+    found = {"keys": joint, "key_pairs": torch.view_as_real(pairs.contiguous()), "queries": of_queries}
+    return found | {"values": mixed.T @ mixed}
+
+
+def test_the_cost_of_two_heads_is_what_their_merge_loses() -> None:
+    keys, values = ([drawn(SAMPLES, width, seed=j) for j in range(OLD)] for width in (WIDTH, VALUE))
+    queries = [drawn(SAMPLES, WIDTH, seed=20 + h) * LOUDNESS[h // 2] for h in range(2 * OLD)]
+    outputs = drawn(HIDDEN, OLD, VALUE, seed=9) * torch.tensor(LOUDNESS, dtype=torch.float64)[:, None]
+    sums = statistics(keys, values, queries)
+    metric = torch.stack([closed_form.output_gram(outputs, [j]) for j in range(OLD)])
+    found = pair_costs(facts(), torch.view_as_complex(sums["key_pairs"]), sums["queries"], sums["values"], metric)
+    turned = [torch.complex(own[:, :PAIRS], own[:, PAIRS : 2 * PAIRS]) for own in keys]
+    energy = [query[:, :PAIRS].square().sum(0) + query[:, PAIRS : 2 * PAIRS].square().sum(0) for query in queries]
+    loud = torch.stack(energy).sum(0)  # [P]
+    given = [own @ outputs[:, j].T for j, own in enumerate(values)]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        lost = sum(e * tail(torch.stack([turned[a][:, p], turned[b][:, p]], 1), 1) for p, e in enumerate(loud))
+        of_keys = lost / sum(e * own[:, p].abs().square().sum() for own in turned for p, e in enumerate(loud))
+        of_values = tail(torch.cat([given[a], given[b]], 1), VALUE) / sum(one.square().sum() for one in given)
+        torch.testing.assert_close(found[a, b], of_keys + of_values, rtol=1e-5, atol=1e-9)
+        assert found[a, b] == found[b, a]
+
+
+@pytest.mark.parametrize("alike", ["keys", "values"])
+def test_heads_that_are_alike_share_a_new_one(alike: str) -> None:
+    """Heads 0 and 2 in one group and 1 and 3 in the other, by what their keys or their values have in common."""
+    twins = (0, 1, 0, 1)
+    keys = [drawn(SAMPLES, WIDTH, seed=twins[j] if alike == "keys" else j) for j in range(4)]
+    values = [drawn(SAMPLES, VALUE, seed=40 + (twins[j] if alike == "values" else j)) for j in range(4)]
+    sums = statistics(keys, values, [drawn(SAMPLES, WIDTH, seed=20 + h) for h in range(8)])
+    outputs = drawn(HIDDEN, 8, VALUE, seed=9)
+    assert choose_groups(facts(), sums, outputs, 4, 2) == [[0, 2], [1, 3]]
+
+
+def test_rows_are_fitted_as_they_matter() -> None:
+    """In proportion to what their scores can do to the output, and to the weight of their token; 1 in the mean."""
+    heads, tokens, v = 4, 5, drawn(2, 2, 5, VALUE, seed=1)
+    seen = Seen(nn.Identity(), drawn(2, heads, tokens, WIDTH), drawn(2, 2, tokens, WIDTH, seed=3), v, None, 0.5, None, None, v)
+    outputs, of_tokens = drawn(HIDDEN, heads, VALUE, seed=4), drawn(2, tokens, seed=5).abs() + 0.1
+    at = torch.tensor([1, 4])
+    found = _target(seen, at, tokens, Attention(o=outputs), of_tokens, Settings(1)).importance
+    wanted = _spread(seen, seen.scores(at, tokens)[1], tokens, outputs) * of_tokens[:, at][:, None, :, None]
+    torch.testing.assert_close(found, wanted / wanted.mean(), rtol=1e-3, atol=1e-3)
+    assert float(found.max()) > 2 * float(found.min()), "they are not all alike"
+    halved = _target(seen, at, tokens, Attention(o=outputs), of_tokens, Settings(1, importance=0.5)).importance
+    torch.testing.assert_close(halved, found.sqrt() / found.sqrt().mean(), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(halved.mean(), torch.ones((), dtype=halved.dtype))
+    alike = _target(seen, at, tokens, Attention(o=outputs), of_tokens, Settings(1, importance=0.0)).importance
+    assert torch.equal(alike, torch.ones_like(alike))
