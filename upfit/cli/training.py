@@ -88,7 +88,10 @@ def _uptrain(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; checkpoints go to OUT.upfit-work.")],
     flags: dict[str, Any],
-    config: Annotated[Path | None, typer.Option(help="TOML file with these settings; flags go first.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with these and more settings (see docs); flags go first."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of OUT.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -96,10 +99,11 @@ def _uptrain(
 ) -> None:
     """Train a converted model to be good again, with its former self as teacher."""
     from upfit.uptrain.config import resolve, tables
-    from upfit.uptrain.train import uptrain as run
+
+    resolved = resolve(config, {name: value for name, value in flags.items() if value is not None})
+    from upfit.uptrain.train import uptrain as run  # imports torch: what is wrong with settings is told before
 
     output = Output(as_json, quiet)
-    resolved = resolve(config, {name: value for name, value in flags.items() if value is not None})
     report = run(model, data, out, resolved, resume, overwrite, output, tables(config))
     if os.environ.get("RANK", "0") == "0":  # under torchrun every process comes here, one tells
         output.json(report)

@@ -17,7 +17,7 @@ from upfit.checkpoint.reader import open_checkpoint, read_config
 from upfit.checkpoint.side_files import check_side_files
 from upfit.checkpoint.source import Source, find_source, teacher_source
 from upfit.errors import UpfitError
-from upfit.options import flag
+from upfit.options import shown
 from upfit.output import Output, human_count
 from upfit.text.tokenizer import load_tokenizer
 from upfit.uptrain.config import FREE, Config, default
@@ -37,11 +37,9 @@ from upfit.uptrain.run.run import Learner, Run
 from upfit.uptrain.run.saver import Saver
 from upfit.uptrain.run.stage_folders import Place
 from upfit.uptrain.run.state import Counters
-from upfit.uptrain.schedule import Plan, peak_rate
+from upfit.uptrain.schedule import MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_CPU, Plan, peak_rate
 from upfit.uptrain.stages import Stage
 
-MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_CPU = 8192, 2048
-UNIT_ROWS = 8  # of the text, on which the size of attention outputs is measured
 CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments
 TIMEOUT = timedelta(hours=2)  # other processes wait while the first one writes a large model
 
@@ -56,7 +54,7 @@ def find_teacher(stage: Stage, source: Source, data: Data, output: Output) -> So
     unwanted = config.kl_weight == 0 and stage.name != "layerwise"
     if unwanted or config.teacher == "none" or not data.texts:
         if needed:
-            without = "--kl-weight 0" if unwanted else "--teacher none" if data.texts else f"{data.folders[0]} with questions"
+            without = "kl_weight 0" if unwanted else "--teacher none" if data.texts else f"{data.folders[0]} with questions"
             raise UpfitError(
                 f"the stage {stage.name} learns from a teacher on text, and {without} leaves none; name another stage"
             )
@@ -152,7 +150,7 @@ def spans_vocabulary(source: Source, name: str, config: Config) -> Vocabulary | 
         raise UpfitError(f"{source.name} is an encoder-decoder, and the stage {name} is for decoders; choose distill or lm")
     for key in ("chunk", "document_mask"):
         if getattr(config, key) != default(key):
-            raise UpfitError(f"{flag(key)} does nothing for an encoder-decoder; leave it out")
+            raise UpfitError(f"{shown(config, key)} does nothing for an encoder-decoder; leave it out")
     return find_vocabulary(load_tokenizer(str(source.path)))
 
 
