@@ -54,7 +54,7 @@ class Bench:
     def words(self, out: Path, resume: bool = False, background: bool = True) -> list[Any]:
         settings = {"length": LENGTH, "batch-tokens": ROWS * LENGTH, "tokens": STEPS * ROWS * LENGTH, "save-every": SAVE_EVERY}
         flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
-        config = out.with_name(f"{out.name}.toml")
+        config = self.whole.with_name(f"{out.name}.toml")  # not on the disk that is filled
         config.write_text(f"holdout = 4\nasync_save = {str(background).lower()}\n", encoding="utf-8")
         return [
             "uptrain",

@@ -134,7 +134,8 @@ COMMANDS = [
     Command("plan small --tokens 50M --gpu h200 --json"),
     Command("plan diff-v2 --tokens 1M --length 256 --stages layerwise=10%,distill"),
     Command(
-        f"uptrain small tokens trained --tokens 2k --stages layerwise=30%,distill,lm=30% --config ../settings/measured.toml --json {RUN}"
+        f"uptrain small tokens trained --tokens 2k --stages layerwise=30%,distill,lm=30% --json"
+        f" --config ../settings/measured.toml {RUN}"
     ),
     Command(f"uptrain llama-mean words learned --tokens 2k --config ../settings/run.toml {RUN}"),
     Command(
@@ -143,7 +144,8 @@ COMMANDS = [
         beside=occupy,
     ),
     Command(
-        f"uptrain cope tokens stopped --tokens 4k --stages distill --save-every 4 --config ../settings/stopped.toml --resume {RUN}",
+        "uptrain cope tokens stopped --tokens 4k --stages distill --save-every 4 --resume"
+        f" --config ../settings/stopped.toml {RUN}",
         before=make_room,
     ),
     Command(
