@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from tests.test_docs import PAGES
 from tests.uptraining import Workshop, make_workshop, one_thread, weights
 from upfit import provenance
 from upfit.cli import app
@@ -109,6 +111,15 @@ def test_a_flag_that_became_a_key_says_where_to_write_it(tmp_path: Path, field: 
     assert told == f"{word} is a key of the config file now: write {line} into a TOML file and give --config FILE"
     (tmp_path / "config.toml").write_text(line)
     assert str(getattr(resolve(tmp_path / "config.toml", {}), field.name)).lower().removesuffix(".0") == value.lower()
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / "upfit").rglob("README.md")], ids=lambda page: page.parent.name + page.name)
+def test_no_page_gives_a_key_as_a_flag(page: Path) -> None:
+    """The log tells what was done when it was done."""
+    flags = {line.split()[-1] for line in listed().splitlines()}
+    keys = {prefix + field.name.replace("_", "-") for field in KEYS for prefix in ("--", "--no-")} - flags
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8"))) & keys
+    assert page.name == "log.md" or not named
 
 
 @pytest.fixture(scope="module")

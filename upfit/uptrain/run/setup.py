@@ -1,5 +1,6 @@
 """From what the user gave to a run that can start: checks, models, optimiser, plan. Reads much and writes nothing."""
 
+import threading
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -32,11 +33,12 @@ from upfit.uptrain.model.export import layout_of
 from upfit.uptrain.model.layerwise import attention_paths, freeze_all_but
 from upfit.uptrain.model.parallel import accelerator_for, mesh_of, prepare
 from upfit.uptrain.run.components import compute_dtype, load_models, make_distiller, make_layerwise, make_optimizer
+from upfit.uptrain.run.metrics_file import Journal
 from upfit.uptrain.run.preflight import preflight
 from upfit.uptrain.run.run import Learner, Run
 from upfit.uptrain.run.saver import Saver
 from upfit.uptrain.run.stage_folders import Place
-from upfit.uptrain.run.state import Counters
+from upfit.uptrain.run.state import METRICS
 from upfit.uptrain.schedule import MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_CPU, Plan, peak_rate
 from upfit.uptrain.stages import Stage
 
@@ -160,9 +162,16 @@ def most_positions(student: PreTrainedModel) -> int | None:
 
 
 def set_up(
-    stage: Stage, source: Source, data: Data, teacher: Source | None, place: Place, accelerator: Accelerator, output: Output
+    stage: Stage,
+    source: Source,
+    data: Data,
+    teacher: Source | None,
+    place: Place,
+    accelerator: Accelerator,
+    output: Output,
+    stop: threading.Event,
 ) -> Run:
-    """Everything the loop needs. Raises UpfitError when data, budget and model do not fit together."""
+    """Everything the loop needs; `stop` asks for its end. Raises UpfitError when data, budget and model do not fit together."""
     config, name = stage.config, stage_name(stage, data, teacher)
     spans = spans_vocabulary(source, name, config)
     dtype = compute_dtype(config, accelerator.device)
@@ -200,23 +209,24 @@ def set_up(
     workspace = place.workspace
     saver = Saver(workspace, accelerator, accelerator.is_fsdp2, config.async_save, TIMEOUT)
     return Run(
-        accelerator,
-        learner,
-        module,
-        prepared,
-        feed,
-        plan,
-        peak,
-        micro,
-        config,
-        Counters(),
-        workspace,
-        saver,
-        same,
-        output,
-        name,
-        place.mark,
-        layout,
+        accelerator=accelerator,
+        learner=learner,
+        module=module,
+        optimizer=prepared,
+        feed=feed,
+        plan=plan,
+        peak=peak,
+        micro_tokens=micro,
+        config=config,
+        workspace=workspace,
+        saver=saver,
+        identity=same,
+        output=output,
+        stage=name,
+        mark=place.mark,
+        layout=layout,
+        journal=Journal(workspace.path / METRICS if accelerator.is_main_process else None),
+        stop=stop,
     )
 
 
