@@ -20,7 +20,8 @@ from tests.uptraining import Workshop, make_workshop, one_thread, weights
 from upfit import provenance
 from upfit.cli import app
 from upfit.errors import UpfitError
-from upfit.options import as_flags, check, needs_a_file, option, range_words, same_option, shown
+from upfit.options import as_flags, as_keys, check, option, range_words, same_option, shown
+from upfit.provenance import config_lines
 from upfit.uptrain.config import Config, resolve
 
 ROOT = Path(__file__).parent.parent
@@ -134,11 +135,25 @@ def test_the_command_that_a_run_records_gives_it_again(shop: Workshop, tmp_path:
     shop.run(tmp_path / "out", **{"tokens": "256", "holdout": Config().holdout, **changes})
     step, before = provenance.read(tmp_path / "out")[-1], weights(tmp_path / "out")
     words = shlex.split(step["command"])
-    assert ("--config" in words) == bool(changes)
+    assert ("--config" in words) == bool(changes) and step.get("config", {}) == changes
+    assert "\n".join(config_lines(step)) == ("clip = 0.01\ndocument_mask = false" if changes else "")
     done = CliRunner().invoke(app, [*words[1:], "--overwrite", "--quiet"])
     assert done.exception is None, done.exception
     again = provenance.read(tmp_path / "out")[-1]
     assert weights(tmp_path / "out") == before and again["options"] == step["options"] and again["command"] == step["command"]
+
+
+def test_report_and_card_tell_what_the_config_file_said() -> None:
+    from upfit.publish import card
+    from upfit.report import sections
+
+    told = {"command": "upfit uptrain m d o --config o/uptrain.toml", "config": {"clip": 0.1, "lm": {"teacher": "a_b"}}}
+    step = {"verb": "convert gqa", "source": {}, "date": "2026-11-30", "versions": {}, "measurements": {}, **told}
+    said = 'In its config file: `clip = 0.1`, <code>[lm]</code>, <code>teacher = "a_b"</code>.'
+    assert str(card._step(step, 1)["texts"][1]) == said
+    (line,) = sections._history([step, step]).texts
+    assert line == 'In the config file of convert gqa: clip = 0.1, [lm], teacher = "a_b".'
+    assert sections._history([{**step, "config": {}}]).texts == []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +194,7 @@ def test_ranges(name: str, good: list[Any], bad: list[Any], words: str) -> None:
 def test_keys_are_no_flags() -> None:
     assert shown(Ranges, "count") == "--count" and shown(Ranges, "depth") == "depth"
     assert as_flags(Ranges(count=2, depth=3)) == ["--count", "2"]
-    assert needs_a_file(Ranges(depth=3)) and not needs_a_file(Ranges(count=2))
+    assert as_keys(Ranges(count=2, depth=3, mode="b")) == {"depth": 3, "mode": "b"} and as_keys(Ranges(count=2)) == {}
 
 
 def test_an_option_of_another_verb_is_the_same_and_a_flag() -> None:
