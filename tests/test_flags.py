@@ -73,6 +73,7 @@ def run(*words: Any) -> tuple[int, str]:
 EARLY = {
     "a flag of uptrain": (["uptrain", "M", "D", "O", "--length", 1], "--length got 1; it takes 2 or more"),
     "a key": (["uptrain", "M", "D", "O", "--config", "FILE"], "clip got 0; it takes a number above 0"),
+    "a stage's table": (["uptrain", "M", "D", "O", "--config", "TABLE"], "keep got 0; it takes 1 or more"),
     "plan": (["plan", "M", "--tokens", "1M", "--mfu", "1.5"], "--mfu got 1.5; it takes a number above 0 and at most 1"),
     "plan, as uptrain": (["plan", "M", "--length", 1], "--length got 1; it takes 2 or more"),
     "evaluate": (["evaluate", "M", "--windows", 0], "--windows got 0; it takes 1 or more"),
@@ -91,8 +92,9 @@ EARLY = {
 
 @pytest.mark.parametrize(("words", "line"), EARLY.values(), ids=EARLY)
 def test_a_value_out_of_range_is_refused_before_torch_is_imported(tmp_path: Path, words: list[Any], line: str) -> None:
-    (tmp_path / "config.toml").write_text('tokens = "1M"\nclip = 0\n')
-    status, told = run(*(tmp_path / "config.toml" if word == "FILE" else word for word in words))
+    (tmp_path / "FILE").write_text('tokens = "1M"\nclip = 0\n')
+    (tmp_path / "TABLE").write_text('tokens = "1M"\nstages = "lm"\n[lm]\nkeep = 0\n')
+    status, told = run(*(tmp_path / word if word in ("FILE", "TABLE") else word for word in words))
     assert status == 1 and told.startswith(f"upfit: {line}") and told.count("\n") == 1
 
 
