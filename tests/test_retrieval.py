@@ -238,7 +238,7 @@ def test_the_verb_tells_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         ({"probe": ["val-code"], "probe_length": [2000]}, "--probe-length 2000 is more than the 1024 positions"),
         ({"probe": ["needle"], "probe_length": [100, 200]}, "--probe needle takes one --probe-length, not 2"),
-        ({"probe": ["key-value"], "probe_length": [63]}, "give at least 64 tokens"),
+        ({"probe": ["key-value"], "probe_length": [63]}, r"--probe-length got \[63\]; it takes 64 or more"),
         ({"probe": ["key-value"], "probe_length": [80]}, "larger --probe-length or fewer --probe-depths"),
         ({"probe": ["needle"], "probe_depths": 3}, "--probe-depths does nothing here"),
         ({"probe": ["key-value"], "probe_asked": 2}, "--probe-asked does nothing here"),
