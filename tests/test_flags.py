@@ -90,6 +90,10 @@ EARLY = {
         "--short-share got 2.0; it takes a number from 0 to 1",
     ),
     "convert": (["convert", "cope", "A", "B", "--positions", 1], "--positions got 1; it takes 2 or more"),
+    "company": (
+        ["convert", "diff", "A", "B", "--variant", "dex", "--noise", "0.1"],
+        "--noise goes with --variant v2 or v2-static, not dex; leave it out",
+    ),
     "a choice": (["convert", "diff", "A", "B", "--variant", "v9"], "--variant 'v9' is not known; choose one of v2"),
 }
 
