@@ -23,15 +23,15 @@ SERVER = ROOT / "tests" / "warm_server.py"
 
 
 @contextmanager
-def warm_python(environment: dict[str, str]) -> Iterator[str]:
-    """The path of a program that is used like `sys.executable`, as long as the block lasts."""
+def warm_python(environment: dict[str, str], checkout: Path = ROOT) -> Iterator[str]:
+    """The path of a program that is used like `sys.executable`, as long as the block lasts; its upfit is that of `checkout`."""
     with tempfile.TemporaryDirectory() as folder:
         path, program = Path(folder, "socket"), Path(folder, "python")
         client = [sys.executable, "-I", "-S", str(SERVER), "client", str(path), sys.executable, str(program)]
         program.write_text(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n')
         program.chmod(0o755)
         server = subprocess.Popen(
-            [sys.executable, str(SERVER), "server", str(path)], env=environment | {"PYTHONPATH": str(ROOT)}
+            [sys.executable, str(SERVER), "server", str(path)], env=environment | {"PYTHONPATH": str(checkout)}
         )
         try:
             while not path.exists():
