@@ -62,12 +62,9 @@ def difference(old: Path, new: Path, old_places: dict[str, str], new_places: dic
     if one == other:
         return None
     if old.suffix == ".safetensors":
-<<<<<<< HEAD
-=======
         (head, tensors), (other_head, other_tensors) = _parted(one), _parted(other)
         if tensors == other_tensors:  # statistics tell of what text they are
             return _of_texts(masked(head, old.name, old_places), masked(other_head, new.name, new_places))
->>>>>>> same
         return _of_tensors(load(one), load(other)) or _of_bytes(one, other)
     if old.name == CHECKPOINT:
         return None if _described(one) == _described(other) else _of_bytes(one, other)
@@ -78,15 +75,12 @@ def difference(old: Path, new: Path, old_places: dict[str, str], new_places: dic
     return _of_texts(*texts)
 
 
-<<<<<<< HEAD
-=======
 def _parted(content: bytes) -> tuple[str, bytes]:
     """The header of a safetensors file, and the bytes of its tensors."""
     end = 8 + int.from_bytes(content[:8], "little")
     return content[8:end].decode(), content[end:]
 
 
->>>>>>> same
 def _described(content: bytes) -> Metadata:
     """A checkpoint's `.metadata` without the name and the folder that it was saved under."""
     found: Metadata = pickle.loads(content)

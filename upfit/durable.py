@@ -37,6 +37,13 @@ def sync_tree(folder: Path) -> None:
         sync_path(Path(root))
 
 
+def as_new_file(path: Path) -> None:
+    """Give a file the rights that a new one gets here: some libraries make files that only their owner can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """All of the file or nothing of it. A file that stands at `path` is replaced; nothing else is touched."""
     temporary = path.with_name(f".upfit-{secrets.token_hex(8)}")
