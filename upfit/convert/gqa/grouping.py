@@ -29,6 +29,11 @@ def partition(costs: Tensor, groups: int) -> list[list[int]]:
     return sorted((torch.nonzero(best == group).flatten().tolist() for group in range(groups)), key=lambda heads: heads[0])
 
 
+def head_order(groups: list[list[int]], share: int) -> list[int]:
+    """The query heads, `share` of them to an old key/value head, in the order in which `groups` put them."""
+    return [head for group in groups for old in group for head in range(old * share, (old + 1) * share)]
+
+
 def _cost(costs: Tensor, label: Tensor) -> float:
     return float(costs[label[:, None] == label[None]].sum())
 
