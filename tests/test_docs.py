@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.warm_python import warm_python
+from upfit.convert.recipe import find_recipes
 
 ROOT = Path(__file__).parent.parent
 WORTH_TELLING = 0.02  # nats a token: what CPUs and patch versions of the library may change of the tutorial's figures
@@ -72,7 +73,7 @@ def test_flags_in_a_page_exist(verb: str) -> None:
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
     others = {"--nproc-per-node", "--nproc_per_node", "--standalone", "--shutdown-timeout", "--signals-to-handle"}
     others |= {"--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
-    attentions = [help_of("convert", name) for name in ("gqa", "diff", "cope")]
+    attentions = [help_of("convert", name) for name in find_recipes()]
     known = set(
         re.findall(
             r"--[a-z][a-z-]+",

@@ -52,7 +52,7 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
 
         return fit(bench, replace(outline, rules=()), options, chosen)
 
-    return Fit(outline, run, otherwise="; choose --gates constant")
+    return Fit(outline, run, otherwise="--gates constant")
 
 
 def _rule(layer: "Layer", options: Options) -> Rule:

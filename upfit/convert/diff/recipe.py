@@ -14,7 +14,7 @@ from upfit.options import flag, option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upfit.architecture.attention import Attention, Layer
+    from upfit.architecture.attention import Attention, Geometry, Layer
     from upfit.architecture.layers import Architecture
 
 PAPER = "Ye et al. 2024, Differential Transformer, arXiv 2410.05258, and its V2 (2026); DEX: Kong et al. 2025, arXiv 2505.16333"
@@ -247,6 +247,14 @@ def _offers(architecture: "Architecture") -> str:
     return f"--variant {'|'.join(possible)}" if possible else ""
 
 
+def _shapes(architecture: "Architecture", options: Options) -> "list[Geometry]":
+    """A stock class has two query heads for a pair; DiffLlama, where nothing is lost, two key/value heads as well."""
+    doubled = options.variant == "diffllama" and options.exact
+    heads, kv_heads = 2 if doubled or options.variant == "v2-static" else 1, 2 if doubled else 1
+    shapes = [layer.geometry for layer in architecture.layers]
+    return [replace(shape, heads=heads * shape.heads, kv_heads=kv_heads * shape.kv_heads) for shape in shapes]
+
+
 @dataclass(frozen=True)
 class MergeOptions:
     """`upfit merge` has no flags of its own."""
@@ -262,6 +270,7 @@ RECIPES = (
         identity=lambda architecture: Options() if possible(plan, architecture, Options()) else None,
         trials=_trials,
         offers=_offers,
+        shapes=_shapes,
     ),
 )
 MERGES = {
