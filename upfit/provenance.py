@@ -1,7 +1,7 @@
-"""`recipe.json`: what was done to the model in a folder, one step a verb, oldest first.
+"""`recipe.json`: what was done to the model in a folder, one step for each command, oldest first.
 
-Every verb that writes a folder appends a step to what the source folder already tells. The model card is made from it and
-the uptrainer finds its teacher in it, so it is written by the same code that writes the weights.
+Every command that writes a folder copies the steps of the source folder and appends its own. The model card is made from this
+file and the uptrainer finds its teacher in it.
 """
 
 import functools

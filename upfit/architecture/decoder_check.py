@@ -1,4 +1,4 @@
-"""Decoders whose attention modules a class of ours may be put in front of, whatever it does there."""
+"""Checks that a model is a decoder whose attention modules can be given a class of ours."""
 
 from typing import TYPE_CHECKING, Any
 

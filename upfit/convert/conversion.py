@@ -1,4 +1,4 @@
-"""The verb `convert`: a source folder in, a checked and complete folder out, or one line that says why not."""
+"""The command `convert`: from a source folder to a checked and complete folder, or to one line that says why not."""
 
 import dataclasses
 import hashlib

@@ -1,6 +1,6 @@
-"""What a recipe is: it makes a plan of new config and rules, or says how to find one on text.
+"""What a recipe is: it makes a plan of a new config and rules, or says how to find such a plan on text.
 
-No model class and no torch in here: what runs a plan is `planned.py`, what a plan is made for `architecture/layers.py`.
+No model class and no torch in here. `planned.py` runs a plan; `architecture/layers.py` describes what it is made for.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""A finished folder of `upfit synth`, example by example: contexts are made when they are asked for."""
+"""Reads a finished folder of `upfit synth`, example by example. Contexts are made when they are asked for."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

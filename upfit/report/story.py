@@ -1,4 +1,4 @@
-"""What a folder and the answers of other verbs tell, as plain data: nothing here draws or formats."""
+"""Collects what a folder and the answers of other commands say, as plain data. Nothing here draws or formats."""
 
 import os
 from contextlib import AbstractContextManager

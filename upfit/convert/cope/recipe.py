@@ -1,4 +1,4 @@
-"""Contextual position encoding (CoPE): positions that count what the context says is worth counting. Not Clipped RoPE."""
+"""Contextual position encoding (CoPE): positions that count only some tokens, chosen by the content. Not Clipped RoPE."""
 
 import math
 from dataclasses import replace

@@ -1,8 +1,7 @@
-"""Which old key/value heads share a new one: a partition into groups of one size that costs least by the calibration
-statistics.
+"""Chooses which old key/value heads share a new one: the partition into groups of one size that costs least.
 
-The cost of a group is taken as the sum over its pairs of heads of what merging the two would lose; from the contiguous
-partition, heads are exchanged between groups as long as that helps.
+The cost of a group is the sum over its pairs of heads of what merging the two would lose, by the calibration statistics.
+Beginning with neighbours, heads are exchanged between groups as long as that helps.
 """
 
 import torch

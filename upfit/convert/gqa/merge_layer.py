@@ -1,4 +1,4 @@
-"""Merging the heads of one layer in closed form from its statistics, and what is made better on the teacher's sampled rows."""
+"""Merges the heads of one layer in closed form from its statistics, then improves the merge on the teacher's sampled rows."""
 
 import torch
 from torch import Tensor

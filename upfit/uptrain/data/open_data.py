@@ -1,4 +1,4 @@
-"""The folder to train on, opened: token shards of `upfit prepare`, or questions of `upfit synth`."""
+"""Opens the folder to train on: token shards of `upfit prepare`, or questions of `upfit synth`."""
 
 import os
 from collections.abc import Iterable

@@ -1,12 +1,12 @@
 """Attention over documents packed in rows, without a mask: each document is attended to by itself.
 
-A mask that keeps documents apart takes length² a row, and what it hides is computed all the same. Here the documents of a batch
-are found where positions do not go on, and each is computed alone: on CUDA (bfloat16, float16) by torch's FlashAttention for
-sequences of various lengths, elsewhere by causal SDPA of one document after the other. Soft caps and dropout, which torch's
+A mask that separates documents takes length² a row, and the masked scores are computed all the same. Here the documents of a
+batch are found where positions do not continue, and each is computed alone: on CUDA (bfloat16, float16) by FlashAttention
+for sequences of various lengths, elsewhere by causal SDPA of one document after the other. Soft caps and dropout, which torch's
 does not know, are left to the package flash-attn where it is installed.
 
-transformers calls it as an attention implementation, with the arguments of a layer. Whatever it has no answer to (sinks,
-attention in two directions) it refuses; whether it serves a class at all is found by trying (`models.pack`).
+transformers calls it as an attention implementation, with the arguments of a layer. It refuses what it cannot compute (sinks,
+attention in two directions). Whether it works for a class at all is found by trying (`model_traits.pack`).
 
 Legend: B rows, T tokens a row, H query heads, K key/value heads, D head size, N documents.
 """

@@ -1,4 +1,4 @@
-"""From what the user gave to a run that can start: checks, models, optimiser, plan. Reads much and writes nothing."""
+"""Makes a run that can start from what the user gave: checks, models, optimiser, plan. Writes nothing."""
 
 from dataclasses import asdict
 from datetime import timedelta
