@@ -75,6 +75,11 @@ class Recipe:
     )
 
 
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a recipe that has none."""
+
+
 def outline_of(made: Plan | Fit) -> Plan:
     """What will be written, as far as it is known without running the model."""
     return made.outline if isinstance(made, Fit) else made

@@ -7,7 +7,7 @@ from upfit.architecture.decoder_check import check_decoder, class_shapes
 from upfit.checkpoint.plan import Plan, Rule, Tensors
 from upfit.convert.diff.family import MODEL_TYPE, doubled, own_config, sinks_rule
 from upfit.convert.diff.merge import plan_merge
-from upfit.convert.recipe import MERGE, Bench, Fit, Recipe, possible
+from upfit.convert.recipe import MERGE, Bench, Fit, NoOptions, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag, option
 
@@ -255,11 +255,6 @@ def _shapes(architecture: "Architecture", options: Options) -> "list[Geometry]":
     return [replace(shape, heads=heads * shape.heads, kv_heads=kv_heads * shape.kv_heads) for shape in shapes]
 
 
-@dataclass(frozen=True)
-class MergeOptions:
-    """`upfit merge` has no flags of its own."""
-
-
 RECIPES = (
     Recipe(
         name="diff",
@@ -278,7 +273,7 @@ MERGES = {
         name=MERGE,
         summary="fold what a differential model has learned into the source's own class",
         paper=PAPER,
-        options=MergeOptions,
+        options=NoOptions,
         plan=plan_merge,
         identity=lambda architecture: None,
         trials=lambda architecture: [],

@@ -21,11 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 
 NAME = "upfit_packed"
 SHORT = 32  # tokens; of documents shorter than that on average, one masked product is faster than many small ones
 REPEATS = "enable_gqa" not in inspect.signature(varlen_attn).parameters  # torch 2.11 wants as many key heads as query heads
+
+# What is known of a batch, by its positions, for as long as that tensor is there.
+_DOCUMENTS, _MASKS = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,16 @@ class Documents:
 def documents(positions: Tensor) -> Documents:
     """Where documents begin in `positions` [B, T]: at the start of a row, and where a position is not the one before plus 1.
 
-    Kept with the tensor, which all layers are given: one synchronisation with the device a batch.
+    Kept as long as the tensor, which all layers are given: one synchronisation with the device a batch.
     """
-    found = getattr(positions, NAME, None)
+    found: Documents | None = _DOCUMENTS.get(positions)
     if found is None:
         starts = torch.ones_like(positions, dtype=torch.bool)
         starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
         bounds = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=positions.numel()).to(torch.int32)
         ends = bounds.tolist()
         found = Documents(bounds, ends, max(end - start for start, end in zip(ends, ends[1:], strict=False)))
-        setattr(positions, NAME, found)
+        _DOCUMENTS[positions] = found
     return found
 
 
@@ -162,15 +166,15 @@ def _one_by_one(
 
 
 def _mask(positions: Tensor, window: int | None) -> Tensor:
-    """[B, 1, T, T]: what a query may look at, kept with `positions`."""
-    name = f"{NAME}_mask_{window}"
-    mask: Tensor | None = getattr(positions, name, None)
+    """[B, 1, T, T]: what a query may look at, kept as long as `positions`."""
+    masks = _MASKS.setdefault(positions, {})
+    mask: Tensor | None = masks.get(window)
     if mask is None:
         starts = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0)).cumsum(1)
         place = torch.arange(positions.shape[1], device=positions.device)
         near = _near(place[:, None] - place, window or len(place))
         mask = ((starts[:, :, None] == starts[:, None, :]) & near)[:, None]
-        setattr(positions, name, mask)
+        masks[window] = mask
     return mask
 
 
