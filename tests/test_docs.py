@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.warm_python import warm_python
+from upfit.convert.recipe import find_recipes
 
 ROOT = Path(__file__).parent.parent
 WORTH_TELLING = 0.02  # nats a token: what CPUs and patch versions of the library may change of the tutorial's figures
@@ -56,6 +57,37 @@ def test_the_page_of_architectures_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == page()
 
 
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "README.md"])
+def test_tables_of_rooms_are_up_to_date(name: str) -> None:
+    """What a room is stands in its docstring, what it may import in the test that holds it; pages repeat both."""
+    from scripts.write_rooms_tables import page
+
+    assert (ROOT / name).read_text(encoding="utf-8") == page(ROOT / name), "run: python scripts/write_rooms_tables.py"
+
+
+def test_the_tree_in_the_design_is_the_house() -> None:
+    """Every folder of the package stands in the tree, and nothing else."""
+    tree = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("\n## The tree\n")[1].split("```")[1]
+    told, room = set(), ""
+    for indent, name in re.findall(r"^(  |    )(\w+)/ ", tree, re.MULTILINE):
+        room = name if indent == "  " else room
+        told.add(name if name == room else f"{room}/{name}")
+    package = ROOT / "upfit"
+    folders = [path for path in package.rglob("*") if path.is_dir() and "__pycache__" not in path.parts]
+    assert told == {path.relative_to(package).as_posix() for path in folders}
+
+
+def test_every_verb_has_its_goal() -> None:
+    """The page of goals names every verb, and only flags that the verb has."""
+    page = (ROOT / "docs" / "which-command.md").read_text(encoding="utf-8")
+    commands = [command.split() for command in re.findall(r"`upfit ([^`]+)`", page)]
+    assert {words[0] for words in commands} == set(re.findall(r"^│ (\w+) ", help_of(), re.MULTILINE))
+    for words in commands:
+        flags = {word for word in words if word.startswith("--")}
+        asked = words[:2] if words[0] == "convert" else words[:1]
+        assert not flags or flags <= set(re.findall(r"--[a-z][a-z-]+", help_of(*asked))), words
+
+
 def test_every_verb_has_a_page() -> None:
     verbs = set(re.findall(r"^│ (\w+) ", help_of(), re.MULTILINE))
     told = " ".join(page.read_text(encoding="utf-8").splitlines()[0] for page in PAGES)
@@ -72,7 +104,7 @@ def test_flags_in_a_page_exist(verb: str) -> None:
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
     others = {"--nproc-per-node", "--nproc_per_node", "--standalone", "--shutdown-timeout", "--signals-to-handle"}
     others |= {"--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
-    attentions = [help_of("convert", name) for name in ("gqa", "diff", "cope")]
+    attentions = [help_of("convert", name) for name in find_recipes()]
     known = set(
         re.findall(
             r"--[a-z][a-z-]+",

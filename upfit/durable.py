@@ -1,7 +1,7 @@
-"""Files and folders on the disk that are whole or absent, whenever the process or the machine stops.
+"""Writes files and folders that are whole or absent, whenever the process or the machine stops.
 
-Nothing here replaces or removes what stands in the way unless the function's name says so, follows a link, or leaves the file
-system. Knows nothing of models.
+No function here replaces or removes what is in the way, unless its name says so. None follows a link or leaves the file system.
+Knows nothing of models.
 """
 
 import ctypes

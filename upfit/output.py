@@ -1,4 +1,4 @@
-"""What the user sees: data on stdout, progress and notes on stderr. Nothing else in Upfit prints.
+"""Prints: data on stdout, progress and notes on stderr. Nothing else in Upfit prints.
 
 Imports neither torch nor transformers, so that `upfit --help` stays fast.
 """

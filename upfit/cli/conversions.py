@@ -1,6 +1,5 @@
 """`upfit convert`, `merge` and `calibrate`."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from upfit.cli.base import Json, Overwrite, Quiet, Revision, app, with_flags
-from upfit.convert.recipe import Recipe, find_recipes
+from upfit.convert.recipe import NoOptions, Recipe, find_recipes
 from upfit.errors import UpfitError
 from upfit.output import Output, cache_change, human_bytes, human_count
 
@@ -61,11 +60,6 @@ def _add_convert(recipe: Recipe) -> None:
 
     doc = f"{recipe.summary[0].upper()}{recipe.summary[1:]}. Paper: {recipe.paper}."
     _add_conversion(convert_app, recipe.name, doc, recipe.options, run)
-
-
-@dataclasses.dataclass(frozen=True)
-class _NoOptions:
-    """`upfit merge` has no flags of its own."""
 
 
 def _merge(source: str, out: Path, options: Any, settings: Any, output: Output) -> dict[str, Any]:
@@ -140,7 +134,7 @@ def _errors(choice: dict[str, Any], prefix: str = "") -> str:
 
 for _recipe in find_recipes().values():
     _add_convert(_recipe)
-_add_conversion(app, "merge", "Fold what a conversion added and training has learned into the stock class.", _NoOptions, _merge)
+_add_conversion(app, "merge", "Fold what a conversion added and training has learned into the stock class.", NoOptions, _merge)
 
 
 @app.command()

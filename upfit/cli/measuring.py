@@ -1,4 +1,4 @@
-"""`upfit evaluate`, `report`, `compare` and `push`: what came of it, and who is told."""
+"""`upfit evaluate`, `report`, `compare` and `push`: measuring a model, and showing or publishing the result."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The verb `convert`: a source folder in, a checked and complete folder out, or one line that says why not."""
+"""The command `convert`: from a source folder to a checked and complete folder, or to one line that says why not."""
 
 import dataclasses
 import hashlib
@@ -160,10 +160,9 @@ def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
         plan, checkpoint = fit.run(bench), bench.checkpoint.with_fitted(bench.scratch)
     except Opaque as reason:
         if fit.fallback is None:
-            raise UpfitError(f"{job.source.name} cannot be fitted on text: {reason}{fit.otherwise}") from reason
-        bench.output.note(f"not aligned: {reason}; the heads are averaged instead")
-        plan = dataclasses.replace(fit.fallback, report={**(fit.fallback.report or {}), "not_aligned": str(reason)})
-        checkpoint, alone = job.checkpoint, True
+            choose = f"; choose {fit.otherwise}" if fit.otherwise else ""
+            raise UpfitError(f"{job.source.name} cannot be fitted on text: {reason}{choose}") from reason
+        plan, checkpoint, alone = fit.fallback(str(reason)), job.checkpoint, True
     return _planned(dataclasses.replace(job, checkpoint=checkpoint), plan, alone)
 
 
@@ -175,7 +174,7 @@ def _planned(job: Job, plan: Plan, alone: bool) -> Job:
 
     def replan(architecture: Architecture) -> Plan:
         again = job.recipe.plan(architecture, job.options)
-        return again.fallback or again.outline if isinstance(again, Fit) else again
+        return again.fallback("") if isinstance(again, Fit) and again.fallback else outline_of(again)
 
     checkpoint, present = job.checkpoint, job.unused & job.checkpoint.passing.keys()
     changed = changed_layers(job.architecture, plan)
@@ -217,8 +216,8 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     needed = 0 if settings.dry_run else output_bytes(job.planned, source.path) + fitted  # planned where it cannot run, perhaps
     if settings.stream and fit is not None:
         raise UpfitError(
-            "--stream has each file of the model once, and this conversion runs the model on text; leave --stream out, or "
-            "choose what needs no text, such as --method mean"
+            "--stream has each file of the model once, and this conversion runs the model on text; leave --stream out"
+            + (f", or choose {fit.otherwise}" if fit.otherwise else "")
         )
     if settings.stream:
         needed += max(path.stat().st_size for path in checkpoint.files)

@@ -1,4 +1,4 @@
-"""A story told in sections: which figures are worth a table, which a plot. Pure: data in, sections out."""
+"""Makes sections of a story: which numbers become a table, which a plot. Pure: data in, sections out."""
 
 from typing import Any
 

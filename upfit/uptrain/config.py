@@ -47,8 +47,8 @@ class Config:
     stages: str | None = option(
         None,
         help="what to do, in order, with shares of the budget: layerwise, distill, lm, answers, such as layerwise=10%,distill; "
-        "default: lm right after convert gqa or mqa (with layerwise=35% before it where heads were merged without text) or a "
-        "conversion that lost nothing; else distill, lm where there is no teacher, answers where DATA holds questions",
+        "default: lm right after a conversion that lost nothing or merged heads (with layerwise=35% before it where they were "
+        "merged without text); else distill, lm where there is no teacher, answers where DATA holds questions",
     )
     questions: str | None = option(None, help="with answers among several stages: the folder of upfit synth that they are in")
     length: int | None = option(None, help="tokens a row; default: what the model can take, at most 2048")
@@ -65,8 +65,8 @@ class Config:
     )
     added_rate: float = option(
         1.0,
-        help="learning rate of parameters that the conversion added (λ of differential attention; CoPE's gates, and its "
-        "embeddings ten times as fast), in units of the peak",
+        help="learning rate of parameters that the conversion added, in units of the peak; some of them take it several times, "
+        "as the attention's page tells",
     )
     query_rate: float = option(
         0.5, help="learning rate of queries that the conversion duplicated, in units of the peak: a pair moves twice as far"

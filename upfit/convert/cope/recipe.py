@@ -1,4 +1,4 @@
-"""Contextual position encoding (CoPE): positions that count what the context says is worth counting. Not Clipped RoPE."""
+"""Contextual position encoding (CoPE): positions that count only some tokens, chosen by the content. Not Clipped RoPE."""
 
 import math
 from dataclasses import replace
@@ -52,7 +52,7 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
 
         return fit(bench, replace(outline, rules=()), options, chosen)
 
-    return Fit(outline, run, otherwise="; choose --gates constant")
+    return Fit(outline, run, otherwise="--gates constant")
 
 
 def _rule(layer: "Layer", options: Options) -> Rule:

@@ -7,14 +7,14 @@ from upfit.architecture.decoder_check import check_decoder, class_shapes
 from upfit.checkpoint.plan import Plan, Rule, Tensors
 from upfit.convert.diff.family import MODEL_TYPE, doubled, own_config, sinks_rule
 from upfit.convert.diff.merge import plan_merge
-from upfit.convert.recipe import MERGE, Bench, Fit, Recipe, possible
+from upfit.convert.recipe import MERGE, Bench, Fit, NoOptions, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag, option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upfit.architecture.attention import Attention, Layer
+    from upfit.architecture.attention import Attention, Geometry, Layer
     from upfit.architecture.layers import Architecture
 
 PAPER = "Ye et al. 2024, Differential Transformer, arXiv 2410.05258, and its V2 (2026); DEX: Kong et al. 2025, arXiv 2505.16333"
@@ -247,9 +247,12 @@ def _offers(architecture: "Architecture") -> str:
     return f"--variant {'|'.join(possible)}" if possible else ""
 
 
-@dataclass(frozen=True)
-class MergeOptions:
-    """`upfit merge` has no flags of its own."""
+def _shapes(architecture: "Architecture", options: Options) -> "list[Geometry]":
+    """A stock class has two query heads for a pair; DiffLlama, where nothing is lost, two key/value heads as well."""
+    doubled = options.variant == "diffllama" and options.exact
+    heads, kv_heads = 2 if doubled or options.variant == "v2-static" else 1, 2 if doubled else 1
+    shapes = [layer.geometry for layer in architecture.layers]
+    return [replace(shape, heads=heads * shape.heads, kv_heads=kv_heads * shape.kv_heads) for shape in shapes]
 
 
 RECIPES = (
@@ -262,6 +265,7 @@ RECIPES = (
         identity=lambda architecture: Options() if possible(plan, architecture, Options()) else None,
         trials=_trials,
         offers=_offers,
+        shapes=_shapes,
     ),
 )
 MERGES = {
@@ -269,7 +273,7 @@ MERGES = {
         name=MERGE,
         summary="fold what a differential model has learned into the source's own class",
         paper=PAPER,
-        options=MergeOptions,
+        options=NoOptions,
         plan=plan_merge,
         identity=lambda architecture: None,
         trials=lambda architecture: [],

@@ -1,4 +1,4 @@
-"""The folder to train on, opened: token shards of `upfit prepare`, or questions of `upfit synth`."""
+"""Opens the folder to train on: token shards of `upfit prepare`, or questions of `upfit synth`."""
 
 import os
 from collections.abc import Iterable
@@ -90,7 +90,7 @@ def _contexts(folder: Path, source: Source) -> Contexts:
     tokenizer = load_tokenizer(str(source.path))
     contexts = Contexts(folder, Wording(tokenizer, "plain"))
     check_tokenizer(source, folder, contexts.settings["tokenizer_sha256"], contexts.settings["options"]["tokenizer"])
-    return Contexts(folder, Wording(tokenizer, contexts.settings["options"]["format"]))
+    return contexts.worded(Wording(tokenizer, contexts.settings["options"]["format"]))
 
 
 def check_tokenizer(source: Source, folder: Path, sha256: str, name: str) -> None:

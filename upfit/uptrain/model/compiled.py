@@ -1,6 +1,6 @@
-"""`torch.compile`, layer by layer: the layers of a model share one compilation, which so takes seconds, not minutes.
+"""`torch.compile`, layer by layer. All layers share one compilation, which therefore takes seconds and not minutes.
 
-They are compiled in place: names of weights, hooks, checkpointing and sharding stay what they are.
+They are compiled in place: names of weights, hooks, checkpointing and sharding stay as they are.
 """
 
 import warnings

@@ -1,4 +1,4 @@
-"""The trained student as a standard folder: the names, dtypes and files of the folder it came from."""
+"""Writes the trained student as a standard folder, with the names, types and files of the folder it came from."""
 
 import shutil
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Norms and gated feed-forward layers by Liger's fused Triton kernels (Hsu et al. 2024, arXiv 2410.10989): the extra `liger`.
 
-Logits and losses stay ours, which add up in float32; so do rotations, which Liger would replace for every model of the process.
-Whether the kernels run here, and compute what the model computes, is found by trying.
+Logits and losses stay ours, because they are summed in float32. So do rotations, which Liger would replace for every model of
+the process. Whether the kernels run here, and compute what the model computes, is found by trying.
 """
 
 import inspect

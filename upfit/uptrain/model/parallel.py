@@ -1,7 +1,8 @@
-"""One model over several processes: whole on each (DDP), sharded (FSDP2), or sharded within nodes and whole on each (HSDP).
+"""One model over several processes: a whole copy on each (DDP), sharded (FSDP2), or sharded within nodes and copied between
+them (HSDP).
 
-accelerate does it; here stands what it is told, and how what is sharded is read. Sharded weights are whole only while the
-module that was given to accelerate runs forward; what reads them elsewhere comes through here.
+accelerate does the work; this file configures it, and reads what is sharded. Sharded weights are whole only while the module
+that was given to accelerate runs forward. Whatever reads them elsewhere does so through this file.
 """
 
 import os

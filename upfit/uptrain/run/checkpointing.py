@@ -1,7 +1,7 @@
-"""What a run does when the world is against it: signals, disks that are full, bursts of steps that are not finite.
+"""What a run does about signals, full disks, and bursts of steps that are not finite.
 
-A checkpoint is always one of a step that was fine. In a burst no update is made, so the state at its beginning is still the
-state of now, and a checkpoint taken in its course (a signal may ask for one) is that of its beginning.
+A checkpoint is always of a good step. During a burst no update is made, so the state at its beginning is still the present one.
+A checkpoint taken during a burst (a signal may ask for one) is that of its beginning.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """The training loop: which rows, which gradients, when to save and when to stop. Everything it needs comes in a `Run`.
 
-Ranks agree on the few things they must agree on (labels in the step, a signal seen, a checkpoint due) in one small reduction
-before each step, and on the losses in another after it.
+Processes agree on a few things (labels in the step, a signal, a checkpoint due) in one small reduction before each step, and on
+the losses in another after it.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""From what the user gave to a run that can start: checks, models, optimiser, plan. Reads much and writes nothing."""
+"""Makes a run that can start from what the user gave: checks, models, optimiser, plan. Writes nothing."""
 
 from dataclasses import asdict
 from datetime import timedelta
@@ -41,7 +41,6 @@ from upfit.uptrain.schedule import Plan, peak_rate
 from upfit.uptrain.stages import Stage
 
 MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_CPU = 8192, 2048
-UNIT_ROWS = 8  # of the text, on which the size of attention outputs is measured
 CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments
 TIMEOUT = timedelta(hours=2)  # other processes wait while the first one writes a large model
 
