@@ -11,6 +11,8 @@ import typer
 from upfit import __version__
 from upfit.cli.boundary import carried
 from upfit.options import choices, flag
+from upfit.output import Output
+from upfit.results import Result
 
 app = typer.Typer(
     name="upfit",
@@ -35,6 +37,12 @@ def root(
     if version:
         typer.echo(f"upfit {__version__}")
         raise typer.Exit
+
+
+def show_result(result: Result, output: Output) -> None:
+    """The answer of a verb, as JSON or as people read it."""
+    output.json(result.record())
+    result.show(output)
 
 
 def carry_errors(commands: typer.Typer) -> None:

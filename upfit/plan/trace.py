@@ -184,11 +184,13 @@ def _run(model: PreTrainedModel, length: int) -> Tensor:
 def _kept(weights: dict[int, Any]) -> Iterator[dict[int, int]]:
     """Sizes of the storages that autograd keeps inside the block, weights themselves aside."""
     found: dict[int, int] = {}
+    alive = []  # else one that is let go of would give its address, which it is known by, to the next
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
             found[storage._cdata] = storage.nbytes()
+            alive.append(storage)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
