@@ -19,6 +19,7 @@ from upfit.architecture.layers import Architecture, bind, open_model
 from upfit.architecture.leftovers import Leftovers, left_over, settle
 from upfit.architecture.loading import structure_report
 from upfit.architecture.names import class_names
+from upfit.architecture.planned import changed_layers, check_against_class, edit_dtype, output_bytes, shape_changes
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known, has_two_ways
 from upfit.calibration.observe import Opaque
@@ -37,7 +38,6 @@ from upfit.checkpoint.side_files import check_side_files, copy_code, copy_side_f
 from upfit.checkpoint.source import Source, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.checkpoint.writer import write_shards
-from upfit.convert.planned import changed_layers, check_against_class, edit_dtype, output_bytes, shape_changes
 from upfit.convert.recipe import MERGE, Bench, Fit, Recipe, find_merge, outline_of
 from upfit.convert.verify import Promise, Report, tolerance, verify
 from upfit.errors import UpfitError
