@@ -131,6 +131,12 @@ def test_every_verb_has_its_goal() -> None:
         assert not flags or flags <= set(re.findall(r"--[a-z][a-z-]+", help_of(*asked))), words
 
 
+def test_the_page_of_settings_is_up_to_date() -> None:
+    from scripts.write_settings_page import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page()
+
+
 def test_every_verb_has_a_page() -> None:
     verbs = set(re.findall(r"^│ (\w+) ", help_of(), re.MULTILINE))
     told = " ".join(page.read_text(encoding="utf-8").splitlines()[0] for page in PAGES)

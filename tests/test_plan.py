@@ -169,7 +169,10 @@ WRONG: dict[str, tuple[Options, str]] = {
     "a teacher to shard": (Options(tokens="1M", shard_teacher=True), "--shard-teacher goes with"),
     "answers": (Options(tokens="1M", stages="distill,answers"), "--stages got answers"),
     "layers without a teacher": (Options(tokens="1M", stages="layerwise,lm", teacher="none"), "--teacher none leaves none"),
-    "layers in shards": (Options(tokens="1M", stages="layerwise,lm", parallel="fsdp"), "is not for the stage layerwise"),
+    "layers in shards": (
+        Options(tokens="1M", stages="layerwise,lm", parallel="fsdp"),
+        "layerwise .* leave --parallel out",
+    ),
     "all of the peak and more": (Options(tokens="1M", mfu=1.2), "--mfu got 1.2"),
     "longer than the model": (Options(tokens="1M", length=4096), "longer than the model's 128 positions"),
 }

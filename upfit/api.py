@@ -219,11 +219,12 @@ def uptrain(
     """
     from upfit.uptrain.config import resolve, tables
     from upfit.uptrain.run.result import Uptraining
-    from upfit.uptrain.train import uptrain as run
 
     given = from_keywords(UptrainConfig, settings, "api.uptrain", _keywords(uptrain))
     file = None if config is None else Path(config)
     resolved, output = resolve(file, given), Output(quiet=not progress)
+    from upfit.uptrain.train import uptrain as run  # imports torch: what is wrong with settings is told before
+
     answer = run(str(model), str(data), Path(out), resolved, resume, overwrite, output, tables(file))
     return Uptraining.read(answer, out=str(Path(out)))
 

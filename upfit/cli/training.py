@@ -79,7 +79,10 @@ def _uptrain(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; checkpoints go to OUT.upfit-work.")],
     flags: dict[str, Any],
-    config: Annotated[Path | None, typer.Option(help="TOML file with these settings; flags go first.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with these and more settings (see docs); flags go first."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of OUT.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,

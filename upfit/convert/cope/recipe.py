@@ -27,11 +27,9 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
 
     Raises UpfitError for a family or a setting that cannot be had.
     """
-    if options.positions < 2:
-        raise UpfitError(f"{flag('positions')} got {options.positions}; give at least 2")
     if options.reach < options.positions:
         raise UpfitError(f"{flag('span')} got {options.span}; no gate is above 1, so give at least {options.positions}")
-    if not 1 <= options.every <= len(architecture.layers):
+    if options.every > len(architecture.layers):
         raise UpfitError(f"{flag('every')} got {options.every}; give a number from 1 to {len(architecture.layers)}")
     given = [name for name in CALIBRATION if getattr(options, name) is not None]
     if given and options.gates == "constant":

@@ -35,7 +35,9 @@ class Options:
     lambdas: Literal["token", "head"] = option(
         "token", help="with v2: λ from each token's hidden state, or one a head (which `upfit merge` can fold away)"
     )
-    noise: float = option(0.0, help="with v2: noise on the second query of each pair, in standard deviations; 0 is exact")
+    noise: float = option(
+        0.0, at_least=0, at_most=1, help="with v2: noise on the second query of each pair, in standard deviations; 0 is exact"
+    )
     heads: Literal["all", "entropy"] = option(
         "all", help="with dex: change all heads, or in each layer the half whose attention is most spread on calibration text"
     )
@@ -85,8 +87,6 @@ def _check_flags(options: Options) -> None:
             variants = " and ".join(f"--variant {variant}" for variant in FLAGS_OF[name])
             shown = flag("no_refit" if name == "refit" else name)
             raise UpfitError(f"{shown} is for {variants}, and the variant is {options.variant}; leave one out")
-    if not 0 <= options.noise <= 1:
-        raise UpfitError(f"{flag('noise')} got {options.noise}; give a share of the standard deviation, from 0 to 1")
     calibrated = [name for name in FLAGS_OF if name.startswith("calibration") and getattr(options, name) is not None]
     unused = options.exact or options.naive or (options.variant == "dex" and options.heads == "all")
     if calibrated and unused:

@@ -35,7 +35,7 @@ def repeated(learner: Distiller | Layerwise) -> list[nn.Module]:
     for model in models:
         names = layer_classes(model)
         if not names:
-            raise UpfitError(f"--compile: {type(model).__name__} does not name the class of its layers; leave it out")
+            raise UpfitError(f"compile: {type(model).__name__} does not name the class of its layers; leave it out")
         found += [module for module in model.modules() if type(module).__name__ in names]
     return found
 
@@ -47,6 +47,4 @@ def check() -> None:
         torch.compile(lambda tensor: tensor.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # inductor, Triton and the compilers below them raise anything
         told = str(error).strip().partition("\n")[0]
-        raise UpfitError(
-            f"--compile: torch.compile does not work here ({type(error).__name__}: {told}); leave it out"
-        ) from error
+        raise UpfitError(f"compile: torch.compile does not work here ({type(error).__name__}: {told}); leave it out") from error

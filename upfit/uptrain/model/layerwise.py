@@ -35,7 +35,7 @@ def attention_paths(source: Source) -> list[str]:
         raise UpfitError(
             f"{source.name} is of type {model_type}, which is converted as {architecture.config['model_type']}; its attention "
             f"cannot be trained by itself or set beside another's; make it one too (upfit convert gqa {source.name} OUT "
-            f"--kv-heads {architecture.kv_heads}), or leave out the stage layerwise and --trainable attention"
+            f'--kv-heads {architecture.kv_heads}), or leave out the stage layerwise and trainable = "attention"'
         )
     return [layer.path for layer in architecture.layers]
 

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fs
 from torch.distributed.tensor import DTensor
 
 from upfit.errors import UpfitError
-from upfit.uptrain.config import Config
+from upfit.uptrain.config import Config, check_sharding
 from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.layerwise import Layerwise
 
@@ -44,8 +44,7 @@ def mesh_of(config: Config) -> Mesh:
     if asked == "ddp":
         if launched:
             raise UpfitError("--parallel ddp, but accelerate launch was told to use FSDP; leave one of the two out")
-        if config.shard_teacher:
-            raise UpfitError("--shard-teacher goes with --parallel fsdp or hsdp; leave it out")
+        check_sharding(config, sharded=False)
         return Mesh()
     if "LOCAL_RANK" not in os.environ:
         raise UpfitError(

@@ -26,7 +26,7 @@ def train(run: Run) -> bool:
     """Do the steps that are left; False when a signal ended the run early (its state is then saved)."""
     plan = run.plan
     began, first, done = time.monotonic(), run.counters.step, 0
-    run.saved_step, run.sound = first, replace(run.counters)
+    run.progress.stand_at(run.counters)
     with run.output.progress("uptrain", plan.steps) as meter:
         meter.advance(first)
         while run.counters.step < plan.steps:
@@ -58,7 +58,7 @@ def train(run: Run) -> bool:
             record(run, line)
             show(run, meter, line, (time.monotonic() - began) / done)
             if not counters.bad:
-                run.sound = replace(counters)
+                run.progress.sound = replace(counters)
             elif counters.bad > run.config.max_bad_steps:
                 checkpointing.roll_back(run)
                 meter.advance(run.counters.step - counters.step)
