@@ -15,7 +15,7 @@ from upfit.calibration import fit_work
 from upfit.calibration.carried import Carried
 from upfit.calibration.fit_work import FitWork
 from upfit.calibration.observe import Call
-from upfit.calibration.teacher_student import Lane
+from upfit.calibration.teacher_student import PairedBatch
 
 LAYERS = 4
 IDENTITY = {"model": "m", "settings": {"kv_heads": 2}}
@@ -164,12 +164,12 @@ def test_a_state_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
     assert walk(tmp_path / "fit") == [1, 2, 3] and content(tmp_path / "fit") == content(tmp_path / "whole")
 
 
-def lane(shared: dict[str, Any]) -> Lane:
+def lane(shared: dict[str, Any]) -> PairedBatch:
     """A lane before two layers that are given the same dictionary, which the student has one of its own of."""
     own = dict(shared)
     calls, student = ([Call((), {"shared": some, "other": 3})] * 2 for some in (shared, own))
     hidden = torch.ones(1, 2, 3)
-    return Lane(False, calls, student, hidden, hidden, 2)
+    return PairedBatch(False, calls, student, hidden, hidden, 2)
 
 
 def test_what_layers_leave_for_later_ones_is_carried(tmp_path: Path) -> None:

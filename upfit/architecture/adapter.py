@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.fused import PARTS, Fused
 from upfit.architecture.meta_model import built_of
-from upfit.architecture.names import class_names
+from upfit.architecture.names import name_map
 from upfit.architecture.retarget.retarget import retarget
 from upfit.architecture.table import check_known
 from upfit.checkpoint.plan import Plan, Rule
@@ -202,8 +202,8 @@ def as_other_family(config: dict[str, Any], tensors: "Mapping[str, Described]") 
 def split_fused(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Adapter | None:
     """The adapter that shows fused queries, keys and values apart; None where nothing is fused."""
 
-    arrangements = class_names(config).fused
-    stored = class_names(config, stored=True) if arrangements else None
+    arrangements = name_map(config).fused
+    stored = name_map(config, stored=True) if arrangements else None
     gets, puts = [], []
     for name, info in tensors.items():
         if stored is None:

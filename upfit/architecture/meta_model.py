@@ -65,7 +65,7 @@ def counted() -> Iterator[None]:
             handle.remove()
 
 
-def skeleton(config: dict[str, Any], meta: bool = True, stored: bool = False) -> "PreTrainedModel":
+def build_on_meta(config: dict[str, Any], meta: bool = True, stored: bool = False) -> "PreTrainedModel":
     """The model that transformers builds for this `config.json`, on the meta device (or, without `meta`, where torch is set
     to). Fused queries, keys and values are set apart in it; with `stored` they are left as they are stored.
 
@@ -161,6 +161,6 @@ def auto_class_for(config: dict[str, Any]) -> Any:
 def vocabulary(config: dict[str, Any]) -> int | None:
     """Number of token ids the model knows, from its input embedding; None when it has none."""
     try:
-        return int(skeleton(config).get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        return int(build_on_meta(config).get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     except (AttributeError, NotImplementedError):
         return None

@@ -20,7 +20,7 @@ from upfit.architecture.loading import pick_device
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known
 from upfit.calibration.gather import LayerSums, gather_layer
-from upfit.calibration.layerwise import Stream
+from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import Opaque
 from upfit.calibration.sample import (
     Sample,
@@ -29,7 +29,7 @@ from upfit.calibration.sample import (
 )
 from upfit.calibration.statistics import ROWS
 from upfit.calibration.statistics_file import check_statistics, facts_from, fingerprint, metadata
-from upfit.calibration.traits import Facts
+from upfit.calibration.traits import AttentionTraits
 from upfit.checkpoint.output_folder import check_place, resolved
 from upfit.checkpoint.reader import Checkpoint, open_checkpoint, safetensors_dtype
 from upfit.checkpoint.safetensors_header import encode_header, read_header
@@ -139,10 +139,10 @@ class FinishedLayers:
 
 def _gather(
     checkpoint: Checkpoint, architecture: Architecture, sample: Sample, work: FinishedLayers, output: Output
-) -> dict[str, Facts | str]:
+) -> dict[str, AttentionTraits | str]:
     device = pick_device()
     pieces, held = sample.batches()
-    stream = Stream(checkpoint, architecture, pieces, device)
+    stream = LayerwiseModel(checkpoint, architecture, pieces, device)
     start = work.read()["next"]
     if start:
         output.note(f"going on from layer {start} of {len(stream.blocks)}")

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from upfit.calibration.observe import Call
-from upfit.calibration.teacher_student import Lane
+from upfit.calibration.teacher_student import PairedBatch
 
 NOTHING = object()
 
@@ -15,7 +15,7 @@ class Carried:
     """The hidden states of some lanes, and what layers have put into dictionaries that they were given (keys and values that
     later layers share). Made before the first layer; with `alone` the student's side is not used."""
 
-    def __init__(self, lanes: list[Lane], alone: bool) -> None:
+    def __init__(self, lanes: list[PairedBatch], alone: bool) -> None:
         self.lanes, self.alone = lanes, alone
         sides = [calls for lane in lanes for calls in ((lane.calls,) if alone else (lane.calls, lane.student_calls))]
         self.dictionaries = [(found, dict(found)) for calls in sides for found in _dictionaries(calls)]

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from upfit.architecture.layers import Architecture
-from upfit.calibration.layerwise import Stream
+from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import Opaque, run_block
 from upfit.calibration.statistics import ROWS, add, observe, sample_rows
-from upfit.calibration.traits import Facts, understand, watch
+from upfit.calibration.traits import AttentionTraits, probe_attention, watch
 
 
 @dataclass(frozen=True)
@@ -16,22 +16,22 @@ class LayerSums:
     """One attention layer: its facts and float32 statistics, or why it could not be watched."""
 
     path: str
-    facts: Facts | str
+    facts: AttentionTraits | str
     sums: dict[str, Tensor]
 
 
-def gather_layer(stream: Stream, architecture: Architecture, index: int, held: list[bool]) -> LayerSums | None:
+def gather_layer(stream: LayerwiseModel, architecture: Architecture, index: int, held: list[bool]) -> LayerSums | None:
     """Run one layer over every batch of the stream, which moves on; its statistics, or None for one without key/value heads."""
     block = stream.blocks[index]
     stream.load(index)
     layer = {layer.path: layer for layer in architecture.layers}.get(block.attention_path) if block.attention else None
-    facts: Facts | str = "no attention"
+    facts: AttentionTraits | str = "no attention"
     sums: dict[str, Tensor] = {}
     if layer is not None:
         longest = max(stream.batches, key=lambda batch: batch.ids.shape[1])
         assert longest.hidden is not None
         try:
-            facts, _ = understand(block, architecture.entry, layer.geometry, longest.hidden, longest.calls[index])
+            facts, _ = probe_attention(block, architecture.entry, layer.geometry, longest.hidden, longest.calls[index])
         except Opaque as reason:
             facts = str(reason)
     for number, (batch, back) in enumerate(zip(stream.batches, held, strict=True)):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from upfit.architecture.layers import Architecture
-from upfit.architecture.meta_model import quiet_transformers, skeleton
-from upfit.architecture.names import class_names
+from upfit.architecture.meta_model import build_on_meta, quiet_transformers
+from upfit.architecture.names import name_map
 from upfit.calibration.observe import NAME, Call, Opaque, Stop, register
 from upfit.checkpoint.reader import Checkpoint
 
@@ -45,7 +45,7 @@ def observed_model(config: dict[str, Any], device: str = "cpu") -> "PreTrainedMo
     """The class of this config without weights, with attention that can be listened to."""
     register()
     with _parameters_on_meta(), torch.device(device):
-        model = skeleton(config, meta=False)
+        model = build_on_meta(config, meta=False)
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module.config, "_attn_implementation_internal"):
             module.config._attn_implementation_internal = NAME
@@ -96,7 +96,7 @@ class Weights:
         self.model, self.checkpoint, self.device = model, checkpoint, device
         with quiet_transformers():
             self.mapping: Any = get_model_conversion_mapping(model)
-        names = class_names(checkpoint.config)
+        names = name_map(checkpoint.config)
         sources: dict[str, list[str]] = {}
         for disk_name in checkpoint.tensors:
             sources.setdefault(names.module_name(disk_name), []).append(disk_name)
@@ -143,7 +143,7 @@ class Batch:
     calls: list[Call] = field(default_factory=list)
 
 
-class Stream:
+class LayerwiseModel:
     """A model on its way through its layers over some batches of windows.
 
     Raises Opaque when the family's forward cannot be run this way.

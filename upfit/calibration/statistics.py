@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from upfit.calibration.observe import Seen
-from upfit.calibration.traits import Facts
+from upfit.calibration.traits import AttentionTraits
 
 SEGMENT = 512  # positions that share one range of keys: rows of a long window do not look at keys that are still to come
 
@@ -49,7 +49,7 @@ def sample_rows(tokens: int, per_segment: int, layer: int, batch: int, device: t
     return chosen
 
 
-def observe(seen: Seen, facts: Facts, rows: list[Rows]) -> dict[str, Tensor]:
+def observe(seen: Seen, facts: AttentionTraits, rows: list[Rows]) -> dict[str, Tensor]:
     """The sums of one batch (float64), see the module. Without `facts.keys` or `facts.values` their parts are left out."""
     sums: dict[str, Tensor] = {}
     for some in rows:
@@ -70,7 +70,7 @@ def add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
         sums[name] = sums[name] + tensor if name in sums else tensor
 
 
-def _key_sums(seen: Seen, facts: Facts, rows: Rows, weights: Tensor) -> dict[str, Tensor]:
+def _key_sums(seen: Seen, facts: AttentionTraits, rows: Rows, weights: Tensor) -> dict[str, Tensor]:
     order, pairs = list(facts.order), facts.pairs
     queries = seen.q[:, :, rows.at][..., order].transpose(0, 1).flatten(1, 2)  # [H, B·R, D]
     keys = seen.k[:, :, : rows.keys, order].transpose(1, 2)  # [B, keys, K, D]

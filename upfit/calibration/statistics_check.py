@@ -7,12 +7,12 @@ from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
-from upfit.calibration.traits import Facts, Residual
+from upfit.calibration.traits import AttentionTraits, Residual
 from upfit.checkpoint.safetensors_header import TensorInfo
 from upfit.options import fits
 
 
-def check_facts(facts: Facts) -> None:
+def check_facts(facts: AttentionTraits) -> None:
     """Raise ValueError where a field is of another type, or the order and pairs of dimensions contradict each other."""
     _check_types(facts)
     if facts.residual is not None:
@@ -24,7 +24,7 @@ def check_facts(facts: Facts) -> None:
         raise ValueError("its pairs have no speeds")
 
 
-def _check_types(record: Facts | Residual) -> None:
+def _check_types(record: AttentionTraits | Residual) -> None:
     hints = get_type_hints(type(record))
     for field in fields(record):
         value, kind = getattr(record, field.name), hints[field.name]
@@ -44,7 +44,7 @@ def check_windows(windows: Mapping[int, Tensor], held: Mapping[int, Any]) -> Non
             raise ValueError(f"of {len(ids)} windows it says that {held[length]} are held back")
 
 
-def check_layer(facts: Facts, infos: Mapping[str, TensorInfo]) -> None:
+def check_layer(facts: AttentionTraits, infos: Mapping[str, TensorInfo]) -> None:
     """Raise ValueError unless the tensors of one layer are those that `facts` promise, see `statistics.py`."""
     shapes = {name: info.shape for name, info in infos.items()}
     wanted = ["rows", *(["keys", "queries"] if facts.keys else []), *(["values"] if facts.values else [])]

@@ -19,7 +19,7 @@ from upfit.bounded import parse_json, shaped
 from upfit.calibration.observe import Opaque
 from upfit.calibration.sample import Sample, fast_tokenizer
 from upfit.calibration.statistics_check import check_facts, check_layer, check_windows
-from upfit.calibration.traits import Facts, Residual
+from upfit.calibration.traits import AttentionTraits, Residual
 from upfit.checkpoint.content import tensors_hash
 from upfit.checkpoint.reader import Checkpoint, torch_dtype
 from upfit.checkpoint.safetensors_header import TensorInfo, read_header, read_metadata
@@ -35,11 +35,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(f"{config} {tensors_hash(checkpoint)}".encode()).hexdigest()
 
 
-def facts_from(record: Mapping[str, Any]) -> Facts:
+def facts_from(record: Mapping[str, Any]) -> AttentionTraits:
     """The inverse of `dataclasses.asdict` for Facts, from JSON."""
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     values["residual"] = Residual(**record["residual"]) if record["residual"] else None
-    return Facts(**values)
+    return AttentionTraits(**values)
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Statistics:
     path: Path
     model: str  # the fingerprint of what it was made of
     sample: Sample
-    facts: dict[str, Facts | str]  # by attention path; a string says why a layer could not be watched
+    facts: dict[str, AttentionTraits | str]  # by attention path; a string says why a layer could not be watched
     rows: int
     infos: dict[str, TensorInfo]
 
-    def layer(self, path: str) -> tuple[Facts, dict[str, Tensor]] | None:
+    def layer(self, path: str) -> tuple[AttentionTraits, dict[str, Tensor]] | None:
         """Facts and float32 statistics of the attention at `path`; None for a layer that could not be watched.
 
         Raises UpfitError where the file has nothing of that layer, or values that are not finite.
@@ -82,7 +82,7 @@ def _read(info: TensorInfo) -> Tensor:
         return torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=torch_dtype(info.dtype)).reshape(info.shape)
 
 
-def metadata(model: str, sample: Sample, facts: Mapping[str, Facts | str], rows: int) -> dict[str, str]:
+def metadata(model: str, sample: Sample, facts: Mapping[str, AttentionTraits | str], rows: int) -> dict[str, str]:
     """What the header of a statistics file says; `model` is its fingerprint."""
     told = {path: value if isinstance(value, str) else asdict(value) for path, value in facts.items()}
     return {

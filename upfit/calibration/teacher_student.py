@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upfit.calibration.layerwise import Stream
+from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import Call
 from upfit.calibration.ridge import Moments, augmented, ridge_linear
 from upfit.calibration.traits import Residual
@@ -15,7 +15,7 @@ from upfit.checkpoint.reader import Checkpoint
 
 
 @dataclass
-class Lane:
+class PairedBatch:
     """One batch of windows on its way through both models: hidden states [B, T, E] before the next layer."""
 
     held: bool
@@ -33,7 +33,7 @@ class Lane:
         return self.teacher + residual.attention * given
 
 
-def lanes_of(stream: Stream, held: list[bool]) -> Iterator[Lane]:
+def paired_batches(stream: LayerwiseModel, held: list[bool]) -> Iterator[PairedBatch]:
     """The stream's batches, both models at the first layer; `held` says which of them are held back."""
     for batch, back in zip(stream.batches, held, strict=True):
         memo: dict[int, Any] = {}
@@ -44,7 +44,7 @@ def lanes_of(stream: Stream, held: list[bool]) -> Iterator[Lane]:
 
         copies = [Call(tuple(map(own, c.arguments)), {k: own(v) for k, v in c.keywords.items()}) for c in batch.calls]
         assert batch.hidden is not None
-        yield Lane(back, batch.calls, copies, batch.hidden, batch.hidden, batch.ids.shape[1])
+        yield PairedBatch(back, batch.calls, copies, batch.hidden, batch.hidden, batch.ids.shape[1])
 
 
 def token_weights(stream: Tensor, power: float) -> Tensor:
@@ -74,7 +74,9 @@ class MlpEnd:
     names: tuple[str, str | None]
 
 
-def mlp_end(stream: Stream, index: int, module: nn.Module, residual: Residual | None, checkpoint: Checkpoint) -> MlpEnd | None:
+def mlp_end(
+    stream: LayerwiseModel, index: int, module: nn.Module, residual: Residual | None, checkpoint: Checkpoint
+) -> MlpEnd | None:
     """The end of the MLP in `module`, the student's layer at `index`; None where one Linear of the checkpoint is not it."""
     if residual is None or residual.down is None:
         return None
@@ -100,9 +102,9 @@ def refit_mlp(
     module: nn.Module,
     end: MlpEnd,
     share: float,
-    lanes: list[Lane],
+    lanes: list[PairedBatch],
     outputs: list[Tensor],
-    rest: Callable[[int, Lane], tuple[Tensor, Tensor]],
+    rest: Callable[[int, PairedBatch], tuple[Tensor, Tensor]],
     power: float,
 ) -> dict[str, Tensor]:
     """Fit the Linear that ends the student's MLP to the teacher's `outputs` [B, T, E] of the layer; the new tensors by name.
@@ -121,7 +123,7 @@ def refit_mlp(
     return {name: tensor for name, tensor in zip(end.names, solved, strict=True) if name and tensor is not None}
 
 
-def stream_error(lanes: list[Lane]) -> float:
+def stream_error(lanes: list[PairedBatch]) -> float:
     """|student − teacher|² / |teacher|², mean over held-back tokens."""
     shares = [
         ((lane.student - lane.teacher).square().sum(-1) / lane.teacher.square().sum(-1).clamp_min(1e-12)).flatten()

@@ -29,7 +29,7 @@ class Residual:
 
 
 @dataclass(frozen=True)
-class Facts:
+class AttentionTraits:
     """What may be changed in one layer. P rotated pairs, fastest first; `order` [D] lists the dimensions as the first of
     every pair, the second of every pair, and those that no rotation touches.
 
@@ -83,7 +83,7 @@ def watch(block: Block, hidden: Tensor, call: Call, taps: tuple[str, ...]) -> Wa
     return Watched(caught[0], dict(seen), hidden, output)
 
 
-def understand(block: Block, entry: Entry, shape: Geometry, hidden: Tensor, call: Call) -> tuple[Facts, Turns]:
+def probe_attention(block: Block, entry: Entry, shape: Geometry, hidden: Tensor, call: Call) -> tuple[AttentionTraits, Turns]:
     """Watch one batch of windows pass and test every assumption. Raises Opaque when nothing at all can be said."""
     assert block.attention is not None
     attention = block.module.get_submodule(block.attention)
@@ -112,7 +112,9 @@ def understand(block: Block, entry: Entry, shape: Geometry, hidden: Tensor, call
         reasons.append("its key norm has a scale for each dimension, so keys are not turned before they are merged")
     movable = keys and values and _only_projections(attention, present, shape)
     residual = _residual(watched, block, f"{block.attention}.{present['o']}", outer, reasons)
-    facts = Facts(values, keys, normed, factors, movable, layout.pairs, layout.order, layout.speeds, residual, tuple(reasons))
+    facts = AttentionTraits(
+        values, keys, normed, factors, movable, layout.pairs, layout.order, layout.speeds, residual, tuple(reasons)
+    )
     return facts, turns
 
 
@@ -262,7 +264,7 @@ def _residual(watched: Watched, block: Block, projection: str, outer: list[str],
     return None
 
 
-def facts_record(facts: Facts) -> dict[str, Any]:
+def facts_record(facts: AttentionTraits) -> dict[str, Any]:
     """`facts` as JSON can hold it."""
     from dataclasses import asdict
 

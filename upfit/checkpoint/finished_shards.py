@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from upfit.checkpoint.copy_bytes import Piece
+from upfit.checkpoint.copy_bytes import CopiedRange
 from upfit.checkpoint.read_back import STEP, Read, same
 from upfit.checkpoint.safetensors_header import read_exactly
 from upfit.errors import UpfitError
@@ -22,7 +22,7 @@ from upfit.errors import UpfitError
 JOURNAL = "conversion.jsonl"  # in a folder that is being written: what of it is finished
 
 
-class Journal:
+class FinishedShards:
     """`kept` names the shards in `folder` that an earlier run has finished and that are still what it wrote."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], read: Read) -> None:
@@ -46,7 +46,7 @@ class Journal:
             return []
         return [line[:-1] for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
-    def add(self, name: str, nbytes: int, pieces: list[Piece]) -> None:
+    def add(self, name: str, nbytes: int, pieces: list[CopiedRange]) -> None:
         """Tell of a shard; its bytes must have reached the disk."""
         line = {"name": name, "nbytes": nbytes, "pieces": [list(asdict(piece).values()) for piece in pieces]}
         with self._lock, open(self.path, "a", encoding="utf-8") as file:
@@ -68,7 +68,7 @@ def _stands(path: Path, line: dict[str, Any], read: Read) -> bool:
     """Whether the shard still has the bytes that its line tells: every one of them is read."""
     if not path.is_file() or path.is_symlink() or path.stat().st_size != line["nbytes"]:
         return False
-    pieces = sorted((Piece(*entry) for entry in line["pieces"]), key=lambda piece: piece.place)
+    pieces = sorted((CopiedRange(*entry) for entry in line["pieces"]), key=lambda piece: piece.place)
     end = 0
     descriptor = os.open(path, os.O_RDONLY)
     try:

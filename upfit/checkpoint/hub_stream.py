@@ -20,7 +20,7 @@ from upfit.errors import UpfitError
 
 
 @dataclass
-class Stream:
+class HubStream:
     """The source as a folder of ghosts, and the way to its files. Nothing of it is left when a conversion has ended well."""
 
     source: Source
@@ -44,7 +44,7 @@ class Stream:
         _ghost(path, path.stat().st_size, _beginning(path, self.headers[path.name]))
 
 
-def streamed(name: str, revision: str | None, folder: Path) -> Stream:
+def streamed(name: str, revision: str | None, folder: Path) -> HubStream:
     """The ghosts of a hub model `id` or `id@revision` in `folder`; what an earlier run has left there is gone on with.
 
     Raises UpfitError for what is no hub id, and Interrupted when the hub does not give it.
@@ -55,7 +55,7 @@ def streamed(name: str, revision: str | None, folder: Path) -> Stream:
     return _begin(folder, hub_id, revision or tagged or None)
 
 
-def _begin(folder: Path, hub_id: str, revision: str | None) -> Stream:
+def _begin(folder: Path, hub_id: str, revision: str | None) -> HubStream:
     from huggingface_hub import HfApi, snapshot_download
 
     with _told(hub_id):
@@ -70,7 +70,7 @@ def _begin(folder: Path, hub_id: str, revision: str | None) -> Stream:
             beginning = _header(hub_id, name, commit)
             headers[name] = len(beginning)
             _ghost(folder / name, int(sizes[name] or 0), beginning)
-    return Stream(Source(folder, hub_id, commit, kept=False), headers, lambda path: None)
+    return HubStream(Source(folder, hub_id, commit, kept=False), headers, lambda path: None)
 
 
 def _weight_files(folder: Path, sizes: dict[str, Any]) -> list[str]:

@@ -18,15 +18,15 @@ from upfit.architecture.grouped_class import is_grouped
 from upfit.architecture.layers import Architecture, bind, open_model
 from upfit.architecture.leftovers import Leftovers, left_over, settle
 from upfit.architecture.loading import structure_report
-from upfit.architecture.names import class_names
+from upfit.architecture.names import name_map
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known, has_two_ways
 from upfit.calibration.observe import Opaque
 from upfit.calibration.sample import check_texts
 from upfit.checkpoint.disk_errors import disk_errors
 from upfit.checkpoint.execute import Planned, outline
-from upfit.checkpoint.finished_shards import JOURNAL, Journal, crc_of
-from upfit.checkpoint.hub_stream import Stream, streamed
+from upfit.checkpoint.finished_shards import JOURNAL, FinishedShards, crc_of
+from upfit.checkpoint.hub_stream import HubStream, streamed
 from upfit.checkpoint.output_folder import check_output
 from upfit.checkpoint.plan import Plan
 from upfit.checkpoint.read_back import check_places, check_written
@@ -38,7 +38,7 @@ from upfit.checkpoint.source import Source, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.checkpoint.writer import write_shards
 from upfit.convert.planned import changed_layers, check_against_class, edit_dtype, output_bytes, shape_changes
-from upfit.convert.recipe import MERGE, Bench, Fit, Recipe, find_merge, outline_of
+from upfit.convert.recipe import MERGE, Fit, FitContext, Recipe, find_merge, outline_of
 from upfit.convert.verify import Promise, Report, tolerance, verify
 from upfit.errors import UpfitError
 from upfit.modeling.registry import family, is_own
@@ -110,7 +110,7 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
 @contextmanager
 def _opened(
     source: str, out: Path, options: Any, recipe: Recipe, settings: Settings, output: Output
-) -> "Iterator[tuple[Job, Bench, WorkFolder | None, Stream | None]]":
+) -> "Iterator[tuple[Job, FitContext, WorkFolder | None, HubStream | None]]":
     """The checked job, and where it works: beside OUT, or for a dry run in a folder that goes at once."""
     with ExitStack() as stack:
         work, stream, place = None, None, Path()
@@ -130,7 +130,7 @@ def _opened(
         elif not settings.dry_run:
             work = stack.enter_context(work_folder(out, _verb(recipe).split()[0], settings.overwrite))
             place = work.path
-        yield job, Bench(found.path, job.checkpoint, job.architecture, place / "fit", output), work, stream
+        yield job, FitContext(found.path, job.checkpoint, job.architecture, place / "fit", output), work, stream
 
 
 def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[st
     return convert(recipe, source, out, recipe.options(), settings, output)
 
 
-def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
+def _fitted(job: Job, fit: Fit, bench: FitContext) -> Job:
     """The job with the plan that the fit makes, checked again; with the fallback where the model cannot be watched."""
 
     bench.scratch.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def _planned(job: Job, plan: Plan, alone: bool) -> Job:
     return dataclasses.replace(job, plan=plan, planned=planned, leftovers=leftovers)
 
 
-def _previewed(preview: Callable[[Bench], dict[str, Any]], bench: Bench) -> dict[str, Any] | None:
+def _previewed(preview: Callable[[FitContext], dict[str, Any]], bench: FitContext) -> dict[str, Any] | None:
 
     try:
         return preview(bench)
@@ -253,7 +253,7 @@ def _check_source(checkpoint: Checkpoint) -> tuple[frozenset[str], frozenset[str
             first = ", ".join(sorted(map(str, report[kind]))[:3])
             what = f"{len(report[kind])} {kind.replace('_', ' ')}, e.g. {first}"
             raise UpfitError(f"the source {checkpoint.folder} is incomplete: {what}")
-    names = class_names(checkpoint.config, stored=True)
+    names = name_map(checkpoint.config, stored=True)
     unused = left_over(checkpoint.tensors, names.module_name, names.shapes)
     return unused, unused | frozenset(report["unexpected_keys"])
 
@@ -270,7 +270,7 @@ def _with_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
     return changed, safetensors_dtype(getattr(torch, name))
 
 
-def _write(job: Job, answer: dict[str, Any], output: Output, work: WorkFolder, stream: "Stream | None") -> dict[str, Any]:
+def _write(job: Job, answer: dict[str, Any], output: Output, work: WorkFolder, stream: "HubStream | None") -> dict[str, Any]:
     shards, earlier = split(job.planned, job.checkpoint, job.settings.max_shard_bytes), provenance.read(job.source.path)
     promise = _promise(job)
     step = _step(job, answer, promise)
@@ -309,15 +309,17 @@ def _step(job: Job, answer: dict[str, Any], promise: Promise) -> dict[str, Any]:
     return step
 
 
-def _write_weights(job: Job, folder: Path, shards: list[Shard], output: Output, stream: "Stream | None") -> None:
-    journal = Journal(folder, _work(job, shards), job.checkpoint.read_bytes)
+def _write_weights(job: Job, folder: Path, shards: list[Shard], output: Output, stream: "HubStream | None") -> None:
+    journal = FinishedShards(folder, _work(job, shards), job.checkpoint.read_bytes)
     if journal.kept:
         output.note(f"going on: {len(journal.kept)} of {len(shards)} shards are finished already")
     with output.progress(f"converting {job.source.name}", sum(item.nbytes for item in job.planned)) as meter:
         write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance, journal, stream)
 
 
-def _verified(job: Job, promise: Promise, folder: Path, shards: list[Shard], output: Output, stream: "Stream | None") -> Report:
+def _verified(
+    job: Job, promise: Promise, folder: Path, shards: list[Shard], output: Output, stream: "HubStream | None"
+) -> Report:
     job.checkpoint.check_unchanged()
     if job.settings.verify_bytes:
         with output.progress("reading back", sum(piece.nbytes for shard in shards for piece in shard.pieces)) as meter:

@@ -15,17 +15,17 @@ from upfit import provenance
 from upfit.architecture.loading import pick_device
 from upfit.calibration.carried import Carried
 from upfit.calibration.fit_work import Entry, FitWork
-from upfit.calibration.layerwise import Stream
+from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import run_block
 from upfit.calibration.sample import Sample, sample_for
 from upfit.calibration.statistics_file import fingerprint
-from upfit.calibration.teacher_student import lanes_of
+from upfit.calibration.teacher_student import paired_batches
 from upfit.checkpoint.plan import Rule
 from upfit.checkpoint.reader import torch_dtype
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 FITTED = "fitted/"  # how rules name tensors of the fit, as opposed to tensors of the checkpoint
 
@@ -58,11 +58,11 @@ class Walk:
     """A model on its way through its layers over the calibration text, beside the student that it becomes (with `alone`:
     without one)."""
 
-    def __init__(self, bench: "Bench", sample: Sample, alone: bool) -> None:
+    def __init__(self, bench: "FitContext", sample: Sample, alone: bool) -> None:
         pieces, held = sample.batches()
         self.bench, self.alone = bench, alone
-        self.stream = Stream(bench.checkpoint, bench.architecture, pieces, pick_device())
-        self.lanes = list(lanes_of(self.stream, held))
+        self.stream = LayerwiseModel(bench.checkpoint, bench.architecture, pieces, pick_device())
+        self.lanes = list(paired_batches(self.stream, held))
         self.carried = Carried(self.lanes, alone)
 
     def pass_by(self, index: int) -> None:
@@ -104,7 +104,7 @@ class Fitted:
         return [entry.record for entry in self.entries]
 
 
-def read_calibration(bench: "Bench", texts: list[str] | None, tokens: str | None, length: int | None) -> Calibration:
+def read_calibration(bench: "FitContext", texts: list[str] | None, tokens: str | None, length: int | None) -> Calibration:
     """The windows of calibration text.
 
     Raises UpfitError for text that cannot be used, Opaque for a model without a tokenizer.
@@ -118,7 +118,7 @@ def read_calibration(bench: "Bench", texts: list[str] | None, tokens: str | None
     )
 
 
-def fit_layers(bench: "Bench", calibration: Calibration, task: Task) -> Fitted:
+def fit_layers(bench: "FitContext", calibration: Calibration, task: Task) -> Fitted:
     """Fit every layer of the task; those that an earlier run of the same fit has finished are taken from the bench's folder.
 
     Raises Opaque for a model that cannot be run on text.
@@ -136,7 +136,9 @@ def fit_layers(bench: "Bench", calibration: Calibration, task: Task) -> Fitted:
     return Fitted(done.layers, rules)
 
 
-def _walk(bench: "Bench", calibration: Calibration, task: Task, work: FitWork, show: Callable[[dict[str, Any]], None]) -> None:
+def _walk(
+    bench: "FitContext", calibration: Calibration, task: Task, work: FitWork, show: Callable[[dict[str, Any]], None]
+) -> None:
     """The layers that are still to be done, each kept as soon as it is."""
     walk = Walk(bench, calibration.sample, task.alone)
     if work.progress.next:
@@ -178,7 +180,7 @@ def identity(calibration: Calibration, task: Task) -> dict[str, Any]:
     }
 
 
-def _stored(bench: "Bench", layer: "Layer", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _stored(bench: "FitContext", layer: "Layer", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A layer's new tensors in the types of the checkpoint (of its queries, where they are new)."""
     known = bench.checkpoint.tensors
     types = {name: known[name if name in known else layer.names["q.weight"]].dtype for name in tensors}

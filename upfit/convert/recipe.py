@@ -22,7 +22,7 @@ MERGE = "merge"  # the name of recipes that go back to a stock class
 
 
 @dataclass(frozen=True)
-class Bench:
+class FitContext:
     """Where a fit works: the opened source, and `scratch`, a folder of its own for tensors that the rules of its plan will read
     and for what it goes on from after it was stopped; there may be none yet."""
 
@@ -44,9 +44,9 @@ class Fit:
     """
 
     outline: Plan
-    run: "Callable[[Bench], Plan]"
+    run: "Callable[[FitContext], Plan]"
     fallback: Plan | None = None
-    preview: "Callable[[Bench], dict[str, Any]] | None" = None
+    preview: "Callable[[FitContext], dict[str, Any]] | None" = None
     otherwise: str = ""
 
 

@@ -12,7 +12,7 @@ from upfit import provenance
 from upfit.checkpoint.work_folder import RESULT, WorkFolder
 from upfit.errors import UpfitError
 from upfit.longcontext.ask import template
-from upfit.longcontext.compose import Composer, Recipe
+from upfit.longcontext.compose import Composer, ContextPlan
 from upfit.longcontext.contexts import CONTEXTS, ITEMS, SEGMENTS, SETTINGS, Contexts
 from upfit.longcontext.export import write_export
 from upfit.longcontext.items import Item
@@ -54,7 +54,9 @@ def written(out: Path) -> dict[str, Any]:
     return {"finished": True, "out": str(out), **told, "bytes": (out / CONTEXTS).stat().st_size}
 
 
-def _kept(parts: list[Path], composer: Composer, options: Options, rejected: Counter[str]) -> Iterator[tuple[Item, Recipe]]:
+def _kept(
+    parts: list[Path], composer: Composer, options: Options, rejected: Counter[str]
+) -> Iterator[tuple[Item, ContextPlan]]:
     """Items and recipes by number. Of equal questions of a family the first is kept; where the text has given no other, a fact
     is invented if families that invent are asked for. `rejected` counts what there was no item for."""
     spare = [name for name in options.families or template.FAMILIES if template.FAMILIES[name].made]
@@ -62,7 +64,7 @@ def _kept(parts: list[Path], composer: Composer, options: Options, rejected: Cou
     for index, told in sorted((line for path in parts for line in _lines(path)), key=lambda line: line[0]):
         item, reason = (Item.read(told[1]), "asked before") if len(told) == 2 else (None, told[0])
         if item is not None and (item.family, item.question) not in asked:
-            recipe = Recipe.read(told[0])
+            recipe = ContextPlan.read(told[0])
         elif options.ask == "template" and spare:
             item = template.ask(composer.segments, spare, options.seed, index)
             assert item is not None

@@ -17,7 +17,7 @@ from upfit.longcontext.wording import ANSWERED, ASKED, Wording
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ContextPlan:
     """`tokens`: of the whole example, at most. `depth` [0, 1): where the first piece goes. `skip`: numbers, in the order of
     drawing, of fillers that would have made the question ambiguous."""
 
@@ -31,9 +31,9 @@ class Recipe:
         return json.dumps(told | ({"skip": list(self.skip)} if self.skip else {}), separators=(",", ":"))
 
     @staticmethod
-    def read(line: str) -> "Recipe":
+    def read(line: str) -> "ContextPlan":
         told = json.loads(line)
-        return Recipe(told["item"], told["tokens"], told["depth"], tuple(told.get("skip", ())))
+        return ContextPlan(told["item"], told["tokens"], told["depth"], tuple(told.get("skip", ())))
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,18 @@ class Composer:
         self.count, self.least, self.most = count, least, most
         self.tokens = lru_cache(maxsize=1)(wording.tokens)  # a recipe is tried, then used, for one item at a time
 
-    def recipe(self, item: Item, short_share: float) -> Recipe:
+    def recipe(self, item: Item, short_share: float) -> ContextPlan:
         """A length and a depth of a stratum of this item's own, and what must be left out; of some items the pieces alone."""
         rng = generator(self.seed, "recipe", item.index)
         if generator(self.seed, "short", item.index).random() < short_share:
-            return Recipe(item.index, 0, 0.0)
+            return ContextPlan(item.index, 0, 0.0)
         length = (self._stratum("length", item.index) + rng.random()) / self.count
         depth = (self._stratum("depth", item.index) + rng.random()) / self.count
-        bare = Recipe(item.index, self.least + int(length * (self.most - self.least + 1)), round(float(depth), 6))
+        bare = ContextPlan(item.index, self.least + int(length * (self.most - self.least + 1)), round(float(depth), 6))
         skip: list[int] = []
         keys = [key.encode() for key in item.keys]
         while True:  # a filler left out makes room for another, which is looked at too
-            tried = Recipe(bare.item, bare.tokens, bare.depth, tuple(skip))
+            tried = ContextPlan(bare.item, bare.tokens, bare.depth, tuple(skip))
             draws, fillers = self._fillers(item, tried)
             bad = [d for d, f in zip(draws, fillers, strict=True) if any(key in self.segments.raw(int(f)) for key in keys)]
             if not bad:
@@ -88,7 +88,7 @@ class Composer:
         used = sum(int(self.segments.lengths[piece]) for piece in item.pieces if isinstance(piece, int))
         return len(self.wording.before) + sum(map(len, own.values())) + used
 
-    def _fillers(self, item: Item, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    def _fillers(self, item: Item, recipe: ContextPlan) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of draws and the segments drawn: as many, each once, as there is room for."""
         room = recipe.tokens - self._fixed(item)
         total = len(self.segments)
@@ -110,7 +110,7 @@ class Composer:
                 return draws[:fits], drawn[:fits]
             guess = min(total, 2 * guess)
 
-    def context(self, item: Item, recipe: Recipe) -> Context:
+    def context(self, item: Item, recipe: ContextPlan) -> Context:
         """Fillers in the order drawn; the first piece at its depth, the others and the decoys anywhere."""
         fillers = [int(filler) for filler in self._fillers(item, recipe)[1]]
         rng = generator(self.seed, "places", item.index)
@@ -135,14 +135,14 @@ class Composer:
                 parts.append(fillers[gap])
         return Context(parts, [found[piece] for piece in item.pieces])
 
-    def example(self, item: Item, recipe: Recipe) -> tuple[np.ndarray, int]:
+    def example(self, item: Item, recipe: ContextPlan) -> tuple[np.ndarray, int]:
         """Tokens [tokens] uint32 of prompt and answer, and where the answer begins."""
         own, parts = self.tokens(item), self.context(item, recipe).parts
         middle = [self.segments.tokens(part) if isinstance(part, int) else own[part] for part in parts]
         prompt = [self.wording.before, *middle, own[ASKED]]
         return np.concatenate([*prompt, own[ANSWERED]]), sum(map(len, prompt))
 
-    def text(self, item: Item, recipe: Recipe) -> str:
+    def text(self, item: Item, recipe: ContextPlan) -> str:
         """The context as text."""
         parts = self.context(item, recipe).parts
         return JOIN.join(self.segments.text(part) if isinstance(part, int) else part for part in parts)

@@ -10,7 +10,7 @@ import numpy as np
 
 from upfit.bounded import DATA_BYTES, RECORD_BYTES, read_json, read_lines, shaped
 from upfit.errors import UpfitError
-from upfit.longcontext.compose import Composer, Recipe
+from upfit.longcontext.compose import Composer, ContextPlan
 from upfit.longcontext.items import Item
 from upfit.longcontext.segments import Segments
 from upfit.longcontext.wording import Wording
@@ -53,9 +53,9 @@ class Contexts(Sequence[tuple[np.ndarray, int]]):
         with self._shaped():
             return Item.read(self._items[index])
 
-    def recipe(self, index: int) -> Recipe:
+    def recipe(self, index: int) -> ContextPlan:
         with self._shaped():
-            return Recipe.read(self._recipes[index])
+            return ContextPlan.read(self._recipes[index])
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

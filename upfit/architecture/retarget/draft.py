@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.meta_model import model_class_for, read_as_class
-from upfit.architecture.names import class_names, disk_names
+from upfit.architecture.names import disk_names, name_map
 from upfit.architecture.table import Described
 from upfit.checkpoint.plan import Rule
 from upfit.errors import UpfitError
@@ -30,7 +30,7 @@ class Draft:
     def __init__(self, raw: Mapping[str, Any], tensors: Mapping[str, Described]) -> None:
         self.raw = dict(raw)
         self.config = read_as_class(self.raw)
-        self.names = class_names(self.raw, stored=True)
+        self.names = name_map(self.raw, stored=True)
         self.disk = disk_names(self.names, tensors)
         self.renames: dict[str, str] = {}
         self.rules: list[Rule] = []

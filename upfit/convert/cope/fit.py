@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from upfit.calibration.layerwise import Block, Stream
+from upfit.calibration.layerwise import Block, LayerwiseModel
 from upfit.calibration.observe import Opaque
 from upfit.calibration.traits import Watched, watch
 from upfit.checkpoint.plan import Plan
@@ -27,7 +27,7 @@ from upfit.modeling.modeling_upfit_cope import heads_of, is_heads_first, rotate_
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 SPREAD = 0.1
 ROWS = 16  # query positions of each window, in its second half
@@ -46,7 +46,7 @@ class Found:
     rotation: Rotation | list[Any] | None
 
 
-def fit(bench: "Bench", plan: Plan, options: Options, chosen: "list[Layer]") -> Plan:
+def fit(bench: "FitContext", plan: Plan, options: Options, chosen: "list[Layer]") -> Plan:
     """`plan` with its config completed and a rule for each layer. Raises UpfitError when the gates asked for cannot be had."""
     calibration = read_calibration(bench, options.calibration, options.calibration_tokens, options.calibration_length)
     words = {name: value for name, value in asdict(options).items() if name not in CALIBRATION}
@@ -106,7 +106,7 @@ def _noting(told: list[bool]) -> Callable[..., None]:
     return hook
 
 
-def _find(stream: Stream, block: Block, watched: Watched, placed: bool, bench: "Bench") -> Found:
+def _find(stream: LayerwiseModel, block: Block, watched: Watched, placed: bool, bench: "FitContext") -> Found:
     entry, seen = bench.architecture.entry, watched.seen
     taps, before = {}, {}
     for part, after in (("q", seen.q), ("k", seen.k)):
@@ -130,7 +130,7 @@ def _find(stream: Stream, block: Block, watched: Watched, placed: bool, bench: "
     return Found(taps, rotation)
 
 
-def _rotation(stream: Stream, block: Block, before: Tensor, after: Tensor) -> Rotation | list[Any] | None:
+def _rotation(stream: LayerwiseModel, block: Block, before: Tensor, after: Tensor) -> Rotation | list[Any] | None:
     """How `after` [B, K, T, D] is brought back to `before`: by trying what the model has."""
     if torch.equal(before, after):
         return []

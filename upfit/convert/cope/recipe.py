@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from upfit.architecture.decoder_check import auto_map, check_decoder
 from upfit.checkpoint.plan import Plan, Rule, Tensors
 from upfit.convert.cope.options import CALIBRATION, Options, new_tensors
-from upfit.convert.recipe import Bench, Fit, Recipe, possible
+from upfit.convert.recipe import Fit, FitContext, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag
 from upfit.provenance import STATE, UNSETTLED
@@ -47,7 +47,7 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
     if options.gates == "constant" and not options.drop_rope:
         return outline
 
-    def run(bench: Bench) -> Plan:
+    def run(bench: FitContext) -> Plan:
         from upfit.convert.cope.fit import fit
 
         return fit(bench, replace(outline, rules=()), options, chosen)

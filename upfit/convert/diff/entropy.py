@@ -14,7 +14,7 @@ from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibra
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 ROWS = 24  # sampled query positions of every 512 of a window
 
@@ -26,7 +26,7 @@ def entropy(seen: Seen, rows: Tensor, keys: int) -> Tensor:
     return told.sum((0, 2))
 
 
-def with_spread_heads(bench: "Bench", plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
+def with_spread_heads(bench: "FitContext", plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
     """`plan` with `dex_heads` 1 for the half of each layer's heads with the highest entropy on calibration text, else 0."""
     calibration = read_calibration(bench, *sources)
     task = Task(

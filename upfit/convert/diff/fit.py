@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from upfit.calibration.observe import Opaque, Seen, listening, run_block, run_until
 from upfit.calibration.ridge import Moments, ridge_linear
 from upfit.calibration.statistics import sample_rows
-from upfit.calibration.teacher_student import Lane, add_rows, mlp_end, put, refit_mlp, stream_error
-from upfit.calibration.traits import Facts, understand, watch
+from upfit.calibration.teacher_student import PairedBatch, add_rows, mlp_end, put, refit_mlp, stream_error
+from upfit.calibration.traits import AttentionTraits, probe_attention, watch
 from upfit.checkpoint.plan import Plan
 from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 ROWS = 24  # sampled query positions of every 512 of a window
 VIEWED = 65_536  # sum of the windows' tokens, once for each stretch of 512 sampled, on which a layer's form is chosen
@@ -45,12 +45,12 @@ class Fitting:
     projection does best on held-back text; with `refit` False each is taken as it starts. `variant` is the name of `forms`."""
 
     variant: str
-    forms: "Callable[[Layer, Facts, list[View]], list[Form]]"
+    forms: "Callable[[Layer, AttentionTraits, list[View]], list[Form]]"
     refit: bool = True
     label: str = "fitted on calibration text"
 
 
-def fit(bench: "Bench", fitting: Fitting, plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
+def fit(bench: "FitContext", fitting: Fitting, plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
     """Run both models through the layers and give `plan` rules that read the results, which stand in the bench's folder.
 
     Raises UpfitError for calibration text that cannot be used, Opaque for a model that cannot be run on text.
@@ -72,7 +72,7 @@ def fit(bench: "Bench", fitting: Fitting, plan: Plan, sources: tuple[list[str] |
 def _convert(walk: Walk, index: int, layer: "Layer", fitting: Fitting) -> LayerFit:
     lanes, block, entry = walk.lanes, walk.stream.blocks[index], walk.bench.architecture.entry
     longest = max(lanes, key=lambda lane: lane.tokens)
-    facts, _ = understand(block, entry, layer.geometry, longest.teacher, longest.calls[index])
+    facts, _ = probe_attention(block, entry, layer.geometry, longest.teacher, longest.calls[index])
     if not facts.values or facts.residual is None:
         raise Opaque(f"{layer.path}: what lies between its attention and the stream is not plain")
     path = f"{block.attention}.{entry.o}"
@@ -123,7 +123,7 @@ def _convert(walk: Walk, index: int, layer: "Layer", fitting: Fitting) -> LayerF
     return LayerFit(layer.path, record, new)
 
 
-def _refit_down(walk: Walk, index: int, facts: Facts, outputs: list[Tensor]) -> dict[str, Tensor]:
+def _refit_down(walk: Walk, index: int, facts: AttentionTraits, outputs: list[Tensor]) -> dict[str, Tensor]:
     """The last matrix of the MLP, where one Linear of the checkpoint is it: put into the layer; its new tensors by name."""
     module, residual = walk.stream.blocks[index].module, facts.residual
     end = mlp_end(walk.stream, index, module, residual, walk.bench.checkpoint)
@@ -131,7 +131,7 @@ def _refit_down(walk: Walk, index: int, facts: Facts, outputs: list[Tensor]) -> 
         return {}
     down, share = module.get_submodule(end.path), residual.mlp
 
-    def rest(_: int, lane: Lane) -> tuple[Tensor, Tensor]:
+    def rest(_: int, lane: PairedBatch) -> tuple[Tensor, Tensor]:
         call = lane.student_calls[index]
         z = run_until(module, down, lane.student, call)
         return z, run_block(module, lane.student, call) - share * down(z)

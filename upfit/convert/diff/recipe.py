@@ -7,7 +7,7 @@ from upfit.architecture.decoder_check import check_decoder, class_shapes
 from upfit.checkpoint.plan import Plan, Rule, Tensors
 from upfit.convert.diff.family import MODEL_TYPE, doubled, own_config, sinks_rule
 from upfit.convert.diff.merge import plan_merge
-from upfit.convert.recipe import MERGE, Bench, Fit, Recipe, possible
+from upfit.convert.recipe import MERGE, Fit, FitContext, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag, option
 
@@ -146,7 +146,7 @@ def _plan_dex(architecture: "Architecture", options: Options) -> Plan | Fit:
     if options.heads == "all":
         return outline
 
-    def run(bench: Bench) -> Plan:
+    def run(bench: FitContext) -> Plan:
         from upfit.convert.diff.entropy import with_spread_heads
 
         return with_spread_heads(bench, outline, _sources(options))
@@ -168,7 +168,7 @@ def _plan_split(architecture: "Architecture", options: Options) -> Plan | Fit:
         return Plan(config | {"diff_cut": "middle"}, rules)
     outline = Plan(config, rules)
 
-    def run(bench: Bench) -> Plan:
+    def run(bench: FitContext) -> Plan:
         from upfit.convert.diff.fit import Fitting, fit
         from upfit.convert.diff.split import choose, groups_of_two
 
@@ -205,7 +205,7 @@ def _plan_diffllama(architecture: "Architecture", options: Options) -> Plan | Fi
     biases = tuple(rule for layer in architecture.layers for rule in diffllama.bias_rules(layer, config, hidden))
     outline = Plan(config, (*biases, *(diffllama.outline_rule(layer) for layer in architecture.layers)))
 
-    def run(bench: Bench) -> Plan:
+    def run(bench: FitContext) -> Plan:
         from upfit.convert.diff.fit import Fitting, fit
         from upfit.convert.diff.paper import candidates
 

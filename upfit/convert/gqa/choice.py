@@ -9,7 +9,7 @@ from upfit.calibration.statistics_file import Statistics, open_statistics
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Choice:
     length: int | None
 
 
-def statistics_for(bench: "Bench", choice: Choice) -> Statistics | None:
+def statistics_for(bench: "FitContext", choice: Choice) -> Statistics | None:
     """The statistics file among `choice.calibration`, opened; None when it names text, or nothing."""
     named = choice.calibration or []
     if not any(map(is_statistics, named)):

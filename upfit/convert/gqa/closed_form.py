@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upfit.calibration.traits import Facts
+from upfit.calibration.traits import AttentionTraits
 
 TINY = 1e-12
 ALTERNATIONS = 8
@@ -81,7 +81,7 @@ def _gram(heads: Tensor) -> Tensor:
     return torch.einsum("hev,hew->vw", heads, heads)
 
 
-def merge_keys(facts: Facts, keys: Tensor, pairs: Tensor, queries: Tensor, owners: Tensor, cut: int) -> KeyMerge:
+def merge_keys(facts: AttentionTraits, keys: Tensor, pairs: Tensor, queries: Tensor, owners: Tensor, cut: int) -> KeyMerge:
     """`keys` [g·D, g·D] and `pairs` complex [n, P, g, g] are centred moments of the group's keys, `queries` [n, D, D] of its
     queries, `owners` [n] says which of the g old heads a query head used. Pairs from `cut` on count as slow.
 
@@ -119,7 +119,7 @@ def merge_keys(facts: Facts, keys: Tensor, pairs: Tensor, queries: Tensor, owner
     return KeyMerge(new_keys, new_queries)
 
 
-def slow_places(facts: Facts, cut: int) -> list[int]:
+def slow_places(facts: AttentionTraits, cut: int) -> list[int]:
     """Dimensions that are reduced together, in the order in which they get the strongest directions: free, then slowest."""
     free = list(range(2 * facts.pairs, len(facts.order)))
     return free + [place for pair in reversed(range(cut, facts.pairs)) for place in (pair, facts.pairs + pair)]
@@ -165,7 +165,7 @@ def _one_per_pair(pairs: Tensor, energy: Tensor, owners: Tensor, normed: bool) -
     return mix * scale[:, None], factors / scale
 
 
-def key_error(facts: Facts, merged: KeyMerge, keys: Tensor, queries: Tensor, owners: Tensor) -> tuple[float, float]:
+def key_error(facts: AttentionTraits, merged: KeyMerge, keys: Tensor, queries: Tensor, owners: Tensor) -> tuple[float, float]:
     """Predicted squared error of the scores with queries and keys taken as independent, Σ_h tr(Q_h Δ_h C Δ_hᵀ), and the
     scores' own.
 

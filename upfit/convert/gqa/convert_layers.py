@@ -17,16 +17,16 @@ from upfit.architecture.attention import LAYOUTS, Attention, Layer
 from upfit.calibration.layerwise import find_blocks, observed_model
 from upfit.calibration.observe import Opaque, run_block, run_until
 from upfit.calibration.ridge import Moments, augmented, ridge_linear
-from upfit.calibration.teacher_student import Lane, add_rows, mlp_end, put, refit_mlp, stream_error
-from upfit.calibration.traits import Facts, Turns, understand
+from upfit.calibration.teacher_student import PairedBatch, add_rows, mlp_end, put, refit_mlp, stream_error
+from upfit.calibration.traits import AttentionTraits, Turns, probe_attention
 from upfit.convert.fitting import LayerFit, Walk
 from upfit.convert.gqa import fit_scores, fit_values
-from upfit.convert.gqa.layer_state import Merged, Place, Settings, Told, View, watch_teacher
+from upfit.convert.gqa.layer_state import LayerPair, LayerRecord, Merged, Settings, View, watch_teacher
 from upfit.convert.gqa.merge_layer import merge_layer, pack, refine
-from upfit.convert.gqa.pooling import merge as merge_plainly
+from upfit.convert.gqa.pooling import pool_heads as merge_plainly
 
 DRIFT_RIDGE = 1e-3
-Kept = tuple[Facts, dict[str, Tensor]]
+Kept = tuple[AttentionTraits, dict[str, Tensor]]
 
 
 def begin(
@@ -42,7 +42,7 @@ def begin(
     def convert(index: int, layer: Layer) -> LayerFit:
         block, student = walk.stream.blocks[index], students[index].module
         _adopt(student, block.module)
-        place = Place(index, block, student, layer, architecture.entry, settings.kv_heads)
+        place = LayerPair(index, block, student, layer, architecture.entry, settings.kv_heads)
         told, tensors = _convert(place, walk, kept(layer.path), settings)
         walk.stream.empty(student)
         return LayerFit(layer.path, told.record(), tensors)
@@ -61,15 +61,15 @@ def _adopt(student: nn.Module, teacher: nn.Module) -> None:
                     own[name] = other[name]
 
 
-def _convert(place: Place, walk: Walk, kept: Kept | None, settings: Settings) -> tuple[Told, dict[str, Tensor]]:
+def _convert(place: LayerPair, walk: Walk, kept: Kept | None, settings: Settings) -> tuple[LayerRecord, dict[str, Tensor]]:
     lanes, checkpoint = walk.lanes, walk.bench.checkpoint
-    shape, told = place.shape, Told(place.layer.path)
+    shape, told = place.shape, LayerRecord(place.layer.path)
     layout, device = LAYOUTS[place.layer.layout], lanes[0].teacher.device
     stored = {part: checkpoint.read(name).float() for part, name in place.layer.names.items()}
     attention = layout.unpack({part: tensor.to(device) for part, tensor in stored.items()}, shape)
     try:
         longest = max(lanes, key=lambda lane: lane.tokens)
-        facts, turns = understand(place.block, place.entry, shape, longest.teacher, longest.calls[place.index])
+        facts, turns = probe_attention(place.block, place.entry, shape, longest.teacher, longest.calls[place.index])
     except Opaque as reason:
         told.reasons = (f"{reason}, so heads are averaged",)
         return told, _averaged(place, attention, lanes)
@@ -110,7 +110,7 @@ def _convert(place: Place, walk: Walk, kept: Kept | None, settings: Settings) ->
     return told, new
 
 
-def _averaged(place: Place, attention: Attention, lanes: list[Lane]) -> dict[str, Tensor]:
+def _averaged(place: LayerPair, attention: Attention, lanes: list[PairedBatch]) -> dict[str, Tensor]:
     """The mean of the heads, for a layer that cannot be watched; both streams move on."""
     merged = merge_plainly(attention, place.kv_heads, "mean", 0, 0.0)
     packed = LAYOUTS[place.layer.layout].pack(merged, place.shape)
@@ -123,7 +123,9 @@ def _averaged(place: Place, attention: Attention, lanes: list[Lane]) -> dict[str
     return {place.layer.names[part]: tensor for part, tensor in packed.items() if part[0] in "kv"}
 
 
-def _form(place: Place, facts: Facts, turns: Turns, attention: Attention, views: list[View]) -> fit_scores.Form | None:
+def _form(
+    place: LayerPair, facts: AttentionTraits, turns: Turns, attention: Attention, views: list[View]
+) -> fit_scores.Form | None:
     """How the student's projections become scores. None when its norms cannot be applied to heads in another order."""
     student = place.student
     norms: dict[str, fit_scores.Norm | None] = {"q_norm": None, "k_norm": None}
@@ -153,12 +155,12 @@ def _in_order(module: nn.Module, order: list[int]) -> fit_scores.Norm:
     return norm
 
 
-def _student_inputs(place: Place, lane: Lane) -> Tensor:
+def _student_inputs(place: LayerPair, lane: PairedBatch) -> Tensor:
     stop = place.student.get_submodule(place.path("q"))
     return run_until(place.student, stop, lane.student, lane.student_calls[place.index])
 
 
-def _drift(inputs: list[Tensor], views: list[View], lanes: list[Lane]) -> Tensor:
+def _drift(inputs: list[Tensor], views: list[View], lanes: list[PairedBatch]) -> Tensor:
     """M [E, E] that best takes what the student sees to what the teacher saw: W M x_student ≈ W x_teacher."""
     gap = sum(float((x - view.inputs).square().sum()) for x, view in zip(inputs, views, strict=True))
     if gap <= fit_values.NEGLIGIBLE * sum(float(view.inputs.square().sum()) for view in views):
@@ -184,10 +186,10 @@ def _fit_scores(
     form: fit_scores.Form,
     inputs: list[Tensor],
     views: list[View],
-    lanes: list[Lane],
+    lanes: list[PairedBatch],
     drift: Tensor | None,
     settings: Settings,
-    told: Told,
+    told: LayerRecord,
 ) -> None:
     """Choose the cut on held-back rows, then (with a drift, that is when refitting) fit q and k. Changes `merged`."""
     width = merged.q.shape[-1]
@@ -229,7 +231,7 @@ def _reordered(target: fit_scores.Target, heads: list[int]) -> fit_scores.Target
 
 
 def _refit_stream(
-    place: Place, facts: Facts, walk: Walk, views: list[View], new: dict[str, Tensor], settings: Settings
+    place: LayerPair, facts: AttentionTraits, walk: Walk, views: list[View], new: dict[str, Tensor], settings: Settings
 ) -> None:
     """Ridges for the output projection and for the last matrix of the MLP; moves the student on. Adds to `new`."""
     lanes, residual = walk.lanes, facts.residual
@@ -260,7 +262,7 @@ def _refit_stream(
     inner: list[Tensor] = []
     middles: list[Tensor] = []
 
-    def rest(number: int, lane: Lane) -> tuple[Tensor, Tensor]:
+    def rest(number: int, lane: PairedBatch) -> tuple[Tensor, Tensor]:
         inner.append(run_until(place.student, down, lane.student, lane.student_calls[place.index]))
         middles.append(lane.student + share * projection(z[number]))
         return inner[-1], middles[-1]

@@ -13,14 +13,14 @@ from upfit.convert.fitting import Calibration, Task, fit_layers, read_calibratio
 from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.convert_layers import begin
 from upfit.convert.gqa.layer_state import Settings
-from upfit.convert.gqa.pooling import merge
+from upfit.convert.gqa.pooling import pool_heads
 from upfit.provenance import FITTED, METHOD_RAN, STATE
 
 if TYPE_CHECKING:
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 
-def fit(bench: "Bench", choice: Choice, plan: Plan) -> Plan:
+def fit(bench: "FitContext", choice: Choice, plan: Plan) -> Plan:
     """Fit every layer and give `plan` rules that read the results, which stand in the bench's folder.
 
     Raises UpfitError for calibration text that cannot be used, Opaque for a model that cannot be run on text.
@@ -71,7 +71,7 @@ def shapes(kv_heads: int) -> "Callable[[Any], Any]":
     def change(attention: Any) -> Any:
         if attention.k.device != torch.device("meta"):
             raise ValueError("an aligned plan is written by its fit")
-        merged = merge(attention, kv_heads, "mean", 0, 0.0)
+        merged = pool_heads(attention, kv_heads, "mean", 0, 0.0)
         return replace(merged, q=attention.q, o=attention.o)
 
     return change

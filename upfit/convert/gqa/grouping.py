@@ -8,7 +8,7 @@ partition, heads are exchanged between groups as long as that helps.
 import torch
 from torch import Tensor
 
-from upfit.calibration.traits import Facts
+from upfit.calibration.traits import AttentionTraits
 
 STARTS = 16  # exchanging heads finds a near optimum, so several random beginnings are tried beside the contiguous one
 
@@ -49,7 +49,9 @@ def _exchanged(costs: Tensor, label: Tensor, groups: int) -> Tensor:
     return label
 
 
-def pair_costs(facts: Facts, key_pairs: Tensor | None, queries: Tensor | None, values: Tensor | None, metric: Tensor) -> Tensor:
+def pair_costs(
+    facts: AttentionTraits, key_pairs: Tensor | None, queries: Tensor | None, values: Tensor | None, metric: Tensor
+) -> Tensor:
     """[K, K]: what merging two heads would lose, the share of the layer's key energy plus that of its value energy.
 
     `key_pairs` complex [H, P, K, K], `queries` [H, D, D], `values` [K·V, K·V] with the output metric of each head in `metric`

@@ -11,8 +11,8 @@ from upfit.architecture.table import Entry
 from upfit.calibration.layerwise import Block
 from upfit.calibration.observe import Seen
 from upfit.calibration.statistics import ROWS, add, observe, sample_rows
-from upfit.calibration.teacher_student import Lane, token_weights
-from upfit.calibration.traits import Facts, watch
+from upfit.calibration.teacher_student import PairedBatch, token_weights
+from upfit.calibration.traits import AttentionTraits, watch
 from upfit.convert.gqa import fit_scores
 
 
@@ -29,7 +29,7 @@ class Settings:
 
 
 @dataclass
-class Told:
+class LayerRecord:
     """What happened to one layer, for people and for recipe.json. Errors are shares of the teacher's energy, held back."""
 
     layer: str
@@ -59,7 +59,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPair:
     """The layer at hand, in both models."""
 
     index: int
@@ -97,7 +97,7 @@ class Merged:
 
 
 def watch_teacher(
-    place: Place, facts: Facts, attention: Attention, lanes: list[Lane], settings: Settings
+    place: LayerPair, facts: AttentionTraits, attention: Attention, lanes: list[PairedBatch], settings: Settings
 ) -> tuple[list[View], dict[str, Tensor]]:
     """The teacher's layer over every batch, and the statistics of the batches that are fitted."""
     views, sums = [], dict[str, Tensor]()

@@ -4,17 +4,19 @@ import torch
 from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention
-from upfit.calibration.teacher_student import Lane, token_weights
-from upfit.calibration.traits import Facts
+from upfit.calibration.teacher_student import PairedBatch, token_weights
+from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import closed_form, fit_values
 from upfit.convert.gqa.grouping import pair_costs, partition
-from upfit.convert.gqa.layer_state import Merged, Place, Settings, Told, View, with_bias
+from upfit.convert.gqa.layer_state import LayerPair, LayerRecord, Merged, Settings, View, with_bias
 from upfit.convert.gqa.pooling import mean
 
 CUTS = (0.4, 0.5, 0.6, 0.75, 1.0)  # shares of the rotated pairs, from the fastest, that are merged as rotated
 
 
-def merge_layer(facts: Facts, attention: Attention, sums: dict[str, Tensor], kv_heads: int, told: Told) -> dict[int, Merged]:
+def merge_layer(
+    facts: AttentionTraits, attention: Attention, sums: dict[str, Tensor], kv_heads: int, told: LayerRecord
+) -> dict[int, Merged]:
     """The closed-form merges, one for each cut of slow pairs that is to be tried; all share their values and outputs."""
     assert attention.q is not None and attention.k is not None and attention.v is not None and attention.o is not None
     q = with_bias(attention.q, attention.q_bias).double()
@@ -57,7 +59,9 @@ def merge_layer(facts: Facts, attention: Attention, sums: dict[str, Tensor], kv_
     return result
 
 
-def choose_groups(facts: Facts, sums: dict[str, Tensor], outputs: Tensor, count: int, kv_heads: int) -> list[list[int]]:
+def choose_groups(
+    facts: AttentionTraits, sums: dict[str, Tensor], outputs: Tensor, count: int, kv_heads: int
+) -> list[list[int]]:
     """Which of `count` old heads share a new one: searched where heads may change places, else contiguous."""
     size, heads = count // kv_heads, outputs.shape[1]
     if not facts.movable or kv_heads == 1 or size == 1:
@@ -68,14 +72,14 @@ def choose_groups(facts: Facts, sums: dict[str, Tensor], outputs: Tensor, count:
     return partition(pair_costs(facts, pairs, sums.get("queries"), sums.get("values"), metric), kv_heads)
 
 
-def _cuts(facts: Facts) -> list[int]:
+def _cuts(facts: AttentionTraits) -> list[int]:
     if not facts.keys or not facts.factors or facts.normed or not facts.pairs:
         return [facts.pairs]
     return sorted({round(share * facts.pairs) for share in CUTS})
 
 
 def _merge_keys(
-    facts: Facts,
+    facts: AttentionTraits,
     q: Tensor,
     k: Tensor,
     sums: dict[str, Tensor],
@@ -97,7 +101,7 @@ def _merge_keys(
     return torch.cat(new_q), torch.stack(new_k)
 
 
-def _rows_of(view: View, facts: Facts, merged: Merged, attention: Attention, weight: Tensor) -> fit_values.Mixed:
+def _rows_of(view: View, facts: AttentionTraits, merged: Merged, attention: Attention, weight: Tensor) -> fit_values.Mixed:
     """The sampled rows of one batch for the fit of values and outputs."""
     size, parts, targets, tokens = len(merged.heads) // len(merged.groups), [], [], []
     for target in view.targets:
@@ -113,7 +117,12 @@ def _rows_of(view: View, facts: Facts, merged: Merged, attention: Attention, wei
 
 
 def refine(
-    facts: Facts, attention: Attention, merged: Merged, views: list[View], lanes: list[Lane], settings: Settings
+    facts: AttentionTraits,
+    attention: Attention,
+    merged: Merged,
+    views: list[View],
+    lanes: list[PairedBatch],
+    settings: Settings,
 ) -> None:
     """Better shared values and outputs for what the teacher's attention gives out, on sampled rows."""
 
@@ -133,7 +142,7 @@ def refine(
     merged.v, merged.o = down @ old, outputs.flatten(1, 2)
 
 
-def pack(place: Place, facts: Facts, attention: Attention, merged: Merged) -> dict[str, Tensor]:
+def pack(place: LayerPair, facts: AttentionTraits, attention: Attention, merged: Merged) -> dict[str, Tensor]:
     """The layer's stored parts: dimensions and biases back where the model has them."""
     width = attention.q.shape[-1] if attention.q is not None else 0
     back = torch.tensor(facts.order).argsort() if facts.keys else torch.arange(merged.q.shape[1])

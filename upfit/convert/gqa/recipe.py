@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from upfit.checkpoint.plan import Plan, Rule
-from upfit.convert.recipe import Bench, Fit, Recipe, outline_of
+from upfit.convert.recipe import Fit, FitContext, Recipe, outline_of
 from upfit.errors import UpfitError
 from upfit.options import flag, option
 from upfit.provenance import BLIND, METHOD_RAN, STATE
@@ -107,12 +107,12 @@ def _fit(options: Options, outline: Plan, fallback: Plan | None) -> Fit:
         sizes = (options.calibration_tokens, options.calibration_length)
         return Choice(options.kv_heads, options.refit, options.calibration, *sizes)
 
-    def run(bench: Bench) -> Plan:
+    def run(bench: FitContext) -> Plan:
         from upfit.convert.gqa.fit import fit
 
         return fit(bench, choice(), outline)
 
-    def preview(bench: Bench) -> dict[str, Any]:
+    def preview(bench: FitContext) -> dict[str, Any]:
         from upfit.convert.gqa.sensitivity import predict
 
         return predict(bench, choice())
@@ -141,10 +141,10 @@ def check_kv_heads(kv_heads: int, architecture: "Architecture") -> None:
 
 
 def _rule(layer: "Layer", options: Options, initializer_range: float) -> Rule:
-    from upfit.convert.gqa.pooling import merge
+    from upfit.convert.gqa.pooling import pool_heads
 
     def change(attention: "Attention") -> "Attention":
-        return merge(attention, options.kv_heads, options.method, options.seed + layer.index, initializer_range)
+        return pool_heads(attention, options.kv_heads, options.method, options.seed + layer.index, initializer_range)
 
     return layer.rule(PARTS, change, f"{layer.geometry.kv_heads} → {options.kv_heads} key/value heads, {options.method}")
 

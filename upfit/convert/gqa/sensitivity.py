@@ -11,20 +11,20 @@ from torch import Tensor
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
 from upfit.architecture.loading import pick_device
 from upfit.calibration.gather import gather_layer
-from upfit.calibration.layerwise import Stream
+from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.sample import sample_for
-from upfit.calibration.traits import Facts
+from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.merge_layer import choose_groups
 
 if TYPE_CHECKING:
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 CUT = 0.6  # share of the pairs merged as rotated: the prediction cannot choose it, for it takes slow rotations for none
 
 
-def predict(bench: "Bench", choice: Choice) -> dict[str, Any]:
+def predict(bench: "FitContext", choice: Choice) -> dict[str, Any]:
     """For each attention layer and each possible number of key/value heads: `attention_error`, the lost share of the scores'
     variance under the attention, and `output_error`, the lost share of what the values bring to the output; and the bytes a
     token takes in the layer's cache. Raises Opaque when the model cannot be run on text."""
@@ -39,7 +39,7 @@ def predict(bench: "Bench", choice: Choice) -> dict[str, Any]:
     else:
         sample = sample_for(bench.folder, bench.checkpoint, choice.calibration, choice.tokens, choice.length, bench.output)
         pieces, held = sample.batches()
-        stream = Stream(bench.checkpoint, architecture, pieces, pick_device())
+        stream = LayerwiseModel(bench.checkpoint, architecture, pieces, pick_device())
         with bench.output.progress("watching", len(stream.blocks)) as meter:
             for index in range(len(stream.blocks)):
                 gathered = gather_layer(stream, architecture, index, held)
@@ -50,7 +50,9 @@ def predict(bench: "Bench", choice: Choice) -> dict[str, Any]:
     return {"kv_heads": counts, "layers": rows, "totals": totals(counts, rows)}
 
 
-def _row(bench: "Bench", layer: Layer, known: tuple[Facts, dict[str, Tensor]] | None, counts: list[int]) -> dict[str, Any]:
+def _row(
+    bench: "FitContext", layer: Layer, known: tuple[AttentionTraits, dict[str, Tensor]] | None, counts: list[int]
+) -> dict[str, Any]:
     row: dict[str, Any] = {"layer": layer.path, "kv_heads": layer.geometry.kv_heads, "choices": []}
     parts = {part: bench.checkpoint.read(name) for part, name in layer.names.items() if part.startswith("o.")}
     attention = LAYOUTS[layer.layout].unpack(parts, layer.geometry)
@@ -66,7 +68,7 @@ def _row(bench: "Bench", layer: Layer, known: tuple[Facts, dict[str, Tensor]] | 
 
 
 def _errors(
-    known: tuple[Facts, dict[str, Tensor]], attention: Attention, layer: Layer, count: int
+    known: tuple[AttentionTraits, dict[str, Tensor]], attention: Attention, layer: Layer, count: int
 ) -> tuple[float | None, float | None]:
     if count == layer.geometry.kv_heads:
         return 0.0, 0.0

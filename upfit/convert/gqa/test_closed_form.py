@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from upfit.calibration.ridge import Moments, ridge
-from upfit.calibration.traits import Facts, Turns
+from upfit.calibration.traits import AttentionTraits, Turns
 from upfit.convert.gqa import closed_form, fit_scores, fit_values
 from upfit.convert.gqa.grouping import partition
 
@@ -17,9 +17,9 @@ HEADS, OLD, PAIRS, FREE, HIDDEN = 6, 3, 4, 2, 20
 WIDTH = 2 * PAIRS + FREE
 
 
-def facts(normed: bool = False, factors: bool = True) -> Facts:
+def facts(normed: bool = False, factors: bool = True) -> AttentionTraits:
     speeds = tuple(0.5**pair for pair in range(PAIRS))
-    return Facts(True, True, normed, factors, True, PAIRS, tuple(range(WIDTH)), speeds, None)
+    return AttentionTraits(True, True, normed, factors, True, PAIRS, tuple(range(WIDTH)), speeds, None)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

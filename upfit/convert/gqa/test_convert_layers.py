@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.folders import letter_tokenizer
 from tests.tiny import tiny_model
 from upfit.calibration.observe import Seen
-from upfit.calibration.teacher_student import Lane, MlpEnd, refit_mlp
+from upfit.calibration.teacher_student import MlpEnd, PairedBatch, refit_mlp
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.convert_layers import _drift
 from upfit.convert.gqa.layer_state import View, _spread
@@ -19,8 +19,8 @@ from upfit.convert.recipe import get_recipe
 from upfit.output import Output
 
 
-def lane(held: bool, hidden: Tensor) -> Lane:
-    return Lane(held, [], [], hidden, hidden, hidden.shape[1])
+def lane(held: bool, hidden: Tensor) -> PairedBatch:
+    return PairedBatch(held, [], [], hidden, hidden, hidden.shape[1])
 
 
 def view(inputs: Tensor) -> View:
@@ -88,7 +88,7 @@ def test_the_mlp_is_fitted_on_fitted_windows_and_chosen_on_held_back_ones() -> N
     without = [drawn(1, len(x[0]), 3).float() for x in inputs]
     lanes = [lane(held, x) for held, x in zip((False, True), without, strict=True)]
 
-    def rest(number: int, _: Lane) -> tuple[Tensor, Tensor]:
+    def rest(number: int, _: PairedBatch) -> tuple[Tensor, Tensor]:
         return inputs[number], without[number]
 
     for sign in (1.0, -1.0):

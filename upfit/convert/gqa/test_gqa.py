@@ -13,7 +13,7 @@ from upfit.architecture.attention import Attention
 from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.gqa.pooling import first, mean, merge
+from upfit.convert.gqa.pooling import first, mean, pool_heads
 from upfit.convert.recipe import get_recipe
 from upfit.errors import UpfitError
 from upfit.output import Output
@@ -43,7 +43,7 @@ def test_mean_is_taken_in_float32() -> None:
 
 def test_random_is_drawn_anew_and_repeatable() -> None:
     layer = Attention(k=torch.ones(4, 64, 64), v=torch.ones(4, 64, 64), k_bias=torch.ones(4, 64))
-    one, two, other = (merge(layer, 2, "random", seed, 0.02) for seed in (1, 1, 2))
+    one, two, other = (pool_heads(layer, 2, "random", seed, 0.02) for seed in (1, 1, 2))
     assert one.k is not None and two.k is not None and other.k is not None and one.k_bias is not None
     assert torch.equal(one.k, two.k) and not torch.equal(one.k, other.k)
     assert abs(one.k.std().item() - 0.02) < 0.001

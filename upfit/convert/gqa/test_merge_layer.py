@@ -13,7 +13,7 @@ from upfit.architecture.attention import Attention
 from upfit.calibration.observe import Seen
 from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.grouping import pair_costs
-from upfit.convert.gqa.layer_state import Settings, Told, _spread, _target
+from upfit.convert.gqa.layer_state import LayerRecord, Settings, _spread, _target
 from upfit.convert.gqa.merge_layer import choose_groups, merge_layer
 from upfit.convert.gqa.test_closed_form import FREE, OLD, PAIRS, WIDTH, drawn, facts, moments
 
@@ -35,7 +35,7 @@ def test_shared_values_lose_least_of_what_is_given_out() -> None:
     before = torch.einsum("xe,jve->xjv", x, v)
     given = torch.einsum("xjv,ejv->xje", before, o)
     sums = {"values": before.flatten(1).T @ before.flatten(1)}
-    [merged] = merge_layer(replace(facts(), keys=False), Attention(q=q, k=k, v=v, o=o), sums, 1, Told("")).values()
+    [merged] = merge_layer(replace(facts(), keys=False), Attention(q=q, k=k, v=v, o=o), sums, 1, LayerRecord("")).values()
     after = torch.einsum("xv,ejv->xje", x @ merged.v[0].double().T, merged.o.double())
     lost, least = (given - after).square().sum(), tail(given.flatten(1), VALUE)
     torch.testing.assert_close(lost, least, rtol=1e-4, atol=0)

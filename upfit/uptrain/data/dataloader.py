@@ -15,7 +15,7 @@ MOST_PASSES = 4  # up to which repeated text is worth almost as much as new text
 
 
 @dataclass(frozen=True)
-class Part:
+class RowGroup:
     """Rows of one kind in a step, of this process. `weight` is that of their mean loss in the loss of the step.
 
     `source` where all of them are of one of several sources.
@@ -37,7 +37,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Feed:
+class StepSampler:
     """`rows` rows of `main` a step, and `mix_rows` of `mix` where there is one.
 
     Answers are a few tokens of thousands and general text is all labels: each part's loss is a mean over its own labels, so
@@ -54,18 +54,18 @@ class Feed:
     def names(self) -> list[str]:
         return [MAIN] if self.mix is None else [MAIN, MIX]
 
-    def of_step(self, step: int, rank: int, world: int) -> list[Part]:
+    def of_step(self, step: int, rank: int, world: int) -> list[RowGroup]:
         """Process `rank`'s share of step `step`."""
-        parts = [Part(MAIN, self.main.of_step(step, self.rows, rank, world))]
+        parts = [RowGroup(MAIN, self.main.of_step(step, self.rows, rank, world))]
         if self.mix is not None:
-            parts.append(Part(MIX, self.mix.of_step(step, self.mix_rows, rank, world), self.mix_weight))
+            parts.append(RowGroup(MIX, self.mix.of_step(step, self.mix_rows, rank, world), self.mix_weight))
         return parts
 
-    def held_out(self, rank: int, world: int) -> list[Part]:
+    def held_out(self, rank: int, world: int) -> list[RowGroup]:
         """Process `rank`'s share of the rows that are never trained on; those of each source are a part."""
         kinds = [(MAIN, self.main), *([(MIX, self.mix)] if self.mix is not None else [])]
         return [
-            Part(name, rows.share(held, rank, world), source=source)
+            RowGroup(name, rows.share(held, rank, world), source=source)
             for name, rows in kinds
             for source, held in rows.held_out().items()
         ]
@@ -89,7 +89,7 @@ class Feed:
         ]
 
 
-def averages(parts: list[Part], sums: list[list[float]], told: Callable[[list[float]], dict[str, Any]]) -> dict[str, Any]:
+def averages(parts: list[RowGroup], sums: list[list[float]], told: Callable[[list[float]], dict[str, Any]]) -> dict[str, Any]:
     """What is `told` of the means over the rows of each name, and of each source as `code/ce`; the last sum of a part is that
     of its labels."""
     groups: dict[str, np.ndarray] = {}

@@ -15,7 +15,7 @@ from upfit.text.tokenizer import identity, load_tokenizer
 from upfit.uptrain.config import OF_ANSWERS, OF_TEXT, Config, default
 from upfit.uptrain.data import spans
 from upfit.uptrain.data.answers import AnswerRows, fingerprint
-from upfit.uptrain.data.dataloader import Feed
+from upfit.uptrain.data.dataloader import StepSampler
 from upfit.uptrain.data.shards import Shards
 from upfit.uptrain.data.sources import Sources
 from upfit.uptrain.data.spans import Vocabulary
@@ -108,7 +108,7 @@ def _refuse_changed(config: Config, names: Iterable[str], reason: str) -> None:
             raise UpfitError(f"{flag(name)} {reason}; leave it out")
 
 
-def lay_out(data: Data, config: Config, longest: int | None, vocabulary: Vocabulary | None) -> tuple[Plan, Feed]:
+def lay_out(data: Data, config: Config, longest: int | None, vocabulary: Vocabulary | None) -> tuple[Plan, StepSampler]:
     """How many steps of which rows, for a model that takes `longest` tokens (None: no limit known); with `vocabulary`, an
     encoder-decoder, whose rows have spans left out.
 
@@ -125,11 +125,11 @@ def lay_out(data: Data, config: Config, longest: int | None, vocabulary: Vocabul
         mix = None
         if data.mix is not None:
             mix = data.mix.rows(plan.mix_length, plan.mix_rows, config.holdout, config.seed, config.document_mask)
-        return plan, Feed(answers, plan.rows, mix, plan.mix_rows, config.mix_weight)
+        return plan, StepSampler(answers, plan.rows, mix, plan.mix_rows, config.mix_weight)
     assert data.text is not None
     sizes = None if vocabulary is None else spans.fitting(config.length or spans.DEFAULT_LENGTH)
     plan = make_plan(config if sizes is None else replace(config, length=sizes.text), longest)
     rows = data.text.rows(plan.length, plan.rows, config.holdout, config.seed, config.document_mask)
     if vocabulary is not None and sizes is not None:
         rows = spans.SpanRows(rows, sizes, vocabulary, config.seed)
-    return plan, Feed(rows, plan.rows)
+    return plan, StepSampler(rows, plan.rows)

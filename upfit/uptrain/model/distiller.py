@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from upfit.uptrain.data.rows import IGNORE
 from upfit.uptrain.model.losses import Head, Objective, chunked_loss, dense_loss
-from upfit.uptrain.model.model_traits import Traits, full_logits, hidden_states, plain_head
+from upfit.uptrain.model.model_traits import ModelTraits, full_logits, hidden_states, plain_head
 
 
 class Distiller(nn.Module):
@@ -24,7 +24,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: PreTrainedModel,
-        traits: Traits,
+        traits: ModelTraits,
         teacher: "Distiller | None",
         objectives: dict[str, Objective],
         autocast: torch.dtype | None = None,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from upfit.architecture.meta_model import quiet_transformers
-from upfit.architecture.names import Names
+from upfit.architecture.names import NameMap
 from upfit.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, read_config, torch_dtype
 from upfit.checkpoint.safetensors_header import TensorInfo
 from upfit.checkpoint.side_files import copy_code, copy_side_files
@@ -28,7 +28,7 @@ def layout_of(student: PreTrainedModel, source: Path) -> dict[str, str]:
     Raises UpfitError where a stored tensor could not be written from the trained ones: that is known before the first step.
     """
     described = {name: torch.empty_like(tensor, device="meta") for name, tensor in student.state_dict().items()}
-    made, names = as_saved(student, described), Names(student)
+    made, names = as_saved(student, described), NameMap(student)
     by_parameter: dict[str, list[str]] = {}
     for name in made:
         by_parameter.setdefault(names.module_name(name), []).append(name)

@@ -21,7 +21,7 @@ from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.uptrain.data.rows import IGNORE
-from upfit.uptrain.model.model_traits import Traits, hidden_states
+from upfit.uptrain.model.model_traits import ModelTraits, hidden_states
 
 
 def attention_paths(source: Source) -> list[str]:
@@ -89,7 +89,7 @@ class Layerwise(nn.Module):
         self,
         student: PreTrainedModel,
         teacher: PreTrainedModel,
-        traits: Traits,
+        traits: ModelTraits,
         paths: list[str],
         autocast: torch.dtype | None = None,
     ) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upfit.errors import UpfitError
-from upfit.uptrain.model.model_traits import Traits, alike, embedding, hidden_states, probe
+from upfit.uptrain.model.model_traits import ModelTraits, alike, embedding, hidden_states, probe
 
 LEFT_OUT = ("rope", "cross_entropy", "fused_linear_cross_entropy")
 
 
-def fuse(model: PreTrainedModel, traits: Traits) -> None:
+def fuse(model: PreTrainedModel, traits: ModelTraits) -> None:
     """Let `model` use Liger's kernels, in place.
 
     Raises UpfitError where Liger is not installed, has none for the family, or where they do not run or compute something else:
@@ -48,7 +48,7 @@ def fuse(model: PreTrainedModel, traits: Traits) -> None:
         raise UpfitError(f"--liger: with its kernels {type(model).__name__} computes something else; leave it out")
 
 
-def _computed(model: PreTrainedModel, traits: Traits) -> list[Tensor]:
+def _computed(model: PreTrainedModel, traits: ModelTraits) -> list[Tensor]:
     ids, positions, _ = probe(model)
     weight, was_training = embedding(model), model.training
     model.eval()  # dropout would compare nothing

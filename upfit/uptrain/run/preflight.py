@@ -16,7 +16,7 @@ from upfit.errors import UpfitError
 from upfit.output import Output, human_bytes
 from upfit.uptrain.config import Config
 from upfit.uptrain.data.answers import AnswerRows
-from upfit.uptrain.data.dataloader import Feed
+from upfit.uptrain.data.dataloader import StepSampler
 from upfit.uptrain.data.rows import IGNORE
 from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.model_traits import vocabulary_size
@@ -26,7 +26,7 @@ TRIED = 256  # tokens of the longest row that is tried
 SUPERVISED = 8  # labels of such a row
 
 
-def preflight(distiller: Distiller, feed: Feed, config: Config, accelerator: Accelerator, output: Output) -> None:
+def preflight(distiller: Distiller, feed: StepSampler, config: Config, accelerator: Accelerator, output: Output) -> None:
     """Look at windows, rotary base and memory for the longest example of answers; text is cut to what the model takes anyway.
 
     Turns gradient checkpointing on where it is asked for. Raises UpfitError where the memory does not suffice.

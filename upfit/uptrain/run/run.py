@@ -13,11 +13,11 @@ from torch import Tensor
 
 from upfit.output import Output
 from upfit.uptrain.config import Config
-from upfit.uptrain.data.dataloader import Feed, micro_batches
+from upfit.uptrain.data.dataloader import StepSampler, micro_batches
 from upfit.uptrain.data.rows import Row
 from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.layerwise import Layerwise
-from upfit.uptrain.run.metrics_file import Journal
+from upfit.uptrain.run.metrics_file import MetricsFile
 from upfit.uptrain.run.saver import Saver
 from upfit.uptrain.run.state import METRICS, Counters, Workspace
 from upfit.uptrain.schedule import Plan
@@ -38,7 +38,7 @@ class Run:
     learner: Learner
     module: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    feed: Feed
+    feed: StepSampler
     plan: Plan
     peak: float
     micro_tokens: int
@@ -54,11 +54,11 @@ class Run:
     stop: threading.Event = field(default_factory=threading.Event)
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = -1
-    journal: Journal = field(init=False)
+    journal: MetricsFile = field(init=False)
     sound: Counters = field(init=False)
 
     def __post_init__(self) -> None:
-        self.journal = Journal(self.workspace.path / METRICS if self.accelerator.is_main_process else None)
+        self.journal = MetricsFile(self.workspace.path / METRICS if self.accelerator.is_main_process else None)
         self.sound = self.counters
 
     @property

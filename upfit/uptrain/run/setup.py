@@ -22,7 +22,7 @@ from upfit.output import Output, human_count
 from upfit.text.tokenizer import load_tokenizer
 from upfit.uptrain.config import FREE, Config, default
 from upfit.uptrain.data.answers import AnswerRows
-from upfit.uptrain.data.dataloader import Feed
+from upfit.uptrain.data.dataloader import StepSampler
 from upfit.uptrain.data.open_data import Data, lay_out
 from upfit.uptrain.data.spans import Vocabulary, find_vocabulary
 from upfit.uptrain.default_stages import wants_care
@@ -35,7 +35,7 @@ from upfit.uptrain.run.components import compute_dtype, load_models, make_distil
 from upfit.uptrain.run.preflight import preflight
 from upfit.uptrain.run.run import Learner, Run
 from upfit.uptrain.run.saver import Saver
-from upfit.uptrain.run.stage_folders import Place
+from upfit.uptrain.run.stage_folders import StageFolder
 from upfit.uptrain.run.state import Counters
 from upfit.uptrain.schedule import Plan, peak_rate
 from upfit.uptrain.stages import Stage
@@ -162,7 +162,13 @@ def most_positions(student: PreTrainedModel) -> int | None:
 
 
 def set_up(
-    stage: Stage, source: Source, data: Data, teacher: Source | None, place: Place, accelerator: Accelerator, output: Output
+    stage: Stage,
+    source: Source,
+    data: Data,
+    teacher: Source | None,
+    place: StageFolder,
+    accelerator: Accelerator,
+    output: Output,
 ) -> Run:
     """Everything the loop needs. Raises UpfitError when data, budget and model do not fit together."""
     config, name = stage.config, stage_name(stage, data, teacher)
@@ -249,7 +255,13 @@ def run_identity(
 
 
 def announce(
-    plan: Plan, feed: Feed, peak: float, student: PreTrainedModel, teacher: Source | None, dtype: torch.dtype, output: Output
+    plan: Plan,
+    feed: StepSampler,
+    peak: float,
+    student: PreTrainedModel,
+    teacher: Source | None,
+    dtype: torch.dtype,
+    output: Output,
 ) -> None:
     what = f"{plan.rows} rows of {plan.length} tokens"
     if isinstance(feed.main, AnswerRows):
