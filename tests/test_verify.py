@@ -126,7 +126,7 @@ def lines(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
 def kept_with(folder: Path, line: dict[str, Any]) -> bool:
     first = (folder / JOURNAL).read_text().splitlines()[0]
     (folder / JOURNAL).write_text(f"{first}\n{json.dumps(line)}\n")
-    return "shard" in FinishedShards(folder, {}, lambda *_: b"").kept
+    return "shard" in FinishedShards(folder, {}, lambda *_: b"").verified
 
 
 @pytest.mark.parametrize("left", [(0, 1, 2), (2, 0, 1), (0, 2), (0, 1), (1, 2), (0, 0, 1, 2), ()])

@@ -111,15 +111,15 @@ def set_kv_heads(config: dict[str, Any], entry: Entry, kv_heads: int, more: bool
 
 def _counts(config: dict[str, Any], entry: Entry) -> list[tuple[dict[str, Any], str]]:
     """(object, key) of every head count in `config`; of those that it does not have, only the main one."""
-    found = []
+    settings = []
     for path in entry.kv_heads:
         *parents, key = path.split(".")
         places: list[Any] = [config]
         for parent in parents:
             places = [child for place in places for child in (place.values() if parent == "*" else [place.get(parent)])]
             places = [place for place in places if isinstance(place, dict)]
-        found += [(place, key) for place in places if path == entry.kv_heads[0] or place.get(key) is not None]
-    return found
+        settings += [(place, key) for place in places if path == entry.kv_heads[0] or place.get(key) is not None]
+    return settings
 
 
 def open_model(checkpoint: Checkpoint, own: bool = False) -> tuple[Checkpoint, Architecture]:

@@ -129,16 +129,16 @@ def model_class_for(config: dict[str, Any]) -> Any:
 
     named = [name for name in config.get("architectures") or () if isinstance(name, str)]
     for name in named:
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+        model_class = getattr(transformers, name, None)
+        if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
+            return model_class
     config_class = CONFIG_MAPPING[config["model_type"]]
     mappings = [getattr(transformers, auto)._model_mapping for auto in AUTO_CLASSES if hasattr(transformers, auto)]
     known = [mapping[config_class] for mapping in mappings if config_class in mapping]
-    known = [found[0] if isinstance(found, tuple) else found for found in known]
-    for found in known:
-        if found.__name__ in named:
-            return found
+    known = [model_class[0] if isinstance(model_class, tuple) else model_class for model_class in known]
+    for model_class in known:
+        if model_class.__name__ in named:
+            return model_class
     if known:
         return known[0]
     raise UpfitError(f"transformers has no language model class for {config['model_type']!r}; name one in `architectures`")
@@ -152,8 +152,8 @@ def auto_class_for(config: dict[str, Any]) -> Any:
     wanted = model_class_for(config)
     for auto in AUTO_CLASSES:
         auto_class = getattr(transformers, auto, None)
-        found = auto_class._model_mapping.get(CONFIG_MAPPING[config["model_type"]], None) if auto_class else None
-        if found is not None and wanted in (found if isinstance(found, tuple) else (found,)):
+        model_class = auto_class._model_mapping.get(CONFIG_MAPPING[config["model_type"]], None) if auto_class else None
+        if model_class is not None and wanted in (model_class if isinstance(model_class, tuple) else (model_class,)):
             return auto_class
     return wanted
 

@@ -65,9 +65,9 @@ def _name_map(text: str, stored: bool) -> NameMap:
 
 def disk_names(names: "NameMap", tensors: Mapping[str, "Described"]) -> dict[str, str]:
     """Parameter name -> tensor name in the file, for the tensors that become one parameter whole."""
-    found = {}
+    stored = {}
     for disk_name, info in tensors.items():
         module_name = names.module_name(disk_name)
         if names.shapes.get(module_name) == info.shape:
-            found[module_name] = disk_name
-    return found
+            stored[module_name] = disk_name
+    return stored

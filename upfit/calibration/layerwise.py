@@ -101,7 +101,7 @@ class Weights:
         for disk_name in checkpoint.tensors:
             sources.setdefault(names.module_name(disk_name), []).append(disk_name)
         self.tied = names.tied
-        self.sources = {alias: found for name, found in sources.items() for alias in names.tied.get(name, (name,))}
+        self.sources = {alias: stored for name, stored in sources.items() for alias in names.tied.get(name, (name,))}
 
     def load(self, path: str, deep: bool = True) -> None:
         """Fill the module at `path` (with `deep` all below it), in float32, not to be trained."""
@@ -119,19 +119,19 @@ class Weights:
             convert_and_load_state_dict_in_model(self.model, {name: self.checkpoint.read(name) for name in wanted}, settings)
         tied = {name: self.tied.get(f"{path}.{name}".lstrip("."), []) for name in empty}
         for name, others in tied.items():  # a weight that is shared lies in the file under one of its names
-            found = [p for p in map(self.model.get_parameter, others) if p.device.type != "meta"]
+            loaded = [p for p in map(self.model.get_parameter, others) if p.device.type != "meta"]
             owner, _, own = name.rpartition(".")
             parameters = module.get_submodule(owner)._parameters
             empty_one = parameters.get(own)
-            if found and empty_one is not None and empty_one.device.type == "meta":
-                parameters[own] = found[0]
+            if loaded and empty_one is not None and empty_one.device.type == "meta":
+                parameters[own] = loaded[0]
         module.requires_grad_(False)
 
     def on_demand(self, inside: Callable[[str], bool]) -> None:
         """Fill every module that `inside` does not claim when it is first called."""
         for path, module in self.model.named_modules():
             if path and not inside(path) and next(module.parameters(recurse=False), None) is not None:
-                module.register_forward_pre_hook(lambda module, given, path=path: self.load(path, deep=False))
+                module.register_forward_pre_hook(lambda module, arguments, path=path: self.load(path, deep=False))
 
 
 @dataclass
@@ -156,7 +156,7 @@ class LayerwiseModel:
         self.weights.on_demand(lambda path: any(path == b.path or path.startswith(b.path + ".") for b in self.blocks))
         embedding = self.model.get_input_embeddings()  # asked for its device before it is called
         self.weights.load(next(path for path, module in self.model.named_modules() if module is embedding))
-        self.batches = [Batch(some.to(device)) for some in ids]
+        self.batches = [Batch(windows.to(device)) for windows in ids]
         for batch in self.batches:
             try:
                 self._begin(batch, as_tuple=False)

@@ -35,7 +35,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(f"{config} {tensors_hash(checkpoint)}".encode()).hexdigest()
 
 
-def facts_from(record: Mapping[str, Any]) -> AttentionTraits:
+def traits_from(record: Mapping[str, Any]) -> AttentionTraits:
     """The inverse of `dataclasses.asdict` for Facts, from JSON."""
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     values["residual"] = Residual(**record["residual"]) if record["residual"] else None
@@ -49,7 +49,7 @@ class Statistics:
     path: Path
     model: str  # the fingerprint of what it was made of
     sample: Sample
-    facts: dict[str, AttentionTraits | str]  # by attention path; a string says why a layer could not be watched
+    traits: dict[str, AttentionTraits | str]  # by attention path; a string says why a layer could not be watched
     rows: int
     infos: dict[str, TensorInfo]
 
@@ -58,16 +58,16 @@ class Statistics:
 
         Raises UpfitError where the file has nothing of that layer, or values that are not finite.
         """
-        facts = self.facts.get(path)
-        if facts is None:
+        traits = self.traits.get(path)
+        if traits is None:
             raise UpfitError(f"{self.path} has no statistics of {path}; make them again with `upfit calibrate`")
-        if isinstance(facts, str):
+        if isinstance(traits, str):
             return None
-        found = {name: _read(info) for name, info in _infos_of(path, self.infos).items()}
-        for name, tensor in found.items():
+        tensors = {name: _read(info) for name, info in _infos_of(path, self.infos).items()}
+        for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise UpfitError(f"{self.path} is damaged: {path}/{name} is not finite; make it again with `upfit calibrate`")
-        return facts, found
+        return traits, tensors
 
 
 def _infos_of(path: str, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -82,9 +82,9 @@ def _read(info: TensorInfo) -> Tensor:
         return torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=torch_dtype(info.dtype)).reshape(info.shape)
 
 
-def metadata(model: str, sample: Sample, facts: Mapping[str, AttentionTraits | str], rows: int) -> dict[str, str]:
+def metadata(model: str, sample: Sample, traits: Mapping[str, AttentionTraits | str], rows: int) -> dict[str, str]:
     """What the header of a statistics file says; `model` is its fingerprint."""
-    told = {path: value if isinstance(value, str) else asdict(value) for path, value in facts.items()}
+    records = {path: value if isinstance(value, str) else asdict(value) for path, value in traits.items()}
     return {
         "format": "pt",
         "upfit": FORMAT,
@@ -93,7 +93,7 @@ def metadata(model: str, sample: Sample, facts: Mapping[str, AttentionTraits | s
         "text": json.dumps(sample.text),
         "held": json.dumps(sample.held),
         "rows": str(rows),
-        "facts": json.dumps(told),
+        "facts": json.dumps(records),
     }
 
 
@@ -131,13 +131,13 @@ def _taken_apart(path: Path, header: dict[str, str], infos: dict[str, TensorInfo
     windows = {int(name.split(".")[1]): _read(info).long() for name, info in infos.items() if name.startswith("windows.")}
     held = {int(length): count for length, count in parts["held"].items()}
     check_windows(windows, held)
-    facts = {layer: value if isinstance(value, str) else facts_from(value) for layer, value in parts["facts"].items()}
-    for layer, known in facts.items():
+    traits = {layer: value if isinstance(value, str) else traits_from(value) for layer, value in parts["facts"].items()}
+    for layer, known in traits.items():
         if not isinstance(known, str):
             check_facts(known)
             check_layer(known, _infos_of(layer, infos))
     sample = Sample(windows, held, dict(parts["text"]), parts["tokenizer"])
-    return Statistics(path, header["model"], sample, facts, int(header["rows"]), infos)
+    return Statistics(path, header["model"], sample, traits, int(header["rows"]), infos)
 
 
 def _check_tokenizer(statistics: Statistics, folder: Path) -> None:

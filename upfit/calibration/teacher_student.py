@@ -25,17 +25,17 @@ class PairedBatch:
     student: Tensor
     tokens: int
 
-    def middle(self, given: Tensor, residual: Residual | None) -> Tensor:
-        """The teacher's stream [B, T, E] after the attention gave out `given`; that itself where the stream has another
+    def middle(self, attended: Tensor, residual: Residual | None) -> Tensor:
+        """The teacher's stream [B, T, E] after the attention gave out `attended`; that itself where the stream has another
         form."""
         if residual is None:
-            return self.teacher if self.teacher.shape == given.shape else given
-        return self.teacher + residual.attention * given
+            return self.teacher if self.teacher.shape == attended.shape else attended
+        return self.teacher + residual.attention * attended
 
 
-def paired_batches(stream: LayerwiseModel, held: list[bool]) -> Iterator[PairedBatch]:
+def paired_batches(model: LayerwiseModel, held: list[bool]) -> Iterator[PairedBatch]:
     """The stream's batches, both models at the first layer; `held` says which of them are held back."""
-    for batch, back in zip(stream.batches, held, strict=True):
+    for batch, back in zip(model.batches, held, strict=True):
         memo: dict[int, Any] = {}
 
         def own(value: Any, memo: dict[int, Any] = memo) -> Any:
@@ -75,14 +75,14 @@ class MlpEnd:
 
 
 def mlp_end(
-    stream: LayerwiseModel, index: int, module: nn.Module, residual: Residual | None, checkpoint: Checkpoint
+    model: LayerwiseModel, index: int, module: nn.Module, residual: Residual | None, checkpoint: Checkpoint
 ) -> MlpEnd | None:
     """The end of the MLP in `module`, the student's layer at `index`; None where one Linear of the checkpoint is not it."""
     if residual is None or residual.down is None:
         return None
     linear = module.get_submodule(residual.down)
-    path = f"{stream.blocks[index].path}.{residual.down}"
-    names = [stream.weights.sources.get(f"{path}.{kind}") for kind in ("weight", "bias")]
+    path = f"{model.blocks[index].path}.{residual.down}"
+    names = [model.weights.sources.get(f"{path}.{kind}") for kind in ("weight", "bias")]
     if not isinstance(linear, nn.Linear) or not _is_plain(names, linear, checkpoint) or names[0] is None:
         return None
     return MlpEnd(residual.down, (names[0][0], names[1][0] if names[1] else None))
@@ -90,10 +90,10 @@ def mlp_end(
 
 def _is_plain(names: list[list[str] | None], module: nn.Linear, checkpoint: Checkpoint) -> bool:
     """Each of the module's parameters is one tensor of the checkpoint, as it is."""
-    for found, parameter in zip(names, (module.weight, module.bias), strict=True):
-        if parameter is not None and (found is None or len(found) != 1):
+    for stored, parameter in zip(names, (module.weight, module.bias), strict=True):
+        if parameter is not None and (stored is None or len(stored) != 1):
             return False
-        if parameter is not None and found and checkpoint.tensors[found[0]].shape != tuple(parameter.shape):
+        if parameter is not None and stored and checkpoint.tensors[stored[0]].shape != tuple(parameter.shape):
             return False
     return True
 
@@ -102,7 +102,7 @@ def refit_mlp(
     module: nn.Module,
     end: MlpEnd,
     share: float,
-    lanes: list[PairedBatch],
+    batches: list[PairedBatch],
     outputs: list[Tensor],
     rest: Callable[[int, PairedBatch], tuple[Tensor, Tensor]],
     power: float,
@@ -115,19 +115,19 @@ def refit_mlp(
     linear = module.get_submodule(end.path)
     assert isinstance(linear, nn.Linear)
     sums = {False: Moments(), True: Moments()}
-    for number, (lane, output) in enumerate(zip(lanes, outputs, strict=True)):
-        z, without = rest(number, lane)
-        add_rows(sums[lane.held], z, (output - without) / share, output, linear, power)
+    for number, (batch, output) in enumerate(zip(batches, outputs, strict=True)):
+        z, without = rest(number, batch)
+        add_rows(sums[batch.held], z, (output - without) / share, output, linear, power)
     solved = ridge_linear(sums, linear)
     put(module, end.path, *solved)
     return {name: tensor for name, tensor in zip(end.names, solved, strict=True) if name and tensor is not None}
 
 
-def stream_error(lanes: list[PairedBatch]) -> float:
+def stream_error(batches: list[PairedBatch]) -> float:
     """|student − teacher|² / |teacher|², mean over held-back tokens."""
     shares = [
-        ((lane.student - lane.teacher).square().sum(-1) / lane.teacher.square().sum(-1).clamp_min(1e-12)).flatten()
-        for lane in lanes
-        if lane.held
+        ((batch.student - batch.teacher).square().sum(-1) / batch.teacher.square().sum(-1).clamp_min(1e-12)).flatten()
+        for batch in batches
+        if batch.held
     ]
     return float(torch.cat(shares).mean())

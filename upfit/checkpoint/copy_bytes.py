@@ -79,13 +79,13 @@ class ByteCopier:
             os.close(descriptor)
         self._reopened.clear()
 
-    def move(self, source: int, target: int, run: ByteRange, told: Report) -> None:
-        """Move a run from descriptor `source` to `target`; `told` hears of each piece that stands, from several threads.
+    def move(self, source: int, target: int, run: ByteRange, report: Report) -> None:
+        """Move a run from descriptor `source` to `target`; `report` hears of each piece that stands, from several threads.
 
         Raises UpfitError when the source ends before the run does.
         """
         with ThreadPoolExecutor(WORKERS) as pool:
-            parts = [pool.submit(self._part, source, target, part, told) for part in chunks(run)]
+            parts = [pool.submit(self._part, source, target, part, report) for part in chunks(run)]
             try:
                 for part in parts:
                     part.result()
@@ -93,7 +93,7 @@ class ByteCopier:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _part(self, source: int, target: int, part: ByteRange, told: Report) -> None:
+    def _part(self, source: int, target: int, part: ByteRange, report: Report) -> None:
         whole = part.place % BLOCK == 0 and part.nbytes % BLOCK == 0
         for way in list(self.ways):
             if way in ("reflink", "direct") and not whole or way == "reflink" and part.start % BLOCK:
@@ -107,7 +107,7 @@ class ByteCopier:
                     if way in self.ways:
                         self.ways.remove(way)
                 continue
-            told(CopiedRange(part.place, part.nbytes, crc, part.file.name, part.start, way == "reflink"))
+            report(CopiedRange(part.place, part.nbytes, crc, part.file.name, part.start, way == "reflink"))
             return
 
     def _reflink(self, source: int, target: int, part: ByteRange) -> None:

@@ -23,7 +23,7 @@ JOURNAL = "conversion.jsonl"  # in a folder that is being written: what of it is
 
 
 class FinishedShards:
-    """`kept` names the shards in `folder` that an earlier run has finished and that are still what it wrote."""
+    """`verified` names the shards in `folder` that an earlier run has finished and that are still what it wrote."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], read: Read) -> None:
         """Go on with the work in `folder` if it was begun with these settings, else clear it and begin."""
@@ -31,13 +31,13 @@ class FinishedShards:
         first = json.dumps(settings, sort_keys=True)
         lines = self._lines()
         finished = lines[1:] if lines[:1] == [first] else []
-        told = {line["name"]: line for line in map(_parsed, finished) if line}
-        self.kept = {name: line["nbytes"] for name, line in told.items() if _stands(folder / name, line, read)}
+        records = {line["name"]: line for line in map(_parsed, finished) if line}
+        self.verified = {name: line["nbytes"] for name, line in records.items() if _stands(folder / name, line, read)}
         for path in folder.iterdir():
-            if path.name not in self.kept and path != self.path:
+            if path.name not in self.verified and path != self.path:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         begun = self.path.with_name(f"{JOURNAL}.new")
-        begun.write_text("".join(line + "\n" for line in [first, *(json.dumps(told[name]) for name in self.kept)]))
+        begun.write_text("".join(line + "\n" for line in [first, *(json.dumps(records[name]) for name in self.verified)]))
         os.replace(begun, self.path)
 
     def _lines(self) -> list[str]:
@@ -58,8 +58,12 @@ class FinishedShards:
 def _parsed(line: str) -> dict[str, Any] | None:
     """A line as it was written; None for one that was damaged since."""
     try:
-        told = json.loads(line)
-        return {"name": str(told["name"]), "nbytes": int(told["nbytes"]), "pieces": [list(piece) for piece in told["pieces"]]}
+        record = json.loads(line)
+        return {
+            "name": str(record["name"]),
+            "nbytes": int(record["nbytes"]),
+            "pieces": [list(piece) for piece in record["pieces"]],
+        }
     except (ValueError, KeyError, TypeError):
         return None
 

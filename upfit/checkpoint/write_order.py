@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class SourceFiles(Protocol):
     """Source files that are not here all the time."""
 
-    def bring(self, path: Path) -> None: ...
-    def drop(self, path: Path) -> None: ...
+    def fetch(self, path: Path) -> None: ...
+    def release(self, path: Path) -> None: ...
 
 
 @dataclass
@@ -94,14 +94,14 @@ def file_steps(targets: list[OpenShard], rules: Sequence["Rule"], checkpoint: Ch
             stage = staged[max(files, key=order.__getitem__, default=checkpoint.files[0])]
             stage.rules.append(rule)
             stage.files |= files
-    found = [stage for stage in staged.values() if stage.runs or stage.rules or stage.casts]
+    steps = [stage for stage in staged.values() if stage.runs or stage.rules or stage.casts]
     last: dict[Path, FileStep] = {}
-    for stage in found:
+    for stage in steps:
         stage.files |= {stage.file} if stage.runs or stage.casts else set()
         last |= dict.fromkeys(stage.files, stage)
     for file, stage in last.items():
         stage.done.add(file)
-    return found
+    return steps
 
 
 def _runs(shard: "Shard", checkpoint: Checkpoint) -> Iterable[ByteRange]:
@@ -131,11 +131,11 @@ class ShardWriter:
         self.places = {item.name: (target, item) for target in targets for item in target.shard.items}
         self.stopped = threading.Event()
 
-    def run(self, stage: FileStep, depot: SourceFiles | None) -> None:
-        if depot:  # what is checked later must be known by itself: the source's bytes will be gone
+    def run(self, stage: FileStep, source_files: SourceFiles | None) -> None:
+        if source_files:  # what is checked later must be known by itself: the source's bytes will be gone
             self.ways = [way for way in self.ways if way in copy_bytes.SEEN]
             for file in sorted(stage.files):
-                depot.bring(file)
+                source_files.fetch(file)
         with ThreadPoolExecutor(max_workers=1) as pool:
             moving = pool.submit(self._move, stage)
             try:
@@ -144,9 +144,9 @@ class ShardWriter:
                 self.stopped.set()
                 raise
             moving.result()
-        if depot:
+        if source_files:
             for file in stage.done:
-                depot.drop(file)
+                source_files.release(file)
 
     def _move(self, stage: FileStep) -> None:
         def tell(target: OpenShard, piece: CopiedRange) -> None:
@@ -155,11 +155,11 @@ class ShardWriter:
             target.stands(piece)
             self.advance(piece.nbytes)
 
-        with ByteCopier(self.ways) as mover:
+        with ByteCopier(self.ways) as copier:
             for target, run in stage.runs:
                 source = self.checkpoint.descriptor(run.file)
                 with naming(target.path):
-                    mover.move(source, target.descriptor, run, functools.partial(tell, target))
+                    copier.move(source, target.descriptor, run, functools.partial(tell, target))
 
     def _compute(self, stage: FileStep) -> None:
         """Run each rule once, one after the other, and put its results where they belong; then what is only cast."""

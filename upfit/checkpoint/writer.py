@@ -26,20 +26,20 @@ def write_shards(
     folder: Path,
     advance: Callable[[int], None],
     journal: FinishedShards | None = None,
-    depot: SourceFiles | None = None,
+    source_files: SourceFiles | None = None,
 ) -> None:
     """Write every shard into `folder`, and the index where there is more than one. `advance` is told bytes as they go.
 
-    Shards that `journal` knows as finished are left as they are. With a `depot` the files of the source are brought one after
-    the other and dropped when they are done with.
-    Raises OSError, with the name of the file, when a disk is full or fails.
+    Shards that `journal` knows as finished are left as they are. With a `source_files` the files of the source are brought one
+    after the other and dropped when they are done with. Raises OSError, with the name of the file, when a disk is full or
+    fails.
     """
-    kept = journal.kept if journal else {}
-    advance(sum(item.nbytes for shard in shards if shard.name in kept for item in shard.items))
+    verified = journal.verified if journal else {}
+    advance(sum(item.nbytes for shard in shards if shard.name in verified for item in shard.items))
     targets: dict[str, OpenShard] = {}
     try:
         for shard in shards:
-            if shard.name not in kept:
+            if shard.name not in verified:
                 path = folder / shard.name
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
                 targets[shard.name] = OpenShard(shard, path, descriptor, journal, shard.nbytes)
@@ -49,7 +49,7 @@ def write_shards(
             target.put(target.shard.header, 0)
         work = ShardWriter(shards, list(targets.values()), checkpoint, advance)
         for stage in file_steps(list(targets.values()), rules, checkpoint):
-            work.run(stage, depot)
+            work.run(stage, source_files)
     finally:
         for target in targets.values():
             os.close(target.descriptor)

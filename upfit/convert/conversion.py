@@ -92,13 +92,13 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     """
     check(options)
     check_texts(getattr(options, "calibration", None))
-    with _opened(source, out, options, recipe, settings, output) as (job, bench, work, stream):
+    with _opened(source, out, options, recipe, settings, output) as (job, context, work, stream):
         preview: dict[str, Any] | None = None
         if job.fit is not None and not settings.dry_run:
             with disk_errors(out):
-                job = _fitted(job, job.fit, bench)
+                job = _fitted(job, job.fit, context)
         elif job.fit is not None and job.fit.preview is not None:
-            preview = _previewed(job.fit.preview, bench)
+            preview = _previewed(job.fit.preview, context)
         for note in job.plan.notes:
             output.note(note)
         answer = _summary(job) | ({"sensitivity": preview} if preview else {})
@@ -151,17 +151,17 @@ def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[st
     return convert(recipe, source, out, recipe.options(), settings, output)
 
 
-def _fitted(job: Job, fit: Fit, bench: FitContext) -> Job:
+def _fitted(job: Job, fit: Fit, context: FitContext) -> Job:
     """The job with the plan that the fit makes, checked again; with the fallback where the model cannot be watched."""
 
-    bench.scratch.mkdir(parents=True, exist_ok=True)
+    context.scratch.mkdir(parents=True, exist_ok=True)
     alone = False
     try:
-        plan, checkpoint = fit.run(bench), bench.checkpoint.with_fitted(bench.scratch)
+        plan, checkpoint = fit.run(context), context.checkpoint.with_fitted(context.scratch)
     except Opaque as reason:
         if fit.fallback is None:
             raise UpfitError(f"{job.source.name} cannot be fitted on text: {reason}{fit.otherwise}") from reason
-        bench.output.note(f"not aligned: {reason}; the heads are averaged instead")
+        context.output.note(f"not aligned: {reason}; the heads are averaged instead")
         plan = dataclasses.replace(fit.fallback, report={**(fit.fallback.report or {}), "not_aligned": str(reason)})
         checkpoint, alone = job.checkpoint, True
     return _planned(dataclasses.replace(job, checkpoint=checkpoint), plan, alone)
@@ -190,12 +190,12 @@ def _planned(job: Job, plan: Plan, alone: bool) -> Job:
     return dataclasses.replace(job, plan=plan, planned=planned, leftovers=leftovers)
 
 
-def _previewed(preview: Callable[[FitContext], dict[str, Any]], bench: FitContext) -> dict[str, Any] | None:
+def _previewed(preview: Callable[[FitContext], dict[str, Any]], context: FitContext) -> dict[str, Any] | None:
 
     try:
-        return preview(bench)
+        return preview(context)
     except Opaque as reason:
-        bench.output.note(f"no prediction: {reason}")
+        context.output.note(f"no prediction: {reason}")
         return None
 
 
@@ -222,7 +222,7 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
         )
     if settings.stream:
         needed += max(path.stat().st_size for path in checkpoint.files)
-    check_output(out, [source.path] if source.kept else [], needed, settings.overwrite)
+    check_output(out, [source.path] if source.permanent else [], needed, settings.overwrite)
     return job
 
 
@@ -296,9 +296,9 @@ def _step(job: Job, answer: dict[str, Any], promise: Promise) -> dict[str, Any]:
     step = provenance.step(_verb(job.recipe), job.source.record(), answer["options"])
     step["command"] = _command(job)
     step["measurements"] = {key: answer[key] for key in ("parameters", "kv_heads", "kv_bytes_per_token")}
-    if job.checkpoint.said:
+    if job.checkpoint.adapted_because:
         moved = (read_config(job.source.path)["model_type"], job.plan.config["model_type"])
-        step["retarget"] = {"from": moved[0], "to": moved[1], "why": job.checkpoint.said}
+        step["retarget"] = {"from": moved[0], "to": moved[1], "why": job.checkpoint.adapted_because}
     if promise.tolerance is not None:
         step["measurements"]["lossless"] = asdict(promise) if promise.tolerance or promise.dtype else True
         step["measurements"][provenance.STATE] = provenance.LOSSLESS
@@ -311,8 +311,8 @@ def _step(job: Job, answer: dict[str, Any], promise: Promise) -> dict[str, Any]:
 
 def _write_weights(job: Job, folder: Path, shards: list[Shard], output: Output, stream: "HubStream | None") -> None:
     journal = FinishedShards(folder, _work(job, shards), job.checkpoint.read_bytes)
-    if journal.kept:
-        output.note(f"going on: {len(journal.kept)} of {len(shards)} shards are finished already")
+    if journal.verified:
+        output.note(f"going on: {len(journal.verified)} of {len(shards)} shards are finished already")
     with output.progress(f"converting {job.source.name}", sum(item.nbytes for item in job.planned)) as meter:
         write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance, journal, stream)
 
@@ -344,7 +344,7 @@ def _work(job: Job, shards: list[Shard]) -> dict[str, Any]:
     """All that the bytes of the shards depend on: a run that finds a journal of other work does not go on with it."""
     fitted = {path.name: crc_of(path) for path in sorted({info.file for info in job.checkpoint.fitted.values()})}
     return {
-        "source": job.checkpoint.identity() if job.source.kept else [job.source.name, job.source.revision],
+        "source": job.checkpoint.identity() if job.source.permanent else [job.source.name, job.source.revision],
         "conversion": [job.recipe.name, asdict(job.options), job.settings.dtype],
         "config": job.plan.config,
         "shards": [[shard.name, shard.nbytes, zlib.crc32(shard.header)] for shard in shards],

@@ -46,9 +46,9 @@ class Found:
     rotation: Rotation | list[Any] | None
 
 
-def fit(bench: "FitContext", plan: Plan, options: Options, chosen: "list[Layer]") -> Plan:
+def fit(context: "FitContext", plan: Plan, options: Options, chosen: "list[Layer]") -> Plan:
     """`plan` with its config completed and a rule for each layer. Raises UpfitError when the gates asked for cannot be had."""
-    calibration = read_calibration(bench, options.calibration, options.calibration_tokens, options.calibration_length)
+    calibration = read_calibration(context, options.calibration, options.calibration_tokens, options.calibration_length)
     words = {name: value for name, value in asdict(options).items() if name not in CALIBRATION}
     task = Task(
         title="gates",
@@ -59,7 +59,7 @@ def fit(bench: "FitContext", plan: Plan, options: Options, chosen: "list[Layer]"
         note=lambda record: str(record["layer"]),
         alone=True,
     )
-    fitted = fit_layers(bench, calibration, task)
+    fitted = fit_layers(context, calibration, task)
     rotations = {entry.layer: entry.extra["rotation"] for entry in fitted.entries if entry.extra}
     config = {**plan.config, "cope": {**plan.config["cope"], "rotations": rotations}}
     report = {**(plan.report or {}), "calibration": calibration.record(), "layers": fitted.records}
@@ -69,7 +69,7 @@ def fit(bench: "FitContext", plan: Plan, options: Options, chosen: "list[Layer]"
 def _fit_layer(walk: Walk, index: int, layer: "Layer", options: Options, first: bool) -> LayerFit:
     found, samples = _watch(walk, index, options, layer)
     extra = {"rotation": list(found.rotation)} if isinstance(found.rotation, tuple) else {}
-    tensors, record = _tensors(walk.stream.blocks[index], samples, options, layer, walk.bench.architecture.entry.k)
+    tensors, record = _tensors(walk.model.blocks[index], samples, options, layer, walk.context.architecture.entry.k)
     if options.drop_rope and first:
         assert isinstance(found.rotation, tuple)
         tensors[f"{found.rotation[0]}.cope_rope_share"] = torch.ones(())
@@ -78,22 +78,22 @@ def _fit_layer(walk: Walk, index: int, layer: "Layer", options: Options, first: 
 
 def _watch(walk: Walk, index: int, options: Options, layer: "Layer") -> tuple[Found, list[Sampled]]:
     """Run a layer over all batches: what is found of it, and the gate logits of some queries."""
-    block, entry = walk.stream.blocks[index], walk.bench.architecture.entry
+    block, entry = walk.model.blocks[index], walk.context.architecture.entry
     attention, told = block.module.get_submodule(str(block.attention)), list[bool]()
     names = {name for name, _ in attention.named_modules()} & {entry.q, entry.k, entry.q_norm, entry.k_norm}
     inside = tuple(f"{block.attention}.{name}" for name in sorted(names))
     found: Found | None = None
     samples = []
     hook = attention.register_forward_pre_hook(_noting(told), with_kwargs=True)
-    for lane in walk.lanes:
-        watched = watch(block, lane.teacher, lane.calls[index], inside)
+    for batch in walk.batches:
+        watched = watch(block, batch.teacher, batch.calls[index], inside)
         if found is None:
-            found = _find(walk.stream, block, watched, all(told), walk.bench)
+            found = _find(walk.model, block, watched, all(told), walk.context)
             _check(found, options, layer)
         if options.gates != "constant":
             samples.append(_sampled(block, found, watched, options))
         assert watched.output is not None
-        lane.teacher = watched.output
+        batch.teacher = watched.output
     hook.remove()
     assert found is not None
     return found, samples
@@ -106,8 +106,8 @@ def _noting(told: list[bool]) -> Callable[..., None]:
     return hook
 
 
-def _find(stream: LayerwiseModel, block: Block, watched: Watched, placed: bool, bench: "FitContext") -> Found:
-    entry, seen = bench.architecture.entry, watched.seen
+def _find(model: LayerwiseModel, block: Block, watched: Watched, placed: bool, context: "FitContext") -> Found:
+    entry, seen = context.architecture.entry, watched.seen
     taps, before = {}, {}
     for part, after in (("q", seen.q), ("k", seen.k)):
         name = getattr(entry, part)
@@ -124,22 +124,22 @@ def _find(stream: LayerwiseModel, block: Block, watched: Watched, placed: bool, 
             taps[part], before[part] = name, heads_of(given[1], heads)
         if before[part].shape != after.shape:
             raise Opaque(f"its {name} gives more than it attends with")
-    rotation = _rotation(stream, block, before["k"], seen.k)
+    rotation = _rotation(model, block, before["k"], seen.k)
     if isinstance(rotation, tuple) and not placed:
         rotation = None  # where the newest token stands must be known to undo it
     return Found(taps, rotation)
 
 
-def _rotation(stream: LayerwiseModel, block: Block, before: Tensor, after: Tensor) -> Rotation | list[Any] | None:
+def _rotation(model: LayerwiseModel, block: Block, before: Tensor, after: Tensor) -> Rotation | list[Any] | None:
     """How `after` [B, K, T, D] is brought back to `before`: by trying what the model has."""
     if torch.equal(before, after):
         return []
     positions = torch.arange(after.shape[2], device=after.device)[None]
     attention = block.module.get_submodule(str(block.attention))
-    kinds = [None, *sorted(set(getattr(stream.model.config.get_text_config(), "layer_types", None) or ()))]
-    rotaries = [name for name, module in stream.model.named_modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    kinds = [None, *sorted(set(getattr(model.model.config.get_text_config(), "layer_types", None) or ()))]
+    rotaries = [name for name, module in model.model.named_modules() if type(module).__name__.endswith("RotaryEmbedding")]
     for name, kind, part in itertools.product(rotaries, kinds, ("whole", "first")):
-        rotary = stream.model.get_submodule(name)
+        rotary = model.model.get_submodule(name)
         try:
             back = rotate_back(type(attention).__module__, rotary, kind, part, after, positions)
         except (RuntimeError, TypeError, AttributeError, KeyError, ValueError):

@@ -47,10 +47,10 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
     if options.gates == "constant" and not options.drop_rope:
         return outline
 
-    def run(bench: FitContext) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.cope.fit import fit
 
-        return fit(bench, replace(outline, rules=()), options, chosen)
+        return fit(context, replace(outline, rules=()), options, chosen)
 
     return Fit(outline, run, otherwise="; choose --gates constant")
 

@@ -26,20 +26,20 @@ def entropy(seen: Seen, rows: Tensor, keys: int) -> Tensor:
     return told.sum((0, 2))
 
 
-def with_spread_heads(bench: "FitContext", plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
+def with_spread_heads(context: "FitContext", plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
     """`plan` with `dex_heads` 1 for the half of each layer's heads with the highest entropy on calibration text, else 0."""
-    calibration = read_calibration(bench, *sources)
+    calibration = read_calibration(context, *sources)
     task = Task(
         title="watching heads",
         label="",
         settings={"recipe": "diff", "config": plan.config, "variant": "dex"},
-        layers=list(bench.architecture.layers),
+        layers=list(context.architecture.layers),
         begin=lambda walk: lambda index, layer: _spread(walk, index, layer),
         note=lambda record: str(record["layer"]),
         alone=True,
     )
-    records = fit_layers(bench, calibration, task).records
-    layers, chosen = {layer.path: layer for layer in bench.architecture.layers}, {}
+    records = fit_layers(context, calibration, task).records
+    layers, chosen = {layer.path: layer for layer in context.architecture.layers}, {}
     for record in records:
         chosen[record["layer"]] = torch.zeros(layers[record["layer"]].geometry.heads)
         chosen[record["layer"]][record["heads"]] = 1
@@ -49,13 +49,13 @@ def with_spread_heads(bench: "FitContext", plan: Plan, sources: tuple[list[str] 
 
 def _spread(walk: Walk, index: int, layer: "Layer") -> LayerFit:
     """The half of a layer's heads with the highest entropy."""
-    block, spread = walk.stream.blocks[index], torch.zeros(())
-    for number, lane in enumerate(walk.lanes):
-        watched = watch(block, lane.teacher, lane.calls[index], ())
-        for some in sample_rows(lane.tokens, ROWS, index, number, lane.teacher.device):
+    block, spread = walk.model.blocks[index], torch.zeros(())
+    for number, batch in enumerate(walk.batches):
+        watched = watch(block, batch.teacher, batch.calls[index], ())
+        for some in sample_rows(batch.tokens, ROWS, index, number, batch.teacher.device):
             spread = spread + entropy(watched.seen, some.at, some.keys).cpu()
         assert watched.output is not None
-        lane.teacher = watched.output
+        batch.teacher = watched.output
     heads = spread.argsort(descending=True)[: (len(spread) + 1) // 2].sort().values.tolist()
     return LayerFit(layer.path, {"layer": layer.path, "heads": heads}, {})
 

@@ -146,10 +146,10 @@ def _plan_dex(architecture: "Architecture", options: Options) -> Plan | Fit:
     if options.heads == "all":
         return outline
 
-    def run(bench: FitContext) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.diff.entropy import with_spread_heads
 
-        return with_spread_heads(bench, outline, _sources(options))
+        return with_spread_heads(context, outline, _sources(options))
 
     return Fit(outline, run)
 
@@ -168,14 +168,14 @@ def _plan_split(architecture: "Architecture", options: Options) -> Plan | Fit:
         return Plan(config | {"diff_cut": "middle"}, rules)
     outline = Plan(config, rules)
 
-    def run(bench: FitContext) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.diff.fit import Fitting, fit
         from upfit.convert.diff.split import choose, groups_of_two
 
         fitting = Fitting(
-            "split", lambda layer, facts, views: [choose(views, groups_of_two(facts.order, facts.pairs))], options.refit
+            "split", lambda layer, traits, views: [choose(views, groups_of_two(traits.order, traits.pairs))], options.refit
         )
-        return fit(bench, fitting, replace(outline, rules=()), _sources(options))
+        return fit(context, fitting, replace(outline, rules=()), _sources(options))
 
     return Fit(outline, run)
 
@@ -205,13 +205,13 @@ def _plan_diffllama(architecture: "Architecture", options: Options) -> Plan | Fi
     biases = tuple(rule for layer in architecture.layers for rule in diffllama.bias_rules(layer, config, hidden))
     outline = Plan(config, (*biases, *(diffllama.outline_rule(layer) for layer in architecture.layers)))
 
-    def run(bench: FitContext) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.diff.fit import Fitting, fit
         from upfit.convert.diff.paper import candidates
 
         eps = float(config["rms_norm_eps"])
-        fitting = Fitting("diffllama", lambda layer, facts, views: candidates(layer.index, views, eps), options.refit)
-        return fit(bench, fitting, replace(outline, rules=biases), _sources(options))
+        fitting = Fitting("diffllama", lambda layer, traits, views: candidates(layer.index, views, eps), options.refit)
+        return fit(context, fitting, replace(outline, rules=biases), _sources(options))
 
     return Fit(outline, run)
 

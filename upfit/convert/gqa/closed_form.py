@@ -81,29 +81,29 @@ def _gram(heads: Tensor) -> Tensor:
     return torch.einsum("hev,hew->vw", heads, heads)
 
 
-def merge_keys(facts: AttentionTraits, keys: Tensor, pairs: Tensor, queries: Tensor, owners: Tensor, cut: int) -> KeyMerge:
+def merge_keys(traits: AttentionTraits, keys: Tensor, pairs: Tensor, queries: Tensor, owners: Tensor, cut: int) -> KeyMerge:
     """`keys` [g·D, g·D] and `pairs` complex [n, P, g, g] are centred moments of the group's keys, `queries` [n, D, D] of its
     queries, `owners` [n] says which of the g old heads a query head used. Pairs from `cut` on count as slow.
 
     Where the layer norms its keys only what survives a norm is done: turning pairs if their scales agree, else the mean.
     """
-    count, width = keys.shape[0] // len(facts.order), len(facts.order)
-    if not facts.factors:
+    count, width = keys.shape[0] // len(traits.order), len(traits.order)
+    if not traits.factors:
         same = torch.eye(width, dtype=keys.dtype).repeat(1, count) / count
         return KeyMerge(same, torch.eye(width, dtype=keys.dtype).expand(len(owners), -1, -1).clone())
-    fast = facts.pairs if facts.normed else cut
-    slow = torch.tensor(slow_places(facts, fast), dtype=torch.long)
+    fast = traits.pairs if traits.normed else cut
+    slow = torch.tensor(slow_places(traits, fast), dtype=torch.long)
     new_keys = torch.zeros(width, count * width, dtype=keys.dtype)
     new_queries = torch.zeros(len(owners), width, width, dtype=keys.dtype)
     if fast:
-        first, second = torch.arange(fast), facts.pairs + torch.arange(fast)
+        first, second = torch.arange(fast), traits.pairs + torch.arange(fast)
         energy = queries.diagonal(dim1=1, dim2=2)[:, first] + queries.diagonal(dim1=1, dim2=2)[:, second]  # [n, fast]
-        mix, factors = _one_per_pair(pairs[:, :fast], energy, owners, facts.normed)
+        mix, factors = _one_per_pair(pairs[:, :fast], energy, owners, traits.normed)
         for old in range(count):
             _place(new_keys[:, old * width : (old + 1) * width], mix[:, old], first, second)
         for head, factor in enumerate(factors.conj()):
             _place(new_queries[head], factor, first, second)
-    if len(slow) and facts.normed:  # free dimensions, which a norm forbids to mix
+    if len(slow) and traits.normed:  # free dimensions, which a norm forbids to mix
         new_queries[:, slow, slow] = 1
         for old in range(count):
             new_keys[slow, old * width + slow] = 1 / count
@@ -119,10 +119,10 @@ def merge_keys(facts: AttentionTraits, keys: Tensor, pairs: Tensor, queries: Ten
     return KeyMerge(new_keys, new_queries)
 
 
-def slow_places(facts: AttentionTraits, cut: int) -> list[int]:
+def slow_places(traits: AttentionTraits, cut: int) -> list[int]:
     """Dimensions that are reduced together, in the order in which they get the strongest directions: free, then slowest."""
-    free = list(range(2 * facts.pairs, len(facts.order)))
-    return free + [place for pair in reversed(range(cut, facts.pairs)) for place in (pair, facts.pairs + pair)]
+    free = list(range(2 * traits.pairs, len(traits.order)))
+    return free + [place for pair in reversed(range(cut, traits.pairs)) for place in (pair, traits.pairs + pair)]
 
 
 def _place(matrix: Tensor, factors: Tensor, first: Tensor, second: Tensor) -> None:
@@ -165,13 +165,13 @@ def _one_per_pair(pairs: Tensor, energy: Tensor, owners: Tensor, normed: bool) -
     return mix * scale[:, None], factors / scale
 
 
-def key_error(facts: AttentionTraits, merged: KeyMerge, keys: Tensor, queries: Tensor, owners: Tensor) -> tuple[float, float]:
+def key_error(traits: AttentionTraits, merged: KeyMerge, keys: Tensor, queries: Tensor, owners: Tensor) -> tuple[float, float]:
     """Predicted squared error of the scores with queries and keys taken as independent, Σ_h tr(Q_h Δ_h C Δ_hᵀ), and the
     scores' own.
 
     Takes the rotation for the identity on slow pairs, so it is too small where the cut is low.
     """
-    width, lost, total = len(facts.order), 0.0, 0.0
+    width, lost, total = len(traits.order), 0.0, 0.0
     for head, old in enumerate(owners.tolist()):
         own = torch.zeros_like(merged.keys)
         own[:, old * width : (old + 1) * width] = torch.eye(width, dtype=keys.dtype)

@@ -36,15 +36,15 @@ def begin(
 
     `kept(path)` gives an attention's facts and statistics if calibration left them, else they are gathered on the way.
     """
-    device, architecture = str(walk.lanes[0].teacher.device), walk.bench.architecture
+    device, architecture = str(walk.batches[0].teacher.device), walk.context.architecture
     students = find_blocks(observed_model(target_config, device), architecture)
 
     def convert(index: int, layer: Layer) -> LayerFit:
-        block, student = walk.stream.blocks[index], students[index].module
+        block, student = walk.model.blocks[index], students[index].module
         _adopt(student, block.module)
         place = LayerPair(index, block, student, layer, architecture.entry, settings.kv_heads)
         told, tensors = _convert(place, walk, kept(layer.path), settings)
-        walk.stream.empty(student)
+        walk.model.empty(student)
         return LayerFit(layer.path, told.record(), tensors)
 
     return convert
@@ -62,38 +62,40 @@ def _adopt(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def _convert(place: LayerPair, walk: Walk, kept: Kept | None, settings: Settings) -> tuple[LayerRecord, dict[str, Tensor]]:
-    lanes, checkpoint = walk.lanes, walk.bench.checkpoint
+    batches, checkpoint = walk.batches, walk.context.checkpoint
     shape, told = place.shape, LayerRecord(place.layer.path)
-    layout, device = LAYOUTS[place.layer.layout], lanes[0].teacher.device
+    layout, device = LAYOUTS[place.layer.layout], batches[0].teacher.device
     stored = {part: checkpoint.read(name).float() for part, name in place.layer.names.items()}
     attention = layout.unpack({part: tensor.to(device) for part, tensor in stored.items()}, shape)
     try:
-        longest = max(lanes, key=lambda lane: lane.tokens)
-        facts, turns = probe_attention(place.block, place.entry, shape, longest.teacher, longest.calls[place.index])
+        longest = max(batches, key=lambda batch: batch.tokens)
+        traits, turns = probe_attention(place.block, place.entry, shape, longest.teacher, longest.calls[place.index])
     except Opaque as reason:
         told.reasons = (f"{reason}, so heads are averaged",)
-        return told, _averaged(place, attention, lanes)
-    told.reasons, told.pairs = facts.reasons, facts.pairs
-    views, sums = watch_teacher(place, facts, attention, lanes, settings)
-    facts, sums = kept if kept is not None else (facts, sums)
+        return told, _averaged(place, attention, batches)
+    told.reasons, told.pairs = traits.reasons, traits.pairs
+    views, sums = watch_teacher(place, traits, attention, batches, settings)
+    traits, sums = kept if kept is not None else (traits, sums)
     sums = {name: tensor.float().double().cpu() for name, tensor in sums.items()}  # as a statistics file has them
-    found = merge_layer(facts, layout.unpack(stored, shape), sums, place.kv_heads, told)
+    found = merge_layer(traits, layout.unpack(stored, shape), sums, place.kv_heads, told)
     choices = {cut: one.to(device) for cut, one in found.items()}
     merged = next(iter(choices.values()))
-    if facts.values:
-        refine(facts, attention, merged, views, lanes, settings)
-    form = _form(place, facts, turns, attention, views)
-    inputs = [_student_inputs(place, lane) if settings.refit else view.inputs for lane, view in zip(lanes, views, strict=True)]
-    drift = _drift(inputs, views, lanes) if settings.refit else None
+    if traits.values:
+        refine(traits, attention, merged, views, batches, settings)
+    form = _form(place, traits, turns, attention, views)
+    inputs = [
+        _student_inputs(place, batch) if settings.refit else view.inputs for batch, view in zip(batches, views, strict=True)
+    ]
+    drift = _drift(inputs, views, batches) if settings.refit else None
     if drift is not None:
         merged.v = _mapped(merged.v, drift)
-    if facts.keys and form is not None:
-        _fit_scores(choices, merged, form, inputs, views, lanes, drift, settings, told)
+    if traits.keys and form is not None:
+        _fit_scores(choices, merged, form, inputs, views, batches, drift, settings, told)
     elif drift is not None:
         merged.q, merged.k = _mapped(merged.q, drift), _mapped(merged.k, drift)
     for view in views:
         view.targets.clear()  # of a large model they are what the ridges below need room for
-    changed = pack(place, facts, attention, merged)
+    changed = pack(place, traits, attention, merged)
     for part in ("q", "k", "v"):
         put(place.student, place.path(part), changed[f"{part}.weight"], changed.get(f"{part}.bias"))
     if "k_norm.weight" in changed:
@@ -101,30 +103,30 @@ def _convert(place: LayerPair, walk: Walk, kept: Kept | None, settings: Settings
     put(place.student, place.path("o"), changed["o.weight"])
     new = {place.layer.names[part]: tensor for part, tensor in changed.items()}
     if settings.refit:
-        _refit_stream(place, facts, walk, views, new, settings)
-    for lane, view in zip(lanes, views, strict=True):
-        lane.teacher = view.output
+        _refit_stream(place, traits, walk, views, new, settings)
+    for batch, view in zip(batches, views, strict=True):
+        batch.teacher = view.output
         if not settings.refit:
-            lane.student = view.output
-    told.stream_error = stream_error(lanes) if settings.refit else None
+            batch.student = view.output
+    told.stream_error = stream_error(batches) if settings.refit else None
     return told, new
 
 
-def _averaged(place: LayerPair, attention: Attention, lanes: list[PairedBatch]) -> dict[str, Tensor]:
+def _averaged(place: LayerPair, attention: Attention, batches: list[PairedBatch]) -> dict[str, Tensor]:
     """The mean of the heads, for a layer that cannot be watched; both streams move on."""
     merged = merge_plainly(attention, place.kv_heads, "mean", 0, 0.0)
     packed = LAYOUTS[place.layer.layout].pack(merged, place.shape)
     for part in ("k", "v", "k_norm"):
         if f"{part}.weight" in packed:
             put(place.student, place.path(part), packed[f"{part}.weight"], packed.get(f"{part}.bias"))
-    for lane in lanes:
-        lane.student = run_block(place.student, lane.student, lane.student_calls[place.index])
-        lane.teacher = run_block(place.block.module, lane.teacher, lane.calls[place.index])
+    for batch in batches:
+        batch.student = run_block(place.student, batch.student, batch.student_calls[place.index])
+        batch.teacher = run_block(place.block.module, batch.teacher, batch.calls[place.index])
     return {place.layer.names[part]: tensor for part, tensor in packed.items() if part[0] in "kv"}
 
 
 def _form(
-    place: LayerPair, facts: AttentionTraits, turns: Turns, attention: Attention, views: list[View]
+    place: LayerPair, traits: AttentionTraits, turns: Turns, attention: Attention, views: list[View]
 ) -> fit_scores.Form | None:
     """How the student's projections become scores. None when its norms cannot be applied to heads in another order."""
     student = place.student
@@ -137,7 +139,7 @@ def _form(
         own = getattr(attention, part)
         if own is not None and own.ndim > 1:
             return None  # a scale for each head, or one over all heads: fitted by nothing but the drift
-        norms[part] = _in_order(module, list(facts.order))
+        norms[part] = _in_order(module, list(traits.order))
     shape = place.shape
     return fit_scores.Form(
         turns, norms["q_norm"], norms["k_norm"], shape.heads, place.kv_heads, shape.head_dim, views[0].scaling
@@ -155,19 +157,19 @@ def _in_order(module: nn.Module, order: list[int]) -> fit_scores.Norm:
     return norm
 
 
-def _student_inputs(place: LayerPair, lane: PairedBatch) -> Tensor:
+def _student_inputs(place: LayerPair, batch: PairedBatch) -> Tensor:
     stop = place.student.get_submodule(place.path("q"))
-    return run_until(place.student, stop, lane.student, lane.student_calls[place.index])
+    return run_until(place.student, stop, batch.student, batch.student_calls[place.index])
 
 
-def _drift(inputs: list[Tensor], views: list[View], lanes: list[PairedBatch]) -> Tensor:
+def _drift(inputs: list[Tensor], views: list[View], batches: list[PairedBatch]) -> Tensor:
     """M [E, E] that best takes what the student sees to what the teacher saw: W M x_student ≈ W x_teacher."""
     gap = sum(float((x - view.inputs).square().sum()) for x, view in zip(inputs, views, strict=True))
     if gap <= fit_values.NEGLIGIBLE * sum(float(view.inputs.square().sum()) for view in views):
         return torch.eye(inputs[0].shape[-1], device=inputs[0].device)
     own = cross = torch.zeros((), dtype=torch.float64)
-    for x, view, lane in zip(inputs, views, lanes, strict=True):
-        if not lane.held:
+    for x, view, batch in zip(inputs, views, batches, strict=True):
+        if not batch.held:
             flat, wanted = x.flatten(0, 1), view.inputs.flatten(0, 1)
             own, cross = own + (flat.T @ flat).double(), cross + (wanted.T @ flat).double()
     ridge = DRIFT_RIDGE * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype, device=own.device)
@@ -186,7 +188,7 @@ def _fit_scores(
     form: fit_scores.Form,
     inputs: list[Tensor],
     views: list[View],
-    lanes: list[PairedBatch],
+    batches: list[PairedBatch],
     drift: Tensor | None,
     settings: Settings,
     told: LayerRecord,
@@ -195,16 +197,16 @@ def _fit_scores(
     width = merged.q.shape[-1]
     fitted: list[fit_scores.Batch] = []
     held: list[fit_scores.Batch] = []
-    for x, view, lane in zip(inputs, views, lanes, strict=True):
-        batch = fit_scores.Batch(augmented(x, width), [_reordered(target, merged.heads) for target in view.targets])
-        (held if lane.held else fitted).append(batch)
+    for x, view, batch in zip(inputs, views, batches, strict=True):
+        problem = fit_scores.Batch(augmented(x, width), [_reordered(target, merged.heads) for target in view.targets])
+        (held if batch.held else fitted).append(problem)
     q_moment = k_moment = torch.zeros(width, width, device=inputs[0].device)
-    for batch in fitted:
-        flat = batch.inputs.flatten(0, 1)
+    for problem in fitted:
+        flat = problem.inputs.flatten(0, 1)
         q_moment = q_moment + flat.T @ flat
-        for target in batch.targets:
+        for target in problem.targets:
             looked = (target.weights * (1 - target.weights) * target.importance).sum((1, 2))  # [B, L]
-            seen = batch.inputs[:, : target.keys]
+            seen = problem.inputs[:, : target.keys]
             k_moment = k_moment + (seen * looked[..., None]).flatten(0, 1).T @ seen.flatten(0, 1)
     best: tuple[float, int, fit_scores.Weights] | None = None
     for cut, choice in choices.items():
@@ -231,44 +233,44 @@ def _reordered(target: fit_scores.Target, heads: list[int]) -> fit_scores.Target
 
 
 def _refit_stream(
-    place: LayerPair, facts: AttentionTraits, walk: Walk, views: list[View], new: dict[str, Tensor], settings: Settings
+    place: LayerPair, traits: AttentionTraits, walk: Walk, views: list[View], new: dict[str, Tensor], settings: Settings
 ) -> None:
     """Ridges for the output projection and for the last matrix of the MLP; moves the student on. Adds to `new`."""
-    lanes, residual = walk.lanes, facts.residual
+    batches, residual = walk.batches, traits.residual
     projection = place.student.get_submodule(place.path("o"))
     assert isinstance(projection, nn.Linear)
 
     def run_on() -> None:
-        for lane in lanes:
-            lane.student = run_block(place.student, lane.student, lane.student_calls[place.index])
+        for batch in batches:
+            batch.student = run_block(place.student, batch.student, batch.student_calls[place.index])
 
-    if not facts.values:  # something lies between: only carried on
+    if not traits.values:  # something lies between: only carried on
         return run_on()
     z, sums = [], {False: Moments(), True: Moments()}
-    for lane, view in zip(lanes, views, strict=True):
-        z.append(run_until(place.student, projection, lane.student, lane.student_calls[place.index]))
-        middle = lane.middle(view.given, residual)
-        wanted = view.given if residual is None else (middle - lane.student) / residual.attention
-        add_rows(sums[lane.held], z[-1], wanted, middle, projection, settings.token_power)
+    for batch, view in zip(batches, views, strict=True):
+        z.append(run_until(place.student, projection, batch.student, batch.student_calls[place.index]))
+        middle = batch.middle(view.given, residual)
+        wanted = view.given if residual is None else (middle - batch.student) / residual.attention
+        add_rows(sums[batch.held], z[-1], wanted, middle, projection, settings.token_power)
     weight = ridge_linear(sums, projection)
     put(place.student, place.path("o"), *weight)
     new[place.layer.names["o.weight"]] = weight[0]
     if weight[1] is not None:
         new[place.layer.names["o.bias"]] = weight[1]
-    end = mlp_end(walk.stream, place.index, place.student, residual, walk.bench.checkpoint)
+    end = mlp_end(walk.model, place.index, place.student, residual, walk.context.checkpoint)
     if residual is None or end is None:
         return run_on()
     down, share = place.student.get_submodule(end.path), residual.attention
     inner: list[Tensor] = []
     middles: list[Tensor] = []
 
-    def rest(number: int, lane: PairedBatch) -> tuple[Tensor, Tensor]:
-        inner.append(run_until(place.student, down, lane.student, lane.student_calls[place.index]))
-        middles.append(lane.student + share * projection(z[number]))
+    def rest(number: int, batch: PairedBatch) -> tuple[Tensor, Tensor]:
+        inner.append(run_until(place.student, down, batch.student, batch.student_calls[place.index]))
+        middles.append(batch.student + share * projection(z[number]))
         return inner[-1], middles[-1]
 
     outputs = [view.output for view in views]
-    new |= refit_mlp(place.student, end, residual.mlp, lanes, outputs, rest, settings.token_power)
-    for lane, middle, part in zip(lanes, middles, inner, strict=True):
-        lane.student = middle + residual.mlp * down(part)
+    new |= refit_mlp(place.student, end, residual.mlp, batches, outputs, rest, settings.token_power)
+    for batch, middle, part in zip(batches, middles, inner, strict=True):
+        batch.student = middle + residual.mlp * down(part)
     return None

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from upfit.convert.recipe import FitContext
 
 
-def fit(bench: "FitContext", choice: Choice, plan: Plan) -> Plan:
+def fit(context: "FitContext", choice: Choice, plan: Plan) -> Plan:
     """Fit every layer and give `plan` rules that read the results, which stand in the bench's folder.
 
     Raises UpfitError for calibration text that cannot be used, Opaque for a model that cannot be run on text.
     """
-    kept = statistics_for(bench, choice)
+    kept = statistics_for(context, choice)
     if kept is None:
-        calibration = read_calibration(bench, choice.calibration, choice.tokens, choice.length)
+        calibration = read_calibration(context, choice.calibration, choice.tokens, choice.length)
     else:
         calibration = Calibration(kept.sample, kept.model)
     settings = Settings(choice.kv_heads, choice.refit)
@@ -40,11 +40,11 @@ def fit(bench: "FitContext", choice: Choice, plan: Plan) -> Plan:
             "statistics": file_hash(kept.path) if kept else None,
             **asdict(settings),
         },
-        layers=[layer for layer in bench.architecture.layers if layer.geometry.kv_heads > choice.kv_heads],
+        layers=[layer for layer in context.architecture.layers if layer.geometry.kv_heads > choice.kv_heads],
         begin=lambda walk: begin(walk, plan.config, kept.layer if kept else lambda path: None, settings),
         note=_progress,
     )
-    fitted = fit_layers(bench, calibration, task)
+    fitted = fit_layers(context, calibration, task)
     report = {METHOD_RAN: "aligned", STATE: FITTED, "calibration": calibration.record(), "layers": fitted.records}
     notes = (*plan.notes, *_notes(fitted.records))
     return Plan(plan.config, tuple(fitted.rules), notes=notes, report=report)

@@ -50,7 +50,7 @@ def _exchanged(costs: Tensor, label: Tensor, groups: int) -> Tensor:
 
 
 def pair_costs(
-    facts: AttentionTraits, key_pairs: Tensor | None, queries: Tensor | None, values: Tensor | None, metric: Tensor
+    traits: AttentionTraits, key_pairs: Tensor | None, queries: Tensor | None, values: Tensor | None, metric: Tensor
 ) -> Tensor:
     """[K, K]: what merging two heads would lose, the share of the layer's key energy plus that of its value energy.
 
@@ -59,9 +59,9 @@ def pair_costs(
     """
     count, width = metric.shape[0], metric.shape[1]
     costs = torch.zeros(count, count, dtype=torch.float64)
-    if key_pairs is not None and queries is not None and facts.pairs and facts.factors:
+    if key_pairs is not None and queries is not None and traits.pairs and traits.factors:
         diagonal = queries.diagonal(dim1=1, dim2=2)
-        energy = diagonal[:, : facts.pairs] + diagonal[:, facts.pairs : 2 * facts.pairs]
+        energy = diagonal[:, : traits.pairs] + diagonal[:, traits.pairs : 2 * traits.pairs]
         moment = (key_pairs * energy[:, :, None, None]).sum(0)  # [P, K, K]
         power = moment.diagonal(dim1=1, dim2=2).real
         first, second, cross = power[:, :, None], power[:, None], moment.abs()

@@ -97,18 +97,18 @@ class Merged:
 
 
 def watch_teacher(
-    place: LayerPair, facts: AttentionTraits, attention: Attention, lanes: list[PairedBatch], settings: Settings
+    place: LayerPair, traits: AttentionTraits, attention: Attention, batches: list[PairedBatch], settings: Settings
 ) -> tuple[list[View], dict[str, Tensor]]:
     """The teacher's layer over every batch, and the statistics of the batches that are fitted."""
     views, sums = [], dict[str, Tensor]()
-    for number, lane in enumerate(lanes):
-        watched = watch(place.block, lane.teacher, lane.calls[place.index], (place.path("q"), place.path("o")))
-        rows = sample_rows(lane.tokens, settings.rows, place.index, number, lane.teacher.device)
-        if not lane.held:
-            add(sums, observe(watched.seen, facts, rows))
+    for number, batch in enumerate(batches):
+        watched = watch(place.block, batch.teacher, batch.calls[place.index], (place.path("q"), place.path("o")))
+        rows = sample_rows(batch.tokens, settings.rows, place.index, number, batch.teacher.device)
+        if not batch.held:
+            add(sums, observe(watched.seen, traits, rows))
         given, output = watched.taps[place.path("o")][1], watched.output
         assert output is not None
-        weight = token_weights(lane.middle(given, facts.residual), 2.0)
+        weight = token_weights(batch.middle(given, traits.residual), 2.0)
         targets = [_target(watched.seen, some.at, some.keys, attention, weight, settings) for some in rows]
         shared = watched.seen.v.transpose(1, 2)
         views.append(View(watched.taps[place.path("q")][0], given, output, shared, watched.seen.scaling, targets))

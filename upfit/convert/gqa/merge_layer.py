@@ -15,7 +15,7 @@ CUTS = (0.4, 0.5, 0.6, 0.75, 1.0)  # shares of the rotated pairs, from the faste
 
 
 def merge_layer(
-    facts: AttentionTraits, attention: Attention, sums: dict[str, Tensor], kv_heads: int, told: LayerRecord
+    traits: AttentionTraits, attention: Attention, sums: dict[str, Tensor], kv_heads: int, told: LayerRecord
 ) -> dict[int, Merged]:
     """The closed-form merges, one for each cut of slow pairs that is to be tried; all share their values and outputs."""
     assert attention.q is not None and attention.k is not None and attention.v is not None and attention.o is not None
@@ -25,14 +25,14 @@ def merge_layer(
     o = attention.o.double()
     count, heads = k.shape[0], o.shape[1]
     pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
-    groups = choose_groups(facts, sums, o, count, kv_heads)
+    groups = choose_groups(traits, sums, o, count, kv_heads)
     told.groups = groups
     per = heads // count
     order = [h for group in groups for j in group for h in range(j * per, (j + 1) * per)]
     new_v, downs, new_o = [], [], o[:, order].clone()
     size = heads // kv_heads
     for r, group in enumerate(groups):
-        if not facts.values:
+        if not traits.values:
             new_v.append(v[group].mean(0))
             downs.append(torch.empty(0, 0, dtype=v.dtype))
             continue
@@ -46,11 +46,11 @@ def merge_layer(
         downs.append(found.values)
         new_v.append(found.values @ v[group].flatten(0, 1))
         new_o[:, r * size : (r + 1) * size] = torch.einsum("hev,hvw->ehw", outputs, found.outputs[owners])
-    told_cuts = _cuts(facts)
+    told_cuts = _cuts(traits)
     result = {}
     for cut in told_cuts:
-        if facts.keys:
-            new_q, new_k = _merge_keys(facts, q, k, sums, pairs, groups, per, cut)
+        if traits.keys:
+            new_q, new_k = _merge_keys(traits, q, k, sums, pairs, groups, per, cut)
         else:
             new_q, new_k = q, torch.stack([k[group].mean(0) for group in groups])
         result[cut] = Merged(
@@ -60,26 +60,26 @@ def merge_layer(
 
 
 def choose_groups(
-    facts: AttentionTraits, sums: dict[str, Tensor], outputs: Tensor, count: int, kv_heads: int
+    traits: AttentionTraits, sums: dict[str, Tensor], outputs: Tensor, count: int, kv_heads: int
 ) -> list[list[int]]:
     """Which of `count` old heads share a new one: searched where heads may change places, else contiguous."""
     size, heads = count // kv_heads, outputs.shape[1]
-    if not facts.movable or kv_heads == 1 or size == 1:
+    if not traits.movable or kv_heads == 1 or size == 1:
         return [list(range(r * size, (r + 1) * size)) for r in range(kv_heads)]
     pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
     owned = [range(j * heads // count, (j + 1) * heads // count) for j in range(count)]
     metric = torch.stack([closed_form.output_gram(outputs, some) for some in owned])
-    return partition(pair_costs(facts, pairs, sums.get("queries"), sums.get("values"), metric), kv_heads)
+    return partition(pair_costs(traits, pairs, sums.get("queries"), sums.get("values"), metric), kv_heads)
 
 
-def _cuts(facts: AttentionTraits) -> list[int]:
-    if not facts.keys or not facts.factors or facts.normed or not facts.pairs:
-        return [facts.pairs]
-    return sorted({round(share * facts.pairs) for share in CUTS})
+def _cuts(traits: AttentionTraits) -> list[int]:
+    if not traits.keys or not traits.factors or traits.normed or not traits.pairs:
+        return [traits.pairs]
+    return sorted({round(share * traits.pairs) for share in CUTS})
 
 
 def _merge_keys(
-    facts: AttentionTraits,
+    traits: AttentionTraits,
     q: Tensor,
     k: Tensor,
     sums: dict[str, Tensor],
@@ -88,20 +88,20 @@ def _merge_keys(
     per: int,
     cut: int,
 ) -> tuple[Tensor, Tensor]:
-    order, width = list(facts.order), len(facts.order)
+    order, width = list(traits.order), len(traits.order)
     new_q, new_k = [], []
     for group in groups:
         heads = [h for j in group for h in range(j * per, (j + 1) * per)]
         owners = torch.arange(len(group)).repeat_interleave(per)
         joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
         some = pairs[heads][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(heads), 0, 1, 1)
-        found = closed_form.merge_keys(facts, sums["keys"][joint][:, joint], some, sums["queries"][heads], owners, cut)
+        found = closed_form.merge_keys(traits, sums["keys"][joint][:, joint], some, sums["queries"][heads], owners, cut)
         new_k.append(found.keys @ k[group][:, order].flatten(0, 1))
         new_q.append(found.queries @ q[heads][:, order])
     return torch.cat(new_q), torch.stack(new_k)
 
 
-def _rows_of(view: View, facts: AttentionTraits, merged: Merged, attention: Attention, weight: Tensor) -> fit_values.Mixed:
+def _rows_of(view: View, traits: AttentionTraits, merged: Merged, attention: Attention, weight: Tensor) -> fit_values.Mixed:
     """The sampled rows of one batch for the fit of values and outputs."""
     size, parts, targets, tokens = len(merged.heads) // len(merged.groups), [], [], []
     for target in view.targets:
@@ -117,21 +117,21 @@ def _rows_of(view: View, facts: AttentionTraits, merged: Merged, attention: Atte
 
 
 def refine(
-    facts: AttentionTraits,
+    traits: AttentionTraits,
     attention: Attention,
     merged: Merged,
     views: list[View],
-    lanes: list[PairedBatch],
+    batches: list[PairedBatch],
     settings: Settings,
 ) -> None:
     """Better shared values and outputs for what the teacher's attention gives out, on sampled rows."""
 
     def rows(held: bool) -> fit_values.Mixed:
         some = []
-        for view, lane in zip(views, lanes, strict=True):
-            if lane.held == held:
-                weight = token_weights(lane.middle(view.given, facts.residual), settings.token_power)
-                some.append(_rows_of(view, facts, merged, attention, weight))
+        for view, batch in zip(views, batches, strict=True):
+            if batch.held == held:
+                weight = token_weights(batch.middle(view.given, traits.residual), settings.token_power)
+                some.append(_rows_of(view, traits, merged, attention, weight))
         return fit_values.Mixed(*(torch.cat([getattr(one, name) for one in some]) for name in ("values", "target", "weight")))
 
     assert attention.v is not None
@@ -142,10 +142,10 @@ def refine(
     merged.v, merged.o = down @ old, outputs.flatten(1, 2)
 
 
-def pack(place: LayerPair, facts: AttentionTraits, attention: Attention, merged: Merged) -> dict[str, Tensor]:
+def pack(place: LayerPair, traits: AttentionTraits, attention: Attention, merged: Merged) -> dict[str, Tensor]:
     """The layer's stored parts: dimensions and biases back where the model has them."""
     width = attention.q.shape[-1] if attention.q is not None else 0
-    back = torch.tensor(facts.order).argsort() if facts.keys else torch.arange(merged.q.shape[1])
+    back = torch.tensor(traits.order).argsort() if traits.keys else torch.arange(merged.q.shape[1])
     norm = attention.k_norm
     new = Attention(
         q=merged.q[:, back, :width],

@@ -107,15 +107,15 @@ def _fit(options: Options, outline: Plan, fallback: Plan | None) -> Fit:
         sizes = (options.calibration_tokens, options.calibration_length)
         return Choice(options.kv_heads, options.refit, options.calibration, *sizes)
 
-    def run(bench: FitContext) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.gqa.fit import fit
 
-        return fit(bench, choice(), outline)
+        return fit(context, choice(), outline)
 
-    def preview(bench: FitContext) -> dict[str, Any]:
+    def preview(context: FitContext) -> dict[str, Any]:
         from upfit.convert.gqa.sensitivity import predict
 
-        return predict(bench, choice())
+        return predict(context, choice())
 
     shown = preview if options.calibration is not None else None
     return Fit(outline, run, fallback, shown, otherwise="; choose --method mean")

@@ -17,7 +17,7 @@ HEADS, OLD, PAIRS, FREE, HIDDEN = 6, 3, 4, 2, 20
 WIDTH = 2 * PAIRS + FREE
 
 
-def facts(normed: bool = False, factors: bool = True) -> AttentionTraits:
+def traits(normed: bool = False, factors: bool = True) -> AttentionTraits:
     speeds = tuple(0.5**pair for pair in range(PAIRS))
     return AttentionTraits(True, True, normed, factors, True, PAIRS, tuple(range(WIDTH)), speeds, None)
 
@@ -48,7 +48,7 @@ def test_keys_in_different_bases_merge_exactly(cut: int) -> None:
     factors = [torch.complex(drawn(PAIRS, seed=j), drawn(PAIRS, seed=j + 9)) for j in range(OLD)]
     keys = [factored(base, factor) for factor in factors]
     queries = [drawn(50, WIDTH, seed=20 + h) for h in range(HEADS)]
-    merged = closed_form.merge_keys(facts(), *moments(keys, queries), cut)
+    merged = closed_form.merge_keys(traits(), *moments(keys, queries), cut)
     new_key = torch.cat(keys, 1) @ merged.keys.T
     for head in range(HEADS):
         old = queries[head] @ keys[head * OLD // HEADS].T
@@ -59,7 +59,7 @@ def test_keys_in_different_bases_merge_exactly(cut: int) -> None:
 def test_fast_pairs_are_only_multiplied() -> None:
     """What is done to a rotated pair commutes with its rotation: a complex factor, for keys and for queries."""
     keys, queries = [drawn(99, WIDTH, seed=j) for j in range(OLD)], [drawn(50, WIDTH, seed=9 + h) for h in range(HEADS)]
-    merged = closed_form.merge_keys(facts(), *moments(keys, queries), 2)
+    merged = closed_form.merge_keys(traits(), *moments(keys, queries), 2)
     for matrix in (*merged.queries, *merged.keys.split(WIDTH, 1)):
         for pair in range(2):
             block = matrix[[pair, PAIRS + pair]][:, [pair, PAIRS + pair]]
@@ -70,10 +70,10 @@ def test_fast_pairs_are_only_multiplied() -> None:
 
 def test_norms_allow_only_turns() -> None:
     keys, queries = [drawn(99, WIDTH, seed=j) for j in range(OLD)], [drawn(50, WIDTH, seed=9 + h) for h in range(HEADS)]
-    turned = closed_form.merge_keys(facts(normed=True), *moments(keys, queries), 2)
+    turned = closed_form.merge_keys(traits(normed=True), *moments(keys, queries), 2)
     for matrix in turned.queries:
         torch.testing.assert_close(matrix @ matrix.T, torch.eye(WIDTH, dtype=torch.float64))
-    plain = closed_form.merge_keys(facts(normed=True, factors=False), *moments(keys, queries), 2)
+    plain = closed_form.merge_keys(traits(normed=True, factors=False), *moments(keys, queries), 2)
     torch.testing.assert_close(torch.cat(keys, 1) @ plain.keys.T, torch.stack(keys).mean(0))
 
 
@@ -87,8 +87,8 @@ def test_key_merge_beats_the_mean_and_the_first() -> None:
         closed_form.KeyMerge(same.repeat(1, OLD) / OLD, plain),
         closed_form.KeyMerge(torch.cat([same, 0 * same, 0 * same], 1), plain),
     ]
-    ours = closed_form.merge_keys(facts(), covariance, pairs, of_queries, owners, PAIRS)
-    errors = [closed_form.key_error(facts(), one, covariance, of_queries, owners)[0] for one in (ours, *rivals)]
+    ours = closed_form.merge_keys(traits(), covariance, pairs, of_queries, owners, PAIRS)
+    errors = [closed_form.key_error(traits(), one, covariance, of_queries, owners)[0] for one in (ours, *rivals)]
     assert errors[0] < min(errors[1:])
 
 

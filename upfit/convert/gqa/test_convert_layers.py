@@ -19,7 +19,7 @@ from upfit.convert.recipe import get_recipe
 from upfit.output import Output
 
 
-def lane(held: bool, hidden: Tensor) -> PairedBatch:
+def batch(held: bool, hidden: Tensor) -> PairedBatch:
     return PairedBatch(held, [], [], hidden, hidden, hidden.shape[1])
 
 
@@ -32,10 +32,10 @@ def test_drift_brings_the_students_inputs_back() -> None:
     teacher = [drawn(2, 40, 6, seed=seed).float() for seed in (1, 2, 3)]
     away = torch.eye(6) + 0.3 * drawn(6, 6).float()
     student = [x @ away.T for x in teacher[:2]] + [drawn(2, 40, 6, seed=9).float()]
-    lanes = [lane(held, x) for held, x in zip((False, False, True), student, strict=True)]
-    drift = _drift(student, [view(x) for x in teacher], lanes)
+    batches = [batch(held, x) for held, x in zip((False, False, True), student, strict=True)]
+    drift = _drift(student, [view(x) for x in teacher], batches)
     torch.testing.assert_close(student[0] @ drift.T, teacher[0], rtol=0, atol=0.02)
-    same = _drift(teacher, [view(x) for x in teacher], lanes)
+    same = _drift(teacher, [view(x) for x in teacher], batches)
     assert torch.equal(same, torch.eye(6))
 
 
@@ -86,7 +86,7 @@ def test_the_mlp_is_fitted_on_fitted_windows_and_chosen_on_held_back_ones() -> N
     before = module.down.weight.clone()
     inputs = [drawn(1, count, 8, seed=count).float() for count in (300, 5)]
     without = [drawn(1, len(x[0]), 3).float() for x in inputs]
-    lanes = [lane(held, x) for held, x in zip((False, True), without, strict=True)]
+    batches = [batch(held, x) for held, x in zip((False, True), without, strict=True)]
 
     def rest(number: int, _: PairedBatch) -> tuple[Tensor, Tensor]:
         return inputs[number], without[number]
@@ -95,7 +95,7 @@ def test_the_mlp_is_fitted_on_fitted_windows_and_chosen_on_held_back_ones() -> N
         wanted = [inputs[0] @ truth.T + 2, sign * (inputs[1] @ truth.T + 2)]
         outputs = [0.5 * y + rest for y, rest in zip(wanted, without, strict=True)]
         module.down.weight.copy_(before)
-        new = refit_mlp(module, MlpEnd("down", ("w", "b")), 0.5, lanes, outputs, rest, 0.0)
+        new = refit_mlp(module, MlpEnd("down", ("w", "b")), 0.5, batches, outputs, rest, 0.0)
         assert torch.equal(new["w"], module.down.weight) and torch.equal(new["b"], module.down.bias)
         if sign > 0:
             torch.testing.assert_close(new["w"], truth, rtol=0, atol=5e-3)

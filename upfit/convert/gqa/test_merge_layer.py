@@ -15,7 +15,7 @@ from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.grouping import pair_costs
 from upfit.convert.gqa.layer_state import LayerRecord, Settings, _spread, _target
 from upfit.convert.gqa.merge_layer import choose_groups, merge_layer
-from upfit.convert.gqa.test_closed_form import FREE, OLD, PAIRS, WIDTH, drawn, facts, moments
+from upfit.convert.gqa.test_closed_form import FREE, OLD, PAIRS, WIDTH, drawn, moments, traits
 
 VALUE, HIDDEN, SAMPLES = 4, 12, 60
 LOUDNESS = (0.01, 1.0, 30.0)  # of the heads' queries or outputs: far from equal, so that weights matter
@@ -35,7 +35,7 @@ def test_shared_values_lose_least_of_what_is_given_out() -> None:
     before = torch.einsum("xe,jve->xjv", x, v)
     given = torch.einsum("xjv,ejv->xje", before, o)
     sums = {"values": before.flatten(1).T @ before.flatten(1)}
-    [merged] = merge_layer(replace(facts(), keys=False), Attention(q=q, k=k, v=v, o=o), sums, 1, LayerRecord("")).values()
+    [merged] = merge_layer(replace(traits(), keys=False), Attention(q=q, k=k, v=v, o=o), sums, 1, LayerRecord("")).values()
     after = torch.einsum("xv,ejv->xje", x @ merged.v[0].double().T, merged.o.double())
     lost, least = (given - after).square().sum(), tail(given.flatten(1), VALUE)
     torch.testing.assert_close(lost, least, rtol=1e-4, atol=0)
@@ -48,7 +48,7 @@ def test_shared_keys_lose_least_where_queries_are_loud(cut: int) -> None:
     keys = [drawn(SAMPLES, WIDTH, seed=j) for j in range(OLD)]
     queries = [drawn(SAMPLES, WIDTH, seed=20 + j) * loud for j, loud in enumerate(LOUDNESS)]
     joint, pairs, of_queries, owners = moments(keys, queries)
-    merged = closed_form.merge_keys(facts(), joint, pairs, of_queries, owners, cut)
+    merged = closed_form.merge_keys(traits(), joint, pairs, of_queries, owners, cut)
     shared = torch.cat(keys, 1) @ merged.keys.T
     gaps = [own - shared @ turn for own, turn in zip(keys, merged.queries, strict=True)]
     if cut:
@@ -80,7 +80,7 @@ def test_the_cost_of_two_heads_is_what_their_merge_loses() -> None:
     outputs = drawn(HIDDEN, OLD, VALUE, seed=9) * torch.tensor(LOUDNESS, dtype=torch.float64)[:, None]
     sums = statistics(keys, values, queries)
     metric = torch.stack([closed_form.output_gram(outputs, [j]) for j in range(OLD)])
-    found = pair_costs(facts(), torch.view_as_complex(sums["key_pairs"]), sums["queries"], sums["values"], metric)
+    found = pair_costs(traits(), torch.view_as_complex(sums["key_pairs"]), sums["queries"], sums["values"], metric)
     turned = [torch.complex(own[:, :PAIRS], own[:, PAIRS : 2 * PAIRS]) for own in keys]
     energy = [query[:, :PAIRS].square().sum(0) + query[:, PAIRS : 2 * PAIRS].square().sum(0) for query in queries]
     loud = torch.stack(energy).sum(0)  # [P]
@@ -101,7 +101,7 @@ def test_heads_that_are_alike_share_a_new_one(alike: str) -> None:
     values = [drawn(SAMPLES, VALUE, seed=40 + (twins[j] if alike == "values" else j)) for j in range(4)]
     sums = statistics(keys, values, [drawn(SAMPLES, WIDTH, seed=20 + h) for h in range(8)])
     outputs = drawn(HIDDEN, 8, VALUE, seed=9)
-    assert choose_groups(facts(), sums, outputs, 4, 2) == [[0, 2], [1, 3]]
+    assert choose_groups(traits(), sums, outputs, 4, 2) == [[0, 2], [1, 3]]
 
 
 def test_rows_are_fitted_as_they_matter() -> None:
