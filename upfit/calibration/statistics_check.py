@@ -12,7 +12,7 @@ from upfit.checkpoint.safetensors_header import TensorInfo
 from upfit.options import fits
 
 
-def check_facts(traits: AttentionTraits) -> None:
+def check_traits(traits: AttentionTraits) -> None:
     """Raise ValueError where a field is of another type, or the order and pairs of dimensions contradict each other."""
     _check_types(traits)
     if traits.residual is not None:

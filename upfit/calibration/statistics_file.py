@@ -18,7 +18,7 @@ from torch import Tensor
 from upfit.bounded import parse_json, shaped
 from upfit.calibration.observe import Opaque
 from upfit.calibration.sample import Sample, fast_tokenizer
-from upfit.calibration.statistics_check import check_facts, check_layer, check_windows
+from upfit.calibration.statistics_check import check_layer, check_traits, check_windows
 from upfit.calibration.traits import AttentionTraits, Residual
 from upfit.checkpoint.content import tensors_hash
 from upfit.checkpoint.reader import Checkpoint, torch_dtype
@@ -134,7 +134,7 @@ def _taken_apart(path: Path, header: dict[str, str], infos: dict[str, TensorInfo
     traits = {layer: value if isinstance(value, str) else traits_from(value) for layer, value in parts["facts"].items()}
     for layer, known in traits.items():
         if not isinstance(known, str):
-            check_facts(known)
+            check_traits(known)
             check_layer(known, _infos_of(layer, infos))
     sample = Sample(windows, held, dict(parts["text"]), parts["tokenizer"])
     return Statistics(path, header["model"], sample, traits, int(header["rows"]), infos)

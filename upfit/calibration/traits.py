@@ -264,7 +264,7 @@ def _residual(watched: Watched, block: Block, projection: str, outer: list[str],
     return None
 
 
-def facts_record(traits: AttentionTraits) -> dict[str, Any]:
+def traits_record(traits: AttentionTraits) -> dict[str, Any]:
     """`traits` as JSON can hold it."""
     from dataclasses import asdict
 

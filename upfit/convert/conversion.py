@@ -122,15 +122,15 @@ def _opened(
                 work = stack.enter_context(work_folder(out, _verb(recipe).split()[0], settings.overwrite))
                 place = work.path
             stream = streamed(source, settings.revision, place / "stream")
-        found = stream.source if stream is not None else find_source(source, settings.revision)
-        checkpoint = stack.enter_context(open_checkpoint(found.path))
-        job = _prepare(recipe, found, out, options, settings, checkpoint)
+        opened = stream.source if stream is not None else find_source(source, settings.revision)
+        checkpoint = stack.enter_context(open_checkpoint(opened.path))
+        job = _prepare(recipe, opened, out, options, settings, checkpoint)
         if stream is not None:
             stream.forget = checkpoint.forget
         elif not settings.dry_run:
             work = stack.enter_context(work_folder(out, _verb(recipe).split()[0], settings.overwrite))
             place = work.path
-        yield job, FitContext(found.path, job.checkpoint, job.architecture, place / "fit", output), work, stream
+        yield job, FitContext(opened.path, job.checkpoint, job.architecture, place / "fit", output), work, stream
 
 
 def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[str, Any]:
@@ -140,14 +140,14 @@ def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[st
     """
     if settings.stream:
         raise UpfitError("--stream is for upfit convert; merge reads the whole model, so leave it out")
-    found = find_source(source, settings.revision)
-    model_type = read_config(found.path)["model_type"]
+    opened = find_source(source, settings.revision)
+    model_type = read_config(opened.path)["model_type"]
     recipe = find_merge(model_type)
     if recipe is None:
         why = (
             "which no class of transformers can hold" if is_own({"model_type": model_type}) else "a class of transformers' own"
         )
-        raise UpfitError(f"{found.name} is of type {model_type}, {why}; there is nothing to merge")
+        raise UpfitError(f"{opened.name} is of type {model_type}, {why}; there is nothing to merge")
     return convert(recipe, source, out, recipe.options(), settings, output)
 
 
@@ -206,8 +206,8 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     check_known(checkpoint.config)
     check_not_quantised(checkpoint)
     stored = checkpoint
-    checkpoint, architecture, made = _first_way(recipe, options, stored)
-    plan, fit = outline_of(made), made if isinstance(made, Fit) else None
+    checkpoint, architecture, plan_or_fit = _first_way(recipe, options, stored)
+    plan, fit = outline_of(plan_or_fit), plan_or_fit if isinstance(plan_or_fit, Fit) else None
     unused = _check_source(stored)
     job = Job(recipe, options, settings, source, out, checkpoint, architecture, plan, fit, [], *unused, Leftovers())
     job = _planned(job, plan, fit is None)

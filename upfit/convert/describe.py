@@ -50,15 +50,15 @@ def describe(model: str, revision: str | None = None) -> dict[str, Any]:
         }
 
 
-def as_rows(told: dict[str, Any]) -> list[list[str]]:
+def as_rows(record: dict[str, Any]) -> list[list[str]]:
     """Name and value, as people read them, of what `describe` tells of the model itself."""
     return [
-        ["architecture", f"{told['model_type']} ({told['class']})"],
-        *([["converted as", told["converted_as"]]] if told.get("converted_as") else []),
-        ["parameters", f"{human_count(told['parameters'])} in {human_bytes(told['bytes'])}, {', '.join(told['dtypes'])}"],
-        ["attention layers", str(told["layers"])],
-        ["query heads", ", ".join(map(str, told["heads"]))],
-        ["key/value heads", ", ".join(map(str, told["kv_heads"]))],
-        ["head width", ", ".join(map(str, told["head_dim"]))],
-        ["KV cache", f"{told['kv_bytes_per_token']:,} bytes a token"],
+        ["architecture", f"{record['model_type']} ({record['class']})"],
+        *([["converted as", record["converted_as"]]] if record.get("converted_as") else []),
+        ["parameters", f"{human_count(record['parameters'])} in {human_bytes(record['bytes'])}, {', '.join(record['dtypes'])}"],
+        ["attention layers", str(record["layers"])],
+        ["query heads", ", ".join(map(str, record["heads"]))],
+        ["key/value heads", ", ".join(map(str, record["kv_heads"]))],
+        ["head width", ", ".join(map(str, record["head_dim"]))],
+        ["KV cache", f"{record['kv_bytes_per_token']:,} bytes a token"],
     ]

@@ -151,21 +151,21 @@ def _walk(
         if layer is None:
             walk.pass_by(index)
         else:
-            made = fit(index, layer)
-            work.add(index, made.layer, made.record, made.extra, _stored(context, layer, made.tensors))
+            fitted = fit(index, layer)
+            work.add(index, fitted.layer, fitted.record, fitted.extra, _stored(context, layer, fitted.tensors))
         walk.model.empty(blocks[index].module)
         last = index + 1 == len(blocks)
         carried = None if last else walk.carried.tensors()
         if last or carried is not None:
             work.keep(index + 1, len(blocks), carried)
         if layer is not None:
-            show(made.record)
+            show(fitted.record)
 
 
 def identity(calibration: Calibration, task: Task) -> dict[str, Any]:
     """All that the bytes of a fit depend on."""
-    windows = [[len(some), length, calibration.sample.held[length]] for length, some in calibration.sample.windows.items()]
-    content = b"".join(some.numpy().tobytes() for some in calibration.sample.windows.values())
+    windows = [[len(rows), length, calibration.sample.held[length]] for length, rows in calibration.sample.windows.items()]
+    content = b"".join(rows.numpy().tobytes() for rows in calibration.sample.windows.values())
     device = pick_device()
     return {
         "settings": task.settings,

@@ -70,9 +70,9 @@ class Recipe:
     offers: "Callable[[Architecture], str]" = field(default=lambda architecture: "")
 
 
-def outline_of(made: Plan | Fit) -> Plan:
+def outline_of(plan: Plan | Fit) -> Plan:
     """What will be written, as far as it is known without running the model."""
-    return made.outline if isinstance(made, Fit) else made
+    return plan.outline if isinstance(plan, Fit) else plan
 
 
 def possible(plan: "Callable[[Architecture, Any], Plan | Fit]", architecture: "Architecture", options: Any) -> bool:
@@ -88,12 +88,12 @@ def find_recipes() -> dict[str, Recipe]:
     """Every recipe, by name: the `RECIPES` in the `recipe` module of each sub-package of `upfit.convert`."""
     import upfit.convert as room
 
-    found = {}
+    by_name = {}
     for module in pkgutil.iter_modules(room.__path__):
         if module.ispkg:
             recipes = importlib.import_module(f"{room.__name__}.{module.name}.recipe").RECIPES
-            found.update({recipe.name: recipe for recipe in recipes})
-    return dict(sorted(found.items()))
+            by_name.update({recipe.name: recipe for recipe in recipes})
+    return dict(sorted(by_name.items()))
 
 
 def find_merge(model_type: str) -> Recipe | None:

@@ -38,7 +38,7 @@ Sampled = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Found:
+class Layout:
     """Of one layer: which modules give queries and keys before their rotation, and how that is undone (None: it cannot be; an
     empty list: nothing is rotated)."""
 
@@ -67,67 +67,67 @@ def fit(context: "FitContext", plan: Plan, options: Options, chosen: "list[Layer
 
 
 def _fit_layer(walk: Walk, index: int, layer: "Layer", options: Options, first: bool) -> LayerFit:
-    found, samples = _watch(walk, index, options, layer)
-    extra = {"rotation": list(found.rotation)} if isinstance(found.rotation, tuple) else {}
+    layout, samples = _watch(walk, index, options, layer)
+    extra = {"rotation": list(layout.rotation)} if isinstance(layout.rotation, tuple) else {}
     tensors, record = _tensors(walk.model.blocks[index], samples, options, layer, walk.context.architecture.entry.k)
     if options.drop_rope and first:
-        assert isinstance(found.rotation, tuple)
-        tensors[f"{found.rotation[0]}.cope_rope_share"] = torch.ones(())
+        assert isinstance(layout.rotation, tuple)
+        tensors[f"{layout.rotation[0]}.cope_rope_share"] = torch.ones(())
     return LayerFit(layer.path, record, tensors, extra)
 
 
-def _watch(walk: Walk, index: int, options: Options, layer: "Layer") -> tuple[Found, list[Sampled]]:
+def _watch(walk: Walk, index: int, options: Options, layer: "Layer") -> tuple[Layout, list[Sampled]]:
     """Run a layer over all batches: what is found of it, and the gate logits of some queries."""
     block, entry = walk.model.blocks[index], walk.context.architecture.entry
-    attention, told = block.module.get_submodule(str(block.attention)), list[bool]()
+    attention, placed = block.module.get_submodule(str(block.attention)), list[bool]()
     names = {name for name, _ in attention.named_modules()} & {entry.q, entry.k, entry.q_norm, entry.k_norm}
     inside = tuple(f"{block.attention}.{name}" for name in sorted(names))
-    found: Found | None = None
+    layout: Layout | None = None
     samples = []
-    hook = attention.register_forward_pre_hook(_noting(told), with_kwargs=True)
+    hook = attention.register_forward_pre_hook(_noting(placed), with_kwargs=True)
     for batch in walk.batches:
         watched = watch(block, batch.teacher, batch.calls[index], inside)
-        if found is None:
-            found = _find(walk.model, block, watched, all(told), walk.context)
-            _check(found, options, layer)
+        if layout is None:
+            layout = _find(walk.model, block, watched, all(placed), walk.context)
+            _check(layout, options, layer)
         if options.gates != "constant":
-            samples.append(_sampled(block, found, watched, options))
+            samples.append(_sampled(block, layout, watched, options))
         assert watched.output is not None
         batch.teacher = watched.output
     hook.remove()
-    assert found is not None
-    return found, samples
+    assert layout is not None
+    return layout, samples
 
 
-def _noting(told: list[bool]) -> Callable[..., None]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
-        told.append(given.get("position_ids") is not None)
+def _noting(placed: list[bool]) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        placed.append(keywords.get("position_ids") is not None)
 
     return hook
 
 
-def _find(model: LayerwiseModel, block: Block, watched: Watched, placed: bool, context: "FitContext") -> Found:
+def _find(model: LayerwiseModel, block: Block, watched: Watched, placed: bool, context: "FitContext") -> Layout:
     entry, seen = context.architecture.entry, watched.seen
     taps, before = {}, {}
     for part, after in (("q", seen.q), ("k", seen.k)):
         name = getattr(entry, part)
         norm = getattr(entry, f"{part}_norm")
-        given = watched.taps.get(f"{block.attention}.{name}")
+        tapped = watched.taps.get(f"{block.attention}.{name}")
         normed = watched.taps.get(f"{block.attention}.{norm}")
-        if given is None:
+        if tapped is None:
             raise Opaque(f"it does not run its {name} as a module of its own")
         heads = after.shape[1]
         first = normed is not None and is_heads_first(normed[0], heads)
-        if normed is not None and torch.equal(heads_of(normed[0], heads, first), heads_of(given[1], heads)):
+        if normed is not None and torch.equal(heads_of(normed[0], heads, first), heads_of(tapped[1], heads)):
             taps[part], before[part] = norm, heads_of(normed[1], heads, first)
         else:
-            taps[part], before[part] = name, heads_of(given[1], heads)
+            taps[part], before[part] = name, heads_of(tapped[1], heads)
         if before[part].shape != after.shape:
             raise Opaque(f"its {name} gives more than it attends with")
     rotation = _rotation(model, block, before["k"], seen.k)
     if isinstance(rotation, tuple) and not placed:
         rotation = None  # where the newest token stands must be known to undo it
-    return Found(taps, rotation)
+    return Layout(taps, rotation)
 
 
 def _rotation(model: LayerwiseModel, block: Block, before: Tensor, after: Tensor) -> Rotation | list[Any] | None:
@@ -149,13 +149,13 @@ def _rotation(model: LayerwiseModel, block: Block, before: Tensor, after: Tensor
     return None
 
 
-def _check(found: Found, options: Options, layer: "Layer") -> None:
-    if options.gates == "content" and found.rotation is None:
+def _check(layout: Layout, options: Options, layer: "Layer") -> None:
+    if options.gates == "content" and layout.rotation is None:
         raise UpfitError(
             f"{layer.path}: the rotation of its keys cannot be undone here, so content gates could not be decoded; "
             "choose --gates keys or --gates constant"
         )
-    if options.drop_rope and not isinstance(found.rotation, tuple):
+    if options.drop_rope and not isinstance(layout.rotation, tuple):
         raise UpfitError(f"{layer.path} has no rotary positions that could be dropped; leave out --drop-rope")
 
 
@@ -168,29 +168,29 @@ def _tensors(
     if options.gates == "constant":
         tensors["cope_gate_bias"] += torch.tensor(options.share).logit()
     else:
-        near, rows = torch.cat([some for some, _, _ in samples], 1), [(some, seen) for _, some, seen in samples]
+        near, rows = torch.cat([logits for logits, _, _ in samples], 1), [(logits, seen) for _, logits, seen in samples]
         scale = SPREAD / near.std(1).clamp_min(1e-6)
         bias = _bias(near * scale[:, None], options.share)
         tensors |= {"cope_gate_scale": scale, "cope_gate_bias": bias}
         last = options.positions - 1
         active, passed = [], []
-        for some, seen in rows:
-            gates = torch.sigmoid(some * scale[:, None, None] + bias[:, None, None]) * seen
+        for logits, seen in rows:
+            gates = torch.sigmoid(logits * scale[:, None, None] + bias[:, None, None]) * seen
             active.append(((positions_of(gates, last) < last) & seen).sum(-1).float().flatten())
             passed.append((gates.sum(-1) >= last).float().flatten())
-        told = {"span": torch.cat(active).mean(), "saturated": torch.cat(passed).mean()}
-        record |= {name: round(float(value), 4) for name, value in told.items()}
+        measures = {"span": torch.cat(active).mean(), "saturated": torch.cat(passed).mean()}
+        record |= {name: round(float(value), 4) for name, value in measures.items()}
     if options.gates == "keys":
         weight = block.module.get_parameter(f"{block.attention}.{key}.weight")
         tensors["cope_gate_keys.weight"] = weight.detach().clone()
     return {layer.stem + name: tensor for name, tensor in tensors.items()}, record
 
 
-def _sampled(block: Block, found: Found, watched: Watched, options: Options) -> Sampled:
+def _sampled(block: Block, layout: Layout, watched: Watched, options: Options) -> Sampled:
     """Unscaled gate logits of some queries of one batch."""
     seen = watched.seen
-    q = _before(block, found, watched, "q", seen.q.shape[1])
-    k = _before(block, found, watched, "k", seen.k.shape[1])
+    q = _before(block, layout, watched, "q", seen.q.shape[1])
+    k = _before(block, layout, watched, "k", seen.k.shape[1])
     tokens = q.shape[2]
     at = torch.linspace(tokens // 2, tokens - 1, min(ROWS, tokens - tokens // 2)).long().unique().to(q.device)
     logits = (grouped(q[:, :, at], k) * seen.scaling).movedim(1, 0).cpu()  # [H, B, rows, T]
@@ -200,9 +200,9 @@ def _sampled(block: Block, found: Found, watched: Watched, options: Options) -> 
     return logits[:, :, close].flatten(1), logits.flatten(1, 2), below.repeat(logits.shape[1], 1)
 
 
-def _before(block: Block, found: Found, watched: Watched, part: str, heads: int) -> Tensor:
-    given, out = watched.taps[f"{block.attention}.{found.taps[part]}"]
-    return heads_of(out, heads, is_heads_first(given, heads))
+def _before(block: Block, layout: Layout, watched: Watched, part: str, heads: int) -> Tensor:
+    inputs, out = watched.taps[f"{block.attention}.{layout.taps[part]}"]
+    return heads_of(out, heads, is_heads_first(inputs, heads))
 
 
 def _bias(logits: Tensor, share: float) -> Tensor:

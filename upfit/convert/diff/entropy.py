@@ -22,8 +22,8 @@ ROWS = 24  # sampled query positions of every 512 of a window
 def entropy(seen: Seen, rows: Tensor, keys: int) -> Tensor:
     """[H]: Σ over rows of the attention weights' entropy, as a share of the most there could be with as many keys."""
     _, weights = seen.scores(rows, keys)
-    told = -(weights * weights.clamp_min(1e-30).log()).sum(-1) / (rows + 1).clamp_min(2).log()
-    return told.sum((0, 2))
+    share = -(weights * weights.clamp_min(1e-30).log()).sum(-1) / (rows + 1).clamp_min(2).log()
+    return share.sum((0, 2))
 
 
 def with_spread_heads(context: "FitContext", plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
@@ -52,8 +52,8 @@ def _spread(walk: Walk, index: int, layer: "Layer") -> LayerFit:
     block, spread = walk.model.blocks[index], torch.zeros(())
     for number, batch in enumerate(walk.batches):
         watched = watch(block, batch.teacher, batch.calls[index], ())
-        for some in sample_rows(batch.tokens, ROWS, index, number, batch.teacher.device):
-            spread = spread + entropy(watched.seen, some.at, some.keys).cpu()
+        for sampled in sample_rows(batch.tokens, ROWS, index, number, batch.teacher.device):
+            spread = spread + entropy(watched.seen, sampled.at, sampled.keys).cpu()
         assert watched.output is not None
         batch.teacher = watched.output
     heads = spread.argsort(descending=True)[: (len(spread) + 1) // 2].sort().values.tolist()

@@ -83,8 +83,8 @@ def _convert(walk: Walk, index: int, layer: "Layer", fitting: Fitting) -> LayerF
     for number, batch in enumerate(batches):
         watched = watch(block, batch.teacher, batch.calls[index], (path,))
         if not batch.held and sum(seen.q.shape[0] * seen.q.shape[2] for seen, _, _ in views) < VIEWED:
-            some = sample_rows(batch.tokens, ROWS, index, number, batch.teacher.device)
-            views += [(watched.seen, rows.at, rows.keys) for rows in some]
+            sampled = sample_rows(batch.tokens, ROWS, index, number, batch.teacher.device)
+            views += [(watched.seen, rows.at, rows.keys) for rows in sampled]
         middles.append(batch.middle(watched.taps[path][1], traits.residual))
         assert watched.output is not None
         outputs.append(watched.output)

@@ -79,8 +79,8 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
 
 
 def _check_flags(options: Options) -> None:
-    given = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
-    for name in given:
+    changed = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+    for name in changed:
         if options.variant not in FLAGS_OF.get(name, (options.variant,)):
             variants = " and ".join(f"--variant {variant}" for variant in FLAGS_OF[name])
             shown = flag("no_refit" if name == "refit" else name)
@@ -225,8 +225,8 @@ def _dex_rule(layer: "Layer") -> Rule:
 
         like = tensors[query]
         weight = like.new_zeros(shape.v_head_dim, shape.v_head_dim)
-        made = (weight, like.new_full((), DEX_LAMBDA), like.new_ones(shape.heads))
-        return dict(zip(names, made, strict=True))
+        values = (weight, like.new_full((), DEX_LAMBDA), like.new_ones(shape.heads))
+        return dict(zip(names, values, strict=True))
 
     return Rule((query,), names, apply, "head − λ · head · W, W = 0")
 

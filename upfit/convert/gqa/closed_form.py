@@ -53,9 +53,9 @@ def reduce(moment: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, f
     and the share of the energy that is lost. Directions come strongest first."""
     root, inverse = powers(metric)
     values, vectors = torch.linalg.eigh(root @ moment @ root)
-    kept = vectors[:, -rank:].flip(1)
+    strongest = vectors[:, -rank:].flip(1)
     lost = values.clamp_min(0)[: len(values) - rank].sum() / values.clamp_min(0).sum().clamp_min(TINY)
-    return inverse @ kept, kept.mH @ root, float(lost)
+    return inverse @ strongest, strongest.mH @ root, float(lost)
 
 
 def merge_values(moment: Tensor, metric: Tensor, width: int) -> ValueMerge:
@@ -73,8 +73,8 @@ def output_metric(outputs: Tensor, owners: Tensor, count: int) -> Tensor:
 
 def output_gram(outputs: Tensor, heads: Sequence[int]) -> Tensor:
     """Σ O_hᵀO_h [V, V] over some heads of `outputs` [E, H, V]."""
-    some = outputs[:, list(heads)]
-    return torch.einsum("ehv,ehw->vw", some, some)
+    chosen = outputs[:, list(heads)]
+    return torch.einsum("ehv,ehw->vw", chosen, chosen)
 
 
 def _gram(heads: Tensor) -> Tensor:

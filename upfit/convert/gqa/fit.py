@@ -25,11 +25,11 @@ def fit(context: "FitContext", choice: Choice, plan: Plan) -> Plan:
 
     Raises UpfitError for calibration text that cannot be used, Opaque for a model that cannot be run on text.
     """
-    kept = statistics_for(context, choice)
-    if kept is None:
+    statistics = statistics_for(context, choice)
+    if statistics is None:
         calibration = read_calibration(context, choice.calibration, choice.tokens, choice.length)
     else:
-        calibration = Calibration(kept.sample, kept.model)
+        calibration = Calibration(statistics.sample, statistics.model)
     settings = Settings(choice.kv_heads, choice.refit)
     task = Task(
         title="aligning",
@@ -37,11 +37,11 @@ def fit(context: "FitContext", choice: Choice, plan: Plan) -> Plan:
         settings={
             "recipe": "gqa",
             "config": plan.config,
-            "statistics": file_hash(kept.path) if kept else None,
+            "statistics": file_hash(statistics.path) if statistics else None,
             **asdict(settings),
         },
         layers=[layer for layer in context.architecture.layers if layer.geometry.kv_heads > choice.kv_heads],
-        begin=lambda walk: begin(walk, plan.config, kept.layer if kept else lambda path: None, settings),
+        begin=lambda walk: begin(walk, plan.config, statistics.layer if statistics else lambda path: None, settings),
         note=_progress,
     )
     fitted = fit_layers(context, calibration, task)

@@ -47,11 +47,11 @@ class LayerRecord:
 
 @dataclass
 class View:
-    """What the teacher's layer showed on one batch: `inputs` [B, T, E] of the projections, `given` [B, T, E] by o_proj,
+    """What the teacher's layer showed on one batch: `inputs` [B, T, E] of the projections, `attended` [B, T, E] by o_proj,
     `output` [B, T, E] after the layer, `values` [B, T, K, V]."""
 
     inputs: Tensor
-    given: Tensor
+    attended: Tensor
     output: Tensor
     values: Tensor
     scaling: float
@@ -97,21 +97,21 @@ class Merged:
 
 
 def watch_teacher(
-    place: LayerPair, traits: AttentionTraits, attention: Attention, batches: list[PairedBatch], settings: Settings
+    pair: LayerPair, traits: AttentionTraits, attention: Attention, batches: list[PairedBatch], settings: Settings
 ) -> tuple[list[View], dict[str, Tensor]]:
     """The teacher's layer over every batch, and the statistics of the batches that are fitted."""
     views, sums = [], dict[str, Tensor]()
     for number, batch in enumerate(batches):
-        watched = watch(place.block, batch.teacher, batch.calls[place.index], (place.path("q"), place.path("o")))
-        rows = sample_rows(batch.tokens, settings.rows, place.index, number, batch.teacher.device)
+        watched = watch(pair.block, batch.teacher, batch.calls[pair.index], (pair.path("q"), pair.path("o")))
+        rows = sample_rows(batch.tokens, settings.rows, pair.index, number, batch.teacher.device)
         if not batch.held:
             add(sums, observe(watched.seen, traits, rows))
-        given, output = watched.taps[place.path("o")][1], watched.output
+        attended, output = watched.taps[pair.path("o")][1], watched.output
         assert output is not None
-        weight = token_weights(batch.middle(given, traits.residual), 2.0)
-        targets = [_target(watched.seen, some.at, some.keys, attention, weight, settings) for some in rows]
+        weight = token_weights(batch.middle(attended, traits.residual), 2.0)
+        targets = [_target(watched.seen, sampled.at, sampled.keys, attention, weight, settings) for sampled in rows]
         shared = watched.seen.v.transpose(1, 2)
-        views.append(View(watched.taps[place.path("q")][0], given, output, shared, watched.seen.scaling, targets))
+        views.append(View(watched.taps[pair.path("q")][0], attended, output, shared, watched.seen.scaling, targets))
     return views, sums
 
 

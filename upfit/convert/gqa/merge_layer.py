@@ -15,7 +15,7 @@ CUTS = (0.4, 0.5, 0.6, 0.75, 1.0)  # shares of the rotated pairs, from the faste
 
 
 def merge_layer(
-    traits: AttentionTraits, attention: Attention, sums: dict[str, Tensor], kv_heads: int, told: LayerRecord
+    traits: AttentionTraits, attention: Attention, sums: dict[str, Tensor], kv_heads: int, record: LayerRecord
 ) -> dict[int, Merged]:
     """The closed-form merges, one for each cut of slow pairs that is to be tried; all share their values and outputs."""
     assert attention.q is not None and attention.k is not None and attention.v is not None and attention.o is not None
@@ -26,7 +26,7 @@ def merge_layer(
     count, heads = k.shape[0], o.shape[1]
     pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
     groups = choose_groups(traits, sums, o, count, kv_heads)
-    told.groups = groups
+    record.groups = groups
     per = heads // count
     order = [h for group in groups for j in group for h in range(j * per, (j + 1) * per)]
     new_v, downs, new_o = [], [], o[:, order].clone()
@@ -40,12 +40,12 @@ def merge_layer(
         joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
         owners = torch.arange(len(group)).repeat_interleave(per)
         outputs = new_o[:, r * size : (r + 1) * size].transpose(0, 1)
-        found = closed_form.merge_values(
+        merged = closed_form.merge_values(
             sums["values"][joint][:, joint], closed_form.output_metric(outputs, owners, len(group)), width
         )
-        downs.append(found.values)
-        new_v.append(found.values @ v[group].flatten(0, 1))
-        new_o[:, r * size : (r + 1) * size] = torch.einsum("hev,hvw->ehw", outputs, found.outputs[owners])
+        downs.append(merged.values)
+        new_v.append(merged.values @ v[group].flatten(0, 1))
+        new_o[:, r * size : (r + 1) * size] = torch.einsum("hev,hvw->ehw", outputs, merged.outputs[owners])
     told_cuts = _cuts(traits)
     result = {}
     for cut in told_cuts:
@@ -68,7 +68,7 @@ def choose_groups(
         return [list(range(r * size, (r + 1) * size)) for r in range(kv_heads)]
     pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
     owned = [range(j * heads // count, (j + 1) * heads // count) for j in range(count)]
-    metric = torch.stack([closed_form.output_gram(outputs, some) for some in owned])
+    metric = torch.stack([closed_form.output_gram(outputs, group) for group in owned])
     return partition(pair_costs(traits, pairs, sums.get("queries"), sums.get("values"), metric), kv_heads)
 
 
@@ -94,10 +94,10 @@ def _merge_keys(
         heads = [h for j in group for h in range(j * per, (j + 1) * per)]
         owners = torch.arange(len(group)).repeat_interleave(per)
         joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
-        some = pairs[heads][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(heads), 0, 1, 1)
-        found = closed_form.merge_keys(traits, sums["keys"][joint][:, joint], some, sums["queries"][heads], owners, cut)
-        new_k.append(found.keys @ k[group][:, order].flatten(0, 1))
-        new_q.append(found.queries @ q[heads][:, order])
+        group_pairs = pairs[heads][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(heads), 0, 1, 1)
+        merged = closed_form.merge_keys(traits, sums["keys"][joint][:, joint], group_pairs, sums["queries"][heads], owners, cut)
+        new_k.append(merged.keys @ k[group][:, order].flatten(0, 1))
+        new_q.append(merged.queries @ q[heads][:, order])
     return torch.cat(new_q), torch.stack(new_k)
 
 
@@ -110,8 +110,8 @@ def _rows_of(view: View, traits: AttentionTraits, merged: Merged, attention: Att
             weights = target.weights[:, merged.heads[r * size : (r + 1) * size]]
             mixed.append(weights @ view.values[:, None, : target.keys, group].flatten(3))  # [B, n, R, g·V]
         parts.append(torch.stack(mixed, 1).permute(0, 3, 1, 2, 4).flatten(0, 1))
-        given = view.given[:, target.at]
-        targets.append((given if attention.o_bias is None else given - attention.o_bias).flatten(0, 1))
+        attended = view.attended[:, target.at]
+        targets.append((attended if attention.o_bias is None else attended - attention.o_bias).flatten(0, 1))
         tokens.append(weight[:, target.at].flatten())
     return fit_values.Mixed(torch.cat(parts), torch.cat(targets), torch.cat(tokens))
 
@@ -127,12 +127,14 @@ def refine(
     """Better shared values and outputs for what the teacher's attention gives out, on sampled rows."""
 
     def rows(held: bool) -> fit_values.Mixed:
-        some = []
+        mixed = []
         for view, batch in zip(views, batches, strict=True):
             if batch.held == held:
-                weight = token_weights(batch.middle(view.given, traits.residual), settings.token_power)
-                some.append(_rows_of(view, traits, merged, attention, weight))
-        return fit_values.Mixed(*(torch.cat([getattr(one, name) for one in some]) for name in ("values", "target", "weight")))
+                weight = token_weights(batch.middle(view.attended, traits.residual), settings.token_power)
+                mixed.append(_rows_of(view, traits, merged, attention, weight))
+        return fit_values.Mixed(
+            *(torch.cat([getattr(rows_mixed, name) for rows_mixed in mixed]) for name in ("values", "target", "weight"))
+        )
 
     assert attention.v is not None
     stacked = with_bias(attention.v, attention.v_bias)

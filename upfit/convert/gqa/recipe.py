@@ -64,9 +64,9 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
         return _repeated(architecture, options.kv_heads)
     changed = [layer for layer in architecture.layers if layer.geometry.kv_heads > options.kv_heads]
     notes = []
-    kept = len(architecture.layers) - len(changed)
-    if changed and kept:
-        notes.append(f"{kept} layers already have {options.kv_heads} key/value heads or fewer and stay as they are")
+    unchanged = len(architecture.layers) - len(changed)
+    if changed and unchanged:
+        notes.append(f"{unchanged} layers already have {options.kv_heads} key/value heads or fewer and stay as they are")
     config = architecture.with_kv_heads(options.kv_heads)
     method = "mean" if options.method == "auto" else options.method
     aligned = options.method in ("auto", "aligned")

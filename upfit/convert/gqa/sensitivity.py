@@ -30,12 +30,12 @@ def predict(context: "FitContext", choice: Choice) -> dict[str, Any]:
     token takes in the layer's cache. Raises Opaque when the model cannot be run on text."""
     architecture = context.architecture
     counts = architecture.allowed_kv_heads()
-    kept = statistics_for(context, choice)
+    statistics = statistics_for(context, choice)
     layers = {layer.path: layer for layer in architecture.layers}
     rows = []
-    if kept is not None:
-        found = [(path, kept.layer(path)) for path in layers]
-        rows = [_row(context, layers[path], one, counts) for path, one in found]
+    if statistics is not None:
+        stored = [(path, statistics.layer(path)) for path in layers]
+        rows = [_row(context, layers[path], known, counts) for path, known in stored]
     else:
         sample = sample_for(
             context.folder, context.checkpoint, choice.calibration, choice.tokens, choice.length, context.output
@@ -89,11 +89,11 @@ def _errors(
             width = layer.geometry.head_dim
             joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
             pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
-            some = pairs[own][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(own), 0, 1, 1)
+            group_pairs = pairs[own][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(own), 0, 1, 1)
             keys, queries = sums["keys"][joint][:, joint], sums["queries"][own]
-            merged = closed_form.merge_keys(traits, keys, some, queries, owners, round(CUT * traits.pairs))
-            one, all_of_it = closed_form.key_error(traits, merged, keys, queries, owners)
-            lost["keys"] += one
+            merged = closed_form.merge_keys(traits, keys, group_pairs, queries, owners, round(CUT * traits.pairs))
+            part_lost, all_of_it = closed_form.key_error(traits, merged, keys, queries, owners)
+            lost["keys"] += part_lost
             total["keys"] += all_of_it
         if traits.values:
             width = layer.geometry.v_head_dim
@@ -112,10 +112,12 @@ def totals(counts: list[int], layers: list[dict[str, Any]]) -> list[dict[str, An
     layer that has fewer heads stays as it is)."""
     rows = []
     for count in counts:
-        some = [max((c for c in layer["choices"] if c["kv_heads"] <= count), key=lambda c: c["kv_heads"]) for layer in layers]
-        row: dict[str, Any] = {"kv_heads": count, "kv_bytes_per_token": sum(choice["kv_bytes_per_token"] for choice in some)}
+        choices = [
+            max((c for c in layer["choices"] if c["kv_heads"] <= count), key=lambda c: c["kv_heads"]) for layer in layers
+        ]
+        row: dict[str, Any] = {"kv_heads": count, "kv_bytes_per_token": sum(choice["kv_bytes_per_token"] for choice in choices)}
         for name in ("attention_error", "output_error"):
-            values = [choice[name] for choice in some if choice[name] is not None]
+            values = [choice[name] for choice in choices if choice[name] is not None]
             row[name] = sum(values) / len(values) if values else None
             row[f"largest_{name}"] = max(values) if values else None
         rows.append(row)

@@ -60,13 +60,13 @@ def test_scores_matter_where_values_differ() -> None:
     v, outputs = drawn(1, kv_heads, tokens, width), drawn(hidden, heads, width, seed=1)
     weights = drawn(1, heads, 2, tokens, seed=2).softmax(-1)
     seen = Seen(nn.Identity(), drawn(1, heads, tokens, width), v, v, None, 1.0, None, None, v)
-    found = _spread(seen, weights, tokens, outputs)
+    spread = _spread(seen, weights, tokens, outputs)
     for h in range(heads):
-        given = v[0, h // 2] @ outputs[:, h].T  # [tokens, hidden]
+        outs = v[0, h // 2] @ outputs[:, h].T  # [tokens, hidden]
         for row in range(2):
             p = weights[0, h, row]
-            wanted = (p * (given - p @ given).square().sum(1)).sum()
-            torch.testing.assert_close(found[0, h, row, 0], wanted)
+            wanted = (p * (outs - p @ outs).square().sum(1)).sum()
+            torch.testing.assert_close(spread[0, h, row, 0], wanted)
     same = Seen(nn.Identity(), seen.q, v, v[:, :, :1].expand_as(v), None, 1.0, None, None, v)
     assert float(_spread(same, weights, tokens, outputs).max()) < 1e-12
 

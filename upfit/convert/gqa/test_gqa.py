@@ -22,8 +22,8 @@ QUIET = Output(quiet=True)
 
 
 def run(recipe: str, source: Path, out: Path, **options: object) -> dict:
-    found = get_recipe(recipe)
-    return convert(found, str(source), out, found.options(**{"method": "mean", **options}), Settings(), QUIET)
+    chosen = get_recipe(recipe)
+    return convert(chosen, str(source), out, chosen.options(**{"method": "mean", **options}), Settings(), QUIET)
 
 
 def test_mean_is_the_papers() -> None:
@@ -116,8 +116,8 @@ def test_a_config_without_the_key_gets_it(tmp_path: Path) -> None:
 )
 def test_more_heads_compute_the_same(model_type: str, changes: dict, tmp_path: Path) -> None:
     """Back to multi-head attention: biases, a norm over all heads, fused, a norm for each head, a flag instead of a count."""
-    given = changes if "multi_query" in changes else {"num_key_value_heads": 2, **changes}
-    model = tiny_model(model_type, **given)
+    settings = changes if "multi_query" in changes else {"num_key_value_heads": 2, **changes}
+    model = tiny_model(model_type, **settings)
     model.save_pretrained(tmp_path / "source")
     answer = run("gqa", tmp_path / "source", tmp_path / "out", kv_heads=4)
     assert answer["kv_heads"][1] == 4 and answer["verify"]["max_difference"] < 1e-5
