@@ -27,24 +27,24 @@ def parse(text: str) -> list[tuple[Path, Fraction]]:
     whole = Path(text).expanduser()
     if "=" not in text or whole.is_dir():
         return [(whole.resolve(), Fraction(1))]
-    found: list[tuple[Path, Fraction]] = []
+    weighted: list[tuple[Path, Fraction]] = []
     rest = ""
     for piece in text.split(","):  # a folder's name may hold "," and "=" too
         rest = f"{rest},{piece}" if rest else piece
         name, _, weight = rest.rpartition("=")
         if WEIGHT.fullmatch(weight) and Path(name).expanduser().is_dir():
-            found.append((Path(name).expanduser().resolve(), Fraction(weight)))
+            weighted.append((Path(name).expanduser().resolve(), Fraction(weight)))
             rest = ""
     if rest:
         raise UpfitError(_trouble(rest.split(",")[0], text))
-    twice = [folder for folder, count in Counter(folder for folder, _ in found).items() if count > 1]
+    twice = [folder for folder, count in Counter(folder for folder, _ in weighted).items() if count > 1]
     if twice:
         raise UpfitError(f"{text} names {twice[0]} twice; add up its weights")
-    if zero := [folder for folder, weight in found if not weight]:
+    if zero := [folder for folder, weight in weighted if not weight]:
         raise UpfitError(f"{text} gives {zero[0]} the weight 0; give a number above 0, or leave the folder out")
-    if sum(whole_weights([weight for _, weight in found])) > MOST_ROWS:
+    if sum(whole_weights([weight for _, weight in weighted])) > MOST_ROWS:
         raise UpfitError(f"the weights in {text} have too many digits; round them to five, such as 0.33333")
-    return found
+    return weighted
 
 
 def _trouble(piece: str, text: str) -> str:
@@ -71,8 +71,8 @@ class Sources:
     @classmethod
     def open(cls, text: str) -> "Sources":
         """Raises UpfitError for what `parse` and Shards do not take."""
-        told = parse(text)
-        return cls([Shards(folder) for folder, _ in told], [weight for _, weight in told])
+        weighted = parse(text)
+        return cls([Shards(folder) for folder, _ in weighted], [weight for _, weight in weighted])
 
     @property
     def names(self) -> list[str]:

@@ -77,19 +77,19 @@ def fingerprint(folder: Path) -> str:
 
 def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, traits: ModelTraits) -> Tensor:
     """Last hidden states [B, T, H]. Three things keep packed documents apart: positions, no mask, no cache."""
-    given = {POSITIONS: positions} if traits.takes_positions else {}
-    return model.base_model(input_ids=ids, use_cache=False, **given).last_hidden_state
+    extra = {POSITIONS: positions} if traits.takes_positions else {}
+    return model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state
 
 
 def full_logits(
     model: PreTrainedModel, ids: Tensor, positions: Tensor, traits: ModelTraits, places: Tensor | None = None
 ) -> Tensor:
     """The model's own logits [B, T, V], or [B, P, V] at the `places` [P] of every row."""
-    given = {POSITIONS: positions} if traits.takes_positions else {}
+    extra = {POSITIONS: positions} if traits.takes_positions else {}
     if places is not None and takes(model.forward, LOGITS_TO_KEEP):
-        given[LOGITS_TO_KEEP] = places
-        return model(input_ids=ids, use_cache=False, **given).logits
-    logits = model(input_ids=ids, use_cache=False, **given).logits
+        extra[LOGITS_TO_KEEP] = places
+        return model(input_ids=ids, use_cache=False, **extra).logits
+    logits = model(input_ids=ids, use_cache=False, **extra).logits
     return logits if places is None else logits[:, places]
 
 

@@ -67,9 +67,9 @@ def pack_all(
     autocast = None if dtype == torch.float32 else dtype
     models_and_traits = [(student, traits), *([pair] if pair else [])]
     implementations = [model.config._attn_implementation for model, _ in models_and_traits]
-    found = [seen for seen in (model_traits.pack(model, known, autocast) for model, known in models_and_traits) if seen]
-    if len(found) == len(models_and_traits):
-        return found[0], (pair[0], found[1]) if pair else None
+    packings = [seen for seen in (model_traits.pack(model, known, autocast) for model, known in models_and_traits) if seen]
+    if len(packings) == len(models_and_traits):
+        return packings[0], (pair[0], packings[1]) if pair else None
     for (model, _), implementation in zip(models_and_traits, implementations, strict=True):
         model.set_attn_implementation(implementation)
     return traits, pair

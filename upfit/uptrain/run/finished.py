@@ -75,7 +75,7 @@ def _learned(entries: list[dict[str, Any]], source: Source) -> bool:
     still are, where they still are."""
     known = [entry.get("fingerprints") or {} for entry in entries]
     places = [(entry.get("teacher") or {}).get("path") for entry in entries]
-    teachers = [(told.get("teacher"), Path(place)) for told, place in zip(known, places, strict=True) if place]
+    teachers = [(prints.get("teacher"), Path(place)) for prints, place in zip(known, places, strict=True) if place]
     if known[0].get("model") != fingerprint(source.path):
         return False
-    return all(fingerprint(place) == told for told, place in teachers if place.is_dir())
+    return all(fingerprint(place) == expected for expected, place in teachers if place.is_dir())

@@ -115,12 +115,12 @@ def kept_bytes(distiller: Distiller, longest: int) -> float:
 def _kept(distiller: Distiller, length: int) -> int:
     """Bytes kept for one row of `length` tokens; parameters are there anyway."""
     known = {tensor.untyped_storage().data_ptr() for tensor in distiller.parameters()}
-    found: dict[int, int] = {}
+    storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
+            storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     device = next(distiller.parameters()).device
@@ -130,7 +130,7 @@ def _kept(distiller: Distiller, length: int) -> int:
     labels[:, -SUPERVISED:] = ids[:, -SUPERVISED:]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         distiller(ids, torch.arange(length, device=device)[None], labels)  # the graph goes with the result
-    return sum(found.values())
+    return sum(storages.values())
 
 
 def free_bytes(device: torch.device) -> int:
