@@ -107,7 +107,7 @@ class Sources:
         least one. Raises UpfitError when a source has fewer rows than a step takes of it."""
         weights = whole_weights(self.weights)
         total = sum(weights)
-        found: list[TextRows] = []
+        each: list[TextRows] = []
         for number, (shards, weight) in enumerate(zip(self.shards, weights, strict=True)):
             held = -(-holdout * weight // total)
             rows = TextRows(shards, length, held, seed, document_mask, number)
@@ -117,7 +117,7 @@ class Sources:
                     f"{shards.folder} has {len(rows.training)} rows of {length} tokens to train on, "
                     f"a step takes {needed}; add text or lower --batch-tokens"
                 )
-            found.append(rows)
-        if len(found) == 1:
-            return found[0]
-        return InterleavedRows(dict(zip(self.names, found, strict=True)), weights)
+            each.append(rows)
+        if len(each) == 1:
+            return each[0]
+        return InterleavedRows(dict(zip(self.names, each, strict=True)), weights)
