@@ -71,8 +71,8 @@ def as_flags(settings: Any) -> list[str]:
         if isinstance(value, bool):
             words.append(flag(field.name) if value else flag(f"no_{field.name}"))
         else:
-            for one in value if isinstance(value, list | tuple) else [value]:
-                words += [flag(field.name), str(one)]
+            for item in value if isinstance(value, list | tuple) else [value]:
+                words += [flag(field.name), str(item)]
     return words
 
 

@@ -28,12 +28,12 @@ def to_json(value: Any) -> str:
     """JSON to read: one thing a line, but a list of numbers, such as a row of a map, on one line."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # half a surrogate is no UTF-8, its escape is JSON
-    return NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    return NUMBERS.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text)
 
 
 def printable(text: str) -> str:
     """`text` with what a terminal would obey spelled out."""
-    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+    return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 class Meter:
