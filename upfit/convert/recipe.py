@@ -38,10 +38,10 @@ class FitContext:
 class Fit:
     """A plan that has to be found by running the model on text.
 
-    `outline` tells what will be written: names, shapes and the config; its rules run on meta tensors alone. `run(bench)` gives
-    the plan to be written. `fallback(why)` gives the plan for a model that cannot be watched on text; None:
-    that is an error. `otherwise` is a setting that needs no text, as words of a command line. `preview(bench)` tells, for a dry
-    run, what calibration predicts, as tables that JSON can hold; None where nothing can be predicted.
+    `outline` tells what will be written: names, shapes and the config; its rules run on meta tensors alone. `run(context)`
+    gives the plan to be written. `fallback(why)` gives the plan for a model that cannot be watched on text; None: that is an
+    error. `otherwise` is a setting that needs no text, as words of a command line. `preview(context)` tells, for a dry run,
+    what calibration predicts, as tables that JSON can hold; None where nothing can be predicted.
     """
 
     outline: Plan
