@@ -38,10 +38,11 @@ class Bench:
 class Fit:
     """A plan that has to be found by running the model on text.
 
-    `outline` tells what will be written: names, shapes and the config; its rules run on meta tensors alone. `run(bench)` gives
-    the plan to be written. `fallback(why)` gives the plan for a model that cannot be watched on text; None:
-    that is an error. `otherwise` is a setting that needs no text, as words of a command line. `preview(bench)` tells, for a dry
-    run, what calibration predicts, as tables that JSON can hold; None where nothing can be predicted.
+    `outline` tells what will be written: names, shapes and the config; its rules run on meta tensors alone. `run(bench)` returns
+    the plan to be written. `fallback(why)` returns the plan for a model that cannot be watched on text; None: that is an error.
+    `otherwise` is a setting that needs no text, as words of a command line. `preview(bench)` predicts, for a dry run, what each
+    number of key/value heads would cost. Its keys: `kv_heads`, the numbers; `layers`, with `choices` for each of them; `totals`.
+    A choice or total has `kv_heads`, `attention_error` and `output_error`; None in place of all where nothing can be predicted.
     """
 
     outline: Plan
