@@ -1,10 +1,12 @@
 """The documentation tells the truth: its commands run, its pages exist, its flags are the program's."""
 
+import json
 import re
 import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +45,47 @@ def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
     python_version = re.findall(r"Python (3\.\d+)'s library", tutorial)
     if python_version == ["{}.{}".format(*sys.version_info)]:
         assert sum(told, ()) == pytest.approx(sum(measured, ()), abs=WORTH_TELLING)
+
+
+def run_all(pieces: list[str]) -> dict[str, Any]:
+    """Run pieces of Python one after the other, in one namespace; which is returned."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, piece in enumerate(pieces):
+        exec(compile(piece, f"piece {number}", "exec"), names)
+    return names
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the steps of the tutorial, and uptraining wins."""
+    monkeypatch.chdir(tmp_path)
+    names = run_all(notebook())
+    lost, won, left = (names[name].difference.nats_per_token for name in ("lost", "won", "left"))
+    assert left.mean < lost.mean and won.high < 0, "it is better than it was, and not by chance"
+
+
+def notebook() -> list[str]:
+    """The code of the tutorial's notebook, a cell each."""
+    content = json.loads((ROOT / "examples" / "tutorial.ipynb").read_text(encoding="utf-8"))
+    assert (content["nbformat"], content["nbformat_minor"]) == (4, 5) and len({cell["id"] for cell in content["cells"]}) > 1
+    cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), "what a machine answered is not kept"
+    return ["".join(cell["source"]) for cell in cells]
+
+
+def test_the_notebook_takes_the_steps_of_the_tutorial() -> None:
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    commands = re.findall(r"(?m)^upfit (\w+)", "".join(re.findall(r"```bash\n(.*?)```", tutorial, re.DOTALL)))
+    assert re.findall(r"api\.(\w+)\(", "\n".join(notebook())) == ["describe" if name == "show" else name for name in commands]
+
+
+def test_the_page_of_functions_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    run_all(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    from upfit import api
+
+    assert set(re.findall(r"(?m)^\| `(\w+)\(", page)) == set(api.__all__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -86,6 +129,12 @@ def test_every_verb_has_its_goal() -> None:
         flags = {word for word in words if word.startswith("--")}
         asked = words[:2] if words[0] == "convert" else words[:1]
         assert not flags or flags <= set(re.findall(r"--[a-z][a-z-]+", help_of(*asked))), words
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    from scripts.write_settings_page import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page()
 
 
 def test_every_verb_has_a_page() -> None:

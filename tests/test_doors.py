@@ -15,7 +15,7 @@ import pytest
 from upfit.convert.recipe import find_recipes
 
 PACKAGE = Path(__file__).parent.parent / "upfit"
-GROUND = {"errors", "bounded", "durable", "portable", "addresses", "model_files", "output", "provenance", "options"}
+GROUND = {"errors", "bounded", "durable", "portable", "addresses", "model_files", "output", "provenance", "options", "results"}
 GROUND |= {"environment", ""}
 MODEL = {"text", "modeling", "checkpoint", "architecture"}
 ROOMS = {  # what a room may import beside the ground and itself
@@ -60,7 +60,7 @@ def test_imports_go_one_way(name: str) -> None:
         assert rooms <= GROUND | ROOMS[room(name)]
     elif name == "upfit":
         assert rooms <= {"modeling"}  # whose model types it makes known
-    elif room(name) not in ("cli", "__main__"):
+    elif room(name) not in ("api", "cli", "__main__"):
         assert rooms <= GROUND
 
 
@@ -71,7 +71,13 @@ def test_of_calibration_evaluate_sees_what_observes_alone() -> None:
 
 def test_of_convert_what_shows_results_sees_what_describes_them_alone() -> None:
     seen = {o for name in FILES if room(name) in ("report", "publish") for o in GRAPH.find_modules_directly_imported_by(name)}
-    assert {name for name in seen if room(name) == "convert"} <= {"upfit.convert.describe", "upfit.convert.recipe"}
+    assert {name for name in seen if room(name) == "convert"} <= {
+        f"upfit.convert.{name}" for name in ("describe", "recipe", "result")
+    }
+
+
+def test_nothing_but_the_command_line_imports_the_api() -> None:
+    assert {room(name) for name in GRAPH.find_modules_that_directly_import("upfit.api")} == {"cli"}
 
 
 def test_no_attention_imports_another() -> None:

@@ -174,10 +174,12 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(Distiller, "forward", forward)
 
 
-def test_the_rates_of_a_run_are_those_that_its_flags_say(shop: Workshop, tmp_path: Path) -> None:
+def test_the_rates_of_a_run_are_those_that_its_flags_and_its_file_say(shop: Workshop, tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("holdout = 4\nlearning_rate = 1.0\nwarmup = 0.5\ndecay = 0.3\nmin_rate = 0.5\n")
     words = ["uptrain", str(shop.student), str(shop.data), str(tmp_path / "out"), "--tokens", "1280", "--length", "32"]
-    words += ["--batch-tokens", "128", "--holdout", "4", "--stages", "distill", "--learning-rate", "0.01", "-q"]
-    done = CliRunner().invoke(app, [*words, "--warmup", "0.5", "--decay", "0.3", "--min-rate", "0.5"])
+    words += ["--batch-tokens", "128", "--stages", "distill", "--learning-rate", "0.01", "-q", "--config", str(file)]
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.stderr
     rising, falling = [0.002, 0.004, 0.006, 0.008, 0.01], [0.005 + 0.005 * (1 - (step / 4) ** 0.5) for step in (1, 2, 3)]
     assert [line["lr"] for line in metrics(tmp_path / "out")] == pytest.approx([*rising, 0.01, 0.01, *falling])

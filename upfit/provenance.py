@@ -42,13 +42,13 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ def patterns(folder: Path) -> set[str]:
     """The patterns of questions that uptraining on long contexts has taught the model in this folder."""
     with shaped(not_ours(folder / FILE)):
         data = [entry.get("data") or {} for entry in read(folder) if entry["verb"] == "uptrain"]
-        return {str(name) for some in data for name in some.get("patterns", ())}
+        return {str(name) for item in data for name in item.get("patterns", ())}
 
 
 def method_ran(entry: dict[str, Any]) -> str | None:

@@ -72,5 +72,5 @@ def augmented(inputs: Tensor, width: int) -> Tensor:
 def ridge_linear(sums: dict[bool, Moments], module: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """The ridge solution for a Linear, drawn to what it holds: weight and bias. `sums[True]` are of held-back rows."""
     prior = module.weight if module.bias is None else torch.cat([module.weight, module.bias[:, None]], 1)
-    found, _ = ridge(sums[False], sums[True], prior, RIDGES)
-    return (found, None) if module.bias is None else (found[:, :-1], found[:, -1])
+    solution, _ = ridge(sums[False], sums[True], prior, RIDGES)
+    return (solution, None) if module.bias is None else (solution[:, :-1], solution[:, -1])

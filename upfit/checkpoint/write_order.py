@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from upfit.checkpoint import copy_bytes
-from upfit.checkpoint.copy_bytes import Mover, Piece, Run, write_all
+from upfit.checkpoint.copy_bytes import ByteCopier, ByteRange, CopiedRange, write_all
 from upfit.checkpoint.disk_errors import naming
 from upfit.checkpoint.execute import compute, finish
-from upfit.checkpoint.finished_shards import Journal
+from upfit.checkpoint.finished_shards import FinishedShards
 from upfit.checkpoint.reader import Checkpoint
 
 if TYPE_CHECKING:
@@ -29,30 +29,30 @@ if TYPE_CHECKING:
     from upfit.checkpoint.shard import Shard
 
 
-class Depot(Protocol):
+class SourceFiles(Protocol):
     """Source files that are downloaded when they are needed."""
 
-    def bring(self, path: Path) -> None: ...
-    def drop(self, path: Path) -> None: ...
+    def fetch(self, path: Path) -> None: ...
+    def release(self, path: Path) -> None: ...
 
 
 @dataclass
-class Target:
+class OpenShard:
     """A shard that is being written: `left` counts the bytes that are still missing."""
 
     shard: "Shard"
     path: Path
     descriptor: int
-    journal: Journal | None
+    journal: FinishedShards | None
     left: int
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def put(self, data: bytes | memoryview, place: int) -> None:
         with naming(self.path):
             write_all(self.descriptor, data, place)
-        self.stands(Piece(place, len(data), zlib.crc32(data)))
+        self.stands(CopiedRange(place, len(data), zlib.crc32(data)))
 
-    def stands(self, piece: Piece) -> None:
+    def stands(self, piece: CopiedRange) -> None:
         with self.lock:
             self.shard.pieces.append(piece)
             self.left -= piece.nbytes
@@ -64,21 +64,21 @@ class Target:
 
 
 @dataclass
-class Stage:
+class FileStep:
     """What is done while one file of the source is read: its untouched runs, rules whose last tensors it has, and casts.
     `files` are all source files that have to be here, `done` those that nothing needs any more afterwards."""
 
     file: Path
-    runs: list[tuple[Target, Run]] = field(default_factory=list)
+    runs: list[tuple[OpenShard, ByteRange]] = field(default_factory=list)
     rules: list["Rule"] = field(default_factory=list)
     casts: list["Planned"] = field(default_factory=list)
     files: set[Path] = field(default_factory=set)
     done: set[Path] = field(default_factory=set)
 
 
-def stages(targets: list[Target], rules: Sequence["Rule"], checkpoint: Checkpoint) -> list[Stage]:
+def file_steps(targets: list[OpenShard], rules: Sequence["Rule"], checkpoint: Checkpoint) -> list[FileStep]:
     """The work, in the order of the source's files; files that nothing is wanted of have no stage."""
-    staged = {file: Stage(file) for file in checkpoint.files}
+    staged = {file: FileStep(file) for file in checkpoint.files}
     order = {file: index for index, file in enumerate(checkpoint.files)}
     wanted = {item.name for target in targets for item in target.shard.items}
     for target in targets:
@@ -94,36 +94,36 @@ def stages(targets: list[Target], rules: Sequence["Rule"], checkpoint: Checkpoin
             stage = staged[max(files, key=order.__getitem__, default=checkpoint.files[0])]
             stage.rules.append(rule)
             stage.files |= files
-    found = [stage for stage in staged.values() if stage.runs or stage.rules or stage.casts]
-    last: dict[Path, Stage] = {}
-    for stage in found:
+    steps = [stage for stage in staged.values() if stage.runs or stage.rules or stage.casts]
+    last: dict[Path, FileStep] = {}
+    for stage in steps:
         stage.files |= {stage.file} if stage.runs or stage.casts else set()
         last |= dict.fromkeys(stage.files, stage)
     for file, stage in last.items():
         stage.done.add(file)
-    return found
+    return steps
 
 
-def _runs(shard: "Shard", checkpoint: Checkpoint) -> Iterable[Run]:
+def _runs(shard: "Shard", checkpoint: Checkpoint) -> Iterable[ByteRange]:
     """Untouched tensors as runs of bytes, neighbours joined."""
-    run: Run | None = None
+    run: ByteRange | None = None
     for item in [item for item in shard.items if item.untouched]:
         info, place = checkpoint.info(item.source), shard.offsets[item.name]
         if run and (run.file, run.start + run.nbytes, run.place + run.nbytes) == (info.file, info.start, place):
-            run = Run(run.file, run.start, run.nbytes + info.nbytes, run.place)
+            run = ByteRange(run.file, run.start, run.nbytes + info.nbytes, run.place)
             continue
         if run:
             yield run
-        run = Run(info.file, info.start, info.nbytes, place)
+        run = ByteRange(info.file, info.start, info.nbytes, place)
     if run:
         yield run
 
 
-class Work:
+class ShardWriter:
     """Does stages: one thread moves bytes while the other computes; they write to different places of the same files."""
 
     def __init__(
-        self, shards: list["Shard"], targets: list[Target], checkpoint: Checkpoint, advance: Callable[[int], None]
+        self, shards: list["Shard"], targets: list[OpenShard], checkpoint: Checkpoint, advance: Callable[[int], None]
     ) -> None:
         self.checkpoint, self.advance = checkpoint, advance
         self.ways = list(copy_bytes.WAYS)
@@ -131,11 +131,11 @@ class Work:
         self.places = {item.name: (target, item) for target in targets for item in target.shard.items}
         self.stopped = threading.Event()
 
-    def run(self, stage: Stage, depot: Depot | None) -> None:
-        if depot:  # what is checked later must be known by itself: the source's bytes will be gone
+    def run(self, stage: FileStep, source_files: SourceFiles | None) -> None:
+        if source_files:  # what is checked later must be known by itself: the source's bytes will be gone
             self.ways = [way for way in self.ways if way in copy_bytes.SEEN]
             for file in sorted(stage.files):
-                depot.bring(file)
+                source_files.fetch(file)
         with ThreadPoolExecutor(max_workers=1) as pool:
             moving = pool.submit(self._move, stage)
             try:
@@ -144,24 +144,24 @@ class Work:
                 self.stopped.set()
                 raise
             moving.result()
-        if depot:
+        if source_files:
             for file in stage.done:
-                depot.drop(file)
+                source_files.release(file)
 
-    def _move(self, stage: Stage) -> None:
-        def tell(target: Target, piece: Piece) -> None:
+    def _move(self, stage: FileStep) -> None:
+        def tell(target: OpenShard, piece: CopiedRange) -> None:
             if self.stopped.is_set():
                 raise InterruptedError("the other half of the work has failed")
             target.stands(piece)
             self.advance(piece.nbytes)
 
-        with Mover(self.ways) as mover:
+        with ByteCopier(self.ways) as copier:
             for target, run in stage.runs:
                 source = self.checkpoint.descriptor(run.file)
                 with naming(target.path):
-                    mover.move(source, target.descriptor, run, functools.partial(tell, target))
+                    copier.move(source, target.descriptor, run, functools.partial(tell, target))
 
-    def _compute(self, stage: Stage) -> None:
+    def _compute(self, stage: FileStep) -> None:
         """Run each rule once, one after the other, and put its results where they belong; then what is only cast."""
         for rule in stage.rules:
             for name, tensor in compute(rule, self.checkpoint, self.planned).items():

@@ -23,7 +23,7 @@ MERGE = "merge"  # the name of recipes that go back to a stock class
 
 
 @dataclass(frozen=True)
-class Bench:
+class FitContext:
     """Where a fit works: the opened source, and `scratch`, a folder of its own for tensors that the rules of its plan will read
     and for what it goes on from after it was stopped; there may be none yet."""
 
@@ -48,9 +48,9 @@ class Fit:
     """
 
     outline: Plan
-    run: "Callable[[Bench], Plan]"
+    run: "Callable[[FitContext], Plan]"
     fallback: Callable[[str], Plan] | None = None
-    preview: "Callable[[Bench], dict[str, Any]] | None" = None
+    preview: "Callable[[FitContext], dict[str, Any]] | None" = None
     otherwise: str = ""
 
 
@@ -83,9 +83,9 @@ class NoOptions:
     """The options of a recipe that has none."""
 
 
-def outline_of(made: Plan | Fit) -> Plan:
+def outline_of(plan: Plan | Fit) -> Plan:
     """What will be written, as far as it is known without running the model."""
-    return made.outline if isinstance(made, Fit) else made
+    return plan.outline if isinstance(plan, Fit) else plan
 
 
 def possible(plan: "Callable[[Architecture, Any], Plan | Fit]", architecture: "Architecture", options: Any) -> bool:
@@ -101,12 +101,12 @@ def find_recipes() -> dict[str, Recipe]:
     """Every recipe, by name: the `RECIPES` in the `recipe` module of each sub-package of `upfit.convert`."""
     import upfit.convert as room
 
-    found = {}
+    by_name = {}
     for module in pkgutil.iter_modules(room.__path__):
         if module.ispkg:
             recipes = importlib.import_module(f"{room.__name__}.{module.name}.recipe").RECIPES
-            found.update({recipe.name: recipe for recipe in recipes})
-    return dict(sorted(found.items()))
+            by_name.update({recipe.name: recipe for recipe in recipes})
+    return dict(sorted(by_name.items()))
 
 
 def find_merge(model_type: str) -> Recipe | None:

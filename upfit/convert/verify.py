@@ -117,8 +117,8 @@ def compare(
         raise UpfitError(
             f"{FAILED}: its logits differ from {whose} by {difference:.2g} where this setting promises {what}; please report it"
         )
-    said = f"logits equal {whose} bit for bit" if equal else f"logits differ from {whose} by up to {difference:.2g}"
-    numbers = replace(report, numbers=said, tokens=before.shape[0], equal=equal, max_difference=difference)
+    sentence = f"logits equal {whose} bit for bit" if equal else f"logits differ from {whose} by up to {difference:.2g}"
+    numbers = replace(report, numbers=sentence, tokens=before.shape[0], equal=equal, max_difference=difference)
     if ids is None:
         return numbers
     losses = [_losses(logits, ids) for logits in (before, after)]

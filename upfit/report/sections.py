@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from upfit.convert.describe import as_rows
+from upfit.convert.result import as_rows
 from upfit.output import cache_change, human_bytes, human_count
 from upfit.provenance import method_ran
 from upfit.report import figures

@@ -31,7 +31,7 @@ from upfit.uptrain.run.job import CONFIG_FILE, Job
 from upfit.uptrain.run.loop import measure, train
 from upfit.uptrain.run.run import Run
 from upfit.uptrain.run.setup import check_first, check_places, find_teacher, make_accelerator, set_up
-from upfit.uptrain.run.stage_folders import Place, make_way
+from upfit.uptrain.run.stage_folders import StageFolder, make_way
 from upfit.uptrain.run.state import METRICS
 from upfit.uptrain.stages import Stage, split
 
@@ -83,7 +83,7 @@ def uptrain(
         for number, (stage, folder) in enumerate(zip(stages, opened, strict=True), 1):
             if reports and reports[-1]["stopped"]:
                 break
-            reports.append(one_stage(accelerator, job, stage, folder, Place(out, stages, number), output, stop, work))
+            reports.append(one_stage(accelerator, job, stage, folder, StageFolder(out, stages, number), output, stop, work))
         leave(accelerator)
     return together(reports, len(stages))
 
@@ -115,7 +115,7 @@ def one_stage(
     job: Job,
     stage: Stage,
     data: Data,
-    place: Place,
+    place: StageFolder,
     output: Output,
     stop: threading.Event,
     work: WorkFolder | None,
@@ -135,8 +135,7 @@ def one_stage(
         output.note(f"stage {place.title}")
     teacher = find_teacher(stage, start, data, output)
     check_places(job.out, job.source, data, teacher, stage.config, job.overwrite)
-    run = set_up(stage, start, data, teacher, place, accelerator, output)
-    run.stop = stop
+    run = set_up(stage, start, data, teacher, place, accelerator, output, stop)
     report = carry_out(run, job, data, teacher, place, work)
     if accelerator.is_main_process and not place.last and not report["stopped"]:
         remove_tree(run.workspace.path)
@@ -146,7 +145,9 @@ def one_stage(
     return report
 
 
-def carry_out(run: Run, job: Job, data: Data, teacher: Source | None, place: Place, work: WorkFolder | None) -> dict[str, Any]:
+def carry_out(
+    run: Run, job: Job, data: Data, teacher: Source | None, place: StageFolder, work: WorkFolder | None
+) -> dict[str, Any]:
     """Start or go on, train, measure, and write the stage's folder unless a signal ended the run."""
     start(run, job.resume, job.overwrite)
     if job.config.track is not None and not run.accelerator.trackers:
@@ -177,7 +178,7 @@ def start(run: Run, resume: bool, overwrite: bool) -> None:
     checkpoint = broadcast_object_list(found)[0]
     if checkpoint is None:
         return
-    run.counters = run.saver.restore(checkpoint, run.learner.student, run.optimizer, run.identity)
+    run.progress.counters = run.saver.restore(checkpoint, run.learner.student, run.optimizer, run.identity)
     if run.accelerator.is_main_process:
         run.workspace.truncate_metrics(run.counters.step)
     run.output.note(f"going on from step {run.counters.step} of {run.plan.steps}")
@@ -215,7 +216,7 @@ def write(
     job: Job,
     data: Data,
     teacher: Source | None,
-    place: Place,
+    place: StageFolder,
     report: dict[str, Any],
     work: WorkFolder,
 ) -> None:

@@ -16,7 +16,7 @@ CALIBRATION = ("calibration", "calibration_tokens", "calibration_length")
 class Options:
     """Flags of `upfit convert cope`."""
 
-    positions: int = option(64, help="learned positions; farther keys are all at the last one")
+    positions: int = option(64, at_least=2, help="learned positions; farther keys are all at the last one")
     gates: Literal["content", "keys", "constant"] = option(
         "content",
         help="what a position counts. content: query times key, before rotation; keys: query times a learned key of its own, "
@@ -26,7 +26,7 @@ class Options:
         None, help="tokens after which the last position is reached at first, on average; default: four times --positions"
     )
     embeddings: Literal["shared", "heads"] = option("shared", help="one table of embeddings a layer, or one a head")
-    every: int = option(1, help="contextual positions in every so many-th layer")
+    every: int = option(1, at_least=1, help="contextual positions in every so many-th layer")
     scale: Literal["paper", "code"] = option(
         "paper", help="position logits q·e as in the paper's listing, or divided by √d like content, as in the authors' code"
     )
@@ -53,8 +53,8 @@ def new_tensors(layer: "Layer", options: Options) -> "dict[str, tuple[int, ...]]
     """What a layer gets: names after its stem, and shapes."""
     shape = layer.geometry
     table: tuple[int, ...] = (options.positions, shape.head_dim)
-    told = {"cope_embeddings": table if options.embeddings == "shared" else (shape.heads, *table)}
-    told["cope_gate_bias"] = (shape.heads,)
+    sizes = {"cope_embeddings": table if options.embeddings == "shared" else (shape.heads, *table)}
+    sizes["cope_gate_bias"] = (shape.heads,)
     if options.gates != "constant":
-        told["cope_gate_scale"] = (shape.heads,)
-    return told
+        sizes["cope_gate_scale"] = (shape.heads,)
+    return sizes

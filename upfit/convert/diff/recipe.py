@@ -7,7 +7,7 @@ from upfit.architecture.decoder_check import check_decoder, class_shapes
 from upfit.checkpoint.plan import Plan, Rule, Tensors
 from upfit.convert.diff.family import MODEL_TYPE, doubled, own_config, sinks_rule
 from upfit.convert.diff.merge import plan_merge
-from upfit.convert.recipe import MERGE, Bench, Fit, NoOptions, Recipe, possible
+from upfit.convert.recipe import MERGE, Fit, FitContext, NoOptions, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag, option
 
@@ -35,7 +35,9 @@ class Options:
     lambdas: Literal["token", "head"] = option(
         "token", help="with v2: λ from each token's hidden state, or one a head (which `upfit merge` can fold away)"
     )
-    noise: float = option(0.0, help="with v2: noise on the second query of each pair, in standard deviations; 0 is exact")
+    noise: float = option(
+        0.0, at_least=0, at_most=1, help="with v2: noise on the second query of each pair, in standard deviations; 0 is exact"
+    )
     heads: Literal["all", "entropy"] = option(
         "all", help="with dex: change all heads, or in each layer the half whose attention is most spread on calibration text"
     )
@@ -79,14 +81,12 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
 
 
 def _check_flags(options: Options) -> None:
-    given = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
-    for name in given:
+    changed = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+    for name in changed:
         if options.variant not in FLAGS_OF.get(name, (options.variant,)):
             variants = " and ".join(f"--variant {variant}" for variant in FLAGS_OF[name])
             shown = flag("no_refit" if name == "refit" else name)
             raise UpfitError(f"{shown} is for {variants}, and the variant is {options.variant}; leave one out")
-    if not 0 <= options.noise <= 1:
-        raise UpfitError(f"{flag('noise')} got {options.noise}; give a share of the standard deviation, from 0 to 1")
     calibrated = [name for name in FLAGS_OF if name.startswith("calibration") and getattr(options, name) is not None]
     unused = options.exact or options.naive or (options.variant == "dex" and options.heads == "all")
     if calibrated and unused:
@@ -146,10 +146,10 @@ def _plan_dex(architecture: "Architecture", options: Options) -> Plan | Fit:
     if options.heads == "all":
         return outline
 
-    def run(bench: Bench) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.diff.entropy import with_spread_heads
 
-        return with_spread_heads(bench, outline, _sources(options))
+        return with_spread_heads(context, outline, _sources(options))
 
     return Fit(outline, run)
 
@@ -168,14 +168,14 @@ def _plan_split(architecture: "Architecture", options: Options) -> Plan | Fit:
         return Plan(config | {"diff_cut": "middle"}, rules)
     outline = Plan(config, rules)
 
-    def run(bench: Bench) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.diff.fit import Fitting, fit
         from upfit.convert.diff.split import choose, groups_of_two
 
         fitting = Fitting(
-            "split", lambda layer, facts, views: [choose(views, groups_of_two(facts.order, facts.pairs))], options.refit
+            "split", lambda layer, traits, views: [choose(views, groups_of_two(traits.order, traits.pairs))], options.refit
         )
-        return fit(bench, fitting, replace(outline, rules=()), _sources(options))
+        return fit(context, fitting, replace(outline, rules=()), _sources(options))
 
     return Fit(outline, run)
 
@@ -205,13 +205,13 @@ def _plan_diffllama(architecture: "Architecture", options: Options) -> Plan | Fi
     biases = tuple(rule for layer in architecture.layers for rule in diffllama.bias_rules(layer, config, hidden))
     outline = Plan(config, (*biases, *(diffllama.outline_rule(layer) for layer in architecture.layers)))
 
-    def run(bench: Bench) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.diff.fit import Fitting, fit
         from upfit.convert.diff.paper import candidates
 
         eps = float(config["rms_norm_eps"])
-        fitting = Fitting("diffllama", lambda layer, facts, views: candidates(layer.index, views, eps), options.refit)
-        return fit(bench, fitting, replace(outline, rules=biases), _sources(options))
+        fitting = Fitting("diffllama", lambda layer, traits, views: candidates(layer.index, views, eps), options.refit)
+        return fit(context, fitting, replace(outline, rules=biases), _sources(options))
 
     return Fit(outline, run)
 
@@ -225,8 +225,8 @@ def _dex_rule(layer: "Layer") -> Rule:
 
         like = tensors[query]
         weight = like.new_zeros(shape.v_head_dim, shape.v_head_dim)
-        made = (weight, like.new_full((), DEX_LAMBDA), like.new_ones(shape.heads))
-        return dict(zip(names, made, strict=True))
+        values = (weight, like.new_full((), DEX_LAMBDA), like.new_ones(shape.heads))
+        return dict(zip(names, values, strict=True))
 
     return Rule((query,), names, apply, "head − λ · head · W, W = 0")
 

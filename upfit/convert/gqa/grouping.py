@@ -7,7 +7,7 @@ Beginning with neighbours, heads are exchanged between groups as long as that he
 import torch
 from torch import Tensor
 
-from upfit.calibration.traits import Facts
+from upfit.calibration.traits import AttentionTraits
 
 STARTS = 16  # exchanging heads finds a near optimum, so several random beginnings are tried beside the contiguous one
 
@@ -53,7 +53,9 @@ def _exchanged(costs: Tensor, label: Tensor, groups: int) -> Tensor:
     return label
 
 
-def pair_costs(facts: Facts, key_pairs: Tensor | None, queries: Tensor | None, values: Tensor | None, metric: Tensor) -> Tensor:
+def pair_costs(
+    traits: AttentionTraits, key_pairs: Tensor | None, queries: Tensor | None, values: Tensor | None, metric: Tensor
+) -> Tensor:
     """[K, K]: what merging two heads would lose, the share of the layer's key energy plus that of its value energy.
 
     `key_pairs` complex [H, P, K, K], `queries` [H, D, D], `values` [K·V, K·V] with the output metric of each head in `metric`
@@ -61,9 +63,9 @@ def pair_costs(facts: Facts, key_pairs: Tensor | None, queries: Tensor | None, v
     """
     count, width = metric.shape[0], metric.shape[1]
     costs = torch.zeros(count, count, dtype=torch.float64)
-    if key_pairs is not None and queries is not None and facts.pairs and facts.factors:
+    if key_pairs is not None and queries is not None and traits.pairs and traits.factors:
         diagonal = queries.diagonal(dim1=1, dim2=2)
-        energy = diagonal[:, : facts.pairs] + diagonal[:, facts.pairs : 2 * facts.pairs]
+        energy = diagonal[:, : traits.pairs] + diagonal[:, traits.pairs : 2 * traits.pairs]
         moment = (key_pairs * energy[:, :, None, None]).sum(0)  # [P, K, K]
         power = moment.diagonal(dim1=1, dim2=2).real
         first, second, cross = power[:, :, None], power[:, None], moment.abs()

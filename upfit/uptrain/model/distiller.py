@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from upfit.uptrain.data.rows import IGNORE
 from upfit.uptrain.model.losses import Head, Objective, chunked_loss, dense_loss
-from upfit.uptrain.model.model_traits import Traits, full_logits, hidden_states, plain_head
+from upfit.uptrain.model.model_traits import ModelTraits, full_logits, hidden_states, plain_head
 
 
 class Distiller(nn.Module):
@@ -24,7 +24,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: PreTrainedModel,
-        traits: Traits,
+        traits: ModelTraits,
         teacher: "Distiller | None",
         objectives: dict[str, Objective],
         autocast: torch.dtype | None = None,
@@ -51,9 +51,9 @@ class Distiller(nn.Module):
             compute = self._dense if self.whole_logits else self._chunked
             return compute(ids, positions, labels, teacher, objective)
 
-    def states(self, ids: Tensor, positions: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Head]:
-        """Hidden states [N, H] at the places `kept` [N] of all B·T, and the plain head that makes logits of them."""
-        hidden = hidden_states(self.student, ids, positions, self.traits).flatten(0, 1)[kept]
+    def states(self, ids: Tensor, positions: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Head]:
+        """Hidden states [N, H] at the places `counted` [N] of all B·T, and the plain head that makes logits of them."""
+        hidden = hidden_states(self.student, ids, positions, self.traits).flatten(0, 1)[counted]
         return hidden, *plain_head(self.student, self.traits)
 
     def logits(self, ids: Tensor, positions: Tensor, places: Tensor) -> Tensor:
@@ -63,13 +63,13 @@ class Distiller(nn.Module):
     def _chunked(
         self, ids: Tensor, positions: Tensor, labels: Tensor, teacher: "Distiller | None", objective: Objective
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kept = (labels.flatten() != IGNORE).nonzero()[:, 0]
+        counted = (labels.flatten() != IGNORE).nonzero()[:, 0]
         learned = None
         if teacher is not None:
             with torch.no_grad():
-                learned = teacher.states(ids, positions, kept)
-        hidden, weight, head = self.states(ids, positions, kept)
-        return chunked_loss(hidden, weight, labels.flatten()[kept], head, learned, objective)
+                learned = teacher.states(ids, positions, counted)
+        hidden, weight, head = self.states(ids, positions, counted)
+        return chunked_loss(hidden, weight, labels.flatten()[counted], head, learned, objective)
 
     def _dense(
         self, ids: Tensor, positions: Tensor, labels: Tensor, teacher: "Distiller | None", objective: Objective

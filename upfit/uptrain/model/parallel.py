@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fs
 from torch.distributed.tensor import DTensor
 
 from upfit.errors import UpfitError
-from upfit.uptrain.config import Config
+from upfit.uptrain.config import Config, check_sharding
 from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.layerwise import Layerwise
 
@@ -44,8 +44,7 @@ def mesh_of(config: Config) -> Mesh:
     if asked == "ddp":
         if launched:
             raise UpfitError("--parallel ddp, but accelerate launch was told to use FSDP; leave one of the two out")
-        if config.shard_teacher:
-            raise UpfitError("--shard-teacher goes with --parallel fsdp or hsdp; leave it out")
+        check_sharding(config, sharded=False)
         return Mesh()
     if "LOCAL_RANK" not in os.environ:
         raise UpfitError(
@@ -64,7 +63,7 @@ def mesh_of(config: Config) -> Mesh:
     return Mesh(world // shards, shards)
 
 
-def accelerator_for(mesh: Mesh, dtype: torch.dtype, **given: Any) -> Accelerator:
+def accelerator_for(mesh: Mesh, dtype: torch.dtype, **settings: Any) -> Accelerator:
     """accelerate's engine: products in `dtype`, gradients added up over processes in float32.
 
     accelerate would add them up in `dtype`, and it makes DDP of FSDP on CPUs without a word. There it is told afterwards: the
@@ -72,7 +71,7 @@ def accelerator_for(mesh: Mesh, dtype: torch.dtype, **given: Any) -> Accelerator
     """
     cpu = not torch.accelerator.is_available()
     if not mesh.shards:
-        return Accelerator(cpu=cpu, mixed_precision="no", **given)
+        return Accelerator(cpu=cpu, mixed_precision="no", **settings)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=True,
@@ -84,8 +83,8 @@ def accelerator_for(mesh: Mesh, dtype: torch.dtype, **given: Any) -> Accelerator
     )
     layout = ParallelismConfig(dp_replicate_size=mesh.copies, dp_shard_size=mesh.shards) if mesh.copies > 1 else None
     if not cpu:
-        return Accelerator(fsdp_plugin=plugin, parallelism_config=layout, mixed_precision="no", **given)
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision="no", **given)
+        return Accelerator(fsdp_plugin=plugin, parallelism_config=layout, mixed_precision="no", **settings)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision="no", **settings)
     accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # one state for all that ask
     accelerator.state.fsdp_plugin = plugin
     if layout is not None:
