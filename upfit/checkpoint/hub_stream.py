@@ -1,4 +1,4 @@
-"""A model on the hub whose weight files are here one at a time: brought when they are needed, dropped when they are done with.
+"""A model on the hub whose weight files are here one at a time: fetched when they are needed, released when they are done with.
 
 In a folder of the work on OUT stand the small files whole and, for each weight file, a ghost: as long as the real one and with
 its header, but without its data, so that it takes no space. Whatever reads headers reads ghosts as it reads files.

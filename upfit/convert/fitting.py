@@ -1,6 +1,6 @@
 """Fits on calibration text: one walk through a model's layers for every recipe, which goes on where an earlier run was stopped.
 
-A recipe says what to do with a layer; the tensors it makes wait in the bench's folder for the rules that write them.
+A recipe says what to do with a layer; the tensors it makes wait in the context's scratch folder for the rules that write them.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class LayerFit:
 
 
 class Walk:
-    """A model on its way through its layers over the calibration text, beside the student that it becomes (with `alone`:
+    """A model, run layer by layer over the calibration text, beside the student that it becomes (with `alone`:
     without one)."""
 
     def __init__(self, context: "FitContext", sample: Sample, alone: bool) -> None:
@@ -80,8 +80,8 @@ FitLayer = Callable[[int, "Layer"], LayerFit]
 @dataclass(frozen=True)
 class Task:
     """A fit of some layers. `settings` hold all that results depend on besides model, text and machine. `begin(walk)` gives the
-    function that fits the layer at an index, whose weights are loaded, and moves the walk's lanes on. `title` stands beside the
-    bar with the `note` of a layer's record; `label` is that of the rules."""
+    function that fits the layer at an index, whose weights are loaded, and moves the walk's batches on. `title` stands beside
+    the bar with the `note` of a layer's record; `label` is that of the rules."""
 
     title: str
     label: str
@@ -119,7 +119,8 @@ def read_calibration(context: "FitContext", texts: list[str] | None, tokens: str
 
 
 def fit_layers(context: "FitContext", calibration: Calibration, task: Task) -> Fitted:
-    """Fit every layer of the task; those that an earlier run of the same fit has finished are taken from the bench's folder.
+    """Fit every layer of the task; those that an earlier run of the same fit has finished are taken from the context's scratch
+    folder.
 
     Raises Opaque for a model that cannot be run on text.
     """

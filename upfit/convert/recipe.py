@@ -37,10 +37,10 @@ class FitContext:
 class Fit:
     """A plan that has to be found by running the model on text.
 
-    `outline` tells what will be written: names, shapes and the config; its rules run on meta tensors alone. `run(bench)` gives
-    the plan to be written. `fallback` is the plan for a model that cannot be watched on text (None: that is an error, and
-    `otherwise` says what to do about it). `preview(bench)` tells, for a dry run, what calibration predicts, as tables that JSON
-    can hold; None where nothing can be predicted.
+    `outline` tells what will be written: names, shapes and the config; its rules run on meta tensors alone. `run(context)`
+    gives the plan to be written. `fallback` is the plan for a model that cannot be watched on text (None: that is an error, and
+    `otherwise` says what to do about it). `preview(context)` tells, for a dry run, what calibration predicts, as tables that
+    JSON can hold; None where nothing can be predicted.
     """
 
     outline: Plan
