@@ -59,7 +59,7 @@ class Verb:
     suffix: str = ""
 
 
-SMALL = ["--tokens", "512", "--length", "32", "--batch-tokens", "128", "--holdout", "4", "--stages", "lm", "--dtype", "float32"]
+SMALL = ["--tokens", "512", "--length", "32", "--batch-tokens", "128", "--stages", "lm", "--dtype", "float32"]
 CALIBRATION = ["--calibration-tokens", "1k", "--calibration-length", "64"]
 VERBS = (
     Verb("convert", "m", lambda p, o: ["convert", "gqa", str(p / "m"), str(o), "--kv-heads", "2", "--method", "mean"]),

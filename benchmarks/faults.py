@@ -53,15 +53,18 @@ class Bench:
 
     def words(self, out: Path, resume: bool = False, background: bool = True) -> list[Any]:
         settings = {"length": LENGTH, "batch-tokens": ROWS * LENGTH, "tokens": STEPS * ROWS * LENGTH, "save-every": SAVE_EVERY}
-        flags = [word for name, value in {**settings, "holdout": 4}.items() for word in (f"--{name}", value)]
+        flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        config = self.whole.with_name(f"{out.name}.toml")  # not on the disk that is filled
+        config.write_text(f"holdout = 4\nasync_save = {str(background).lower()}\n", encoding="utf-8")
         return [
             "uptrain",
             self.shop.student,
             self.shop.data,
             out,
             *flags,
+            "--config",
+            config,
             *["--resume"] * resume,
-            *["--no-async-save"] * (not background),
         ]
 
     def run(self, *words: Any) -> str:
@@ -132,7 +135,7 @@ def summary(faults: list[dict[str, Any]]) -> dict[str, Any]:
         "before_the_first_checkpoint": sum(fault["newest"] is None for fault in faults),
         "most_steps_lost": {
             name: max((fault["lost"] for fault in faults if fault["background"] == beside), default=0)
-            for name, beside in (("saved beside training", True), ("--no-async-save", False))
+            for name, beside in (("saved beside training", True), ("async_save = false", False))
         },
         "codes": dict(Counter(str(fault["code"]) for fault in faults)),
     }

@@ -56,7 +56,9 @@ def main() -> None:
 def _row(scratch: Path, model: str, data: Path, length: int, micro: int, before: list[int]) -> dict[str, Any]:
     out, step = scratch / "out", length * micro
     shutil.rmtree(out, ignore_errors=True)
-    settings = ["--length", length, "--micro-batch", micro, "--batch-tokens", step, "--tokens", 2 * step, "--holdout", 0]
+    config = scratch / "config.toml"
+    config.write_text(f"micro_batch = {micro}\nholdout = 0\n", encoding="utf-8")
+    settings = ["--length", length, "--batch-tokens", step, "--tokens", 2 * step, "--config", config]
     words = [
         "-m",
         "upfit",

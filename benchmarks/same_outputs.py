@@ -28,7 +28,14 @@ from tests.warm_python import warm_python
 SECONDS = 900  # that a command may take
 SAID = "said"  # folder of what commands say
 TEXT = "--calibration ../text/asyncio --calibration-tokens 2k --calibration-length 128"
-RUN = "--length 64 --batch-tokens 256 --dtype float32 --holdout 4 --learning-rate 3e-3"
+RUN = "--length 64 --batch-tokens 256 --dtype float32 --learning-rate 3e-3"
+SETTINGS = {  # of uptrain, as config files
+    "run": "holdout = 4",
+    "measured": "holdout = 4\nmeasure_every = 2",
+    "stopped": "holdout = 4\nkeep = 9\nasync_save = false",
+    "attention": 'holdout = 4\ntrainable = "attention"\nce_weight = 0.3',
+    "answers": "holdout = 2",
+}
 
 
 @dataclass(frozen=True)
@@ -126,25 +133,29 @@ COMMANDS = [
     Command("prepare ../text/words.jsonl words --tokenizer ../models/embedded"),
     Command("plan small --tokens 50M --gpu h200 --json"),
     Command("plan diff-v2 --tokens 1M --length 256 --stages layerwise=10%,distill"),
-    Command(f"uptrain small tokens trained --tokens 2k --stages layerwise=30%,distill,lm=30% --measure-every 2 --json {RUN}"),
-    Command(f"uptrain llama-mean words learned --tokens 2k {RUN}"),
     Command(
-        f"uptrain cope tokens stopped --tokens 4k --stages distill --save-every 4 --keep 9 --no-async-save {RUN}",
+        f"uptrain small tokens trained --tokens 2k --stages layerwise=30%,distill,lm=30% --json"
+        f" --config ../settings/measured.toml {RUN}"
+    ),
+    Command(f"uptrain llama-mean words learned --tokens 2k --config ../settings/run.toml {RUN}"),
+    Command(
+        f"uptrain cope tokens stopped --tokens 4k --stages distill --save-every 4 --config ../settings/stopped.toml {RUN}",
         status=1,
         beside=occupy,
     ),
     Command(
-        f"uptrain cope tokens stopped --tokens 4k --stages distill --save-every 4 --keep 9 --no-async-save --resume {RUN}",
+        "uptrain cope tokens stopped --tokens 4k --stages distill --save-every 4 --resume"
+        f" --config ../settings/stopped.toml {RUN}",
         before=make_room,
     ),
     Command(
-        f"uptrain diff-v2 tokens=0.7,words=0.3 mixed --tokens 1k --stages distill --trainable attention --ce-weight 0.3 {RUN}"
+        f"uptrain diff-v2 tokens=0.7,words=0.3 mixed --tokens 1k --stages distill --config ../settings/attention.toml {RUN}"
     ),
     Command(
         "synth ../text/email ../text/logging asked --tokenizer ../models/embedded --items 12 --min-tokens 128 --max-tokens 256"
         " --segment-tokens 32 --export messages --json"
     ),
-    Command("uptrain small asked answered --tokens 2k --batch-tokens 512 --dtype float32 --holdout 2"),
+    Command("uptrain small asked answered --tokens 2k --batch-tokens 512 --dtype float32 --config ../settings/answers.toml"),
     # Measuring, telling
     Command("evaluate small --against ../models/embedded --data ../text/json --windows 8 --length 128 --json"),
     Command(
@@ -259,13 +270,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     for name in ("old", "new", "scratch"):
         parser.add_argument(name, metavar=name.upper(), type=Path)
-    parser.add_argument("--demo", action="store_true", help="upfit demo too, which takes longer than all the others together")
+    parser.add_argument("--demo", action="store_true", help="upfit demo too, 2 to 3 minutes more")
     args = parser.parse_args()
     scratch = args.scratch.resolve()
     scratch.mkdir(parents=True)
     began, commands = time.monotonic(), [*COMMANDS, DEMO] if args.demo else COMMANDS
     old, new = (Side(name, getattr(args, name).resolve(), scratch / name) for name in ("old", "new"))
     make_text(scratch / "text")
+    (scratch / "settings").mkdir()
+    for name, lines in SETTINGS.items():
+        (scratch / "settings" / f"{name}.toml").write_text(lines + "\n", encoding="utf-8")
     make_models(embedded_model(old.checkout), scratch / "models")
     with ExitStack() as stack:
         for side in (old, new):

@@ -71,6 +71,7 @@ def test_reused_statistics_give_the_same_bytes(model: Path) -> None:
         assert (at_once / "model.safetensors").read_bytes() == (reused / "model.safetensors").read_bytes()
         recorded = json.loads((reused / "recipe.json").read_text())["steps"][-1]["measurements"]
         assert recorded["calibration"]["tokens"] == 960 and len(recorded["layers"]) == 2
+        assert recorded["head_order"] == [sum(layer["groups"], []) for layer in recorded["layers"]]  # a query head a key head
 
 
 def test_pieces_add_up(model: Path) -> None:
@@ -317,16 +318,21 @@ def test_too_little_text(model: Path) -> None:
     assert sorted(path.name for path in model.parent.iterdir()) == ["model", "text.txt"]
 
 
-def test_without_a_tokenizer_heads_are_averaged(tmp_path: Path) -> None:
-    """By default; and --method aligned is an error then."""
+def test_without_a_tokenizer_heads_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default, and it is said; and --method aligned is an error then, with a way out."""
     model = save_tiny(tmp_path / "model", tokenizer=False)
     told = converted(model, "auto", kv_heads=2)
+    recipe = get_recipe("gqa")
+    said = convert(recipe, str(model), tmp_path / "loud", recipe.options(2), Settings(verify=False), Output())
+    assert said["kv_heads"] == [4, 2]
+    note = "not aligned: it has no fast tokenizer that can be loaded here; the heads are averaged instead\n"
+    assert capsys.readouterr().err.count(note) == 1
     mean = converted(model, "mean", kv_heads=2, method="mean")
     assert (told / "model.safetensors").read_bytes() == (mean / "model.safetensors").read_bytes()
     step = json.loads((told / "recipe.json").read_text())["steps"][-1]
     assert "no fast tokenizer" in step["measurements"]["not_aligned"] and step["options"]["method"] == "auto"
     assert step["measurements"]["method_ran"] == method_ran(step) == "mean"
-    with pytest.raises(UpfitError, match="cannot be fitted on text: it has no fast tokenizer"):
+    with pytest.raises(UpfitError, match="cannot be fitted on text: it has no fast tokenizer.*; choose --method mean$"):
         converted(model, "out", kv_heads=2, method="aligned")
 
 

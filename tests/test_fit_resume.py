@@ -237,7 +237,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests.test_fit_resume import Shop
-from upfit.convert import fit_work
+from upfit.calibration import fit_work
 
 def replace(source, target, rename=os.rename):
     rename(source, target)

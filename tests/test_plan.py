@@ -13,6 +13,7 @@ from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.plan.options import Options
 from upfit.plan.plan import plan
+from upfit.plan.trace import _kept as kept_in_trace
 from upfit.plan.trace import trace
 from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.layerwise import Layerwise, freeze_all_but
@@ -168,7 +169,10 @@ WRONG: dict[str, tuple[Options, str]] = {
     "a teacher to shard": (Options(tokens="1M", shard_teacher=True), "--shard-teacher goes with"),
     "answers": (Options(tokens="1M", stages="distill,answers"), "--stages got answers"),
     "layers without a teacher": (Options(tokens="1M", stages="layerwise,lm", teacher="none"), "--teacher none leaves none"),
-    "layers in shards": (Options(tokens="1M", stages="layerwise,lm", parallel="fsdp"), "is not for the stage layerwise"),
+    "layers in shards": (
+        Options(tokens="1M", stages="layerwise,lm", parallel="fsdp"),
+        "layerwise .* leave --parallel out",
+    ),
     "all of the peak and more": (Options(tokens="1M", mfu=1.2), "--mfu got 1.2"),
     "longer than the model": (Options(tokens="1M", length=4096), "longer than the model's 128 positions"),
 }
@@ -186,3 +190,12 @@ def test_code_that_looks_at_numbers_is_refused() -> None:
         trace(
             {"model_type": "gpt_oss", "num_local_experts": 4, "num_key_value_heads": 2, "head_dim": 8, **sizes}, 32, "float32"
         )
+
+
+def test_what_a_trace_lets_go_of_is_counted_too() -> None:
+    """Attention layer by layer keeps no outputs: the next one may lie where the last one was."""
+    weight = torch.ones(1000, requires_grad=True)
+    with kept_in_trace({}) as found:
+        for _ in range(8):
+            weight * weight.detach().exp()  # keeps the second factor
+    assert list(found.values()) == 8 * [4000]

@@ -199,7 +199,7 @@ def test_rows_of_like_length_share_a_micro_batch(home: Path) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "share without text": ({"mix_share": 0.5}, "--mix-share is for text, which --mix adds to answers; leave it out"),
+    "share without text": ({"mix_share": 0.5}, "mix_share is for text, which --mix adds to answers; leave it out"),
     "length without text": ({"length": 64}, "--length is for text"),
     "no shards there": ({"mix": "nowhere"}, "no manifest.json"),
 }

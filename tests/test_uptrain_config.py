@@ -51,10 +51,25 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
         resolve(tmp_path / "none.toml", {})
 
 
-@pytest.mark.parametrize("field", ["length", "micro_batch", "chunk", "keep", "max_bad_steps"])
-def test_values_out_of_range_are_refused(field: str) -> None:
-    changes: dict[str, Any] = {field: 0}
-    with pytest.raises(UpfitError, match=field.replace("_", "-")):
+@pytest.mark.parametrize(
+    ("field", "value", "line"),
+    [
+        ("length", 1, "--length got 1; it takes 2 or more"),
+        ("micro_batch", 0, "micro_batch got 0; it takes 1 or more"),
+        ("learning_rate", 0.0, "--learning-rate got 0.0; it takes a number above 0"),
+        ("warmup", 1.1, "warmup got 1.1; it takes a number from 0 to 1"),
+        ("mix_share", 1.0, "mix_share got 1.0; it takes a number above 0 and below 1"),
+        ("mix_share", 0.0, "mix_share got 0.0; it takes a number above 0 and below 1"),
+        ("chunk", 0, "chunk got 0; it takes 1 or more"),
+        ("keep", 0, "keep got 0; it takes 1 or more"),
+        ("max_bad_steps", 0, "max_bad_steps got 0; it takes 1 or more"),
+        ("seed", -1, "--seed got -1; it takes 0 or more"),
+    ],
+)
+def test_values_out_of_range_are_refused(field: str, value: float, line: str) -> None:
+    """Told by the flag, or by the key of the config file where it is no flag."""
+    changes: dict[str, Any] = {field: value}
+    with pytest.raises(UpfitError, match=f"^{line}$"):
         check(dataclasses.replace(Config(), **changes))
 
 

@@ -27,6 +27,7 @@ from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.run import checkpointing
 from upfit.uptrain.run.checkpointing import data_step
 from upfit.uptrain.run.metrics_file import MetricsFile
+from upfit.uptrain.run.run import Progress
 from upfit.uptrain.run.state import Counters, Workspace
 
 
@@ -163,10 +164,10 @@ def test_a_checkpoint_is_whole_before_more_time_is_lost(since: int, took: int, w
     saver = SimpleNamespace(writing=Future() if writing else None, took=took)
     config, sound = Config(save_every="15m"), Counters(step=7)
     first = SimpleNamespace(is_main_process=True)
-    run: Any = SimpleNamespace(config=config, accelerator=first, sound=sound, counters=sound, saved_step=3, saver=saver)
-    run.saved_at = time.monotonic() - since
+    progress = Progress(counters=sound, sound=sound, saved_step=3, saved_at=time.monotonic() - since)
+    run: Any = SimpleNamespace(config=config, accelerator=first, counters=sound, saver=saver, progress=progress)
     assert checkpointing.save_due(run) == due
-    run.saved_step = 7
+    progress.saved_step = 7
     assert not checkpointing.save_due(run), "there is one of this step"
 
 

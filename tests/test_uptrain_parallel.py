@@ -278,7 +278,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, str], str]] = [
     ({"parallel": "fsdp"}, {}, "--parallel fsdp got a single process; start several with torchrun"),
     ({"parallel": "ddp"}, FOUR | FSDP, "leave one of the two out"),
     ({"parallel": "hsdp"}, FOUR | {"LOCAL_WORLD_SIZE": "1"}, "give --parallel fsdp"),
-    ({"shard_teacher": True}, FOUR, "--shard-teacher goes with"),
+    ({"shard_teacher": True}, FOUR, "shard_teacher goes with --parallel"),
 ]
 
 

@@ -218,7 +218,8 @@ def test_a_finished_run_whose_teacher_went_away_stays_finished(shop: Workshop, t
 
 def test_finished_already_on_the_command_line(shop: Workshop, tmp_path: Path) -> None:
     words = ["uptrain", str(shop.student), str(shop.data), str(tmp_path / "out"), "--tokens", "256", "--length", "32"]
-    words += ["--batch-tokens", "128", "--holdout", "4", "--stages", "layerwise=50%,lm"]
+    (tmp_path / "config.toml").write_text("holdout = 4\n")
+    words += ["--batch-tokens", "128", "--config", str(tmp_path / "config.toml"), "--stages", "layerwise=50%,lm"]
     first, again, told = (CliRunner().invoke(app, [*words, "--resume", *more]) for more in (["--json"], ["--json"], []))
     assert first.exit_code == again.exit_code == told.exit_code == 0
     assert json.loads(first.stdout) == json.loads(again.stdout)

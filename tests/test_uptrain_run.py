@@ -49,6 +49,8 @@ def test_a_run_leaves_a_standard_folder_that_is_better(shop: Workshop, tmp_path:
     assert (out / "tokenizer.json").read_bytes() == before["tokenizer.json"]
     assert header(out / "model.safetensors") == header(shop.student / "model.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left beside the result"
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "new").stat().st_mode}, "who may read it"
     assert not torch.equal(logits(out), logits(shop.student))
     assert [line["step"] for line in metrics(out)] == list(range(1, 33))
     assert resolve(out / "uptrain.toml", {}) == config(tokens="4096")
@@ -172,10 +174,12 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(Distiller, "forward", forward)
 
 
-def test_the_rates_of_a_run_are_those_that_its_flags_say(shop: Workshop, tmp_path: Path) -> None:
+def test_the_rates_of_a_run_are_those_that_its_flags_and_its_file_say(shop: Workshop, tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("holdout = 4\nlearning_rate = 1.0\nwarmup = 0.5\ndecay = 0.3\nmin_rate = 0.5\n")
     words = ["uptrain", str(shop.student), str(shop.data), str(tmp_path / "out"), "--tokens", "1280", "--length", "32"]
-    words += ["--batch-tokens", "128", "--holdout", "4", "--stages", "distill", "--learning-rate", "0.01", "-q"]
-    done = CliRunner().invoke(app, [*words, "--warmup", "0.5", "--decay", "0.3", "--min-rate", "0.5"])
+    words += ["--batch-tokens", "128", "--stages", "distill", "--learning-rate", "0.01", "-q", "--config", str(file)]
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.stderr
     rising, falling = [0.002, 0.004, 0.006, 0.008, 0.01], [0.005 + 0.005 * (1 - (step / 4) ** 0.5) for step in (1, 2, 3)]
     assert [line["lr"] for line in metrics(tmp_path / "out")] == pytest.approx([*rising, 0.01, 0.01, *falling])

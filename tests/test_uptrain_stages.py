@@ -61,14 +61,14 @@ def test_shares_of_the_budget(text: str, shares: dict[str, float | None]) -> Non
         ({"stages": "layerwise=100%,distill"}, {}, "leave 0%"),
         ({"stages": "layerwise=10%,distill=10%"}, {}, "80%"),
         ({"stages": "layerwise=many,distill"}, {}, "--stages layerwise"),
-        ({"stages": "distill,answers"}, {}, "--questions"),
-        ({"stages": "distill", "questions": "q"}, {}, "--questions"),
+        ({"stages": "distill,answers"}, {}, "set questions to a folder"),
+        ({"stages": "distill", "questions": "q"}, {}, "questions is for the stage answers"),
         ({}, {"distill": {"seed": 1}}, r"\[distill\]"),
         ({"stages": "lm"}, {"distill": {"seed": 1}}, r"\[distill\]"),
         ({"stages": "layerwise,distill"}, {"distill": {"tokens": "5k"}}, "tokens"),
         ({"stages": "layerwise,distill"}, {"distill": {"seed": -1}}, "--seed"),
-        ({"stages": "layerwise", "kl_weight": 0.5}, {}, "--kl-weight does nothing"),
-        ({"stages": "layerwise,distill"}, {"layerwise": {"chunk": 8}}, "--chunk does nothing"),
+        ({"stages": "layerwise", "kl_weight": 0.5}, {}, "kl_weight does nothing"),
+        ({"stages": "layerwise,distill"}, {"layerwise": {"chunk": 8}}, "chunk does nothing"),
     ],
 )
 def test_stages_that_cannot_be_are_one_line(settings: dict[str, Any], tables: dict[str, Any], message: str) -> None:
@@ -248,7 +248,7 @@ def test_nothing_is_rounded_between_stages(shop: Workshop, tmp_path: Path) -> No
     "changes,message",
     [
         ({"stages": "layerwise", "teacher": "none"}, "--teacher none"),
-        ({"stages": "distill", "kl_weight": 0.0}, "--kl-weight 0"),
+        ({"stages": "distill", "kl_weight": 0.0}, "kl_weight 0"),
         ({"stages": "answers"}, "questions of upfit synth"),
     ],
 )

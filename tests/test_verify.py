@@ -13,6 +13,7 @@ from tests.folders import save_tiny, tiny_llama
 from tests.tiny import tiny_model
 from upfit import provenance
 from upfit.architecture.layers import bind
+from upfit.architecture.planned import check_against_class
 from upfit.checkpoint import finished_shards
 from upfit.checkpoint.copy_bytes import CopiedRange
 from upfit.checkpoint.execute import outline
@@ -22,7 +23,6 @@ from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.safetensors_header import read_exactly
 from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.planned import check_against_class
 from upfit.convert.recipe import get_recipe
 from upfit.convert.verify import CLOSE, Promise, Report, compare, tolerance
 from upfit.errors import UpfitError

@@ -1,4 +1,4 @@
-"""What may be shown of addresses and errors: never a password, a token or a key."""
+"""Cleans addresses and error messages before they are shown: no password, no token, no key."""
 
 import os
 import re

@@ -1,7 +1,7 @@
-"""Small files that somebody else may have made: ordinary ones, up to a bound, and never waited for.
+"""Reads small files that somebody else may have made: ordinary files only, up to a limit.
 
-A pipe in a file's place is read for ever, a link to a device never ends, and a file of gigabytes fills the memory before its
-first bracket is looked at. Whatever a user or a download gave and is read whole goes through here.
+A pipe in a file's place is never read to its end, a link to a device never ends, and a file of gigabytes fills the memory
+before its first bracket is parsed. Every file that comes from a user or a download and is read whole is read here.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""The door to a model's folder: what may not even be opened, and numbers in its config that would never be done with.
+"""Checks a model's folder before any library opens it: what kind of files it holds, and how large the numbers in its config
+are.
 
-The libraries that read tokenizers and configs open what they find and make what they are told to: a list of a billion names of
-layers is made before the first of them is missed. So both are looked at before any of them sees the folder.
+The libraries that read tokenizers and configs open what they find and build what they are told to. A config with a billion
+layers would make them build a list of a billion names before the first error.
 """
 
 import copy

@@ -5,20 +5,50 @@
         kv_heads: int = option(help="key/value heads of the result")            # required: --kv-heads N
         method: Literal["mean", "first"] = option("mean", help="how to merge")  # --method mean|first
 
-`cli/` turns the fields into flags; `check` refuses a value that its field's type does not allow.
+A field may say its range (`at_least=1`), and that it is no flag but a key of a config file alone (`flag=False`). `cli/` turns
+the fields into flags and `api.py` into keywords; `check` refuses a value that its field's type or range does not allow.
 """
 
 import dataclasses
+import difflib
+import math
+import numbers
 import types
 import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from upfit.errors import UpfitError
 
+RANGE = ("at_least", "above", "at_most", "below")
 
-def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
-    """A field of an options dataclass; without `default` the flag is required."""
-    return dataclasses.field(default=default, metadata={"help": help})
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    flag: bool = True,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field of an options dataclass; without `default` the flag is required. The range is that of each item of a list."""
+    limits = dict(zip(RANGE, (at_least, above, at_most, below), strict=True))
+    metadata = {"help": help, "flag": flag, **{name: limit for name, limit in limits.items() if limit is not None}}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def same_option(settings: type, name: str, **changes: Any) -> Any:
+    """The option `name` of another dataclass, but for the `changes`: a fact that two verbs share stands once. Always a flag."""
+    field = field_of(settings, name)
+    return option(**{"default": field.default, **field.metadata, "flag": True, **changes})
+
+
+def field_of(settings: Any, name: str) -> dataclasses.Field[Any]:
+    """The field `name` of an options dataclass, or of an instance of one."""
+    return next(field for field in dataclasses.fields(settings) if field.name == name)
 
 
 def flag(name: str) -> str:
@@ -26,12 +56,17 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def shown(settings: Any, name: str) -> str:
+    """How a message names the field `name` of a dataclass: as the flag it is, or as the key."""
+    return flag(name) if field_of(settings, name).metadata["flag"] else name
+
+
 def as_flags(settings: Any) -> list[str]:
-    """The words of a command line that give `settings` again: every field that is not at its default."""
+    """The words of a command line that give `settings` again: every flag that is not at its default."""
     words: list[str] = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if value == field.default:
+        if value == field.default or not field.metadata["flag"]:
             continue
         if isinstance(value, bool):
             words.append(flag(field.name) if value else flag(f"no_{field.name}"))
@@ -41,24 +76,95 @@ def as_flags(settings: Any) -> list[str]:
     return words
 
 
+def from_keywords(settings: type, given: Mapping[str, Any], whose: str, beside: Iterable[str] = ()) -> dict[str, Any]:
+    """What a caller in Python gave for the fields of an options dataclass, as their types want it.
+
+    `whose` takes them, and the keywords `beside` too. Raises UpfitError for a name that is none of all these, and for a field
+    without a default that is not given.
+    """
+    fields, hints = dataclasses.fields(settings), typing.get_type_hints(settings)
+    allowed = [*(field.name for field in fields), *beside]
+    for name in given:
+        if name not in hints:
+            near = difflib.get_close_matches(name, allowed, 1)
+            meant = f"; did you mean {near[0]}?" if near else ";"
+            raise UpfitError(f"{whose} got an unknown keyword {name!r}{meant} allowed are {', '.join(allowed)}")
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in given:
+            raise UpfitError(f"{whose} needs the keyword {field.name}: {field.metadata['help']}")
+    return {name: as_kind(value, hints[name]) for name, value in given.items()}
+
+
+def as_kind(value: Any, annotation: Any) -> Any:
+    """A number or Path where the annotation wants text, text where it wants a Path, and one of a kind where it wants a list."""
+    kinds = get_args(annotation) if get_origin(annotation) in (types.UnionType, typing.Union) else (annotation,)
+    lists = [kind for kind in kinds if get_origin(kind) is list]
+    if lists and value is not None:
+        single = isinstance(value, str | Path | numbers.Number)
+        return [as_kind(one, get_args(lists[0])[0]) for one in ([value] if single else value)]
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        value = int(value)  # numpy's too
+    if str in kinds and isinstance(value, Path | int | float) and not isinstance(value, bool):
+        return str(value)
+    return Path(value) if Path in kinds and isinstance(value, str) else value
+
+
+def needs_a_file(settings: Any) -> bool:
+    """Whether flags alone cannot give `settings` again: a key of a config file is not at its default."""
+    return any(
+        getattr(settings, field.name) != field.default and not field.metadata["flag"] for field in dataclasses.fields(settings)
+    )
+
+
 def choices(annotation: Any) -> tuple[Any, ...] | None:
     """The values a `Literal[...]` annotation allows, None for any other type."""
     return get_args(annotation) if get_origin(annotation) is Literal else None
 
 
 def check(settings: Any) -> None:
-    """Raise UpfitError when a field of the dataclass instance `settings` holds a value its annotation does not allow."""
-    hints = typing.get_type_hints(type(settings))
-    for field in dataclasses.fields(settings):
-        value, annotation = getattr(settings, field.name), hints[field.name]
+    """Raise UpfitError when a field of the dataclass instance `settings` holds a value its type or range does not allow."""
+    check_values(type(settings), {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)})
+
+
+def check_values(settings: type, values: dict[str, Any]) -> None:
+    """Raise UpfitError when one of the `values` is none that its field of `settings` allows."""
+    hints = typing.get_type_hints(settings)
+    for name, value in values.items():
+        annotation, title = hints[name], shown(settings, name)
         allowed = choices(annotation)
         if allowed is not None:
             if value not in allowed:
-                raise UpfitError(f"{flag(field.name)} {value!r} is not known; choose one of {', '.join(map(str, allowed))}")
+                raise UpfitError(f"{title} {value!r} is not known; choose one of {', '.join(map(str, allowed))}")
         elif not fits(value, annotation):
-            raise UpfitError(f"{flag(field.name)} got {value!r}; it takes {_type_name(annotation)}")
+            raise UpfitError(f"{title} got {value!r}; it takes {_type_name(annotation)}")
         elif isinstance(value, int | float) and not abs(value) < MOST:
-            raise UpfitError(f"{flag(field.name)} got {_short(value)}; give a finite number, of less than 19 digits")
+            raise UpfitError(f"{title} got {_short(value)}; give a finite number, of less than 19 digits")
+        elif value is not None and not in_range(value, field_of(settings, name).metadata):
+            raise UpfitError(f"{title} got {value}; it takes {range_words(field_of(settings, name).metadata)}")
+
+
+def in_range(value: Any, limits: Mapping[str, Any]) -> bool:
+    """Whether a number, or each of a list of some, is within the `limits` that an option has; without limits everything is."""
+    if not any(name in limits for name in RANGE):
+        return True
+    if isinstance(value, list):
+        return bool(value) and all(in_range(one, limits) for one in value)
+    return (
+        limits.get("at_least", value) <= value <= limits.get("at_most", value)
+        and not value <= limits.get("above", -math.inf)
+        and not value >= limits.get("below", math.inf)
+    )
+
+
+def range_words(limits: Mapping[str, Any]) -> str:
+    """The range of an option in words: `2 or more`, `a number above 0`, `a number from 0 to 1`; empty without one."""
+    low, high = limits.get("at_least"), limits.get("at_most")
+    if low is not None and high is not None:
+        return f"a number from {low} to {high}"
+    if low is not None and "below" not in limits:
+        return f"{low} or more"
+    sides = [f"{word.replace('_', ' ')} {limits[word]}" for word in RANGE if word in limits]
+    return f"a number {' and '.join(sides)}" if sides else ""
 
 
 def fits(value: Any, annotation: Any) -> bool:
@@ -99,6 +205,22 @@ def parse_count(text: str, name: str) -> int:
     if not 1 <= count < MOST:
         raise UpfitError(f"{name} got {text!r}; give a positive number such as 50000, 50k, 100M or 2T")
     return count
+
+
+def parse_size(text: str | int, name: str) -> int:
+    """`5GB`, `500MB` or a number of bytes → bytes, powers of 1000 as the hub counts. Raises UpfitError naming `name` for
+    anything else."""
+    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+        return text
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = str(text).strip()[:-2], str(text).strip()[-2:].upper()
+    try:
+        size = int(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UpfitError(f"{name} got {text!r}; give a size such as 500MB or 5GB")
+    return size
 
 
 def parse_share(text: str, name: str) -> float:

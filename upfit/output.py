@@ -1,4 +1,4 @@
-"""What the user sees: data on stdout, progress and notes on stderr. Nothing else in Upfit prints.
+"""Prints: data on stdout, progress and notes on stderr. Nothing else in Upfit prints.
 
 Imports neither torch nor transformers, so that `upfit --help` stays fast.
 """
@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -58,11 +58,14 @@ class Meter:
 
 
 class Output:
-    """Where one command writes. `as_json` puts one JSON document on stdout, `quiet` silences notes and progress."""
+    """Where one command writes. `as_json` puts one JSON document on stdout, `quiet` silences notes and progress. With `file`,
+    lines and tables go there instead of stdout, as plain text."""
 
-    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+    def __init__(self, as_json: bool = False, quiet: bool = False, file: TextIO | None = None) -> None:
         self.as_json, self.quiet = as_json, quiet
         self.stdout, self.stderr = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+        if file is not None:
+            self.stdout = Console(soft_wrap=True, file=file, force_terminal=False, force_jupyter=False, color_system=None)
 
     def note(self, text: str) -> None:
         if not self.quiet:

@@ -1,7 +1,7 @@
-"""Records without the places of one machine: what is sent or reported must not tell where its maker keeps things.
+"""Removes paths of this machine from records, so that what is sent or reported does not tell where its maker keeps things.
 
-What is known to be a place, by the key it stands under or because it stands elsewhere as one, becomes its last name, spaces and
-all. Other text is searched for what looks like an absolute path, a file:// address, or a path through `..`, `.` or `~`.
+What is known to be a path, by its key or because it is used as one elsewhere, becomes its last name. Other text is searched for
+what looks like an absolute path, a file:// address, or a path through `..`, `.` or `~`.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""A checkpoint seen as if it were stored otherwise: fused projections apart, or as the model of another family.
+"""Shows a checkpoint as if it were stored otherwise: fused projections as separate ones, or one family as another.
 
-Recipes, fits and calibration then work on what they know, and need not know how it is stored. Whatever they plan is taken
-back (`written`) to tensors of a file: those that nothing changed pass as bytes, wherever their bytes stayed the same.
+So recipes, fits and calibration need not know how a checkpoint is stored. `written` turns their plan back into tensors as they
+are stored. Tensors that nothing changed are copied as bytes, wherever their bytes are the same in both forms.
 """
 
 import math

@@ -1,8 +1,7 @@
-"""Queries, keys and values that a family stores as one tensor: how its rows are arranged, and a module that has them apart.
+"""Queries, keys and values that a family stores as one tensor: how its rows are arranged, and a module that separates them.
 
-Every arrangement is one of two, given or not as Conv1D does, transposed: the rows of all queries, all keys, all values
-(`by = "model"`), or for each key/value head the rows of its queries, its key and its value (`by = "group"`; with as many
-key/value heads as query heads that is one query, one key, one value a head).
+There are two arrangements: the rows of all queries, all keys, all values (`by = "model"`); or, for each key/value head, the
+rows of its queries, its key and its value (`by = "group"`). Either may be stored transposed, as Conv1D does.
 """
 
 from collections.abc import Iterator
@@ -55,7 +54,7 @@ class Fused:
 
 
 class Apart(nn.Module):
-    """Stands for a fused projection: the same function, with q, k and v as Linear modules of their own."""
+    """Takes the place of a fused projection: the same function, with q, k and v as Linear modules of their own."""
 
     def __init__(self, fused: nn.Module, arrangement: Fused) -> None:
         super().__init__()

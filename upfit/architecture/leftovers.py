@@ -1,9 +1,9 @@
-"""Tensors of a checkpoint that its class does not take, such as prediction layers beyond `num_hidden_layers`, buffers of old
-files or scales: what becomes of them when the attention around them gets another shape.
+"""Tensors of a checkpoint that its class does not take, such as prediction layers beyond `num_hidden_layers`, old buffers or
+scales.
 
-Engines that know more than the class do read them, so none may stay in a geometry that the new config denies. A layer that
-looks like one of the class's is converted by the same rules; what else depends on heads is left out, and the config says so;
-the rest passes on as it is. Pure: names and shapes in, a plan out.
+Serving engines may read them, so none may keep the old head counts beside a config with new ones. A layer that looks like one
+of the class's own is converted by the same rules. Whatever else depends on heads is left out, and the config says so. The rest
+is passed on as it is. Pure: names and shapes in, a plan out.
 """
 
 import re

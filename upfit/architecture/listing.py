@@ -1,4 +1,4 @@
-"""What can be converted, told of every model type of the installed transformers."""
+"""Tells of every model type of the installed transformers whether and how it can be converted."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Whether a folder loads into its class completely, and loading it so."""
+"""Loads a folder into its class, and raises where anything is missing, left over or of another shape."""
 
 from collections.abc import Mapping
 from pathlib import Path

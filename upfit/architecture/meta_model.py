@@ -1,7 +1,4 @@
-"""Model classes without weights: what a config's class wants, and whether a folder loads into it completely.
-
-The only place of the converter that touches model classes. Everything happens on the meta device, so size does not matter.
-"""
+"""Builds model classes without weights, on the meta device: any size, in seconds."""
 
 import itertools
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The names of a class's parameters, and what each is called on the disk."""
+"""The names of a class's parameters, and the name of each in the checkpoint's files."""
 
 import functools
 import json

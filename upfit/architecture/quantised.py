@@ -1,7 +1,7 @@
-"""Whether a checkpoint is quantised, judged by what is stored: config keys are lost more easily than bytes.
+"""Tells whether a checkpoint is quantised by what it stores; config keys may be missing.
 
-The heads of packed or scaled weights cannot be merged as if they were numbers, and a result without its scales loads as well as
-a right one. So what is not plainly floating where the class computes in floating point is refused.
+Packed or scaled weights cannot be merged as if they were plain numbers, and a result without its scales would load as well as a
+right one. So a tensor is refused when it is not floating-point and the class computes with it in floating point.
 """
 
 import re

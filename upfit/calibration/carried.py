@@ -1,4 +1,4 @@
-"""What a walk through a model carries from one layer to the next, as named tensors and back."""
+"""Everything that a walk over the layers carries from one to the next, as named tensors that can be saved and restored."""
 
 import json
 from typing import Any

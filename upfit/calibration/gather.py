@@ -1,4 +1,4 @@
-"""The sums of one attention layer, gathered over calibration text."""
+"""Sums up the statistics of one attention layer over calibration text."""
 
 from dataclasses import dataclass
 

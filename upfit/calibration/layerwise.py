@@ -144,7 +144,7 @@ class Batch:
 
 
 class LayerwiseModel:
-    """A model that is run one layer at a time over some batches of windows.
+    """A model that is run layer by layer over some batches of windows.
 
     Raises Opaque when the family's forward cannot be run this way.
     """

@@ -1,4 +1,4 @@
-"""Watches attention at work: queries, keys and values as they reach it, and what modules take in and give back."""
+"""Watches attention while it runs: its queries, keys and values, and the inputs and outputs of modules."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Linear least squares from sums over many rows, drawn to what is there already; the strength is chosen on held-back rows.
+"""Linear least squares from sums over many rows, with a pull towards the present weights; held-back rows choose its strength.
 
 Shapes: N rows, Z inputs, E outputs.
 """

@@ -1,4 +1,4 @@
-"""Calibration text: from files to windows of token ids, some of them held back."""
+"""Turns calibration text into windows of token ids and holds some of them back."""
 
 import hashlib
 import random

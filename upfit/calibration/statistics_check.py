@@ -1,4 +1,4 @@
-"""Whether a statistics file holds what `upfit calibrate` writes: types and shapes, before anything is computed of it."""
+"""Checks the types and shapes in a statistics file before anything is computed from it."""
 
 import math
 from collections.abc import Mapping

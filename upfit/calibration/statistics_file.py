@@ -1,8 +1,8 @@
-"""The statistics file, which keeps what calibration gathered and the text it was gathered on.
+"""The file in which `upfit calibrate` keeps its statistics and the text they were gathered on.
 
-It is an ordinary safetensors file. Its metadata says which model and text it was made of; its tensors are the
-windows (`windows.512` [n, 512] int32 …, the first `held.512` of them held back) and, for each attention layer, what
-`statistics.py` lists, as `PATH/keys` and so on, in float32. It is taken only for the model and the tokenizer it was made of.
+It is an ordinary safetensors file. Its metadata names the model and the text. Its tensors are the windows (`windows.512` [n,
+512] int32 ..., the first `held.512` of them held back) and, for each attention layer, what `statistics.py` lists, as
+`PATH/keys` and so on, in float32. It is accepted only for the model and the tokenizer it was made with.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Two models run side by side through the same layers over the same text: the teacher as it is, the student as it becomes."""
+"""Runs two models side by side through the same layers: the source, and the converted model as far as it is done."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from upfit.checkpoint.reader import Checkpoint
 
 @dataclass
 class PairedBatch:
-    """One batch of windows that goes through both models: hidden states [B, T, E] before the next layer."""
+    """One batch of windows in both models: hidden states [B, T, E] before the next layer."""
 
     held: bool
     calls: list[Call]

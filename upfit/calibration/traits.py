@@ -1,7 +1,7 @@
-"""What one attention layer does with its projections, found by watching it run: not by what its config says.
+"""Finds out what one attention layer does with its projections, by running it.
 
-A merge changes a layer's weights so that other weights take up the change. Whether that is exact depends on what lies between
-them: a rotation by position, a norm, a gate. Every assumption is tested on real activations; what fails the test is left out.
+A merge changes some weights of a layer and lets others make up for it. Whether that is exact depends on what lies between them:
+a rotation by position, a norm, a gate. Each assumption is tested on real activations; a change whose test fails is not made.
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,12 +1,12 @@
-"""How bytes move from a file into a place of another one: by the cheapest way that the system has for these two files.
+"""Copies bytes from one file into a place of another, in the cheapest way that the system offers for these two files.
 
     reflink   the file system lets both files share the blocks (XFS, btrfs, bcachefs): nothing is read and nothing written
     direct    whole blocks go between the disk and one buffer, past the page cache (O_DIRECT)
     kernel    copy_file_range: copied inside the kernel, or by a file server
     plain     read and write
 
-They are tried in this order, and one that the system refuses is not tried again. The first two move whole blocks only; what
-is left at the edges of a range goes the plain way. Linux has all of them, other systems some.
+They are tried in this order, and one that the system refuses is not tried again. The first two copy whole blocks only; the
+edges of a run are copied the plain way. Linux has all four, other systems some.
 """
 
 import errno
@@ -48,8 +48,8 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class CopiedRange:
-    """`nbytes` that stand at `place` of a target file. `crc` is their CRC-32; where nobody has seen the bytes it is None, and
-    they are those from `start` of `file`. `shared` ones are not only the same there: they are the same blocks of the disk."""
+    """`nbytes` at offset `place` of a target file. `crc` is their CRC-32. It is None where the bytes never passed through
+    this process; they are then those from `start` of `file`. `shared`: both files use the same blocks of the disk."""
 
     place: int
     nbytes: int

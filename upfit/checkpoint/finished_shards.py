@@ -1,7 +1,7 @@
-"""What of a conversion is finished: a file beside the shards that tells it, so that the same command goes on after a kill.
+"""A file beside the shards that lists those which are finished, so that the same command continues after a kill.
 
-The first line says what is being done; each further line is a shard whose bytes have reached the disk, with the checksums of
-its pieces. A shard without a line, or with other bytes than its line tells, is written again.
+The first line says which conversion it is. Each further line is a shard whose bytes are on the disk, with the checksums of its
+pieces. A shard that has no line, or other bytes than its line says, is written again.
 """
 
 import functools

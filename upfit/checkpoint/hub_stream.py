@@ -1,7 +1,8 @@
-"""A model on the hub whose weight files are here one at a time: fetched when they are needed, released when they are done with.
+"""A model on the hub whose weight files are downloaded one at a time, when they are needed, and removed when nothing needs
+them.
 
-In a folder of the work on OUT stand the small files whole and, for each weight file, a ghost: as long as the real one and with
-its header, but without its data, so that it takes no space. Whatever reads headers reads ghosts as it reads files.
+OUT's work folder holds the small files whole and, for each weight file, a ghost: a sparse file with the length and the header
+of the real one, which takes no space. Code that reads headers reads ghosts as it reads files.
 """
 
 import json

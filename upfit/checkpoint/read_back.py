@@ -1,6 +1,6 @@
-"""Reads back what was written: each piece against its checksum, or against the source's bytes where nobody saw them move.
+"""Reads back what was written: each piece is compared with its checksum or, where it has none, with the source's bytes.
 
-A copy that went wrong between the disks (a flipped bit, a block that was never written) loads as well as a right one.
+A wrong copy (a flipped bit, a block that was never written) would load just as a right one does.
 """
 
 import mmap
@@ -58,7 +58,7 @@ def check_written(folder: Path, shards: "list[Shard]", read: Read, advance: Call
 
 
 class Disk:
-    """A file read from its disk and not from the memory that it was written from: past the page cache where the system can."""
+    """A file read from the disk and not from memory that still holds what was written: past the page cache where possible."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._own = path, threading.local()

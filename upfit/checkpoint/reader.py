@@ -1,6 +1,6 @@
 """A checkpoint folder, read one tensor at a time: `config.json`, and `model.safetensors` or shards with an index.
 
-The truth about what is there comes from the headers; the index is only checked against them. Nothing is unpickled.
+The headers of the files say which tensors there are; the index is only compared with them. Nothing is unpickled.
 """
 
 import dataclasses

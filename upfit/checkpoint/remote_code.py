@@ -1,6 +1,6 @@
-"""References to modelling code in a source folder (`auto_map`): the code never travels, so neither may its name.
+"""Removes references to the source's own modelling code (`auto_map`) from a config: that code is never copied.
 
-With `trust_remote_code` transformers looks for such code before it asks its own classes, and does not find it.
+With `trust_remote_code`, transformers looks for such code before it looks at its own classes, and would not find it.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read strictly and without trusting it.
+"""Reads the header of a safetensors file strictly.
 
-The library's own reader accepts what a converter must not pass on (duplicate names, any alignment) and does not tell where
-the bytes of a tensor lie; both are needed here. Format: u64 little-endian length N, N bytes of JSON, then the data.
+The library's own reader accepts files that a converter must refuse (duplicate names, any alignment), and does not tell where
+the bytes of a tensor lie. Format: u64 little-endian length N, N bytes of JSON, then the data.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What travels with the weights of a model folder: tokenizer, licence, code of our own. Code of others and pickles never do."""
+"""Which files beside the weights are copied: tokenizer, licence, code of ours. Code of others and pickles never are."""
 
 import os
 import shutil

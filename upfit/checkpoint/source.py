@@ -1,6 +1,6 @@
-"""Where a source model lies, and which of its files travel with the weights.
+"""Finds a source model, in a folder or on the hub.
 
-Used by every verb that reads a model folder. Knows nothing of tensors.
+Every command that reads a model folder uses it. Knows nothing of tensors.
 """
 
 import re

@@ -1,8 +1,8 @@
-"""What is half done: the folder OUT.upfit-work beside an output, one for every output, whatever verb is at work on it.
+"""The folder OUT.upfit-work beside an output, which holds unfinished work. There is one for each output, whatever the command.
 
-It is made exclusively and never through a link, holds a mark that says whose it is, and is locked as long as a process works in
-it. What is finished in it becomes OUT in one rename. A folder of that name without the mark is somebody else's: it is left as
-it is, and the verb refuses to work there.
+It is created exclusively and never through a link. It holds a mark that it is Upfit's, and is locked while a process works in
+it. A finished result in it becomes OUT in one rename. A folder of that name without the mark is left as it is, and the command
+refuses to work there.
 """
 
 import errno
@@ -34,15 +34,15 @@ BUSY = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 class Interrupted(UpfitError):
-    """The work could not go on, and the same command can go on with it later."""
+    """The work had to stop; the same command can continue it later."""
 
 
 class Refused(UpfitError):
-    """The folder holds work of other settings, which a command that is refused leaves as it is."""
+    """The folder holds work of other settings. It is left as it is."""
 
 
 class OutputTaken(Interrupted):
-    """Something has appeared at the output meanwhile; what was made is kept in the work folder."""
+    """Something has appeared at OUT meanwhile. The result is kept in the work folder."""
 
 
 @dataclass

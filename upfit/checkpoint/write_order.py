@@ -1,7 +1,7 @@
-"""The order of the work on a checkpoint: one file of the source after the other, and what is done while it is read.
+"""The order in which a checkpoint is converted: one file of the source after the other.
 
-A step copies the file's untouched bytes and runs the rules whose last tensors it holds, so a file of the source is needed for
-one stretch of the time only, and shards of the result are finished one by one.
+While a file is read, its untouched bytes are copied, and the rules run whose last input it holds. So each file of the source is
+needed for a short time only, and the shards of the result are finished one by one.
 """
 
 import functools
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class SourceFiles(Protocol):
-    """Source files that are not here all the time."""
+    """Source files that are downloaded when they are needed."""
 
     def fetch(self, path: Path) -> None: ...
     def release(self, path: Path) -> None: ...
@@ -38,7 +38,7 @@ class SourceFiles(Protocol):
 
 @dataclass
 class OpenShard:
-    """A shard that is being written: `left` counts the bytes that do not stand yet."""
+    """A shard that is being written: `left` counts the bytes that are still missing."""
 
     shard: "Shard"
     path: Path

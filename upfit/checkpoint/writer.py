@@ -1,7 +1,7 @@
-"""Writes the shards of a result: sizes are known beforehand, so every tensor has its place and nothing is kept in memory.
+"""Writes the shards of a result. All sizes are known beforehand, so every tensor has its place, and nothing is kept in memory.
 
-Untouched tensors move as bytes (`copy_bytes.py`). Computed tensors come last in their file, so that what is moved stays in long
-runs, and the data begins where it does in the source's file modulo a block, so that whole blocks can be moved.
+Untouched tensors are copied as bytes (`copy_bytes.py`). Computed tensors come last in their file, so that the copied ones form
+long runs. The data begins at the same offset within a block as in the source's file, so that whole blocks can be copied.
 """
 
 import json

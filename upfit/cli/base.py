@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -10,7 +11,10 @@ import typer
 
 from upfit import __version__
 from upfit.cli.boundary import carried
-from upfit.options import choices, flag
+from upfit.errors import UpfitError
+from upfit.options import check_values, choices, fits, flag
+from upfit.output import Output
+from upfit.results import Result
 
 app = typer.Typer(
     name="upfit",
@@ -37,6 +41,12 @@ def root(
         raise typer.Exit
 
 
+def show_result(result: Result, output: Output) -> None:
+    """The answer of a verb, as JSON or as people read it."""
+    output.json(result.record())
+    result.show(output)
+
+
 def carry_errors(commands: typer.Typer) -> None:
     """Let errors of every command arrive at `main` as they are (see `boundary.carried`)."""
     for command in commands.registered_commands:
@@ -50,7 +60,8 @@ def carry_errors(commands: typer.Typer) -> None:
 def flags_of(settings: type, unset: bool = False) -> list[inspect.Parameter]:
     """One keyword parameter for every field of an options dataclass: the field is the flag.
 
-    With `unset` every flag may be left out and is then None, so that the caller can tell what the user gave.
+    With `unset` every flag may be left out and is then None, so that the caller can tell what the user gave. A field that is a
+    key of a config file alone is taken too, unseen, so that whoever gives it is told where it belongs (`refuse_key`).
     """
     hints = typing.get_type_hints(settings)
     parameters = []
@@ -59,18 +70,33 @@ def flags_of(settings: type, unset: bool = False) -> list[inspect.Parameter]:
         allowed = choices(annotation)
         if allowed:
             annotation, text = str, f"{text} ({', '.join(map(str, allowed))})"
-        if unset:
+        if not field.metadata["flag"]:
+            annotation, default = (bool if annotation is bool else str) | None, None
+        elif unset:
             text += "" if default is None else f" [default: {str(default).lower() if annotation is bool else default}]"
             annotation, default = annotation | None, None
         names = (
             (f"{flag(field.name)}/{flag('no_' + field.name)}",) if annotation in (bool, bool | None) else (flag(field.name),)
         )
         names = (flag(field.name),) if default is False else names
-        declared = typer.Option(*names, help=text.replace("[", "\\["))
+        declared = typer.Option(*names, help=text.replace("[", "\\["), hidden=not field.metadata["flag"])
         given = inspect.Parameter.empty if default is dataclasses.MISSING else default
         kind = Annotated[annotation, declared]  # type: ignore[valid-type]
         parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=given, annotation=kind))
     return parameters
+
+
+def refuse_key(settings: type, values: dict[str, Any]) -> None:
+    """Raise UpfitError when one of the flags that were given is a key of the config file alone."""
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        value = values.get(field.name)
+        if value is not None and not field.metadata["flag"]:
+            given = flag(f"no_{field.name}" if value is False else field.name)
+            # A number comes as the text it is; JSON's spelling of strings and booleans is valid TOML.
+            shown = value if isinstance(value, str) and not fits(value, hints[field.name]) else json.dumps(value)
+            line = f"{field.name} = {shown}"
+            raise UpfitError(f"{given} is a key of the config file now: write {line} into a TOML file and give --config FILE")
 
 
 def with_flags(command: Callable[..., None], settings: type, name: str, unset: bool = False) -> Callable[..., None]:
@@ -83,6 +109,8 @@ def with_flags(command: Callable[..., None], settings: type, name: str, unset: b
 
     def run(**values: Any) -> None:
         flags = {key: value for key, value in values.items() if key in fields}
+        refuse_key(settings, flags)
+        check_values(settings, {key: value for key, value in flags.items() if not unset or value is not None})  # before torch
         command(**{key: value for key, value in values.items() if key not in fields}, flags=flags)
 
     run.__name__, run.__doc__ = name, command.__doc__

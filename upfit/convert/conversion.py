@@ -1,4 +1,4 @@
-"""The verb `convert`: a source folder in, a checked and complete folder out, or one line that says why not."""
+"""The command `convert`: from a source folder to a checked and complete folder, or to one line that says why not."""
 
 import dataclasses
 import hashlib
@@ -19,6 +19,7 @@ from upfit.architecture.layers import Architecture, bind, open_model
 from upfit.architecture.leftovers import Leftovers, left_over, settle
 from upfit.architecture.loading import structure_report
 from upfit.architecture.names import name_map
+from upfit.architecture.planned import changed_layers, check_against_class, edit_dtype, output_bytes, shape_changes
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known, has_two_ways
 from upfit.calibration.observe import Opaque
@@ -37,7 +38,6 @@ from upfit.checkpoint.side_files import check_side_files, copy_code, copy_side_f
 from upfit.checkpoint.source import Source, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.checkpoint.writer import write_shards
-from upfit.convert.planned import changed_layers, check_against_class, edit_dtype, output_bytes, shape_changes
 from upfit.convert.recipe import MERGE, Fit, FitContext, Recipe, find_merge, outline_of
 from upfit.convert.verify import Promise, Report, tolerance, verify
 from upfit.errors import UpfitError
@@ -160,10 +160,9 @@ def _fitted(job: Job, fit: Fit, context: FitContext) -> Job:
         plan, checkpoint = fit.run(context), context.checkpoint.with_fitted(context.scratch)
     except Opaque as reason:
         if fit.fallback is None:
-            raise UpfitError(f"{job.source.name} cannot be fitted on text: {reason}{fit.otherwise}") from reason
-        context.output.note(f"not aligned: {reason}; the heads are averaged instead")
-        plan = dataclasses.replace(fit.fallback, report={**(fit.fallback.report or {}), "not_aligned": str(reason)})
-        checkpoint, alone = job.checkpoint, True
+            choose = f"; choose {fit.otherwise}" if fit.otherwise else ""
+            raise UpfitError(f"{job.source.name} cannot be fitted on text: {reason}{choose}") from reason
+        plan, checkpoint, alone = fit.fallback(str(reason)), job.checkpoint, True
     return _planned(dataclasses.replace(job, checkpoint=checkpoint), plan, alone)
 
 
@@ -175,7 +174,7 @@ def _planned(job: Job, plan: Plan, alone: bool) -> Job:
 
     def replan(architecture: Architecture) -> Plan:
         again = job.recipe.plan(architecture, job.options)
-        return again.fallback or again.outline if isinstance(again, Fit) else again
+        return again.fallback("") if isinstance(again, Fit) and again.fallback else outline_of(again)
 
     checkpoint, present = job.checkpoint, job.unused & job.checkpoint.passing.keys()
     changed = changed_layers(job.architecture, plan)
@@ -217,8 +216,8 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     needed = 0 if settings.dry_run else output_bytes(job.planned, source.path) + fitted  # planned where it cannot run, perhaps
     if settings.stream and fit is not None:
         raise UpfitError(
-            "--stream has each file of the model once, and this conversion runs the model on text; leave --stream out, or "
-            "choose what needs no text, such as --method mean"
+            "--stream has each file of the model once, and this conversion runs the model on text; leave --stream out"
+            + (f", or choose {fit.otherwise}" if fit.otherwise else "")
         )
     if settings.stream:
         needed += max(path.stat().st_size for path in checkpoint.files)

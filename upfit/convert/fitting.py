@@ -1,6 +1,6 @@
-"""Fits on calibration text: one walk through a model's layers for every recipe, which goes on where an earlier run was stopped.
+"""Fits layers on calibration text: one walk through the model for every recipe, which continues where an earlier run stopped.
 
-A recipe says what to do with a layer; the tensors it makes wait in the context's scratch folder for the rules that write them.
+A recipe says what to do with a layer. The tensors it makes are stored in the fit's folder until the rules write them.
 """
 
 import hashlib
@@ -55,8 +55,8 @@ class LayerFit:
 
 
 class Walk:
-    """A model, run layer by layer over the calibration text, beside the student that it becomes (with `alone`:
-    without one)."""
+    """A model that is run layer by layer over the calibration text, side by side with the converted one (`alone`: without
+    it)."""
 
     def __init__(self, context: "FitContext", sample: Sample, alone: bool) -> None:
         pieces, held = sample.batches()

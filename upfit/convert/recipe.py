@@ -1,6 +1,6 @@
-"""What a recipe is: it makes a plan of new config and rules, or says how to find one on text.
+"""What a recipe is: it makes a plan of a new config and rules, or says how to find such a plan on text.
 
-No model class and no torch in here: what runs a plan is `planned.py`, what a plan is made for `architecture/layers.py`.
+No model class and no torch in here. `planned.py` runs a plan; `architecture/layers.py` describes what it is made for.
 """
 
 import importlib
@@ -15,6 +15,7 @@ from upfit.errors import UpfitError
 from upfit.output import Output
 
 if TYPE_CHECKING:
+    from upfit.architecture.attention import Geometry
     from upfit.architecture.layers import Architecture
     from upfit.checkpoint.reader import Checkpoint
 
@@ -38,14 +39,14 @@ class Fit:
     """A plan that has to be found by running the model on text.
 
     `outline` tells what will be written: names, shapes and the config; its rules run on meta tensors alone. `run(context)`
-    gives the plan to be written. `fallback` is the plan for a model that cannot be watched on text (None: that is an error, and
-    `otherwise` says what to do about it). `preview(context)` tells, for a dry run, what calibration predicts, as tables that
-    JSON can hold; None where nothing can be predicted.
+    gives the plan to be written. `fallback(why)` gives the plan for a model that cannot be watched on text; None: that is an
+    error. `otherwise` is a setting that needs no text, as words of a command line. `preview(context)` tells, for a dry run,
+    what calibration predicts, as tables that JSON can hold; None where nothing can be predicted.
     """
 
     outline: Plan
     run: "Callable[[FitContext], Plan]"
-    fallback: Plan | None = None
+    fallback: Callable[[str], Plan] | None = None
     preview: "Callable[[FitContext], dict[str, Any]] | None" = None
     otherwise: str = ""
 
@@ -57,7 +58,8 @@ class Recipe:
     `options` is a frozen dataclass whose fields are the command-line flags. `plan(architecture, options)` is pure, gives a Plan
     or, where it takes text to make one, a Fit, and raises UpfitError for a setting that the checkpoint does not allow.
     `identity` gives options that must not change the function (None where there are none), `trials` a few real settings; the
-    laws in `tests/` run over both.
+    laws in `tests/` run over both. `offers` says in `upfit show` what a checkpoint can be given, "" for nothing. `shapes` gives
+    head counts and widths of the result, a Geometry for each layer.
     """
 
     name: str
@@ -68,6 +70,14 @@ class Recipe:
     identity: "Callable[[Architecture], Any | None]"
     trials: "Callable[[Architecture], list[Any]]"
     offers: "Callable[[Architecture], str]" = field(default=lambda architecture: "")
+    shapes: "Callable[[Architecture, Any], list[Geometry]]" = field(
+        default=lambda architecture, options: [layer.geometry for layer in architecture.layers]
+    )
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a recipe that has none."""
 
 
 def outline_of(plan: Plan | Fit) -> Plan:

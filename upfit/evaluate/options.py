@@ -16,65 +16,63 @@ class Options:
     data: list[str] | None = option(
         None, help="text: files (.txt, .jsonl, .json, .parquet, .gz ...) or folders of them; default: text of this Python"
     )
-    length: int | None = option(None, help="tokens in a window; default: 512, or what the model takes if that is less")
-    windows: int = option(64, help="how many windows at most, spread over all the text")
-    batch: int = option(4, help="windows, or prompts of --tasks, in one forward pass")
+    length: int | None = option(
+        None, at_least=8, help="tokens in a window; default: 512, or what the model takes if that is less"
+    )
+    windows: int = option(64, at_least=1, help="how many windows at most, spread over all the text")
+    batch: int = option(4, at_least=1, help="windows, or prompts of --tasks, in one forward pass")
     speed: bool = option(False, help="also time prefill and decode with the cache")
-    speed_lengths: list[int] | None = option(None, help="context lengths to time; default: 128, 512 and 2048 where they fit")
-    speed_batch: int = option(1, help="sequences decoded at once while timing")
-    speed_steps: int = option(32, help="tokens decoded in one timing")
-    speed_repeats: int = option(5, help="timings of each kind, at least 3; the median is told")
+    speed_lengths: list[int] | None = option(
+        None, at_least=1, help="context lengths to time; default: 128, 512 and 2048 where they fit"
+    )
+    speed_batch: int = option(1, at_least=1, help="sequences decoded at once while timing")
+    speed_steps: int = option(32, at_least=1, help="tokens decoded in one timing")
+    speed_repeats: int = option(5, at_least=3, help="timings of each kind, at least 3; the median is told")
     probe: list[str] | None = option(
         None,
         help="also ask of long contexts (val-document, val-code, val-database, key-value, multi-needle, variable-tracking), "
         "tell the loss by position, ask for a needle, or to do counting, flipflop or selective-copy; repeatable",
     )
     ablate: str | None = option(
-        None, help="also measure MODEL without a part that a conversion added, such as cope: is it of any use?"
+        None, help="also measure MODEL without a part that a conversion added, by the name on its page: is it of any use?"
     )
     record: bool = option(False, help="keep the result in MODEL's recipe.json, for its report and its model card")
     probe_samples: int = option(
-        50, help="samples of a probe: questions or windows at each length, needles in all, of counting and the like in each row"
+        50,
+        at_least=1,
+        help="samples of a probe: questions or windows at each length, needles in all, of counting and the like in each row",
     )
     probe_length: list[int] | None = option(
-        None, help="tokens of a probe's text, at most; repeatable for long contexts; default: that of the windows"
+        None, at_least=64, help="tokens of a probe's text, at most; repeatable for long contexts; default: that of the windows"
     )
-    probe_depths: int = option(5, help="depths of a long context that are asked about, one question each")
-    probe_asked: int = option(1, help="needles that one question of multi-needle asks for")
+    probe_depths: int = option(5, at_least=2, help="depths of a long context that are asked about, one question each")
+    probe_asked: int = option(1, at_least=1, help="needles that one question of multi-needle asks for")
     probe_format: Literal["plain", "chat"] = option("plain", help="words around a long context: plain, or the chat template")
     probe_pieces: str | None = option(None, help="folder of FILM's pieces, to make the val- probes of; default: own ones")
     tasks: list[str] | None = option(
         None, help="also run tasks of lm-evaluation-harness, such as hellaswag or ruler-offline (no network); repeatable"
     )
     task_path: str | None = option(None, help="folder with task files (YAML) of your own for --tasks")
-    task_lengths: list[int] | None = option(None, help="tokens of RULER's texts, one run each; default: 4096")
-    task_limit: int | None = option(None, help="documents of a task, at most; default: all")
+    task_lengths: list[int] | None = option(None, at_least=512, help="tokens of RULER's texts, one run each; default: 4096")
+    task_limit: int | None = option(None, at_least=1, help="documents of a task, at most; default: all")
     attention_maps: int = option(
-        0, help="with --probe needle: keep the whole attention maps, on one short text, of this many heads that find it"
+        0,
+        at_least=0,
+        help="with --probe needle: keep the whole attention maps, on one short text, of this many heads that find it",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", help="type to load the weights in")
     device: str = option("auto", help="cpu, cuda, cuda:1, ...; auto takes the accelerator if there is one")
     revision: str | None = option(None, help="revision of MODEL on the hub")
 
 
-SMALLEST = {"length": 8, "windows": 1, "batch": 1, "speed_batch": 1, "speed_steps": 1, "speed_repeats": 3}
-SMALLEST |= {"probe_samples": 1, "probe_depths": 2, "probe_asked": 1, "task_limit": 1, "attention_maps": 0}
-LEAST_PROBE_LENGTH = 64
 CONTEXT_PROBES = ("val-document", "val-code", "val-database", "key-value", "multi-needle", "variable-tracking")
 SEVERAL_LENGTHS = (*CONTEXT_PROBES, "position")
 PROBES = (*SEVERAL_LENGTHS, "needle", "counting", "flipflop", "selective-copy")
-LEAST_TASK_LENGTH = 512
 
 
 def check_options(options: Options) -> None:
     """Raise UpfitError for a value of the wrong type or one too small to mean anything."""
     check(options)
-    for name, smallest in SMALLEST.items():
-        value = getattr(options, name)
-        if value is not None and value < smallest:
-            raise UpfitError(f"{flag(name)} got {value}; give at least {smallest}")
-    if options.speed_lengths is not None and (not options.speed_lengths or min(options.speed_lengths) < 1):
-        raise UpfitError(f"--speed-lengths got {options.speed_lengths}; give context lengths of at least 1 token")
     _check_probes(options)
     _check_tasks(options)
 
@@ -86,8 +84,6 @@ def _check_probes(options: Options) -> None:
             raise UpfitError(f"--probe got {name!r}; give one of {', '.join(PROBES)}")
         if lengths and len(lengths) > 1 and name not in SEVERAL_LENGTHS:
             raise UpfitError(f"--probe {name} takes one --probe-length, not {len(lengths)}; measure it by itself")
-    if lengths is not None and (not lengths or min(lengths) < LEAST_PROBE_LENGTH):
-        raise UpfitError(f"--probe-length got {lengths}; give at least {LEAST_PROBE_LENGTH} tokens")
     if options.probe_asked > options.probe_depths:
         raise UpfitError(f"--probe-asked {options.probe_asked} is more than the needles; give at most {options.probe_depths}")
     goes = {"probe_depths": CONTEXT_PROBES, "probe_asked": ("multi-needle",), "probe_format": CONTEXT_PROBES}
@@ -105,5 +101,3 @@ def _check_tasks(options: Options) -> None:
             raise UpfitError(f"{flag(name)} goes with --tasks; name one, such as --tasks ruler-offline")
     if options.task_path is not None and not Path(options.task_path).expanduser().is_dir():
         raise UpfitError(f"--task-path {options.task_path} is not a folder; give one that holds the task's YAML file")
-    if options.task_lengths is not None and min(options.task_lengths, default=0) < LEAST_TASK_LENGTH:
-        raise UpfitError(f"--task-lengths got {options.task_lengths}; give lengths of at least {LEAST_TASK_LENGTH} tokens")

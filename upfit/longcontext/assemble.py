@@ -1,4 +1,4 @@
-"""The parts of a synthesis, put together: sorted, nothing asked twice, gaps filled with invented facts where wanted."""
+"""Puts the parts of a synthesis together: sorted, no question twice, and invented facts where a question is missing."""
 
 import json
 import shutil

@@ -1,7 +1,8 @@
-"""Which segments make up the context of an item, and in which order: told in a hundred bytes, made again when it is needed.
+"""Chooses the segments of a context and their order. The choice takes a hundred bytes; the context is made from it when it is
+needed.
 
-A context is a pure function of the corpus, the item and its recipe. Lengths are stratified over the range asked for, and so is
-the place of the first piece, so that a small set is as even as a large one (IN2 leaves both to chance).
+A context is a pure function of the corpus, the item and its recipe. Lengths are spread evenly over the range asked for, and so
+are the places of the first piece, so that a small set is as even as a large one (IN2 leaves both to chance).
 """
 
 import json

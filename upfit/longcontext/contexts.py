@@ -1,7 +1,8 @@
-"""A finished folder of `upfit synth`, example by example: contexts are made when they are asked for."""
+"""Reads a finished folder of `upfit synth`, example by example. Contexts are made when they are asked for."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,13 @@ class Contexts(Sequence[tuple[np.ndarray, int]]):
         options = self.settings["options"]
         segments = Segments(self.folder / SEGMENTS)
         return Composer(segments, self.wording, options["seed"], len(self), options["min_tokens"], options["max_tokens"])
+
+    def worded(self, wording: Wording) -> "Contexts":
+        """The same examples with other words around them."""
+        other = copy(self)
+        other.__dict__.pop("composer")
+        other.wording = wording
+        return other
 
     def __len__(self) -> int:
         return len(self._items)

@@ -1,4 +1,4 @@
-"""Examples written out as text, for other trainers. Contexts are made one at a time; the file is as large as all of them."""
+"""Writes examples as text, for other trainers. Contexts are made one at a time; the file is as large as all of them."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A question whose answer stands somewhere in a context: what it is made of, and how it is kept."""
+"""A question whose answer stands somewhere in a context: what it consists of, and how it is stored."""
 
 import hashlib
 import json

@@ -19,7 +19,7 @@ class Options:
     """What to ask, of what text, in contexts of what length."""
 
     tokenizer: str = option(help="model whose tokenizer is used: folder or hub id")
-    items: int = option(10_000, help="how many examples")
+    items: int = option(10_000, at_least=1, help="how many examples")
     ask: Ask = option("template", help="where questions come from: rules, question sets, or a language model")
     questions: list[str] | None = option(None, help="with --ask dataset: files shaped like SQuAD or HotpotQA")
     families: list[str] | None = option(None, help="with --ask template: families of questions, in turn; default: all")
@@ -30,14 +30,18 @@ class Options:
     responses: list[str] | None = option(
         None, help="with --ask file: what a batch service answered to OUT.upfit-work/requests-*"
     )
-    concurrency: int = option(8, help="with --ask openai: requests at a time")
-    budget_tokens: int | None = option(None, help="with --ask openai: stop asking after so many tokens, prompts counted")
-    temperature: float = option(0.7, help="temperature of a model's questions")
-    several_share: float = option(0.2, help="share of a model's questions that need several segments")
-    min_tokens: int = option(4096, help="tokens of the shortest example")
+    concurrency: int = option(8, at_least=1, help="with --ask openai: requests at a time")
+    budget_tokens: int | None = option(
+        None, at_least=1, help="with --ask openai: stop asking after so many tokens, prompts counted"
+    )
+    temperature: float = option(0.7, at_least=0, help="temperature of a model's questions")
+    several_share: float = option(0.2, at_least=0, at_most=1, help="share of a model's questions that need several segments")
+    min_tokens: int = option(4096, at_least=64, help="tokens of the shortest example")
     max_tokens: int = option(32768, help="tokens of the longest example; lengths are spread evenly between")
-    segment_tokens: int = option(128, help="tokens of a segment, at least")
-    short_share: float = option(0.1, help="share of the questions that are asked of their own text alone")
+    segment_tokens: int = option(128, at_least=8, help="tokens of a segment, at least")
+    short_share: float = option(
+        0.1, at_least=0, at_most=1, help="share of the questions that are asked of their own text alone"
+    )
     format: Literal["plain", "chat"] = option("plain", help="words around the context: plain, or the tokenizer's chat template")
     decontaminate: list[str] | None = option(None, help="text to be tested on: what shares ten words in a row is left out")
     field: str = option("text", help="field of JSON and parquet that holds the text")
@@ -49,20 +53,8 @@ class Options:
 def check_options(options: Options) -> tuple[int, int]:
     """The shard as numbers. Raises UpfitError for a setting that is out of its range or goes with another."""
     check(options)
-    limits = {
-        "--items": (options.items >= 1, options.items, "1 or more"),
-        "--segment-tokens": (options.segment_tokens >= 8, options.segment_tokens, "8 or more"),
-        "--min-tokens": (options.min_tokens >= 64, options.min_tokens, "64 or more"),
-        "--max-tokens": (options.max_tokens >= options.min_tokens, options.max_tokens, "--min-tokens or more"),
-        "--concurrency": (options.concurrency >= 1, options.concurrency, "1 or more"),
-        "--budget-tokens": (options.budget_tokens is None or options.budget_tokens >= 1, options.budget_tokens, "1 or more"),
-        "--temperature": (options.temperature >= 0, options.temperature, "0 or more"),
-        "--several-share": (0 <= options.several_share <= 1, options.several_share, "a share from 0 to 1"),
-        "--short-share": (0 <= options.short_share <= 1, options.short_share, "a share from 0 to 1"),
-    }
-    for name, (good, got, allowed) in limits.items():
-        if not good:
-            raise UpfitError(f"{name} got {got}; give {allowed}")
+    if options.max_tokens < options.min_tokens:
+        raise UpfitError(f"--max-tokens got {options.max_tokens}; give --min-tokens or more")
     goes = {
         "--model": (options.model, MODELS),
         "--questions": (options.questions, ("dataset",)),

@@ -1,7 +1,7 @@
-"""A corpus cut into segments of a hundred-odd tokens, on disk as tokens and as text: what contexts are filled with.
+"""A corpus cut into segments of a hundred-odd tokens, stored as tokens and as text. Contexts are filled with them.
 
-Cut as in IN2's Algorithm 1 (arXiv 2404.16811, camera-ready, appendix D): whole lines until a segment has enough tokens; what
-is left at the end of a document goes to its last segment. Unlike there, a very long line is first cut at ends of sentences.
+Cut as in IN2's Algorithm 1 (arXiv 2404.16811, camera-ready, appendix D): whole lines until a segment has enough tokens; what is
+left at the end of a document goes to its last segment. Unlike there, a very long line is first cut at ends of sentences.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
-"""`upfit synth`: segment, ask, compose, each a stage that is done once, split over processes, and gone on with after a kill.
+"""`upfit synth` in three stages: segment, ask, compose. Each is done once, can be split over processes, and continues after a
+kill.
 
-Work lies in OUT's work folder until every part is there; then it is put together and becomes OUT. Every question and every
+OUT's work folder holds the parts until all are there; then they are put together and become OUT. Every question and every
 context is a pure function of the corpus, the settings and its number, so the bytes do not depend on how the work was split or
 interrupted.
 """

@@ -1,4 +1,4 @@
-"""The words around a context: what comes before it, how the question is put, where the answer begins."""
+"""The words around a context: the beginning of the prompt, the question, and the beginning of the answer."""
 
 from typing import TYPE_CHECKING, Literal
 

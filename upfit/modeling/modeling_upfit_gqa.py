@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from .upfit_base import Own, OwnConfig, OwnModel, Plain, put_in_front, stock_attention
+from .upfit_base import Own, OwnConfig, OwnModel, Plain, in_front_of, put_in_front, stock_attention
 
 INTERFACE = "upfit_gqa"
 
@@ -164,8 +164,7 @@ def swap(model: nn.Module, config: Any) -> None:
                 projection = attention.get_submodule(name)
                 _narrow(projection, heads, settings["kv_heads"], settings["fused"])
                 if attention.copying:
-                    stock = type(projection)
-                    projection.__class__ = type(stock.__name__, (Copies, stock), {})
+                    projection.__class__ = in_front_of(Copies, type(projection))
                     projection.kv_heads, projection.times, projection.fused = (
                         settings["kv_heads"],
                         attention.times,

@@ -83,10 +83,19 @@ def stock_attention(module: Any) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS.get_interface(module.config.real._attn_implementation, eager)
 
 
+_in_front: dict[tuple[type, type], type] = {}
+
+
+def in_front_of(chosen: type, stock: type) -> type:
+    """The one class of `chosen` in front of `stock`: torch.compile compiles anew for every class that it meets."""
+    if (chosen, stock) not in _in_front:
+        _in_front[chosen, stock] = type(stock.__name__, (chosen, stock), {"stock_module": stock.__module__})
+    return _in_front[chosen, stock]
+
+
 def put_in_front(attention: Any, chosen: type[Own], interface: str | None) -> None:
     """Change a stock attention module, in place, into one of `chosen` that calls our interface, if it calls any."""
-    stock = type(attention)
-    attention.__class__ = type(stock.__name__, (chosen, stock), {"stock_module": stock.__module__})
+    attention.__class__ = in_front_of(chosen, type(attention))
     if interface is not None:
         attention.config = View(attention.config, interface)
 

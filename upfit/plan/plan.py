@@ -1,8 +1,8 @@
 """`upfit plan`: FLOPs, memory and hours of an uptraining, from what its model computes and keeps (see trace.py).
 
-Conventions, told with the result: a forward pass multiplies and adds once for each weight of each matrix a token (2 FLOPs), a
-causal attention looks at half of the map, a backward pass is twice its forward pass. A teacher's forward pass counts; layers
-computed again (gradient checkpointing) take time but are no FLOPs of the model.
+Conventions, told with the result: a forward pass costs 2 FLOPs for each token and each weight of a matrix; causal attention
+computes half of the map; a backward pass costs two forward passes. A teacher's forward pass counts. Layers that are computed
+again (gradient checkpointing) take time but are no FLOPs of the model.
 """
 
 from dataclasses import dataclass, replace
@@ -12,15 +12,14 @@ from typing import Any
 from upfit.checkpoint.reader import most_positions, read_config
 from upfit.checkpoint.source import Source, find_source, teacher_source
 from upfit.errors import UpfitError
-from upfit.options import parse_count, parse_share
 from upfit.output import human_bytes
 from upfit.plan.hardware import Gpu, find_gpu
 from upfit.plan.options import Options, check_options, stage_shares
 from upfit.plan.trace import Trace, Trained, trace
-from upfit.uptrain.config import Config
+from upfit.uptrain.config import Config, count_of, default, share_of
 from upfit.uptrain.default_stages import default_stages
+from upfit.uptrain.schedule import MICRO_BATCH_TOKENS, row_length
 
-DEFAULT_LENGTH, MICRO_TOKENS, CHUNK = 2048, 8192, 512
 BACKWARD = 2.0  # forward passes
 FREE_SHARE = 0.95  # of a GPU's memory; the rest is its driver's, and lost between allocations
 
@@ -48,7 +47,7 @@ def plan(model: str, options: Options, revision: str | None = None) -> dict[str,
     check_options(options)
     gpu = find_gpu(options.gpu)
     source = find_source(model, revision)
-    length = _length(source, options)
+    length = row_length(options.length, most_positions(read_config(source.path)) or None)
     works = _works(source, length, options)
     flops = [flops_a_token(work, options) for work in works]
     mean = {key: sum(work.share * one[key] for work, one in zip(works, flops, strict=True)) for key in flops[0]}
@@ -111,14 +110,6 @@ def _works(source: Source, length: int, options: Options) -> list[Work]:
     ]
 
 
-def _length(source: Source, options: Options) -> int:
-    longest = most_positions(read_config(source.path))
-    length = options.length or min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
-    if longest and length > longest:
-        raise UpfitError(f"--length {length} is longer than the model's {longest} positions; choose {longest} or less")
-    return length
-
-
 def flops_a_token(work: Work, options: Options) -> dict[str, float]:
     """FLOPs of training on a token, by part, and by the rule of six FLOPs a parameter (embeddings not counted).
 
@@ -151,17 +142,17 @@ def _untied(trace: Trace) -> bool:
 def _tokens(options: Options, flops: dict[str, float], original: Trace) -> int:
     """The budget: given, or what a share of the original compute pays for when the teacher has to be paid too."""
     if options.tokens is not None:
-        return parse_count(options.tokens, "--tokens")
-    assert options.share is not None and options.original_tokens is not None
-    spent = (1 + BACKWARD) * original.forward * parse_count(options.original_tokens, "--original-tokens")
-    return max(1, int(parse_share(options.share, "--share") * spent / flops["total"]))
+        return count_of(options, "tokens")
+    return max(1, int(share_of(options) * _original_flops(options, original) / flops["total"]))
 
 
 def _share(options: Options, flops: dict[str, float], original: Trace, tokens: int) -> float | None:
-    if options.original_tokens is None:
-        return None
-    spent = (1 + BACKWARD) * original.forward * parse_count(options.original_tokens, "--original-tokens")
-    return flops["total"] * tokens / spent
+    return flops["total"] * tokens / _original_flops(options, original) if options.original_tokens is not None else None
+
+
+def _original_flops(options: Options, original: Trace) -> float:
+    """What the model's pretraining took."""
+    return (1 + BACKWARD) * original.forward * count_of(options, "original_tokens")
 
 
 def memory_by_part(work: Work, options: Options, length: int) -> dict[str, float]:
@@ -171,7 +162,7 @@ def memory_by_part(work: Work, options: Options, length: int) -> dict[str, float
     What does not learn lies in the teacher's memory, if there is one that is whole, and else as it is.
     """
     student, teacher, shards = work.student, work.teacher, shards_of(options)
-    rows = options.micro_batch or max(1, MICRO_TOKENS // length)
+    rows = options.micro_batch or max(1, MICRO_BATCH_TOKENS // length)
     short = options.dtype == "bfloat16"
     part = work.layerwise or options.trainable == "attention"
     learning = student.attention_parameters if part else student.parameters
@@ -198,7 +189,7 @@ def memory_by_part(work: Work, options: Options, length: int) -> dict[str, float
         "mask": mask,  # keeps packed documents apart: as bool, and as it is added
         # the gradient of the head is made with the loss, and its weight is cast for it
         "head": (weight_of_head + 2.0 * short) * student.vocabulary * student.hidden + 4.0 * rows * length * student.hidden,
-        "logits": (6.0 if teacher else 4.0) * 4.0 * min(CHUNK, rows * length) * student.vocabulary,
+        "logits": (6.0 if teacher else 4.0) * 4.0 * min(default("chunk"), rows * length) * student.vocabulary,
         "gradients": 4.0 * learning / shards,
     }
     if work.layerwise:

@@ -1,6 +1,6 @@
-"""Where text lies: which files are taken, in which form each holds its text, and how they are opened.
+"""Finds the files that hold text, tells in which form each holds it, and opens them.
 
-Only ordinary files are read (through links, too): a pipe would be waited for, a device never ends.
+Only ordinary files are read, also through links: a pipe would block, and a device never ends.
 """
 
 import os

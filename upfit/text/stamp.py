@@ -1,4 +1,4 @@
-"""Whether text is the text that work was begun on: told by its content."""
+"""Tells by its content whether a text is the one that unfinished work began with."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: loaded, and told apart from others."""
+"""Loads the tokenizer of a model, and tells whether two tokenizers are the same."""
 
 import hashlib
 import json

@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from upfit import options
 from upfit.errors import UpfitError
-from upfit.uptrain.config import Config, budget
+from upfit.uptrain.config import Config, budget, count_of
 
 DEFAULT_LENGTH = 2048
+MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_CPU = 8192, 2048
 MIN_BATCH_TOKENS, MAX_BATCH_TOKENS = 4096, 524_288
 DEFAULT_STEPS, FEWEST_STEPS = 100, 50
 RATE_TIMES_HIDDEN = 0.2  # the peak learning rate falls with the width of the model
@@ -43,17 +43,17 @@ def make_plan(config: Config, longest: int | None) -> Plan:
 
     Raises UpfitError when the budget is missing or the row is longer than the model takes.
     """
-    tokens, length = budget(config), row_length(config, longest)
-    if config.batch_tokens is not None and options.parse_count(config.batch_tokens, "--batch-tokens") < length:
+    tokens, length = budget(config), row_length(config.length, longest)
+    if config.batch_tokens is not None and count_of(config, "batch_tokens") < length:
         short = f"--batch-tokens {config.batch_tokens} is less than one row of {length} tokens"
         raise UpfitError(f"{short}; raise it or lower --length")
     rows = max(1, step_tokens(config, tokens) // length)
     return Plan(length, rows, max(1, math.ceil(tokens / (rows * length))))
 
 
-def row_length(config: Config, longest: int | None) -> int:
-    """Tokens of a row of text, for a model that takes at most `longest`. Raises UpfitError when it takes fewer."""
-    length = config.length or min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
+def row_length(asked: int | None, longest: int | None) -> int:
+    """Tokens of a row of text, `asked` if any. Raises UpfitError for more than `longest`, what the model takes (None: any)."""
+    length = asked or min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
     if longest is not None and length > longest:
         raise UpfitError(f"--length {length} is longer than the model's {longest} positions; choose {longest} or less")
     return length
@@ -62,7 +62,7 @@ def row_length(config: Config, longest: int | None) -> int:
 def step_tokens(config: Config, tokens: int) -> int:
     """Tokens of a step of a run of `tokens`."""
     if config.batch_tokens is not None:
-        return options.parse_count(config.batch_tokens, "--batch-tokens")
+        return count_of(config, "batch_tokens")
     # Small batches are better than few steps, and a hundred steps better than a batch of one row.
     return min(max(tokens // DEFAULT_STEPS, min(MIN_BATCH_TOKENS, tokens // FEWEST_STEPS)), MAX_BATCH_TOKENS)
 
@@ -70,13 +70,13 @@ def step_tokens(config: Config, tokens: int) -> int:
 def make_answers_plan(config: Config, examples: int, mean_length: int, longest: int | None) -> Plan:
     """The plan for `examples` questions of `mean_length` tokens: once over all of them where no budget is given.
 
-    With `--mix`, rows of text make up `mix_share` of a step's tokens, at least one row.
+    With `mix`, rows of text make up `mix_share` of a step's tokens, at least one row.
     """
     mixed = config.mix is not None
     share = config.mix_share if mixed else 0.0
     told = config.tokens is not None or config.share is not None
     tokens = budget(config) if told else round(examples * mean_length / (1 - share))
-    length = row_length(config, longest) if mixed else 0
+    length = row_length(config.length, longest) if mixed else 0
     wanted = step_tokens(config, tokens)
     rows = min(examples, max(1, round(wanted * (1 - share) / mean_length)))
     mix_rows = max(1, round(rows * mean_length * share / (1 - share) / length)) if mixed else 0

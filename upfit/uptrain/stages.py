@@ -1,7 +1,7 @@
 """The stages of an uptraining: what each learns from, its share of the budget and its settings. Pure, no torch.
 
     layerwise   text: every converted attention learns what the teacher's puts out
-    distill     text: the distribution of the next token is learned from the teacher (with --ce-weight also from the text)
+    distill     text: the distribution of the next token is learned from the teacher (with ce_weight also from the text)
     lm          text: the next token is learned, without a teacher
     answers     questions on long contexts: their answers are learned
 
@@ -23,7 +23,7 @@ ENOUGH = 1e-9  # of rounding, in sums of shares
 
 @dataclass(frozen=True)
 class Stage:
-    """One of them: `data` is the folder it reads, `config` its settings and budget. `name` None: what the data suggest."""
+    """One stage: `data` is the folder it reads, `config` its settings and budget. `name` None: the data decide."""
 
     name: str | None
     config: Config
@@ -82,7 +82,7 @@ def _settings(config: Config, name: str, share: float | None, table: dict[str, A
         raise UpfitError(f"the table [{name}] sets {own}, which is of all stages; put it above the tables")
     for key in IDLE.get(name, ()):
         if key in table or (stages == 1 and getattr(config, key) != default(key)):
-            raise UpfitError(f"{options.flag(key)} does nothing in the stage {name}; leave it out")
+            raise UpfitError(f"{options.shown(config, key)} does nothing in the stage {name}; leave it out")
     fixed: dict[str, Any] = {"stages": name, "questions": None}
     if stages > 1:
         tokens = None if share is None else str(max(1, round(share * budget(config))))
@@ -94,6 +94,12 @@ def _settings(config: Config, name: str, share: float | None, table: dict[str, A
     return check(replace(config, **{**fixed, **table}))
 
 
+def check_unsharded(name: str, sharded: bool) -> None:
+    """Raise UpfitError for a stage that cannot run sharded: attention is run by itself, outside its layer."""
+    if sharded and name == "layerwise":
+        raise UpfitError("the stage layerwise trains attention alone, which is not sharded; leave --parallel out for it")
+
+
 def _refuse(tables: dict[str, Any], known: list[str], reason: str) -> None:
     for name in tables:
         if name not in known:
@@ -103,6 +109,6 @@ def _refuse(tables: dict[str, Any], known: list[str], reason: str) -> None:
 def _check_questions(config: Config, names: list[str]) -> None:
     others = [name for name in names if name != "answers"]
     if config.questions is not None and "answers" not in names:
-        raise UpfitError("--questions is for the stage answers; name it in --stages, or leave it out")
+        raise UpfitError("questions is for the stage answers; name it in --stages, or leave it out")
     if "answers" in names and others and config.questions is None:
-        raise UpfitError(f"--stages answers beside {others[0]} needs its own data; give --questions FOLDER of upfit synth")
+        raise UpfitError(f"--stages answers beside {others[0]} needs its own data; set questions to a folder of upfit synth")

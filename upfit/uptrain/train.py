@@ -135,8 +135,7 @@ def one_stage(
         output.note(f"stage {place.title}")
     teacher = find_teacher(stage, start, data, output)
     check_places(job.out, job.source, data, teacher, stage.config, job.overwrite)
-    run = set_up(stage, start, data, teacher, place, accelerator, output)
-    run.stop = stop
+    run = set_up(stage, start, data, teacher, place, accelerator, output, stop)
     report = carry_out(run, job, data, teacher, place, work)
     if accelerator.is_main_process and not place.last and not report["stopped"]:
         remove_tree(run.workspace.path)
@@ -179,7 +178,7 @@ def start(run: Run, resume: bool, overwrite: bool) -> None:
     checkpoint = broadcast_object_list(found)[0]
     if checkpoint is None:
         return
-    run.counters = run.saver.restore(checkpoint, run.learner.student, run.optimizer, run.identity)
+    run.progress.counters = run.saver.restore(checkpoint, run.learner.student, run.optimizer, run.identity)
     if run.accelerator.is_main_process:
         run.workspace.truncate_metrics(run.counters.step)
     run.output.note(f"going on from step {run.counters.step} of {run.plan.steps}")

@@ -1,4 +1,4 @@
-"""What every retarget is built with: a draft that gathers renames and rules, config keys that any family has, row orders.
+"""Tools for converting one family into another: a draft that collects renames and rules, common config keys, row orders.
 
 Shapes: H heads, D head width, E hidden width, F width of the MLP. Linear weights are [out, in].
 """

@@ -1,7 +1,7 @@
-"""Families whose config cannot say fewer key/value heads, seen as a family that can and computes the same.
+"""Families whose config cannot say fewer key/value heads, shown as a family that can and computes the same.
 
-What a checkpoint becomes is told as data: the other family's config, which tensors only change their name, and rules for the
-others. No file is touched here.
+The result is data: the other family's config, tensors that only change their name, and rules for the others. No file is
+touched.
 """
 
 from collections.abc import Callable, Mapping

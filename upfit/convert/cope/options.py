@@ -16,7 +16,7 @@ CALIBRATION = ("calibration", "calibration_tokens", "calibration_length")
 class Options:
     """Flags of `upfit convert cope`."""
 
-    positions: int = option(64, help="learned positions; farther keys are all at the last one")
+    positions: int = option(64, at_least=2, help="learned positions; farther keys are all at the last one")
     gates: Literal["content", "keys", "constant"] = option(
         "content",
         help="what a position counts. content: query times key, before rotation; keys: query times a learned key of its own, "
@@ -26,7 +26,7 @@ class Options:
         None, help="tokens after which the last position is reached at first, on average; default: four times --positions"
     )
     embeddings: Literal["shared", "heads"] = option("shared", help="one table of embeddings a layer, or one a head")
-    every: int = option(1, help="contextual positions in every so many-th layer")
+    every: int = option(1, at_least=1, help="contextual positions in every so many-th layer")
     scale: Literal["paper", "code"] = option(
         "paper", help="position logits q·e as in the paper's listing, or divided by √d like content, as in the authors' code"
     )

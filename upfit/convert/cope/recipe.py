@@ -1,4 +1,4 @@
-"""Contextual position encoding (CoPE): positions that count what the context says is worth counting. Not Clipped RoPE."""
+"""Contextual position encoding (CoPE): positions that count only some tokens, chosen by the content. Not Clipped RoPE."""
 
 import math
 from dataclasses import replace
@@ -27,11 +27,9 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
 
     Raises UpfitError for a family or a setting that cannot be had.
     """
-    if options.positions < 2:
-        raise UpfitError(f"{flag('positions')} got {options.positions}; give at least 2")
     if options.reach < options.positions:
         raise UpfitError(f"{flag('span')} got {options.span}; no gate is above 1, so give at least {options.positions}")
-    if not 1 <= options.every <= len(architecture.layers):
+    if options.every > len(architecture.layers):
         raise UpfitError(f"{flag('every')} got {options.every}; give a number from 1 to {len(architecture.layers)}")
     calibrating = [name for name in CALIBRATION if getattr(options, name) is not None]
     if calibrating and options.gates == "constant":
@@ -52,7 +50,7 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
 
         return fit(context, replace(outline, rules=()), options, chosen)
 
-    return Fit(outline, run, otherwise="; choose --gates constant")
+    return Fit(outline, run, otherwise="--gates constant")
 
 
 def _rule(layer: "Layer", options: Options) -> Rule:

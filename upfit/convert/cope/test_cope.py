@@ -263,7 +263,7 @@ for folder in ({str(tmp_path / "learned")!r}, {str(tmp_path / "again")!r}):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"positions": 1}, "at least 2"),
+        ({"positions": 1}, "--positions got 1; it takes 2 or more"),
         ({"span": 3}, "no gate is above 1"),
         ({"every": 9}, "from 1 to 2"),
         ({"gates": "constant", "calibration_tokens": "1k"}, "leave it out"),

@@ -1,4 +1,4 @@
-"""Which heads look at little and which at everything: DEX changes those whose attention is most spread (arXiv 2505.16333)."""
+"""Which heads attend to few tokens and which to many: DEX changes those that attend to most (arXiv 2505.16333)."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What a family can become: found by building its class, never by its name."""
+"""What a family can become. This is found by building its class, never by its name."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,7 @@
-"""Differential variants that lose something: chosen and refitted on calibration text, in the converted model's own stream.
+"""Differential variants that lose something: chosen and refitted on calibration text, on what the converted model really sees.
 
-Queries, keys and values stay as they are. What a layer makes of them becomes differential; then the output projection is
-fitted to the teacher's stream after the attention, and the last matrix of the MLP to its stream after the layer.
+Queries, keys and values stay as they are, and what a layer makes of them becomes differential. Then the output projection is
+fitted to the teacher's hidden states after the attention, and the last matrix of the MLP to those after the layer.
 """
 
 from collections.abc import Callable

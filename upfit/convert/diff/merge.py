@@ -1,4 +1,4 @@
-"""`upfit merge`: what was added and learned, folded into the family's own class."""
+"""`upfit merge`: folds what was added and learned into the family's own class."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any

@@ -7,14 +7,14 @@ from upfit.architecture.decoder_check import check_decoder, class_shapes
 from upfit.checkpoint.plan import Plan, Rule, Tensors
 from upfit.convert.diff.family import MODEL_TYPE, doubled, own_config, sinks_rule
 from upfit.convert.diff.merge import plan_merge
-from upfit.convert.recipe import MERGE, Fit, FitContext, Recipe, possible
+from upfit.convert.recipe import MERGE, Fit, FitContext, NoOptions, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag, option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upfit.architecture.attention import Attention, Layer
+    from upfit.architecture.attention import Attention, Geometry, Layer
     from upfit.architecture.layers import Architecture
 
 PAPER = "Ye et al. 2024, Differential Transformer, arXiv 2410.05258, and its V2 (2026); DEX: Kong et al. 2025, arXiv 2505.16333"
@@ -35,7 +35,9 @@ class Options:
     lambdas: Literal["token", "head"] = option(
         "token", help="with v2: λ from each token's hidden state, or one a head (which `upfit merge` can fold away)"
     )
-    noise: float = option(0.0, help="with v2: noise on the second query of each pair, in standard deviations; 0 is exact")
+    noise: float = option(
+        0.0, at_least=0, at_most=1, help="with v2: noise on the second query of each pair, in standard deviations; 0 is exact"
+    )
     heads: Literal["all", "entropy"] = option(
         "all", help="with dex: change all heads, or in each layer the half whose attention is most spread on calibration text"
     )
@@ -85,8 +87,6 @@ def _check_flags(options: Options) -> None:
             variants = " and ".join(f"--variant {variant}" for variant in FLAGS_OF[name])
             shown = flag("no_refit" if name == "refit" else name)
             raise UpfitError(f"{shown} is for {variants}, and the variant is {options.variant}; leave one out")
-    if not 0 <= options.noise <= 1:
-        raise UpfitError(f"{flag('noise')} got {options.noise}; give a share of the standard deviation, from 0 to 1")
     calibrated = [name for name in FLAGS_OF if name.startswith("calibration") and getattr(options, name) is not None]
     unused = options.exact or options.naive or (options.variant == "dex" and options.heads == "all")
     if calibrated and unused:
@@ -247,9 +247,12 @@ def _offers(architecture: "Architecture") -> str:
     return f"--variant {'|'.join(possible)}" if possible else ""
 
 
-@dataclass(frozen=True)
-class MergeOptions:
-    """`upfit merge` has no flags of its own."""
+def _shapes(architecture: "Architecture", options: Options) -> "list[Geometry]":
+    """A stock class has two query heads for a pair; DiffLlama, where nothing is lost, two key/value heads as well."""
+    doubled = options.variant == "diffllama" and options.exact
+    heads, kv_heads = 2 if doubled or options.variant == "v2-static" else 1, 2 if doubled else 1
+    shapes = [layer.geometry for layer in architecture.layers]
+    return [replace(shape, heads=heads * shape.heads, kv_heads=kv_heads * shape.kv_heads) for shape in shapes]
 
 
 RECIPES = (
@@ -262,6 +265,7 @@ RECIPES = (
         identity=lambda architecture: Options() if possible(plan, architecture, Options()) else None,
         trials=_trials,
         offers=_offers,
+        shapes=_shapes,
     ),
 )
 MERGES = {
@@ -269,7 +273,7 @@ MERGES = {
         name=MERGE,
         summary="fold what a differential model has learned into the source's own class",
         paper=PAPER,
-        options=MergeOptions,
+        options=NoOptions,
         plan=plan_merge,
         identity=lambda architecture: None,
         trials=lambda architecture: [],

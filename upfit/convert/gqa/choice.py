@@ -1,4 +1,4 @@
-"""What aligned merging was asked for, and the statistics it works from."""
+"""The options of an aligned merge, and the statistics that it uses."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,11 +12,13 @@ from upfit.checkpoint.plan import Plan
 from upfit.convert.fitting import Calibration, Task, fit_layers, read_calibration
 from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.convert_layers import begin
+from upfit.convert.gqa.grouping import head_order
 from upfit.convert.gqa.layer_state import Settings
 from upfit.convert.gqa.pooling import pool_heads
-from upfit.provenance import FITTED, METHOD_RAN, STATE
+from upfit.provenance import FITTED, HEAD_ORDER, METHOD_RAN, STATE
 
 if TYPE_CHECKING:
+    from upfit.architecture.attention import Layer
     from upfit.convert.recipe import FitContext
 
 
@@ -45,9 +47,25 @@ def fit(context: "FitContext", choice: Choice, plan: Plan) -> Plan:
         note=_progress,
     )
     fitted = fit_layers(context, calibration, task)
-    report = {METHOD_RAN: "aligned", STATE: FITTED, "calibration": calibration.record(), "layers": fitted.records}
+    report: dict[str, Any] = {
+        METHOD_RAN: "aligned",
+        STATE: FITTED,
+        "calibration": calibration.record(),
+        "layers": fitted.records,
+    }
+    report[HEAD_ORDER] = _head_order(context.architecture.layers, fitted.records)
     notes = (*plan.notes, *_notes(fitted.records))
     return Plan(plan.config, tuple(fitted.rules), notes=notes, report=report)
+
+
+def _head_order(layers: "tuple[Layer, ...]", records: list[dict[str, Any]]) -> list[list[int]]:
+    """Of every layer of the model; where heads were not merged, or could not be watched, they stand as they did."""
+    groups, orders = {record["layer"]: record["groups"] for record in records}, []
+    for layer in layers:
+        alone = [[head] for head in range(layer.geometry.kv_heads)]
+        share = layer.geometry.heads // layer.geometry.kv_heads
+        orders.append(head_order(groups.get(layer.path) or alone, share))
+    return orders
 
 
 def _progress(record: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Least squares for what the attention gives out: shared values with the output projection.
+"""Least squares for the output of the attention: shared values together with the output projection.
 
 Shapes: N sampled rows, H query heads, n of them in a group, g old heads in a group, V value width, E hidden width.
 """

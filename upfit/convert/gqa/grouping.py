@@ -1,8 +1,7 @@
-"""Which old key/value heads share a new one: a partition into groups of one size that costs least by the calibration
-statistics.
+"""Chooses which old key/value heads share a new one: the partition into groups of one size that costs least.
 
-The cost of a group is taken as the sum over its pairs of heads of what merging the two would lose; from the contiguous
-partition, heads are exchanged between groups as long as that helps.
+The cost of a group is the sum over its pairs of heads of what merging the two would lose, by the calibration statistics.
+Beginning with neighbours, heads are exchanged between groups as long as that helps.
 """
 
 import torch
@@ -27,6 +26,11 @@ def partition(costs: Tensor, groups: int) -> list[list[int]]:
         if _cost(costs, label) < least * (1 - 1e-9):  # by more than rounding, so that every machine finds the same
             best, least = label, _cost(costs, label)
     return sorted((torch.nonzero(best == group).flatten().tolist() for group in range(groups)), key=lambda heads: heads[0])
+
+
+def head_order(groups: list[list[int]], share: int) -> list[int]:
+    """The query heads, `share` of them to an old key/value head, in the order in which `groups` put them."""
+    return [head for group in groups for old in group for head in range(old * share, (old + 1) * share)]
 
 
 def _cost(costs: Tensor, label: Tensor) -> float:

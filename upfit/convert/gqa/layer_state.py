@@ -1,4 +1,4 @@
-"""One layer in an aligned conversion: what is known of it, and what the teacher's layer shows on calibration text."""
+"""The state of one layer during an aligned conversion, and what the same layer of the teacher shows."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""Merging the heads of one layer in closed form from its statistics, and what is made better on the teacher's sampled rows."""
+"""Merges the heads of one layer in closed form from its statistics, then improves the merge on the teacher's sampled rows."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from upfit.architecture.attention import LAYOUTS, Attention
 from upfit.calibration.teacher_student import PairedBatch, token_weights
 from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import closed_form, fit_values
-from upfit.convert.gqa.grouping import pair_costs, partition
+from upfit.convert.gqa.grouping import head_order, pair_costs, partition
 from upfit.convert.gqa.layer_state import LayerPair, LayerRecord, Merged, Settings, View, with_bias
 from upfit.convert.gqa.pooling import mean
 
@@ -28,7 +28,7 @@ def merge_layer(
     groups = choose_groups(traits, sums, o, count, kv_heads)
     record.groups = groups
     per = heads // count
-    order = [h for group in groups for j in group for h in range(j * per, (j + 1) * per)]
+    order = head_order(groups, per)
     new_v, downs, new_o = [], [], o[:, order].clone()
     size = heads // kv_heads
     for r, group in enumerate(groups):

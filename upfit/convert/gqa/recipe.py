@@ -1,16 +1,18 @@
 """Grouped-query attention: fewer key/value heads, each shared by a contiguous group of query heads; multi-query is one."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from upfit.checkpoint.plan import Plan, Rule
 from upfit.convert.recipe import Fit, FitContext, Recipe, outline_of
 from upfit.errors import UpfitError
 from upfit.options import flag, option
-from upfit.provenance import BLIND, METHOD_RAN, STATE
+from upfit.provenance import BLIND, METHOD_RAN, NOT_ALIGNED, STATE
 
 if TYPE_CHECKING:
-    from upfit.architecture.attention import Attention, Layer
+    from upfit.architecture.attention import Attention, Geometry, Layer
     from upfit.architecture.layers import Architecture
     from upfit.convert.gqa.choice import Choice
 
@@ -71,15 +73,20 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
     method = "mean" if options.method == "auto" else options.method
     aligned = options.method in ("auto", "aligned")
     if aligned and changed:
-        averaged = replace(
-            options, method="mean", calibration=None, calibration_tokens=None, calibration_length=None, refit=True
-        )
-        fallback = outline_of(plan(architecture, averaged)) if options.method == "auto" and not options.calibration else None
         rules = tuple(_aligned_rule(layer, options) for layer in changed)
+        may_average = options.method == "auto" and not options.calibration
+        fallback = partial(_averaged, architecture, options) if may_average else None
         return _fit(options, Plan(config, rules, notes=tuple(notes)), fallback)
     rules = tuple(_rule(layer, replace(options, method=method), architecture.initializer_range) for layer in changed)
     report = {METHOD_RAN: method, STATE: BLIND} if rules else None
     return Plan(config, rules, exact=not rules, notes=tuple(notes), report=report)
+
+
+def _averaged(architecture: "Architecture", options: Options, why: str) -> Plan:
+    """What becomes of a model that cannot be aligned, because of `why`."""
+    averaged = outline_of(plan(architecture, Options(options.kv_heads, method="mean", seed=options.seed)))
+    note = f"not aligned: {why}; the heads are averaged instead"
+    return replace(averaged, notes=(note, *averaged.notes), report={**(averaged.report or {}), NOT_ALIGNED: why})
 
 
 def _repeated(architecture: "Architecture", kv_heads: int) -> Plan:
@@ -100,7 +107,7 @@ def _check_flags(options: Options) -> None:
         raise UpfitError(f"{flag(calibrated[0])} is for --method aligned, and the method is {options.method}; leave one out")
 
 
-def _fit(options: Options, outline: Plan, fallback: Plan | None) -> Fit:
+def _fit(options: Options, outline: Plan, fallback: "Callable[[str], Plan] | None") -> Fit:
     def choice() -> "Choice":
         from upfit.convert.gqa.choice import Choice
 
@@ -118,7 +125,7 @@ def _fit(options: Options, outline: Plan, fallback: Plan | None) -> Fit:
         return predict(context, choice())
 
     shown = preview if options.calibration is not None else None
-    return Fit(outline, run, fallback, shown, otherwise="; choose --method mean")
+    return Fit(outline, run, fallback, shown, otherwise="--method mean")
 
 
 def _aligned_rule(layer: "Layer", options: Options) -> Rule:
@@ -161,6 +168,12 @@ def _offers(architecture: "Architecture") -> str:
     return ", or ".join(offers)
 
 
+def _shapes(architecture: "Architecture", options: Options) -> "list[Geometry]":
+    """With more key/value heads than the model has, every layer has as many; with fewer, those layers that had more."""
+    repeated, shapes = options.kv_heads > architecture.kv_heads, [layer.geometry for layer in architecture.layers]
+    return [replace(s, kv_heads=options.kv_heads if repeated else min(options.kv_heads, s.kv_heads)) for s in shapes]
+
+
 def _can_be_one(architecture: "Architecture") -> bool:
     return 1 in architecture.allowed_kv_heads()[:-1]
 
@@ -180,6 +193,7 @@ RECIPES = (
         identity=lambda architecture: Options(architecture.kv_heads),
         trials=_trials,
         offers=_offers,
+        shapes=_shapes,
     ),
     Recipe(
         name="mqa",
@@ -190,5 +204,6 @@ RECIPES = (
         identity=lambda architecture: MultiQueryOptions() if architecture.kv_heads == 1 else None,
         trials=lambda architecture: [MultiQueryOptions(method="first")] if _can_be_one(architecture) else [],
         offers=lambda architecture: "(one key/value head)" if _can_be_one(architecture) else "",
+        shapes=lambda architecture, options: _shapes(architecture, Options(1)),
     ),
 )

@@ -1,6 +1,6 @@
-"""What fewer key/value heads would cost, layer by layer, from calibration statistics alone: read before choosing a number.
+"""Predicts from calibration statistics alone what fewer key/value heads would cost in each layer.
 
-The predictions are those of the closed-form merge before any refit, so they are upper ends; they rank layers and head counts.
+The predictions are for the closed-form merge before any refit, so they are upper bounds. They rank layers and head counts.
 """
 
 from typing import TYPE_CHECKING, Any

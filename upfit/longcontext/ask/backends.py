@@ -1,6 +1,6 @@
-"""Who answers: an OpenAI-compatible server, a model in this process, or somebody else by way of files.
+"""Who answers the questions: an OpenAI-compatible server, a model in this process, or somebody else by way of files.
 
-Every answer is kept as soon as it is there, in `answers-I-of-N.jsonl`; what is there is never asked again.
+Every answer is saved at once in `answers-I-of-N.jsonl`, and a question that has an answer is never asked again.
 """
 
 import asyncio

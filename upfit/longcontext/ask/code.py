@@ -1,4 +1,4 @@
-"""Questions about Python functions found in the text: in which function a line stands, what a function is documented to do."""
+"""Questions about Python functions in the text: in which function a line stands, what a function is documented to do."""
 
 import re
 

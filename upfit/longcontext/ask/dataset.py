@@ -1,4 +1,4 @@
-"""Questions out of question sets that people have: files shaped like SQuAD or like HotpotQA.
+"""Questions from existing question sets: files in the form of SQuAD or of HotpotQA.
 
 SQuAD: {"data": [{"paragraphs": [{"context", "qas": [{"question", "answers": [{"text"}]}]}]}]}. HotpotQA: a list of {"question",
 "answer", "context": [[title, [sentences]]], "supporting_facts": [[title, number]]}; paragraphs with supporting facts are the

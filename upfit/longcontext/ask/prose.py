@@ -1,4 +1,4 @@
-"""Questions about a segment of running text: what stood in a gap, which sentence comes next or before."""
+"""Questions about a segment of prose: which words stood in a gap, which sentence comes next or before."""
 
 import re
 

@@ -1,7 +1,7 @@
-"""How near an answer comes: exactly, in part, and as FILM scores it. Strings in, numbers from 0 to 1 out.
+"""Scores an answer: exact match, partial match, and FILM's metrics. Strings in, numbers from 0 to 1 out.
 
 FILM's metrics (arXiv 2404.16811, section 3, and the authors' `plot.py`) are kept as they are, faults included, so that figures
-can be set beside published ones; nothing else uses them.
+can be compared with published ones; nothing else uses them.
 """
 
 import re

@@ -1,4 +1,5 @@
-"""Questions on long contexts as rows: everything is read, and only the answer is learned (IN2, arXiv 2404.16811, section 3)."""
+"""Questions on long contexts as rows: the model reads all of a row, and learns only the answer (IN2, arXiv 2404.16811,
+section 3)."""
 
 import hashlib
 from functools import cached_property

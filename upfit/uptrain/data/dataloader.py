@@ -1,4 +1,4 @@
-"""What the steps of a run are made of: rows of the text, or answers and, beside them, rows of general text."""
+"""Chooses the rows of each step: rows of the text, or answers and, beside them, rows of general text."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
-"""Rows of several sources in fixed shares. From which source a row comes follows from its number alone: there is nothing
-to keep for a resumed run, and nothing to agree on between processes."""
+"""Mixes rows of several sources in fixed shares. The number of a row decides its source, so there is nothing to save for a
+resumed run, and nothing to agree on between processes."""
 
 import numpy as np
 

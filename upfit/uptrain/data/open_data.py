@@ -1,4 +1,4 @@
-"""The folder to train on, opened: token shards of `upfit prepare`, or questions of `upfit synth`."""
+"""Opens the folder to train on: token shards of `upfit prepare`, or questions of `upfit synth`."""
 
 import os
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.longcontext.contexts import CONTEXTS, Contexts
 from upfit.longcontext.wording import Wording
-from upfit.options import flag
+from upfit.options import shown
 from upfit.text.tokenizer import identity, load_tokenizer
 from upfit.uptrain.config import OF_ANSWERS, OF_TEXT, Config, default
 from upfit.uptrain.data import spans
@@ -90,7 +90,7 @@ def _contexts(folder: Path, source: Source) -> Contexts:
     tokenizer = load_tokenizer(str(source.path))
     contexts = Contexts(folder, Wording(tokenizer, "plain"))
     check_tokenizer(source, folder, contexts.settings["tokenizer_sha256"], contexts.settings["options"]["tokenizer"])
-    return Contexts(folder, Wording(tokenizer, contexts.settings["options"]["format"]))
+    return contexts.worded(Wording(tokenizer, contexts.settings["options"]["format"]))
 
 
 def check_tokenizer(source: Source, folder: Path, sha256: str, name: str) -> None:
@@ -105,7 +105,7 @@ def check_tokenizer(source: Source, folder: Path, sha256: str, name: str) -> Non
 def _refuse_changed(config: Config, names: Iterable[str], reason: str) -> None:
     for name in names:
         if getattr(config, name) != default(name):
-            raise UpfitError(f"{flag(name)} {reason}; leave it out")
+            raise UpfitError(f"{shown(config, name)} {reason}; leave it out")
 
 
 def lay_out(data: Data, config: Config, longest: int | None, vocabulary: Vocabulary | None) -> tuple[Plan, StepSampler]:

@@ -1,7 +1,7 @@
-"""Text in, token shards out: the verb `prepare`. Knows nothing of models or training.
+"""`upfit prepare`: text in, token shards out. Knows nothing of models or training.
 
-Work lies in OUT's work folder until it is whole; then its shards become OUT. The bytes are the same for every number of workers
-and however often the work was interrupted: documents are written in the order in which they are read.
+OUT's work folder holds the shards until they are whole; then they become OUT. The bytes are the same for every number of
+workers and however often the work was interrupted: documents are written in the order in which they are read.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The rows that a step takes: they follow from the step's number alone, so a resumed run reads on exactly where it stopped."""
+"""The rows of each step. They follow from the step's number alone, so a resumed run continues exactly where it stopped."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Writing token shards (see shards.py), one document after the other, so that a killed writer goes on where it was."""
+"""Writes token shards (see shards.py), one document after the other; after a kill the writer continues where it was."""
 
 import hashlib
 import json

@@ -1,7 +1,7 @@
-"""Documents to token ids, several batches at a time and in order.
+"""Turns documents into token ids, several batches at a time and in order.
 
-The tokenizers of Hugging Face work outside Python's lock, so that threads are enough: nothing is copied between processes,
-and nothing is left behind when this one is killed. A tokenizer written in Python gains nothing from them.
+The tokenizers of Hugging Face release Python's lock, so threads are enough: nothing is copied between processes, and nothing is
+left behind when this one is killed. A tokenizer written in Python gains nothing from them.
 """
 
 import copy

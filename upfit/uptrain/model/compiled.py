@@ -1,6 +1,6 @@
-"""`torch.compile`, layer by layer: the layers of a model share one compilation, which so takes seconds, not minutes.
+"""`torch.compile`, layer by layer. All layers share one compilation, which therefore takes seconds and not minutes.
 
-They are compiled in place: names of weights, hooks, checkpointing and sharding stay what they are.
+They are compiled in place: names of weights, hooks, checkpointing and sharding stay as they are.
 """
 
 import warnings
@@ -35,7 +35,7 @@ def repeated(learner: Distiller | Layerwise) -> list[nn.Module]:
     for model in models:
         names = layer_classes(model)
         if not names:
-            raise UpfitError(f"--compile: {type(model).__name__} does not name the class of its layers; leave it out")
+            raise UpfitError(f"compile: {type(model).__name__} does not name the class of its layers; leave it out")
         layers += [module for module in model.modules() if type(module).__name__ in names]
     return layers
 
@@ -47,6 +47,4 @@ def check() -> None:
         torch.compile(lambda tensor: tensor.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # inductor, Triton and the compilers below them raise anything
         line = str(error).strip().partition("\n")[0]
-        raise UpfitError(
-            f"--compile: torch.compile does not work here ({type(error).__name__}: {line}); leave it out"
-        ) from error
+        raise UpfitError(f"compile: torch.compile does not work here ({type(error).__name__}: {line}); leave it out") from error

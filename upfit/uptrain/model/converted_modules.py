@@ -1,8 +1,8 @@
-"""What converted attention modules ask of training, without knowing any of them: they say it themselves.
+"""Reads what converted attention modules say of themselves, without knowing any of them.
 
-A module that has `upfit_added` names parameters that the conversion added, with learning rates of their own in `upfit_rates`,
-and in `upfit_paired` modules whose rows come in pairs that began as equals; it takes `progress` from 0 to 1, and
-`upfit_measures()` gives numbers worth watching.
+`upfit_added` names parameters that the conversion added, `upfit_rates` their learning rates, and `upfit_paired` modules whose
+rows come in pairs that began as equals. `progress` is set from 0 to 1 during training, and `upfit_measures()` returns numbers
+to watch.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The trained student as a standard folder: the names, dtypes and files of the folder it came from."""
+"""Writes the trained student as a standard folder, with the names, types and files of the folder it came from."""
 
 import shutil
 from pathlib import Path
@@ -15,6 +15,7 @@ from upfit.architecture.names import NameMap
 from upfit.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, read_config, torch_dtype
 from upfit.checkpoint.safetensors_header import TensorInfo
 from upfit.checkpoint.side_files import copy_code, copy_side_files
+from upfit.durable import as_new_file
 from upfit.errors import UpfitError
 from upfit.uptrain.model.model_traits import load
 
@@ -97,6 +98,7 @@ def export(
                 name: trained(saved[layout[name]], old, name, dtype) if name in layout else old.read(name) for name in names
             }
             save_file(shard, folder / path.name, metadata=metadata_of(path))
+            as_new_file(folder / path.name)
     for name in ("config.json", INDEX):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)

@@ -1,9 +1,9 @@
-"""Layerwise distillation: every converted attention learns to put out what the teacher's does, on the teacher's own inputs.
+"""Layerwise distillation: every converted attention learns to return what the teacher's returns, on the teacher's own inputs.
 
-The teacher runs once; where one of its attention modules has run, the student's module of the same place runs on the same
-arguments. No gradient passes from layer to layer, no logits are made, and of the student nothing but its attention is used:
-what else it has lies frozen, in the teacher's own memory where it is the same. Distillation of single blocks before that of
-the whole model is what Puzzle (arXiv 2411.19146) and MOHAWK (arXiv 2408.10189) do.
+The teacher runs once. Wherever one of its attention modules has run, the student's module at the same place runs on the same
+arguments. No gradient passes from layer to layer, and no logits are computed. Only the student's attention is used; its other
+weights are frozen, and share the teacher's memory where they are equal. Puzzle (arXiv 2411.19146) and MOHAWK (arXiv 2408.10189)
+also distil single blocks before the whole model.
 
 Legend: B rows, T tokens a row, H hidden size.
 """
@@ -35,7 +35,7 @@ def attention_paths(source: Source) -> list[str]:
         raise UpfitError(
             f"{source.name} is of type {model_type}, which is converted as {architecture.config['model_type']}; its attention "
             f"cannot be trained by itself or set beside another's; make it one too (upfit convert gqa {source.name} OUT "
-            f"--kv-heads {architecture.kv_heads}), or leave out the stage layerwise and --trainable attention"
+            f'--kv-heads {architecture.kv_heads}), or leave out the stage layerwise and trainable = "attention"'
         )
     return [layer.path for layer in architecture.layers]
 

@@ -1,7 +1,7 @@
 """Norms and gated feed-forward layers by Liger's fused Triton kernels (Hsu et al. 2024, arXiv 2410.10989): the extra `liger`.
 
-Logits and losses stay ours, which add up in float32; so do rotations, which Liger would replace for every model of the process.
-Whether the kernels run here, and compute what the model computes, is found by trying.
+Logits and losses stay ours, because they are summed in float32. So do rotations, which Liger would replace for every model of
+the process. Whether the kernels run here, and compute what the model computes, is found by trying.
 """
 
 import inspect
@@ -28,10 +28,10 @@ def fuse(model: PreTrainedModel, traits: ModelTraits) -> None:
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
     except ImportError as error:
-        raise UpfitError(f"--liger cannot load Liger ({error}); pip install 'upfit[liger]', or leave it out") from error
+        raise UpfitError(f"liger cannot load Liger ({error}); pip install 'upfit[liger]', or leave it out") from error
     family = getattr(model.config, "base_model_type", model.config.model_type)
     if family not in known:
-        raise UpfitError(f"--liger: Liger has no kernels for {family} models; leave it out")
+        raise UpfitError(f"liger: Liger has no kernels for {family} models; leave it out")
     change = known[family]
     taken = inspect.signature(change).parameters
     before = _computed(model, traits)
@@ -42,10 +42,10 @@ def fuse(model: PreTrainedModel, traits: ModelTraits) -> None:
     except Exception as error:  # Triton, the compilers below it and the driver raise anything
         line = str(error).strip().partition("\n")[0]
         raise UpfitError(
-            f"--liger: its kernels do not run here ({type(error).__name__}: {line}); they need a GPU, leave it out"
+            f"liger: its kernels do not run here ({type(error).__name__}: {line}); they need a GPU, leave it out"
         ) from error
     if not same:
-        raise UpfitError(f"--liger: with its kernels {type(model).__name__} computes something else; leave it out")
+        raise UpfitError(f"liger: with its kernels {type(model).__name__} computes something else; leave it out")
 
 
 def _computed(model: PreTrainedModel, traits: ModelTraits) -> list[Tensor]:

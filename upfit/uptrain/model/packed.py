@@ -1,12 +1,12 @@
 """Attention over documents packed in rows, without a mask: each document is attended to by itself.
 
-A mask that keeps documents apart takes length² a row, and what it hides is computed all the same. Here the documents of a batch
-are found where positions do not go on, and each is computed alone: on CUDA (bfloat16, float16) by torch's FlashAttention for
-sequences of various lengths, elsewhere by causal SDPA of one document after the other. Soft caps and dropout, which torch's
+A mask that separates documents takes length² a row, and the masked scores are computed all the same. Here the documents of a
+batch are found where positions do not continue, and each is computed alone: on CUDA (bfloat16, float16) by FlashAttention
+for sequences of various lengths, elsewhere by causal SDPA of one document after the other. Soft caps and dropout, which torch's
 does not know, are left to the package flash-attn where it is installed.
 
-transformers calls it as an attention implementation, with the arguments of a layer. Whatever it has no answer to (sinks,
-attention in two directions) it refuses; whether it serves a class at all is found by trying (`models.pack`).
+transformers calls it as an attention implementation, with the arguments of a layer. It refuses what it cannot compute (sinks,
+attention in two directions). Whether it works for a class at all is found by trying (`model_traits.pack`).
 
 Legend: B rows, T tokens a row, H query heads, K key/value heads, D head size, N documents.
 """
@@ -21,11 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 
 NAME = "upfit_packed"
 SHORT = 32  # tokens; of documents shorter than that on average, one masked product is faster than many small ones
 REPEATS = "enable_gqa" not in inspect.signature(varlen_attn).parameters  # torch 2.11 wants as many key heads as query heads
+
+# What is known of a batch, by its positions, for as long as that tensor is there.
+_DOCUMENTS, _MASKS = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -40,17 +44,17 @@ class Documents:
 def documents(positions: Tensor) -> Documents:
     """Where documents begin in `positions` [B, T]: at the start of a row, and where a position is not the one before plus 1.
 
-    Kept with the tensor, which all layers are given: one synchronisation with the device a batch.
+    Kept as long as the tensor, which all layers are given: one synchronisation with the device a batch.
     """
-    documents_here = getattr(positions, NAME, None)
-    if documents_here is None:
+    known: Documents | None = _DOCUMENTS.get(positions)
+    if known is None:
         starts = torch.ones_like(positions, dtype=torch.bool)
         starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
         bounds = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=positions.numel()).to(torch.int32)
         ends = bounds.tolist()
-        documents_here = Documents(bounds, ends, max(end - start for start, end in zip(ends, ends[1:], strict=False)))
-        setattr(positions, NAME, documents_here)
-    return documents_here
+        known = Documents(bounds, ends, max(end - start for start, end in zip(ends, ends[1:], strict=False)))
+        _DOCUMENTS[positions] = known
+    return known
 
 
 @torch.compiler.disable
@@ -162,15 +166,15 @@ def _one_by_one(
 
 
 def _mask(positions: Tensor, window: int | None) -> Tensor:
-    """[B, 1, T, T]: what a query may look at, kept with `positions`."""
-    name = f"{NAME}_mask_{window}"
-    mask: Tensor | None = getattr(positions, name, None)
+    """[B, 1, T, T]: what a query may look at, kept as long as `positions`."""
+    masks = _MASKS.setdefault(positions, {})
+    mask: Tensor | None = masks.get(window)
     if mask is None:
         starts = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0)).cumsum(1)
         place = torch.arange(positions.shape[1], device=positions.device)
         near = _near(place[:, None] - place, window or len(place))
         mask = ((starts[:, :, None] == starts[:, None, :]) & near)[:, None]
-        setattr(positions, name, mask)
+        masks[window] = mask
     return mask
 
 

@@ -1,7 +1,8 @@
-"""One model over several processes: whole on each (DDP), sharded (FSDP2), or sharded within nodes and whole on each (HSDP).
+"""One model over several processes: a whole copy on each (DDP), sharded (FSDP2), or sharded within nodes and copied between
+them (HSDP).
 
-accelerate does it; here stands what it is told, and how what is sharded is read. Sharded weights are whole only while the
-module that was given to accelerate runs forward; what reads them elsewhere comes through here.
+accelerate does the work; this file configures it, and reads what is sharded. Sharded weights are whole only while the module
+that was given to accelerate runs forward. Whatever reads them elsewhere does so through this file.
 """
 
 import os
@@ -21,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fs
 from torch.distributed.tensor import DTensor
 
 from upfit.errors import UpfitError
-from upfit.uptrain.config import Config
+from upfit.uptrain.config import Config, check_sharding
 from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.layerwise import Layerwise
 
@@ -43,8 +44,7 @@ def mesh_of(config: Config) -> Mesh:
     if asked == "ddp":
         if launched:
             raise UpfitError("--parallel ddp, but accelerate launch was told to use FSDP; leave one of the two out")
-        if config.shard_teacher:
-            raise UpfitError("--shard-teacher goes with --parallel fsdp or hsdp; leave it out")
+        check_sharding(config, sharded=False)
         return Mesh()
     if "LOCAL_RANK" not in os.environ:
         raise UpfitError(

@@ -1,4 +1,4 @@
-"""The learner of encoder-decoders: what the encoder reads and what the decoder is to write, in; a loss, out.
+"""The learner of encoder-decoders: takes the encoder's input and the decoder's labels, returns a loss.
 
 Legend: B rows, S tokens of the input, T labels, V vocabulary.
 """

@@ -1,7 +1,7 @@
-"""What a run does when the world is against it: signals, disks that are full, bursts of steps that are not finite.
+"""What a run does about signals, full disks, and bursts of steps that are not finite.
 
-A checkpoint is always one of a step that was fine. In a burst no update is made, so the state at its beginning is still the
-state of now, and a checkpoint taken in its course (a signal may ask for one) is that of its beginning.
+A checkpoint is always of a good step. During a burst no update is made, so the state at its beginning is still the present one.
+A checkpoint taken during a burst (a signal may ask for one) is that of its beginning.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list
@@ -49,12 +48,12 @@ def save_due(run: "Run") -> bool:
     but not before that one is.
     """
     steps, seconds = save_interval(run.config.save_every)
-    if not run.accelerator.is_main_process or run.sound.step == run.saved_step:
+    if not run.accelerator.is_main_process or run.progress.sound.step == run.progress.saved_step:
         return False
     if steps is not None:
         return run.counters.step % steps == 0
     saver = run.saver
-    return seconds is not None and saver.writing is None and time.monotonic() - run.saved_at >= seconds - saver.took
+    return seconds is not None and saver.writing is None and time.monotonic() - run.progress.saved_at >= seconds - saver.took
 
 
 def save(run: "Run") -> None:
@@ -63,21 +62,22 @@ def save(run: "Run") -> None:
     Where the disk does not take it the run goes on with the older ones, and tries again when the next one is due.
     """
     finish(run)
-    if run.sound.step != run.saved_step:
+    progress = run.progress
+    if progress.sound.step != progress.saved_step:
         try:
             run.journal.flush(sync=True)
-            run.saver.start(run.learner.student, run.optimizer, run.sound, run.identity, run.config.keep)
+            run.saver.start(run.learner.student, run.optimizer, progress.sound, run.identity, run.config.keep)
         except NOT_WRITTEN as error:
             run.saver.failure = error
-    run.saved_at, run.saved_step = time.monotonic(), run.sound.step
+    progress.saved_at, progress.saved_step = time.monotonic(), progress.sound.step
 
 
 def finish(run: "Run") -> str:
     """Wait for the checkpoint that is being written; what kept it from being whole (then said), empty where nothing did."""
     problem = run.saver.finish()
     if problem:
-        problem = f"the checkpoint of step {run.saved_step} could not be written ({problem}): {newest(run)}"
-        run.saved_step = NOWHERE
+        problem = f"the checkpoint of step {run.progress.saved_step} could not be written ({problem}): {newest(run)}"
+        run.progress.saved_step = NOWHERE
         run.output.note(f"{problem}; the run goes on")
     return problem
 
@@ -94,7 +94,7 @@ def stop(run: "Run") -> None:
     if run.accelerator.is_main_process:
         with one_line(run, "the mark of a clean stop"):
             run.mark.touch()
-    run.counters = run.sound
+    run.progress.counters = run.progress.sound
 
 
 @contextlib.contextmanager
@@ -119,7 +119,7 @@ def roll_back(run: "Run") -> None:
     The steps up to the burst are done again as they were, so it makes no difference which checkpoint that is.
     Raises UpfitError when there is none, or the run has gone back `max_rollbacks` times.
     """
-    counters, began = run.counters, run.sound.step
+    counters, began = run.counters, run.progress.sound.step
     finish(run)
     checkpoint = broadcast_object_list([run.workspace.newest() if run.accelerator.is_main_process else None])[0]
     trouble = f"{counters.bad} steps in a row, from step {began + 1} on, had a loss or gradient that is not finite"
@@ -127,10 +127,10 @@ def roll_back(run: "Run") -> None:
         why = "there is no checkpoint to go back to" if checkpoint is None else f"it went back {len(counters.rollbacks)} times"
         raise UpfitError(f"{trouble}, and {why}; lower --learning-rate and start anew with --overwrite")
     first = data_step(began, counters.rollbacks)
-    run.counters = run.saver.restore(checkpoint, run.learner.student, run.optimizer, run.identity)
-    run.counters.rollbacks = [*counters.rollbacks, [began, first, first + counters.bad]]
-    run.counters.seconds = counters.seconds
-    run.sound, run.saved_step = replace(run.counters), run.counters.step
+    restored = run.saver.restore(checkpoint, run.learner.student, run.optimizer, run.identity)
+    restored.rollbacks = [*counters.rollbacks, [began, first, first + counters.bad]]
+    restored.seconds = counters.seconds
+    run.progress.stand_at(restored)
     if run.accelerator.is_main_process:
         run.journal.waiting = b""  # lines of steps before a checkpoint are on the disk before it
         with one_line(run, "metrics.jsonl"):

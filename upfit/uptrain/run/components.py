@@ -19,6 +19,7 @@ from upfit.uptrain.model.losses import Objective
 from upfit.uptrain.model.model_traits import ModelTraits
 from upfit.uptrain.model.seq2seq import Seq2Seq
 from upfit.uptrain.schedule import ADAM_BETAS
+from upfit.uptrain.stages import check_unsharded
 
 UNIT_ROWS = 8  # of the text, on which the size of attention outputs is measured
 
@@ -130,8 +131,7 @@ def make_layerwise(
     autocast: torch.dtype | None,
 ) -> Layerwise:
     """Raises UpfitError where there is nothing to learn, or the model is to be sharded: its attention runs by itself."""
-    if accelerator.is_fsdp2:
-        raise UpfitError("the stage layerwise trains attention alone, which is not sharded; leave --parallel out for it")
+    check_unsharded("layerwise", accelerator.is_fsdp2)
     learner = Layerwise(student, *pair, converted_paths(student, pair[0], attention_paths(teacher)), autocast)
     rows = [feed.main.at(feed.main.sample(at)) for at in range(UNIT_ROWS)]
     learner.take_units(*tensors(rows, accelerator.device)[:2])

@@ -1,7 +1,8 @@
-"""What is finished already, a run or a stage of one: what `--resume` answers then, so that a job script can always pass it.
+"""What is finished already, a run or a stage of one. `--resume` answers with it, so that a job script can always pass
+`--resume`.
 
-Names and settings do not tell it: the model, its teacher and the data must have the content that was trained from. Nothing
-is written here.
+Names and settings are not enough: the model, its teacher and the data must have the content that was trained from. Nothing is
+written here.
 """
 
 from pathlib import Path

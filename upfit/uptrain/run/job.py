@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit.checkpoint.source import Source
-from upfit.options import as_flags
+from upfit.options import as_flags, needs_a_file
 from upfit.uptrain.config import Config
 
 CONFIG_FILE = "uptrain.toml"
@@ -26,6 +26,8 @@ class Job:
 
     @property
     def command(self) -> str:
-        """What gives the same again; what the stages have of their own is in the config that lies beside the result."""
-        words = ["upfit", "uptrain", self.source.name, self.data, str(self.out)]
-        return shlex.join([*words, *as_flags(self.config), *(["--config", str(self.out / CONFIG_FILE)] if self.tables else [])])
+        """What gives the same again; what is no flag, and what stages have of their own, is in the config beside the result."""
+        words = ["upfit", "uptrain", self.source.name, self.data, str(self.out), *as_flags(self.config)]
+        if self.tables or needs_a_file(self.config):
+            words += ["--config", str(self.out / CONFIG_FILE)]
+        return shlex.join(words)

@@ -1,7 +1,7 @@
 """The training loop: which rows, which gradients, when to save and when to stop. Everything it needs comes in a `Run`.
 
-Ranks agree on the few things they must agree on (labels in the step, a signal seen, a checkpoint due) in one small reduction
-before each step, and on the losses in another after it.
+Processes agree on a few things (labels in the step, a signal, a checkpoint due) in one small reduction before each step, and on
+the losses in another after it.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def train(run: Run) -> bool:
     """Do the steps that are left; False when a signal ended the run early (its state is then saved)."""
     plan = run.plan
     began, first, done = time.monotonic(), run.counters.step, 0
-    run.saved_step, run.sound = first, replace(run.counters)
+    run.progress.stand_at(run.counters)
     with run.output.progress("uptrain", plan.steps) as meter:
         meter.advance(first)
         while run.counters.step < plan.steps:
@@ -58,7 +58,7 @@ def train(run: Run) -> bool:
             record(run, line)
             show(run, meter, line, (time.monotonic() - began) / done)
             if not counters.bad:
-                run.sound = replace(counters)
+                run.progress.sound = replace(counters)
             elif counters.bad > run.config.max_bad_steps:
                 checkpointing.roll_back(run)
                 meter.advance(run.counters.step - counters.step)

@@ -1,4 +1,4 @@
-"""What a run tells of each step: a line in metrics.jsonl, the tracker, the progress bar."""
+"""Reports each step: a line in metrics.jsonl, the tracker, the progress bar."""
 
 import json
 import math

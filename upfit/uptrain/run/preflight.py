@@ -1,4 +1,5 @@
-"""Before the first step: can this model learn from contexts that long? What stands against it is said now, not after hours.
+"""Checks before the first step whether this model can learn from contexts of this length, so that a run does not fail after
+hours.
 
 Memory is not guessed from sizes: what autograd keeps is counted on short rows, and follows a + b·T + c·T² in their length T.
 """

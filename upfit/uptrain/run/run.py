@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.layerwise import Layerwise
 from upfit.uptrain.run.metrics_file import MetricsFile
 from upfit.uptrain.run.saver import Saver
-from upfit.uptrain.run.state import METRICS, Counters, Workspace
+from upfit.uptrain.run.state import Counters, Workspace
 from upfit.uptrain.schedule import Plan
 
 MEASURE_EVERY = 10  # steps
@@ -27,12 +27,23 @@ Learner = Distiller | Layerwise  # from rows to a loss and what is told of it
 
 
 @dataclass
-class Run:
-    """A run in progress. `module` is the learner as wrapped for several processes, `learner` the same without wrapper.
+class Progress:
+    """How far a run is, in steps and in checkpoints: all of it that changes while it goes on."""
 
-    `stop` asks for its end; `sound` are the counters of the newest step that was fine, `saved_step` is that of the newest
-    checkpoint, written or being written.
-    """
+    counters: Counters = field(default_factory=Counters)
+    sound: Counters = field(default_factory=Counters)  # of the newest step that was fine
+    saved_step: int = -1  # of the newest checkpoint, written or being written
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def stand_at(self, counters: Counters) -> None:
+        """Go on from a step that was fine, and that needs no checkpoint: it has one, or is the first."""
+        self.counters, self.sound, self.saved_step = counters, replace(counters), counters.step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run works with, from its first step to its last. `module` is the learner as wrapped for several processes,
+    `learner` the same without wrapper; `stop` asks for the run's end."""
 
     accelerator: Accelerator
     learner: Learner
@@ -43,7 +54,6 @@ class Run:
     peak: float
     micro_tokens: int
     config: Config
-    counters: Counters
     workspace: Workspace
     saver: Saver
     identity: dict[str, Any]
@@ -51,15 +61,13 @@ class Run:
     stage: str
     mark: Path  # that a signal has ended the run
     layout: dict[str, str]  # of the result's tensors, see export.layout_of
-    stop: threading.Event = field(default_factory=threading.Event)
-    saved_at: float = field(default_factory=time.monotonic)
-    saved_step: int = -1
-    journal: MetricsFile = field(init=False)
-    sound: Counters = field(init=False)
+    journal: MetricsFile
+    stop: threading.Event
+    progress: Progress = field(default_factory=Progress)
 
-    def __post_init__(self) -> None:
-        self.journal = MetricsFile(self.workspace.path / METRICS if self.accelerator.is_main_process else None)
-        self.sound = self.counters
+    @property
+    def counters(self) -> Counters:
+        return self.progress.counters
 
     @property
     def world(self) -> int:

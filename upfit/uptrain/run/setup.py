@@ -1,5 +1,6 @@
-"""From what the user gave to a run that can start: checks, models, optimiser, plan. Reads much and writes nothing."""
+"""Makes a run that can start from what the user gave: checks, models, optimiser, plan. Writes nothing."""
 
+import threading
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ from upfit.checkpoint.reader import open_checkpoint, read_config
 from upfit.checkpoint.side_files import check_side_files
 from upfit.checkpoint.source import Source, find_source, teacher_source
 from upfit.errors import UpfitError
-from upfit.options import flag
+from upfit.options import shown
 from upfit.output import Output, human_count
 from upfit.text.tokenizer import load_tokenizer
 from upfit.uptrain.config import FREE, Config, default
@@ -32,16 +33,15 @@ from upfit.uptrain.model.export import layout_of
 from upfit.uptrain.model.layerwise import attention_paths, freeze_all_but
 from upfit.uptrain.model.parallel import accelerator_for, mesh_of, prepare
 from upfit.uptrain.run.components import compute_dtype, load_models, make_distiller, make_layerwise, make_optimizer
+from upfit.uptrain.run.metrics_file import MetricsFile
 from upfit.uptrain.run.preflight import preflight
 from upfit.uptrain.run.run import Learner, Run
 from upfit.uptrain.run.saver import Saver
 from upfit.uptrain.run.stage_folders import StageFolder
-from upfit.uptrain.run.state import Counters
-from upfit.uptrain.schedule import Plan, peak_rate
+from upfit.uptrain.run.state import METRICS
+from upfit.uptrain.schedule import MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_CPU, Plan, peak_rate
 from upfit.uptrain.stages import Stage
 
-MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_CPU = 8192, 2048
-UNIT_ROWS = 8  # of the text, on which the size of attention outputs is measured
 CHECKPOINT_BYTES = 12  # a parameter: float32 weight and two moments
 TIMEOUT = timedelta(hours=2)  # other processes wait while the first one writes a large model
 
@@ -56,7 +56,7 @@ def find_teacher(stage: Stage, source: Source, data: Data, output: Output) -> So
     unwanted = config.kl_weight == 0 and stage.name != "layerwise"
     if unwanted or config.teacher == "none" or not data.texts:
         if needed:
-            without = "--kl-weight 0" if unwanted else "--teacher none" if data.texts else f"{data.folders[0]} with questions"
+            without = "kl_weight 0" if unwanted else "--teacher none" if data.texts else f"{data.folders[0]} with questions"
             raise UpfitError(
                 f"the stage {stage.name} learns from a teacher on text, and {without} leaves none; name another stage"
             )
@@ -152,7 +152,7 @@ def spans_vocabulary(source: Source, name: str, config: Config) -> Vocabulary | 
         raise UpfitError(f"{source.name} is an encoder-decoder, and the stage {name} is for decoders; choose distill or lm")
     for key in ("chunk", "document_mask"):
         if getattr(config, key) != default(key):
-            raise UpfitError(f"{flag(key)} does nothing for an encoder-decoder; leave it out")
+            raise UpfitError(f"{shown(config, key)} does nothing for an encoder-decoder; leave it out")
     return find_vocabulary(load_tokenizer(str(source.path)))
 
 
@@ -169,8 +169,9 @@ def set_up(
     place: StageFolder,
     accelerator: Accelerator,
     output: Output,
+    stop: threading.Event,
 ) -> Run:
-    """Everything the loop needs. Raises UpfitError when data, budget and model do not fit together."""
+    """Everything the loop needs; `stop` asks for its end. Raises UpfitError when data, budget and model do not fit together."""
     config, name = stage.config, stage_name(stage, data, teacher)
     spans = spans_vocabulary(source, name, config)
     dtype = compute_dtype(config, accelerator.device)
@@ -208,23 +209,24 @@ def set_up(
     workspace = place.workspace
     saver = Saver(workspace, accelerator, accelerator.is_fsdp2, config.async_save, TIMEOUT)
     return Run(
-        accelerator,
-        learner,
-        module,
-        prepared,
-        feed,
-        plan,
-        peak,
-        micro,
-        config,
-        Counters(),
-        workspace,
-        saver,
-        same,
-        output,
-        name,
-        place.mark,
-        layout,
+        accelerator=accelerator,
+        learner=learner,
+        module=module,
+        optimizer=prepared,
+        feed=feed,
+        plan=plan,
+        peak=peak,
+        micro_tokens=micro,
+        config=config,
+        workspace=workspace,
+        saver=saver,
+        identity=same,
+        output=output,
+        stage=name,
+        mark=place.mark,
+        layout=layout,
+        journal=MetricsFile(workspace.path / METRICS if accelerator.is_main_process else None),
+        stop=stop,
     )
 
 

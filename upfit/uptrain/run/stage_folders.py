@@ -19,7 +19,7 @@ FOLDER = re.compile(r"stage-\d+-[a-z]+(\.steps|\.partial)?")
 
 @dataclass(frozen=True)
 class StageFolder:
-    """Stage `number` (from 1) of `stages`, on the way to `out`, an absolute path."""
+    """Stage `number` (from 1) of `stages` of a run that writes `out`, an absolute path."""
 
     out: Path
     stages: list[Stage]
