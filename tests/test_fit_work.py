@@ -165,7 +165,7 @@ def test_a_state_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
 
 
 def batch(shared: dict[str, Any]) -> PairedBatch:
-    """A lane before two layers that are given the same dictionary, which the student has one of its own of."""
+    """A batch before two layers that are given the same dictionary, which the student has one of its own of."""
     own = dict(shared)
     calls, student = ([Call((), {"shared": some, "other": 3})] * 2 for some in (shared, own))
     hidden = torch.ones(1, 2, 3)

@@ -18,7 +18,7 @@ SETTINGS_BYTES = 2**20  # what a person writes: a TOML file
 CARD_BYTES = 4 * 2**20  # a README.md
 RECORD_BYTES = 32 * 2**20  # what Upfit writes as JSON; Python takes some twenty times as much for the worst of it
 LINES_BYTES = 256 * 2**20  # what is read line by line
-LINE_BYTES = 16 * 2**20
+LINE_BYTES = 16 * 2**20  # one line of those: longer than any question, prompt or record of ours
 DATA_BYTES = 2**30  # data sets and vocabularies that are read whole
 KINDS = {
     stat.S_IFIFO: "a pipe",

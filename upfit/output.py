@@ -19,7 +19,7 @@ from rich.table import Table
 
 from upfit.addresses import redacted
 
-PLAIN_LINE_SECONDS = 30.0
+PLAIN_LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal obeys them
 NUMBERS = re.compile(r"\[\n\s+(-?\d[^\[\]{}\"]*?)\n\s+\]")  # JSON has no line break inside a string
 

@@ -65,7 +65,7 @@ class Architecture:
         for part in (text if isinstance(text, dict) else {}, self.config):
             if isinstance(part.get("initializer_range"), int | float):
                 return float(part["initializer_range"])
-        return 0.02
+        return 0.02  # what transformers' configs have where a family names none
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -12,7 +12,7 @@ NOTHING = object()
 
 
 class Carried:
-    """The hidden states of some lanes, and what layers have put into dictionaries that they were given (keys and values that
+    """The hidden states of some batches, and what layers have put into dictionaries that they were given (keys and values that
     later layers share). Made before the first layer; with `alone` the student's side is not used."""
 
     def __init__(self, batches: list[PairedBatch], alone: bool) -> None:
@@ -38,7 +38,7 @@ class Carried:
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `tensors`, on lanes that stand before the first layer."""
+        """The inverse of `tensors`, on batches that stand before the first layer."""
         for number, batch in enumerate(self.batches):
             device = batch.teacher.device
             batch.teacher = tensors[_name("teacher", number)].to(device)

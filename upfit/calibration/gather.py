@@ -13,7 +13,7 @@ from upfit.calibration.traits import AttentionTraits, probe_attention, watch
 
 @dataclass(frozen=True)
 class LayerSums:
-    """One attention layer: its facts and float32 statistics, or why it could not be watched."""
+    """One attention layer: its traits and float32 statistics, or why it could not be watched."""
 
     path: str
     traits: AttentionTraits | str

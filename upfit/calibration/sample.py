@@ -20,12 +20,12 @@ from upfit.text.plain import pieces
 from upfit.text.tokenizer import identity, no_panic
 from upfit.text.windows import encode, prefix_ids
 
-TOKENS = 64_000
-LENGTH = 2048
+TOKENS = 64_000  # docs/convert.md: the fit takes about as long as it has tokens
+LENGTH = 2048  # of the longer windows, unless the user serves another length
 SHORT = 512  # half of the tokens stand in windows of this length, whatever the length to be served
 HELD_SHARE = 8  # one window of so many is held back
-BATCH_TOKENS = 4096
-SEED = 20240229
+BATCH_TOKENS = 4096  # a layer's attention maps of one batch fit into memory
+SEED = 20240229  # any number, always the same
 BYTES_PER_TOKEN = 8  # read at most so much text for each token wanted
 FLAG = "--calibration"
 USERS = "text"  # the kind of documents of files; those of Python are drawn as figures were measured with

@@ -1,9 +1,9 @@
 """What calibration keeps of one attention layer: sums over sampled query positions, as named tensors.
 
 Shapes: H query heads, K key/value heads, D and V head widths, P rotated pairs. Queries and keys are taken as the attention sees
-them (after norms and rotation) with their dimensions in `Facts.order`. For each sampled query position, p are its attention
-weights; "centred" takes the mean under p away, for a softmax does not see a shift of all its scores. The sums are linear in the
-text, so pieces add up.
+them (after norms and rotation) with their dimensions in `AttentionTraits.order`. For each sampled query position, p are its
+attention weights; "centred" takes the mean under p away, for a softmax does not see a shift of all its scores. The sums are
+linear in the text, so pieces add up.
 
 - `keys` [K·D, K·D]: centred second moment of the keys under p, over all heads.
 - `key_pairs` [H, P, K, K, 2]: the same for each query head and rotated pair, keys as complex numbers (real, imaginary).
@@ -40,6 +40,7 @@ def sample_rows(tokens: int, per_segment: int, layer: int, batch: int, device: t
     longer), drawn without repetition, for one layer and batch."""
     if tokens > SEGMENT:
         per_segment = per_segment // 2
+    # A prime above any number of batches: no seed comes twice.
     generator = torch.Generator().manual_seed(100_003 * layer + batch)
     chosen = []
     for start in range(0, tokens, SEGMENT):
@@ -50,7 +51,7 @@ def sample_rows(tokens: int, per_segment: int, layer: int, batch: int, device: t
 
 
 def observe(seen: Seen, traits: AttentionTraits, rows: list[Rows]) -> dict[str, Tensor]:
-    """The sums of one batch (float64), see the module. Without `facts.keys` or `facts.values` their parts are left out."""
+    """The sums of one batch (float64), see the module. Without `traits.keys` or `traits.values` their parts are left out."""
     sums: dict[str, Tensor] = {}
     for sampled in rows:
         _, weights = seen.scores(sampled.at, sampled.keys)

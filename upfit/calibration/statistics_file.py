@@ -36,7 +36,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def traits_from(record: Mapping[str, Any]) -> AttentionTraits:
-    """The inverse of `dataclasses.asdict` for Facts, from JSON."""
+    """The inverse of `dataclasses.asdict` for AttentionTraits, from JSON."""
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     values["residual"] = Residual(**record["residual"]) if record["residual"] else None
     return AttentionTraits(**values)
@@ -54,7 +54,7 @@ class Statistics:
     infos: dict[str, TensorInfo]
 
     def layer(self, path: str) -> tuple[AttentionTraits, dict[str, Tensor]] | None:
-        """Facts and float32 statistics of the attention at `path`; None for a layer that could not be watched.
+        """Traits and float32 statistics of the attention at `path`; None for a layer that could not be watched.
 
         Raises UpfitError where the file has nothing of that layer, or values that are not finite.
         """

@@ -34,7 +34,7 @@ class PairedBatch:
 
 
 def paired_batches(model: LayerwiseModel, held: list[bool]) -> Iterator[PairedBatch]:
-    """The stream's batches, both models at the first layer; `held` says which of them are held back."""
+    """The model's batches, teacher and student at the first layer; `held` says which of them are held back."""
     for batch, back in zip(model.batches, held, strict=True):
         memo: dict[int, Any] = {}
 
@@ -109,7 +109,7 @@ def refit_mlp(
 ) -> dict[str, Tensor]:
     """Fit the Linear that ends the student's MLP to the teacher's `outputs` [B, T, E] of the layer; the new tensors by name.
 
-    `rest` gives, of a lane, the Linear's inputs [B, T, Z] and the student's stream after the layer without what it adds:
+    `rest` gives, of a batch, the Linear's inputs [B, T, Z] and the student's stream after the layer without what it adds:
     `share` times its output. A token weighs 1 / rms of the teacher's stream to `power`.
     """
     linear = module.get_submodule(end.path)

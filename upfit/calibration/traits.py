@@ -53,7 +53,8 @@ class AttentionTraits:
 
 @dataclass(frozen=True)
 class Turns:
-    """The rotation of queries and keys as complex factors [T, P] (with the family's scaling of them), in `Facts.order`."""
+    """The rotation of queries and keys as complex factors [T, P] (with the family's scaling of them), in
+    `AttentionTraits.order`."""
 
     q: Tensor
     k: Tensor
@@ -133,7 +134,7 @@ def _has(module: nn.Module, name: str) -> bool:
 def _unexplained(actual: Tensor, predicted: Tensor) -> float:
     """Share of the energy of `actual` that `predicted` does not have."""
     actual, predicted = actual.double(), predicted.double()
-    return float((actual - predicted).square().sum() / actual.square().sum().clamp_min(1e-30))
+    return float((actual - predicted).square().sum() / actual.square().sum().clamp_min(1e-30))  # no division by 0
 
 
 def _values_are_plain(seen: Seen, taps: dict[str, tuple[Tensor, Tensor]], shape: Geometry, reasons: list[str]) -> bool:

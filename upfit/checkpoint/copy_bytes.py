@@ -27,7 +27,7 @@ from upfit.checkpoint.safetensors_header import read_exactly
 WAYS = ("reflink", "direct", "kernel", "plain")
 SEEN = ("direct", "plain")  # the bytes pass through this process, so that a checksum costs no reading
 BLOCK = max(4096, mmap.PAGESIZE)  # a page that is written past the page cache must not be half in it
-CHUNK = 8 * 2**20
+CHUNK = 8 * 2**20  # large enough to keep a disk busy, small enough for a bar that moves
 WORKERS = 2  # one chunk is read while another one is written
 REFUSALS = {
     errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EBADF, errno.ENOTTY, errno.ENOENT,
@@ -63,10 +63,10 @@ Report = Callable[[CopiedRange], None]
 
 
 class ByteCopier:
-    """Moves runs between open files; a context manager, since some ways need the files opened once more."""
+    """Copies byte ranges between open files; a context manager, since some ways need the files opened once more."""
 
     def __init__(self, ways: list[str]) -> None:
-        self.ways = ways  # shared by the movers of one conversion: what was refused once is not tried again
+        self.ways = ways  # shared by the copiers of one conversion: what was refused once is not tried again
         self._reopened: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
         self._own = threading.local()
@@ -79,13 +79,14 @@ class ByteCopier:
             os.close(descriptor)
         self._reopened.clear()
 
-    def move(self, source: int, target: int, run: ByteRange, report: Report) -> None:
-        """Move a run from descriptor `source` to `target`; `report` hears of each piece that stands, from several threads.
+    def move(self, source: int, target: int, byte_range: ByteRange, report: Report) -> None:
+        """Copy a byte range from descriptor `source` to `target`; `report` hears of each piece that stands, from several
+        threads.
 
-        Raises UpfitError when the source ends before the run does.
+        Raises UpfitError when the source ends before the range does.
         """
         with ThreadPoolExecutor(WORKERS) as pool:
-            parts = [pool.submit(self._part, source, target, part, report) for part in chunks(run)]
+            parts = [pool.submit(self._part, source, target, part, report) for part in chunks(byte_range)]
             try:
                 for part in parts:
                     part.result()
@@ -157,16 +158,16 @@ class ByteCopier:
             return self._reopened[descriptor, flags]
 
 
-def chunks(run: ByteRange) -> Iterator[ByteRange]:
-    """The run cut where blocks of the target begin, so that all parts but the first and the last are whole blocks."""
+def chunks(byte_range: ByteRange) -> Iterator[ByteRange]:
+    """The range cut where blocks of the target begin, so that all parts but the first and the last are whole blocks."""
     done = 0
-    while done < run.nbytes:
-        place, left = run.place + done, run.nbytes - done
+    while done < byte_range.nbytes:
+        place, left = byte_range.place + done, byte_range.nbytes - done
         if place % BLOCK:
             size = min(left, -place % BLOCK)
         else:
             size = min(left, CHUNK) if left < BLOCK else min(left // BLOCK * BLOCK, CHUNK)
-        yield ByteRange(run.file, run.start + done, size, place)
+        yield ByteRange(byte_range.file, byte_range.start + done, size, place)
         done += size
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from upfit.checkpoint.reader import Checkpoint
     from upfit.checkpoint.shard import Shard
 
-STEP = 2**20
-EDGE = 256
+STEP = 2**20  # bytes compared at a time
+EDGE = 256  # bytes looked at on each end of a tensor
 WORKERS = 4  # the disk is asked for the next pieces while one is compared
 Take = Callable[[int, int], bytearray | memoryview]  # bytes of a written file: how many, from where
 Read = Callable[[str, int, int], bytes | bytearray]  # bytes of a source file: its name, how many, from where

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[\w.\-]+\.safetensors")
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 64 * 2**20  # far above the largest known index
 CHANGED = "has changed since it was first read; start again on a folder at rest"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from upfit.modeling.registry import is_own
 
 KEY = "auto_map"
-MAX_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20  # as `reader.MAX_JSON_BYTES`
 ELSEWHERE = "--"  # `org/model--module.Class` is code of another repository, which is found there
 
 

@@ -309,11 +309,11 @@ def _step(job: Job, answer: dict[str, Any], promise: Promise) -> dict[str, Any]:
 
 
 def _write_weights(job: Job, folder: Path, shards: list[Shard], output: Output, stream: "HubStream | None") -> None:
-    journal = FinishedShards(folder, _work(job, shards), job.checkpoint.read_bytes)
-    if journal.verified:
-        output.note(f"going on: {len(journal.verified)} of {len(shards)} shards are finished already")
+    finished_shards = FinishedShards(folder, _work(job, shards), job.checkpoint.read_bytes)
+    if finished_shards.verified:
+        output.note(f"going on: {len(finished_shards.verified)} of {len(shards)} shards are finished already")
     with output.progress(f"converting {job.source.name}", sum(item.nbytes for item in job.planned)) as meter:
-        write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance, journal, stream)
+        write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance, finished_shards, stream)
 
 
 def _verified(

@@ -80,8 +80,8 @@ FitLayer = Callable[[int, "Layer"], LayerFit]
 @dataclass(frozen=True)
 class Task:
     """A fit of some layers. `settings` hold all that results depend on besides model, text and machine. `begin(walk)` gives the
-    function that fits the layer at an index, whose weights are loaded, and moves the walk's lanes on. `title` stands beside the
-    bar with the `note` of a layer's record; `label` is that of the rules."""
+    function that fits the layer at an index, whose weights are loaded, and moves the walk's batches on. `title` stands beside
+    the bar with the `note` of a layer's record; `label` is that of the rules."""
 
     title: str
     label: str

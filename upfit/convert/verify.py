@@ -22,7 +22,7 @@ from upfit.text.tokenizer import no_panic
 if TYPE_CHECKING:
     import torch
 
-SAMPLE_TOKENS = 512
+SAMPLE_TOKENS = 512  # a CPU takes seconds for them, and their loss has a use
 MEMORY_FACTOR = 1.3  # weights, plus activations and logits of one short window
 FALLBACK_SEED = 0
 CLOSE = {"float32": 1e-4, "float64": 1e-8}  # of the largest logit, where a plan promises equality to rounding

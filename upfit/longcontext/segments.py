@@ -176,7 +176,7 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[in
 
 
 WORD = re.compile(r"\w+")
-GRAM = 10
+GRAM = 10  # words in a row that count as copied
 
 
 def ten_grams(text: str) -> set[int]:

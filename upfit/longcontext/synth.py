@@ -31,7 +31,7 @@ from upfit.text.corpus import documents
 from upfit.text.files import files_of, local_inputs
 from upfit.text.tokenizer import identity, load_tokenizer
 
-FLUSH_EVERY = 256
+FLUSH_EVERY = 256  # items: so many at most are asked again after a kill
 TOO_LONG = "longer than --max-tokens by itself"
 # Settings that change nothing of what is asked.
 FREE = ("shard", "export", "responses", "concurrency", "budget_tokens", "base_url")

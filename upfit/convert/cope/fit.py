@@ -169,7 +169,7 @@ def _tensors(
         tensors["cope_gate_bias"] += torch.tensor(options.share).logit()
     else:
         near, rows = torch.cat([logits for logits, _, _ in samples], 1), [(logits, seen) for _, logits, seen in samples]
-        scale = SPREAD / near.std(1).clamp_min(1e-6)
+        scale = SPREAD / near.std(1).clamp_min(1e-6)  # a head whose logits are all alike: no division by 0
         bias = _bias(near * scale[:, None], options.share)
         tensors |= {"cope_gate_scale": scale, "cope_gate_bias": bias}
         last = options.positions - 1
@@ -207,7 +207,7 @@ def _before(block: Block, layout: Layout, watched: Watched, part: str, heads: in
 
 def _bias(logits: Tensor, share: float) -> Tensor:
     """[H]: what makes the mean of sigmoid(logits [H, N] + bias) be `share`, by bisection."""
-    low, high = torch.full((len(logits),), -40.0), torch.full((len(logits),), 40.0)
+    low, high = torch.full((len(logits),), -40.0), torch.full((len(logits),), 40.0)  # sigmoid is 0 or 1 there in float32
     for _ in range(40):
         middle = (low + high) / 2
         above = torch.sigmoid(logits + middle[:, None]).mean(1) > share

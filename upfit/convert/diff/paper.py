@@ -77,7 +77,7 @@ def gains(views: list[tuple[Seen, Tensor, int]], form: Paired) -> Tensor:
         before = seen.output.square().sum((0, 1, 3))  # [H]
         wanted = wanted + before.unflatten(0, (2, -1)).sum(0)
         actual = actual + form.outputs(seen).square().sum((0, 1, 3)).unflatten(0, (-1, 2)).sum(1)
-    return (wanted / actual.clamp_min(1e-30)).sqrt()
+    return (wanted / actual.clamp_min(1e-30)).sqrt()  # no division by 0
 
 
 def candidates(layer: int, views: list[tuple[Seen, Tensor, int]], eps: float) -> "list[Form]":

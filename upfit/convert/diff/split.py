@@ -16,9 +16,9 @@ from upfit.modeling.modeling_upfit_diff import lambda_init
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
 
-FIRST_SCALES = (1.0, 1.15, 1.3, 1.5, 1.8)
-SECOND_SCALES = (0.5, 1.0, 1.5)
-LAMBDAS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
+FIRST_SCALES = (1.0, 1.15, 1.3, 1.5, 1.8)  # of a query, for the map that stays: all combinations are tried
+SECOND_SCALES = (0.5, 1.0, 1.5)  # for the map that is subtracted, flatter to sharper
+LAMBDAS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # denser near 0, where the head is what it was
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def naive(heads: int, width: int, layer: int) -> Split:
 
 
 def groups_of_two(order: tuple[int, ...], pairs: int) -> Tensor:
-    """[P, 2]: rotated pairs, then neighbours among the dimensions that no rotation touches (`Facts.order`)."""
+    """[P, 2]: rotated pairs, then neighbours among the dimensions that no rotation touches (`AttentionTraits.order`)."""
     turned = torch.tensor([order[:pairs], order[pairs : 2 * pairs]]).T
     return torch.cat([turned, torch.tensor(order[2 * pairs :], dtype=torch.long).reshape(-1, 2)])
 
@@ -125,7 +125,7 @@ def _best(products: Tensor, mask: Tensor) -> Split:
                 for share in LAMBDAS:
                     along = gram[0, f] - share * gram[0, s]
                     power = gram[f, f] - 2 * share * gram[f, s] + share**2 * gram[s, s]
-                    gain = along / power.clamp_min(1e-30)
+                    gain = along / power.clamp_min(1e-30)  # no division by 0
                     options.append((float(gram[0, 0] - gain * along), first, second, share, float(gain)))
         splits.append(min(options)[1:])
     best = torch.tensor(splits, device=mask.device)  # [H, (first scale, second scale, λ, gain)]

@@ -25,7 +25,7 @@ from upfit.convert.gqa.layer_state import LayerPair, LayerRecord, Merged, Settin
 from upfit.convert.gqa.merge_layer import merge_layer, pack, refine
 from upfit.convert.gqa.pooling import pool_heads as merge_plainly
 
-DRIFT_RIDGE = 1e-3
+DRIFT_RIDGE = 1e-3  # of the mean power of an input: directions that the text hardly has stay small
 LayerStatistics = tuple[AttentionTraits, dict[str, Tensor]]
 
 
@@ -149,7 +149,7 @@ def _form(
 
 
 def _in_order(module: nn.Module, order: list[int]) -> fit_scores.Norm:
-    """`module`, which norms heads as the model stores them, on heads whose dimensions are in `Facts.order`."""
+    """`module`, which norms heads as the model stores them, on heads whose dimensions are in `AttentionTraits.order`."""
     back = torch.tensor(order).argsort().tolist()
 
     def norm(heads: Tensor) -> Tensor:

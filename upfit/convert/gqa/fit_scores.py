@@ -5,7 +5,7 @@ variance under p: Σ p (δs)² − (Σ p δs)². Minimised over both projections
 preconditioned conjugate gradients on inputs that are whitened first; steps end when held-back windows stop gaining.
 
 Shapes: B windows, T tokens, R sampled query positions, L keys they look at, H query heads, G new key/value heads, D head width,
-E input width (one more where the projections have biases). Head dimensions are in `Facts.order`.
+E input width (one more where the projections have biases). Head dimensions are in `AttentionTraits.order`.
 """
 
 from collections.abc import Callable, Iterator
@@ -144,7 +144,7 @@ class Fit:
             for target, part in self._parts(batch):
                 gap = self._scores(q.values[:, part], k.values[:, : target.keys]).sub_(target.scores)
                 lost += float((target.seen(gap) * gap).sum())
-        return lost / max(self.total, 1e-30)
+        return lost / max(self.total, 1e-30)  # no division by 0
 
     def gradient(self, sides: list[tuple[Batch, Side, Side]]) -> Weights:
         """Minus half the gradient of the error (unnormalised) at the point of `sides`."""
@@ -276,7 +276,7 @@ def _preconditioner(fit: Fit, sides: list[tuple[Batch, Side, Side]], like: Weigh
     of_q = fit.curvature(sides, Weights(signs[0], torch.zeros_like(signs[1]))).q
     of_k = fit.curvature(sides, Weights(torch.zeros_like(signs[0]), signs[1])).k
     rows = [(curvature * sign).mean(1, keepdim=True).clamp_min(0) for curvature, sign in zip((of_q, of_k), signs, strict=True)]
-    return Weights(*(1 / (row + 1e-2 * row.mean() + 1e-30) for row in rows))
+    return Weights(*(1 / (row + 1e-2 * row.mean() + 1e-30) for row in rows))  # rows of little curvature take no giant steps
 
 
 def _conjugate_gradients(

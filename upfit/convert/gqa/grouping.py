@@ -23,7 +23,7 @@ def partition(costs: Tensor, groups: int) -> list[list[int]]:
     best, least = contiguous, _cost(costs, contiguous)
     for start in starts:
         label = _exchanged(costs, start.clone(), groups)
-        if _cost(costs, label) < least * (1 - 1e-9):
+        if _cost(costs, label) < least * (1 - 1e-9):  # by more than rounding, so that every machine finds the same
             best, least = label, _cost(costs, label)
     return sorted((torch.nonzero(best == group).flatten().tolist() for group in range(groups)), key=lambda heads: heads[0])
 
@@ -47,7 +47,7 @@ def _exchanged(costs: Tensor, label: Tensor, groups: int) -> Tensor:
         gain = own[:, None] + own[None] - there - there.T + 2 * costs
         gain[label[:, None] == label[None]] = 0
         first, second = divmod(int(gain.argmax()), len(label))
-        if float(gain[first, second]) <= 1e-9 * float(costs.sum()):
+        if float(gain[first, second]) <= 1e-9 * float(costs.sum()):  # rounding: it would go round in circles
             break
         label[[first, second]] = label[[second, first]]
     return label

@@ -79,8 +79,8 @@ class LayerPair:
 
 @dataclass
 class Merged:
-    """The layer being changed. q [H, D, E'], k [G, D, E'] in `Facts.order`, v [G, V, E'] (= `down` [G, V, g·V] of the old
-    ones), o [E, H, V]; E' is E, or one more where the projections have biases (the last column). Query heads stand in the
+    """The layer being changed. q [H, D, E'], k [G, D, E'] in `AttentionTraits.order`, v [G, V, E'] (= `down` [G, V, g·V] of the
+    old ones), o [E, H, V]; E' is E, or one more where the projections have biases (the last column). Query heads stand in the
     order of their groups: `heads` lists the old ones."""
 
     q: Tensor

@@ -81,7 +81,7 @@ def _errors(
     per = heads // old
     groups = choose_groups(traits, sums, outputs, old, count)
     lost = {"keys": 0.0, "values": 0.0}
-    total = {"keys": 1e-30, "values": 1e-30}
+    total = {"keys": 1e-30, "values": 1e-30}  # no division by 0
     for group in groups:
         own = [h for j in group for h in range(j * per, (j + 1) * per)]
         owners = torch.arange(len(group)).repeat_interleave(per)

@@ -13,7 +13,7 @@ from upfit.bounded import DATA_BYTES, MISSHAPEN, read_json, reason
 from upfit.errors import UpfitError
 from upfit.longcontext.items import Item
 
-MOST_DECOYS = 8
+MOST_DECOYS = 8  # as many as HotpotQA has beside its two pieces
 
 
 def read(names: list[str]) -> list[Item]:

@@ -27,7 +27,7 @@ PLACES = (
 )
 THINGS = ("compass", "lantern", "ledger", "medal", "mirror", "parcel", "teapot", "thermos", "violin", "whistle")
 COLOURS = ("bronze", "crimson", "golden", "purple", "silver", "teal")
-DECOYS = range(6, 25)
+DECOYS = range(6, 25)  # made-up records beside the one asked for
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from upfit.text.packed import opened
 KEY_WORDS = 8  # of a sentence, quoted in the question, as in FILM
 LEAST_WORDS = 14  # of a sentence: enough beyond the key to tell an answer from an echo
 FUNCTION_LINES = range(3, 16)
-FUNCTION_CHARACTERS = 700
+FUNCTION_CHARACTERS = 700  # so that several stand in a short context
 
 
 @dataclass(frozen=True)

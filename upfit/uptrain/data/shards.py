@@ -26,7 +26,7 @@ FORMAT = 2
 BLOCK_BYTES = 2**18
 TOKEN_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 OFFSET_DTYPE = np.dtype("<i8")
-READ_BYTES = 2**24
+READ_BYTES = 2**24  # at a time, where a checksum is taken
 MANIFEST_BYTES = 256 * 2**20  # checksums of 6 TB of tokens
 HEX = re.compile(r"[0-9a-f]*")
 

@@ -22,7 +22,7 @@ from upfit.uptrain.data.shards import TOKEN_DTYPES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_CHARACTERS = 500_000
+BATCH_CHARACTERS = 500_000  # sent to a process at once: the sending costs little beside the work
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 

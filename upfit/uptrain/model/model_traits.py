@@ -21,7 +21,7 @@ from upfit.errors import UpfitError
 from upfit.uptrain.model import packed
 from upfit.uptrain.model.losses import Head
 
-PROBE_TOKENS = 16
+PROBE_TOKENS = 16  # random ones, two documents of 8
 EXACT, ROUNDED = 1e-4, 2e-2  # largest relative difference of two ways to the same numbers, in float32 and in shorter types
 
 
