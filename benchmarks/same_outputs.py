@@ -270,7 +270,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     for name in ("old", "new", "scratch"):
         parser.add_argument(name, metavar=name.upper(), type=Path)
-    parser.add_argument("--demo", action="store_true", help="upfit demo too, which takes longer than all the others together")
+    parser.add_argument("--demo", action="store_true", help="upfit demo too, 2 to 3 minutes more")
     args = parser.parse_args()
     scratch = args.scratch.resolve()
     scratch.mkdir(parents=True)

@@ -20,6 +20,7 @@ from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options
 from upfit.evaluate.probes.attention_maps import all_maps, choose, places, record_by_head, record_maps
 from upfit.output import Output, to_json
+from upfit.provenance import head_order
 
 QUIET = Output(quiet=True)
 FORMS: list[tuple[str, dict[str, Any]]] = [
@@ -88,6 +89,12 @@ def test_heads_are_followed_through_merging(tmp_path: Path) -> None:
     assert places([step], by_head) == [[0, 1, 4, 5, 2, 3, 6, 7], list(range(8))]
     again = {"verb": "convert mqa", "measurements": {"layers": [{"groups": [[1, 0]]}, {}]}}
     assert places([step, {"verb": "uptrain", "measurements": {}}, again], by_head)[0] == [4, 5, 0, 1, 6, 7, 2, 3]
+    for told_by in ([step], [again], [step, again]):  # the older way to say it, and today's, of the recipe itself
+        newer = [{"verb": one["verb"], "measurements": {"head_order": head_order(one, [8, 8])}} for one in told_by]
+        assert places(newer, by_head) == places(told_by, by_head)
+    for damaged in ([[0, 0, 1, 2, 3, 4, 5, 6], None], [[7, 6, 5, 4, 3, 2, 1, 0]], "none", [["0"] * 8, {}]):
+        told: dict[str, Any] = {"verb": "convert mine", "measurements": {"head_order": damaged}}
+        assert places([told], by_head) == [list(range(8))] * 2
     source, out = converted(tmp_path, *FORMS[0])
     model: Any = AutoModelForCausalLM.from_pretrained(source)
     steps = provenance.read(out)
@@ -103,8 +110,8 @@ def test_heads_are_followed_through_merging(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some words and more of them, again and again. " * 40, encoding="utf-8")
     asked = Options(against=str(source), data=[str(text)], length=64, windows=2, probe=["needle"], attention_maps=4)
-    told = evaluate(str(out), Options(**{**vars(asked), "probe_samples": 2, "probe_length": [90]}), QUIET)
-    after, before = (told[key]["probes"]["needle"] for key in ("model", "against"))
+    result = evaluate(str(out), Options(**{**vars(asked), "probe_samples": 2, "probe_length": [90]}), QUIET)
+    after, before = (result[key]["probes"]["needle"] for key in ("model", "against"))
     assert np.allclose(after["attention_by_head"], before["attention_by_head"], atol=2e-4)
     for ours, theirs in zip(after["maps"]["heads"], before["maps"]["heads"], strict=True):
         assert [0, 2, 1, 3][theirs["head"]] == ours["own_head"] and ours["head"] == theirs["head"] == theirs["own_head"]

@@ -271,7 +271,7 @@ def test_defects_are_told_as_ours(upfit: Run, model: Path, monkeypatch: pytest.M
         raise error
 
     monkeypatch.setattr("upfit.convert.describe.describe", fail)
-    one_line(upfit("show", model), "a defect of upfit, please report it", type(error).__name__, "cli/looking.py:", "--debug")
+    one_line(upfit("show", model), "a defect of upfit, please report it", type(error).__name__, "api.py:", "--debug")
     ended = upfit("--debug", "show", model)
     assert ended.code == 1 and "Traceback" in ended.err and type(error).__name__ in ended.err
 

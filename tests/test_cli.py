@@ -12,9 +12,9 @@ import pytest
 
 from tests.folders import save_tiny
 from upfit.architecture.listing import NOT_LOOKED_AT
-from upfit.cli.conversions import cache_words, parse_size, sanity_words
+from upfit.convert.result import Verification, cache_words, sanity_words
 from upfit.errors import UpfitError
-from upfit.options import as_flags, parse_count, parse_share
+from upfit.options import as_flags, parse_count, parse_share, parse_size
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,13 +99,13 @@ def test_list_and_env() -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("300kb", 300_000)])
 def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
+    assert parse_size(text, "--max-shard-size") == size
 
 
 @pytest.mark.parametrize("text", ["", "5", "GB", "-1GB", "5 parsecs", "1e999GB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UpfitError, match="500MB or 5GB"):
-        parse_size(text)
+        parse_size(text, "--max-shard-size")
 
 
 @pytest.mark.parametrize(("text", "count"), [("50k", 50_000), ("1.5M", 1_500_000), ("2T", 2 * 10**12), ("12_000", 12_000)])
@@ -132,17 +132,17 @@ def test_shares_that_are_none(text: str) -> None:
 
 def test_a_cache_is_said_to_grow_where_it_grows() -> None:
     """Gate keys of contextual positions are cached too, with no head more."""
-    grown = cache_words({"kv_bytes_per_token": [46080, 69120], "kv_heads": [3, 3]})
+    grown = cache_words([3, 3], [46080, 69120])
     assert grown == "KV cache 46.1 kB → 69.1 kB a token (1.50x larger)"
-    shrunk = cache_words({"kv_bytes_per_token": [46080, 15360], "kv_heads": [3, 1]})
+    shrunk = cache_words([3, 1], [46080, 15360])
     assert shrunk == "3 → 1 key/value heads, KV cache 46.1 kB → 15.4 kB a token (3.00x smaller)"
 
 
 def test_the_loss_on_the_sample_is_told_as_a_sanity_check() -> None:
-    report = {"tokens": 512, "source_loss": 2.0, "loss": 2.004, "loss_interval": 0.05}
+    report = Verification("", "", 512, False, 0.1, source_loss=2.0, loss=2.004, loss_interval=0.05)
     told = sanity_words(report)
     assert told.startswith("Sanity check on 512 tokens") and "2.000 → 2.004 (+0.004 ± 0.050)" in told and "evaluate" in told
-    assert "±" not in sanity_words(report | {"loss_interval": None})
+    assert "±" not in sanity_words(dataclasses.replace(report, loss_interval=None))
 
 
 @pytest.mark.parametrize(("before", "after"), [(96, 32), (32, 96), (64, 64), (100, 50), (50, 100), (0, 8), (8, 0)])
@@ -156,6 +156,6 @@ def test_one_phrase_tells_what_became_of_a_cache(before: int, after: int) -> Non
     assert ("smaller" in phrase) == (0 < after < before) and ("larger" in phrase) == (after > before > 0)
     told = {"kv_bytes_per_token": [before, after]}
     step = {"verb": "convert gqa", "date": "2026-11-29", "versions": {}, "measurements": told}
-    assert cache_words(told | {"kv_heads": [2, 2]}) == phrase
+    assert cache_words([2, 2], [before, after]) == phrase
     if before != after:
         assert card._step(step, 1)["texts"] == [f"{phrase}."] == sections._conversion(step, 1)[0].texts

@@ -1,14 +1,17 @@
 """The documentation tells the truth: its commands run, its pages exist, its flags are the program's."""
 
+import json
 import re
 import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.warm_python import warm_python
+from upfit.convert.recipe import find_recipes
 
 ROOT = Path(__file__).parent.parent
 WORTH_TELLING = 0.02  # nats a token: what CPUs and patch versions of the library may change of the tutorial's figures
@@ -44,6 +47,47 @@ def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
         assert sum(told, ()) == pytest.approx(sum(measured, ()), abs=WORTH_TELLING)
 
 
+def run_all(pieces: list[str]) -> dict[str, Any]:
+    """Run pieces of Python one after the other, in one namespace; which is returned."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, piece in enumerate(pieces):
+        exec(compile(piece, f"piece {number}", "exec"), names)
+    return names
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the steps of the tutorial, and uptraining wins."""
+    monkeypatch.chdir(tmp_path)
+    names = run_all(notebook())
+    lost, won, left = (names[name].difference.nats_per_token for name in ("lost", "won", "left"))
+    assert left.mean < lost.mean and won.high < 0, "it is better than it was, and not by chance"
+
+
+def notebook() -> list[str]:
+    """The code of the tutorial's notebook, a cell each."""
+    content = json.loads((ROOT / "examples" / "tutorial.ipynb").read_text(encoding="utf-8"))
+    assert (content["nbformat"], content["nbformat_minor"]) == (4, 5) and len({cell["id"] for cell in content["cells"]}) > 1
+    cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), "what a machine answered is not kept"
+    return ["".join(cell["source"]) for cell in cells]
+
+
+def test_the_notebook_takes_the_steps_of_the_tutorial() -> None:
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    commands = re.findall(r"(?m)^upfit (\w+)", "".join(re.findall(r"```bash\n(.*?)```", tutorial, re.DOTALL)))
+    assert re.findall(r"api\.(\w+)\(", "\n".join(notebook())) == ["describe" if name == "show" else name for name in commands]
+
+
+def test_the_page_of_functions_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    run_all(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    from upfit import api
+
+    assert set(re.findall(r"(?m)^\| `(\w+)\(", page)) == set(api.__all__)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
@@ -54,6 +98,37 @@ def test_the_page_of_architectures_is_up_to_date() -> None:
     from scripts.write_architectures_page import PAGE, page
 
     assert PAGE.read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "README.md"])
+def test_tables_of_rooms_are_up_to_date(name: str) -> None:
+    """What a room is stands in its docstring, what it may import in the test that holds it; pages repeat both."""
+    from scripts.write_rooms_tables import page
+
+    assert (ROOT / name).read_text(encoding="utf-8") == page(ROOT / name), "run: python scripts/write_rooms_tables.py"
+
+
+def test_the_tree_in_the_design_is_the_house() -> None:
+    """Every folder of the package stands in the tree, and nothing else."""
+    tree = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("\n## The tree\n")[1].split("```")[1]
+    told, room = set(), ""
+    for indent, name in re.findall(r"^(  |    )(\w+)/ ", tree, re.MULTILINE):
+        room = name if indent == "  " else room
+        told.add(name if name == room else f"{room}/{name}")
+    package = ROOT / "upfit"
+    folders = [path for path in package.rglob("*") if path.is_dir() and "__pycache__" not in path.parts]
+    assert told == {path.relative_to(package).as_posix() for path in folders}
+
+
+def test_every_verb_has_its_goal() -> None:
+    """The page of goals names every verb, and only flags that the verb has."""
+    page = (ROOT / "docs" / "which-command.md").read_text(encoding="utf-8")
+    commands = [command.split() for command in re.findall(r"`upfit ([^`]+)`", page)]
+    assert {words[0] for words in commands} == set(re.findall(r"^│ (\w+) ", help_of(), re.MULTILINE))
+    for words in commands:
+        flags = {word for word in words if word.startswith("--")}
+        asked = words[:2] if words[0] == "convert" else words[:1]
+        assert not flags or flags <= set(re.findall(r"--[a-z][a-z-]+", help_of(*asked))), words
 
 
 def test_the_page_of_settings_is_up_to_date() -> None:
@@ -78,7 +153,7 @@ def test_flags_in_a_page_exist(verb: str) -> None:
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
     others = {"--nproc-per-node", "--nproc_per_node", "--standalone", "--shutdown-timeout", "--signals-to-handle"}
     others |= {"--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
-    attentions = [help_of("convert", name) for name in ("gqa", "diff", "cope")]
+    attentions = [help_of("convert", name) for name in find_recipes()]
     known = set(
         re.findall(
             r"--[a-z][a-z-]+",

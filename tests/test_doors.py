@@ -3,6 +3,8 @@
 Every import counts, also those inside functions and those for types alone.
 """
 
+import ast
+import re
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -10,8 +12,10 @@ from pathlib import Path
 import grimp
 import pytest
 
+from upfit.convert.recipe import find_recipes
+
 PACKAGE = Path(__file__).parent.parent / "upfit"
-GROUND = {"errors", "bounded", "durable", "portable", "addresses", "model_files", "output", "provenance", "options"}
+GROUND = {"errors", "bounded", "durable", "portable", "addresses", "model_files", "output", "provenance", "options", "results"}
 GROUND |= {"environment", ""}
 MODEL = {"text", "modeling", "checkpoint", "architecture"}
 ROOMS = {  # what a room may import beside the ground and itself
@@ -28,6 +32,16 @@ ROOMS = {  # what a room may import beside the ground and itself
     "report": MODEL | {"convert", "evaluate"},
     "publish": MODEL | {"convert", "evaluate", "report"},
     "demo": MODEL | {"calibration", "convert", "uptrain", "evaluate"},
+}
+ATTENTIONS = {path.parent.name for path in PACKAGE.glob("convert/*/recipe.py")}
+MAY_NAME_AN_ATTENTION = {  # with the reason
+    "architecture/grouped_class.py": "the class that some families need to have fewer heads",
+    "architecture/table.py": "the same class: where its config counts heads",
+    "cli/conversions.py": "the next command to type",
+    "demo/run.py": "the conversions that the demo shows",
+    "provenance.py": "folders of versions whose recipes did not say it themselves",
+    "uptrain/model/layerwise.py": "the next command to type",
+    "uptrain/model/packed.py": "an argument of torch's function",
 }
 LARGEST_SHARE = 0.2  # of the package's lines
 FLAT_FILES = {"convert": 8, "uptrain": 6}
@@ -46,7 +60,7 @@ def test_imports_go_one_way(name: str) -> None:
         assert rooms <= GROUND | ROOMS[room(name)]
     elif name == "upfit":
         assert rooms <= {"modeling"}  # whose model types it makes known
-    elif room(name) not in ("cli", "__main__"):
+    elif room(name) not in ("api", "cli", "__main__"):
         assert rooms <= GROUND
 
 
@@ -57,15 +71,38 @@ def test_of_calibration_evaluate_sees_what_observes_alone() -> None:
 
 def test_of_convert_what_shows_results_sees_what_describes_them_alone() -> None:
     seen = {o for name in FILES if room(name) in ("report", "publish") for o in GRAPH.find_modules_directly_imported_by(name)}
-    assert {name for name in seen if room(name) == "convert"} <= {"upfit.convert.describe", "upfit.convert.recipe"}
+    assert {name for name in seen if room(name) == "convert"} <= {
+        f"upfit.convert.{name}" for name in ("describe", "recipe", "result")
+    }
+
+
+def test_nothing_but_the_command_line_imports_the_api() -> None:
+    assert {room(name) for name in GRAPH.find_modules_that_directly_import("upfit.api")} == {"cli"}
 
 
 def test_no_attention_imports_another() -> None:
-    attentions = {path.name for path in (PACKAGE / "convert").iterdir() if (path / "recipe.py").exists()}
     for name in (name for name in FILES if room(name) == "convert"):
         own = name.split(".")[2:3]
         others = {other.split(".")[2] for other in GRAPH.find_modules_directly_imported_by(name) if other.count(".") > 2}
-        assert not others & attentions - set(own), name
+        assert not others & ATTENTIONS - set(own), name
+
+
+def test_rooms_that_all_attentions_share_name_none() -> None:
+    """What such a room needs to know, the recipe says: in a field of Recipe, or in the measurements in recipe.json."""
+    shared = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if not path.name.startswith("test_")]
+    shared = [path for path in shared if path.parts[0] != "modeling" and not set(path.parts) & ATTENTIONS]
+    found = {path.as_posix(): named(path) for path in shared}
+    assert {name for name, lines in found.items() if lines} == set(MAY_NAME_AN_ATTENTION), found
+
+
+def named(path: Path) -> list[int]:
+    """The lines of a file with an attention's name in a text that the program uses; docstrings may tell of papers."""
+    words = re.compile(rf"(?<![a-z])({'|'.join(ATTENTIONS | set(find_recipes()))})(?![a-z])", re.IGNORECASE)
+    tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    docs = {id(body[0].value) for body in bodies if body and isinstance(body[0], ast.Expr)}
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [text.lineno for text in texts if id(text) not in docs and words.search(str(text.value))]
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:

@@ -32,8 +32,8 @@ from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.intervals import difference_interval, mean_interval
 from upfit.evaluate.loss import by_position, token_losses, window_losses
 from upfit.evaluate.options import Options
+from upfit.evaluate.result import Evaluation
 from upfit.evaluate.speed import settle_lengths
-from upfit.evaluate.tables import show
 from upfit.output import Meter, Output
 from upfit.text import Document, file_documents, python_documents, read_blocks
 from upfit.text.windows import digest, make_windows, prefix_ids, retokenised, same_tokens, spread
@@ -362,11 +362,11 @@ def test_result_is_json_and_shows_as_tables(
     assert "half prose and half code" in capsys.readouterr().err
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert result["data"]["length"] == POSITIONS and result["data"]["source"] == "python"
-    show(result, Output())
+    Evaluation.read(result).show(Output())
     printed = capsys.readouterr().out
     for wanted in ("perplexity", "Difference (paired)", "cache per token", "512 B", "decode tokens/s", "ratio"):
         assert wanted in printed
-    show(result, quiet())
+    Evaluation.read(result).show(quiet())
     assert capsys.readouterr().out == ""
 
 

@@ -21,7 +21,7 @@ from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.harness import harness
 from upfit.evaluate.harness.scores import MEANS, Metric, Scores, differences, metric
 from upfit.evaluate.options import Options, check_options
-from upfit.evaluate.tables import show
+from upfit.evaluate.result import Evaluation
 from upfit.output import Meter, Output
 from upfit.report.measured import measured
 
@@ -209,7 +209,7 @@ def test_two_models_are_asked_the_same(
     assert math.isclose(result["task_differences"]["pick"]["acc"]["mean"], right[0] - right[1], abs_tol=1e-12)
     rolled = [result[key]["tasks"]["roll"]["metrics"]["word_perplexity"]["mean"] for key in ("model", "against")]
     assert math.isclose(result["task_differences"]["roll"]["word_perplexity_ratio"]["mean"], rolled[0] / rolled[1])
-    show(result, Output())
+    Evaluation.read(result).show(Output())
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("acc_norm", "word_perplexity", "difference", "ratio"))
     (section,) = measured([("after diff", result)])

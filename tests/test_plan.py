@@ -13,6 +13,7 @@ from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.plan.options import Options
 from upfit.plan.plan import plan
+from upfit.plan.trace import _kept as kept_in_trace
 from upfit.plan.trace import trace
 from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.layerwise import Layerwise, freeze_all_but
@@ -189,3 +190,12 @@ def test_code_that_looks_at_numbers_is_refused() -> None:
         trace(
             {"model_type": "gpt_oss", "num_local_experts": 4, "num_key_value_heads": 2, "head_dim": 8, **sizes}, 32, "float32"
         )
+
+
+def test_what_a_trace_lets_go_of_is_counted_too() -> None:
+    """Attention layer by layer keeps no outputs: the next one may lie where the last one was."""
+    weight = torch.ones(1000, requires_grad=True)
+    with kept_in_trace({}) as found:
+        for _ in range(8):
+            weight * weight.detach().exp()  # keeps the second factor
+    assert list(found.values()) == 8 * [4000]

@@ -163,7 +163,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from upfit.output import Output
-from upfit.uptrain import prepare, tokenise
+from upfit.uptrain.data import prepare, tokenise
 tokenise.BATCH_CHARACTERS, prepare.SAVE_SECONDS = 2000, 0.0
 prepare.prepare([sys.argv[1]], Path(sys.argv[2]), sys.argv[3], "text", Output(quiet=True), workers=2)
 """

@@ -22,7 +22,7 @@ from upfit.evaluate.loss import window_losses
 from upfit.evaluate.options import Options
 from upfit.evaluate.probes import position, retrieval
 from upfit.evaluate.probes import reader as reader_room
-from upfit.evaluate.tables import show
+from upfit.evaluate.result import Evaluation
 from upfit.longcontext.probes import contexts
 from upfit.output import Meter, Output
 from upfit.report.measured import measured
@@ -226,7 +226,7 @@ def test_the_verb_tells_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(curve["depths"]) == len(curve["nats"]) == len(curve["intervals"]) == position.PARTS
     assert result["probe_differences"]["position"]["lengths"]["500"]["nats_per_token"]["mean"] == 0.0
     monkeypatch.setenv("COLUMNS", "250")
-    show(result, Output())
+    Evaluation.read(result).show(Output())
     shown = capsys.readouterr().out
     assert all(name.capitalize() in shown for name in NAMES[:-1])
     assert "Loss by position" in shown and "trained on" in shown and "yes" in shown

@@ -102,6 +102,19 @@ def test_a_changed_weight_is_named(tmp_path: Path) -> None:
     assert found["out/model.safetensors"].startswith("tensor weight: up to 9.5")
 
 
+def test_a_changed_header_is_seen_but_for_the_place(tmp_path: Path) -> None:
+    def header(folder: Path, text: str) -> None:
+        about = {"files": str(folder / text)}
+        save_file({"weight": torch.arange(6.0)}, folder / "out" / "model.safetensors", metadata=about)
+
+    old, new = (Side(name, tmp_path / "code", written(tmp_path / name)) for name in ("old", "new"))
+    header(old.folder, "a.txt")
+    header(new.folder, "a.txt")
+    assert not [name for name, _, told in compared(old, new) if told]
+    header(new.folder, "b.txt")
+    assert [name for name, _, told in compared(old, new) if told] == ["out/model.safetensors"]
+
+
 def test_missing_and_added_files_are_seen(tmp_path: Path) -> None:
     def change(folder: Path) -> None:
         (folder / "out" / "recipe.json").unlink()

@@ -301,14 +301,14 @@ def test_the_verb_tells_it(text: str) -> None:
 
 
 def test_two_models_get_a_table(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from upfit.evaluate.tables import show
+    from upfit.evaluate.result import Evaluation
 
     same = str(embedded_model())
     options = Options(against=same, data=[text], length=64, probe=["selective-copy"], probe_samples=2)
     result = evaluate(same, options, Output(quiet=True))
     for split in result["probe_differences"]["selective-copy"].values():
         assert split["accuracy"]["mean"] == split["nats_per_answer"]["mean"] == 0.0
-    show(result, Output())
+    Evaluation.read(result).show(Output())
     shown = capsys.readouterr().out
     assert "Selective-copy" in shown and "dense" in shown and "sparse" in shown
 

@@ -49,6 +49,8 @@ def test_a_run_leaves_a_standard_folder_that_is_better(shop: Workshop, tmp_path:
     assert (out / "tokenizer.json").read_bytes() == before["tokenizer.json"]
     assert header(out / "model.safetensors") == header(shop.student / "model.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left beside the result"
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "new").stat().st_mode}, "who may read it"
     assert not torch.equal(logits(out), logits(shop.student))
     assert [line["step"] for line in metrics(out)] == list(range(1, 33))
     assert resolve(out / "uptrain.toml", {}) == config(tokens="4096")

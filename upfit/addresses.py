@@ -1,4 +1,4 @@
-"""What may be shown of addresses and errors: never a password, a token or a key."""
+"""Cleans addresses and error messages before they are shown: no password, no token, no key."""
 
 import os
 import re
@@ -21,7 +21,7 @@ HIDDEN = "***"
 
 def public(address: str) -> str:
     """An address without user, password, query and fragment; what is none stays as it is."""
-    return ADDRESS.sub(lambda found: found["scheme"] + found["rest"], address)
+    return ADDRESS.sub(lambda match: match["scheme"] + match["rest"], address)
 
 
 def redacted(text: str) -> str:

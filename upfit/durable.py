@@ -1,7 +1,7 @@
-"""Files and folders on the disk that are whole or absent, whenever the process or the machine stops.
+"""Writes files and folders that are whole or absent, whenever the process or the machine stops.
 
-Nothing here replaces or removes what stands in the way unless the function's name says so, follows a link, or leaves the file
-system. Knows nothing of models.
+No function here replaces or removes what is in the way, unless its name says so. None follows a link or leaves the file system.
+Knows nothing of models.
 """
 
 import ctypes
@@ -35,6 +35,13 @@ def sync_tree(folder: Path) -> None:
         for name in files:
             sync_path(Path(root, name))
         sync_path(Path(root))
+
+
+def as_new_file(path: Path) -> None:
+    """Give a file the rights that a new one gets here: some libraries make files that only their owner can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -83,9 +90,9 @@ def _rename_plainly(old: Path, new: Path) -> None:
         os.rename(old, new)
 
 
-def exchange(one: Path, other: Path) -> bool:
+def exchange(first: Path, other: Path) -> bool:
     """Let two files or folders swap their names in one step; False where the system cannot."""
-    return _renameat2(one, other, EXCHANGE)
+    return _renameat2(first, other, EXCHANGE)
 
 
 def _renameat2(old: Path, new: Path, flags: int) -> bool:

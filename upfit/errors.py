@@ -1,8 +1,8 @@
-"""The one exception a user may cause. Everything else that is raised is a defect of ours."""
+"""The one exception that a user may cause. Any other exception is a defect of ours."""
 
 
 class UpfitError(ValueError):
-    """Bad input, told in one line: what is wrong, what was got, what is allowed, what to do next.
+    """Bad input, told in one line: what is wrong, what was given, what is allowed, what to do next.
 
     The command line prints the message and exits with 1; a traceback appears only with `--debug`.
     """

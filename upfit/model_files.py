@@ -1,7 +1,8 @@
-"""The door to a model's folder: what may not even be opened, and numbers in its config that would never be done with.
+"""Checks a model's folder before any library opens it: what kind of files it holds, and how large the numbers in its config
+are.
 
-The libraries that read tokenizers and configs open what they find and make what they are told to: a list of a billion names of
-layers is made before the first of them is missed. So both are looked at before any of them sees the folder.
+The libraries that read tokenizers and configs open what they find and build what they are told to. A config with a billion
+layers would make them build a list of a billion names before the first error.
 """
 
 import copy
@@ -20,7 +21,7 @@ LARGE = 2**20  # a list of as many items is made in a moment
 # Numbers of elements, so a tensor has as many; unlike positions, bases and ids, which need no tensor.
 SIZE = re.compile(r"(^|_)(dim|size|sizes|width|rank|heads|hidden|channels|experts|layers?|blocks|depths?|labels)$")
 SAMPLES = re.compile(r"(audio|speech|acoustic)_(\w+_)?chunk_size$")  # sound that is read at once: no tensor has this size
-FEW = 64
+FEW = 64  # of anything that a config counts, twice over to see how it grows
 
 Path_ = tuple[str | int, ...]
 

@@ -6,14 +6,17 @@
         method: Literal["mean", "first"] = option("mean", help="how to merge")  # --method mean|first
 
 A field may say its range (`at_least=1`), and that it is no flag but a key of a config file alone (`flag=False`). `cli/` turns
-the fields into flags; `check` refuses a value that its field's type or range does not allow.
+the fields into flags and `api.py` into keywords; `check` refuses a value that its field's type or range does not allow.
 """
 
 import dataclasses
+import difflib
 import math
+import numbers
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from upfit.errors import UpfitError
@@ -83,9 +86,42 @@ def as_flags(settings: Any) -> list[str]:
         if isinstance(value, bool):
             words.append(flag(field.name) if value else flag(f"no_{field.name}"))
         else:
-            for one in value if isinstance(value, list | tuple) else [value]:
-                words += [flag(field.name), str(one)]
+            for item in value if isinstance(value, list | tuple) else [value]:
+                words += [flag(field.name), str(item)]
     return words
+
+
+def from_keywords(settings: type, given: Mapping[str, Any], whose: str, beside: Iterable[str] = ()) -> dict[str, Any]:
+    """What a caller in Python gave for the fields of an options dataclass, as their types want it.
+
+    `whose` takes them, and the keywords `beside` too. Raises UpfitError for a name that is none of all these, and for a field
+    without a default that is not given.
+    """
+    fields, hints = dataclasses.fields(settings), typing.get_type_hints(settings)
+    allowed = [*(field.name for field in fields), *beside]
+    for name in given:
+        if name not in hints:
+            near = difflib.get_close_matches(name, allowed, 1)
+            meant = f"; did you mean {near[0]}?" if near else ";"
+            raise UpfitError(f"{whose} got an unknown keyword {name!r}{meant} allowed are {', '.join(allowed)}")
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in given:
+            raise UpfitError(f"{whose} needs the keyword {field.name}: {field.metadata['help']}")
+    return {name: as_kind(value, hints[name]) for name, value in given.items()}
+
+
+def as_kind(value: Any, annotation: Any) -> Any:
+    """A number or Path where the annotation wants text, text where it wants a Path, and one of a kind where it wants a list."""
+    kinds = get_args(annotation) if get_origin(annotation) in (types.UnionType, typing.Union) else (annotation,)
+    lists = [kind for kind in kinds if get_origin(kind) is list]
+    if lists and value is not None:
+        single = isinstance(value, str | Path | numbers.Number)
+        return [as_kind(one, get_args(lists[0])[0]) for one in ([value] if single else value)]
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        value = int(value)  # numpy's too
+    if str in kinds and isinstance(value, Path | int | float) and not isinstance(value, bool):
+        return str(value)
+    return Path(value) if Path in kinds and isinstance(value, str) else value
 
 
 def as_keys(settings: Any) -> dict[str, Any]:
@@ -206,6 +242,22 @@ def parse_count(text: str, name: str) -> int:
     if not 1 <= count < MOST:
         raise UpfitError(f"{name} got {text!r}; give a positive number such as 50000, 50k, 100M or 2T")
     return count
+
+
+def parse_size(text: str | int, name: str) -> int:
+    """`5GB`, `500MB` or a number of bytes → bytes, powers of 1000 as the hub counts. Raises UpfitError naming `name` for
+    anything else."""
+    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+        return text
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = str(text).strip()[:-2], str(text).strip()[-2:].upper()
+    try:
+        size = int(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UpfitError(f"{name} got {text!r}; give a size such as 500MB or 5GB")
+    return size
 
 
 def parse_share(text: str, name: str) -> float:

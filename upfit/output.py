@@ -1,4 +1,4 @@
-"""What the user sees: data on stdout, progress and notes on stderr. Nothing else in Upfit prints.
+"""Prints: data on stdout, progress and notes on stderr. Nothing else in Upfit prints.
 
 Imports neither torch nor transformers, so that `upfit --help` stays fast.
 """
@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from upfit.addresses import redacted
 
-PLAIN_LINE_SECONDS = 30.0
+PLAIN_LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal obeys them
 NUMBERS = re.compile(r"\[\n\s+(-?\d[^\[\]{}\"]*?)\n\s+\]")  # JSON has no line break inside a string
 
@@ -28,12 +28,12 @@ def to_json(value: Any) -> str:
     """JSON to read: one thing a line, but a list of numbers, such as a row of a map, on one line."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # half a surrogate is no UTF-8, its escape is JSON
-    return NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    return NUMBERS.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text)
 
 
 def printable(text: str) -> str:
     """`text` with what a terminal would obey spelled out."""
-    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+    return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 class Meter:
@@ -58,11 +58,14 @@ class Meter:
 
 
 class Output:
-    """Where one command writes. `as_json` puts one JSON document on stdout, `quiet` silences notes and progress."""
+    """Where one command writes. `as_json` puts one JSON document on stdout, `quiet` silences notes and progress. With `file`,
+    lines and tables go there instead of stdout, as plain text."""
 
-    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+    def __init__(self, as_json: bool = False, quiet: bool = False, file: TextIO | None = None) -> None:
         self.as_json, self.quiet = as_json, quiet
         self.stdout, self.stderr = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+        if file is not None:
+            self.stdout = Console(soft_wrap=True, file=file, force_terminal=False, force_jupyter=False, color_system=None)
 
     def note(self, text: str) -> None:
         if not self.quiet:

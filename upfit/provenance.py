@@ -1,7 +1,7 @@
-"""`recipe.json`: what was done to the model in a folder, one step a verb, oldest first.
+"""`recipe.json`: what was done to the model in a folder, one step for each command, oldest first.
 
-Every verb that writes a folder appends a step to what the source folder already tells. The model card is made from it and
-the uptrainer finds its teacher in it, so it is written by the same code that writes the weights.
+Every command that writes a folder copies the steps of the source folder and appends its own. The model card is made from this
+file and the uptrainer finds its teacher in it.
 """
 
 import functools
@@ -23,6 +23,8 @@ from upfit.output import to_json
 FILE = "recipe.json"
 FORMAT = 1
 METHOD_RAN = "method_ran"  # among the measurements of a conversion: what `auto` came to
+NOT_ALIGNED = "not_aligned"  # why it came to another method than usual
+HEAD_ORDER = "head_order"  # of each layer, the numbers that its query heads had before, in the order in which they stand now
 STATE = "leaves"  # among them too: in which of these states it leaves a model, as far as uptraining needs to know
 LOSSLESS = "lossless"  # nothing to learn from what the model was
 FITTED = "fitted"  # near to what it was: to be changed with care
@@ -41,13 +43,13 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -168,7 +170,7 @@ def patterns(folder: Path) -> set[str]:
     """The patterns of questions that uptraining on long contexts has taught the model in this folder."""
     with shaped(not_ours(folder / FILE)):
         data = [entry.get("data") or {} for entry in read(folder) if entry["verb"] == "uptrain"]
-        return {str(name) for some in data for name in some.get("patterns", ())}
+        return {str(name) for item in data for name in item.get("patterns", ())}
 
 
 def method_ran(entry: dict[str, Any]) -> str | None:
@@ -182,7 +184,7 @@ def method_ran(entry: dict[str, Any]) -> str | None:
         return None
     name = measured.get(METHOD_RAN, entry.get("options", {}).get("method"))
     if name == "auto":
-        name = "mean" if "not_aligned" in measured else "aligned" if "calibration" in measured else None
+        name = "mean" if NOT_ALIGNED in measured else "aligned" if "calibration" in measured else None
     return name if isinstance(name, str) and METHOD_NAME.fullmatch(name) else None
 
 
@@ -197,3 +199,31 @@ def state_left(entry: dict[str, Any]) -> str | None:
         return UNSETTLED if entry["options"].get("drop_rope") else LOSSLESS
     method = method_ran(entry)
     return None if method is None else FITTED if method == "aligned" else BLIND
+
+
+def head_order(entry: dict[str, Any], heads: list[int]) -> list[list[int]]:
+    """What HEAD_ORDER says of a step, for a model with so many query `heads` in each of its layers: as they stood before, for a
+    layer of which nothing is said.
+
+    Steps that are older than HEAD_ORDER say which key/value heads share a new one, and their query heads stand together.
+    """
+    same = [list(range(count)) for count in heads]
+    if not entry["verb"].startswith("convert"):
+        return same
+    measured = entry["measurements"]
+    orders = measured.get(HEAD_ORDER, measured.get("layers"))
+    if not isinstance(orders, list) or len(orders) != len(heads):
+        return same
+    if HEAD_ORDER not in measured:
+        orders = [_of_groups(row, count) for row, count in zip(orders, heads, strict=True)]
+    return [order if _same_numbers(order, kept) else kept for order, kept in zip(orders, same, strict=True)]
+
+
+def _same_numbers(order: Any, numbers: list[int]) -> bool:
+    return isinstance(order, list) and all(isinstance(number, int) for number in order) and sorted(order) == numbers
+
+
+def _of_groups(row: Any, heads: int) -> list[int]:
+    groups = (row.get("groups") if isinstance(row, dict) else None) or []
+    share = heads // (sum(map(len, groups)) or 1)  # query heads of one old key/value head
+    return [head for group in groups for old in group for head in range(old * share, (old + 1) * share)]

@@ -1,4 +1,4 @@
-"""Decoders whose attention modules a class of ours may be put in front of, whatever it does there."""
+"""Checks that a model is a decoder whose attention modules can be given a class of ours."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ def check_decoder(architecture: "Architecture") -> None:
 
     name = architecture.entry.model_type
     if architecture.entry.own:
-        raise UpfitError(f"{name} needs a class of ours for grouped heads alone; it can be given `gqa` and `mqa`, not this")
+        raise UpfitError(f"{name} needs a class of ours for grouped heads alone; it cannot be given another one beside it")
     if architecture.entry.fused:
         raise UpfitError(f"{name} stores its queries, keys and values in one tensor, which is not supported here")
     if auto_class_for(architecture.config) is not AutoModelForCausalLM:
@@ -36,9 +36,9 @@ def check_decoder(architecture: "Architecture") -> None:
 
 
 def class_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    from upfit.architecture.names import class_names
+    from upfit.architecture.names import name_map
 
-    return class_names(config).shapes
+    return name_map(config).shapes
 
 
 def auto_map(stem: str) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""What forwards of the installed transformers take and give back, where that is asked for by name.
+"""Names of arguments and results of transformers' forwards that we rely on.
 
-transformers renames such things between two versions (5.24 calls `cache` what was `past_key_values`), and a name that is not
-there is no error: a forward takes it as one of its many options and does without. So such names stand here and, for the code
-inside checkpoints, in `modeling/upfit_base.py`; `tests/test_forwards.py` asks for each on the version that is installed.
+transformers renames such things between versions (5.24 calls `cache` what was `past_key_values`). A wrong name is no error: a
+forward takes any keyword and ignores it. So such names stand here and, for the code inside checkpoints, in
+`modeling/upfit_base.py`. `tests/test_forwards.py` looks for each of them in the installed version.
 """
 
 import inspect

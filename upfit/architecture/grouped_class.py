@@ -1,7 +1,7 @@
-"""Our class for families whose own has as many key/value heads as query heads, whatever its config says: `upfit_gqa`.
+"""Our class `upfit_gqa`, for families whose own class always has as many key/value heads as query heads.
 
-A row of `table.toml` says how such a family's code is written (`own`, see `modeling_upfit_gqa.py`), what its attention
-modules call their number of query heads (`heads`), and below which module they are to be changed (`inside`, empty: all).
+A row of `table.toml` says how the family's code is written (`own`, see `modeling_upfit_gqa.py`), how its attention modules name
+their number of query heads (`heads`), and inside which module they are changed (`inside`; empty: everywhere).
 """
 
 import copy

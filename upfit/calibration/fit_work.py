@@ -1,7 +1,7 @@
-"""A fit that can be stopped: its finished layers, and what stands before the next one, in a folder that outlives the process.
+"""A fit that can be stopped: its finished layers, and its state before the next one, in a folder that outlives the process.
 
-`fit.json` is written last and names, with their hashes, files that were whole by then. So whatever stops the process, or the
-machine, the next run finds the state after some layer, or none. At most two states are on the disk at any time.
+`fit.json` is written last and names files that are whole, with their hashes. So the next run finds the state after some layer,
+or none. At most two states are on the disk at any time.
 """
 
 import hashlib
@@ -83,10 +83,10 @@ class FitWork:
 
     def _clear(self) -> None:
         """Remove what was being written, and what belongs to another fit."""
-        kept = {self.progress.state, *(entry.file for entry in self.progress.layers)}
-        kept |= {FILE} if self.progress.next else set()
+        needed = {self.progress.state, *(entry.file for entry in self.progress.layers)}
+        needed |= {FILE} if self.progress.next else set()
         for path in self.folder.iterdir():
-            if OURS.fullmatch(path.name) and path.name not in kept:
+            if OURS.fullmatch(path.name) and path.name not in needed:
                 path.unlink()
 
     def state(self) -> dict[str, Tensor]:

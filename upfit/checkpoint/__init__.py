@@ -1,0 +1,1 @@
+"""A model folder on disk: found, read, rewritten, whole or absent. Knows no model class."""

@@ -1,6 +1,6 @@
-"""What bytes are told apart by: SHA-256 over all of them, taken in pieces by a few threads (hashing lets go of Python's lock).
+"""SHA-256 over all bytes of files and tensors, computed in pieces by a few threads (hashing releases Python's lock).
 
-A hash of some of a tensor's bytes would call two models one, and what was computed of the one would be used for the other.
+A hash of only some of the bytes would take two different models for the same, and use for one what was computed for the other.
 """
 
 import functools
@@ -66,7 +66,7 @@ def content_hash(path: Path) -> str:
 
 @dataclass(frozen=True)
 class _File:
-    """The same file, unchanged, where `state` is the same: its folder may have got another name."""
+    """An unchanged file has the same `state`, even where its folder has been renamed."""
 
     state: tuple[int, ...]
     path: Path = field(compare=False)

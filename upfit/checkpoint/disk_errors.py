@@ -1,4 +1,4 @@
-"""What goes wrong with disks while a folder is written, as one line that names the file."""
+"""Turns errors of the disk while a folder is written into one line that names the file."""
 
 import errno
 import os

@@ -1,15 +1,15 @@
-"""Whether a file is still the one that was looked at: by what the system says of it, and by samples of its bytes.
+"""Tells whether a file is still the one that was looked at: by its status in the file system, and by samples of its bytes.
 
-A time of change (ctime) cannot be set by anyone, so what was rewritten in place shows even with its old size and time. Samples
-tell apart what a copy, another disk or a restored backup makes look alike.
+Nobody can set a file's change time (ctime), so rewriting it in place shows, even with the old size and time. Samples tell apart
+files that look alike after a copy, on another disk, or from a backup.
 """
 
 import hashlib
 import os
 from dataclasses import astuple, dataclass
 
-SAMPLES = 16
-SAMPLE_BYTES = 4096
+SAMPLES = 16  # pieces of a file, beside what the system says of it
+SAMPLE_BYTES = 4096  # a page, which a disk reads at once anyway
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""May OUT be written? Asked before the first byte, of every verb; and whose is what stands there.
+"""May OUT be written, and did Upfit write what is there? Every command asks before it writes the first byte.
 
-A folder is Upfit's when its `recipe.json` is, and lists every file in it: a file that somebody has put there since is theirs,
-and then the folder is not replaced. A folder or file without such a mark is never removed.
+A folder is Upfit's when it has a `recipe.json` of Upfit that lists every file in it. If somebody has put another file there,
+the folder is not replaced. A folder or file that Upfit did not write is never removed.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read strictly and without trusting it.
+"""Reads the header of a safetensors file strictly.
 
-The library's own reader accepts what a converter must not pass on (duplicate names, any alignment) and does not tell where
-the bytes of a tensor lie; both are needed here. Format: u64 little-endian length N, N bytes of JSON, then the data.
+The library's own reader accepts files that a converter must refuse (duplicate names, any alignment), and does not tell where
+the bytes of a tensor lie. Format: u64 little-endian length N, N bytes of JSON, then the data.
 """
 
 import json
@@ -113,8 +113,8 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     if len(shape) > MAX_DIMENSIONS:
         raise UpfitError(f"{path}: tensor {name!r} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are read")
     if end - begin != _bytes_of(shape, ITEM_BYTES[dtype], end - begin):
-        told = f"its shape {_short(shape)} and {dtype} need another number"
-        raise UpfitError(f"{path}: tensor {_short(name)} has {_short(end - begin)} bytes, {told}")
+        needed = f"its shape {_short(shape)} and {dtype} need another number"
+        raise UpfitError(f"{path}: tensor {_short(name)} has {_short(end - begin)} bytes, {needed}")
     return TensorInfo(name, dtype, tuple(shape), path, base + begin, base + end)
 
 

@@ -13,6 +13,8 @@ from upfit import __version__
 from upfit.cli.boundary import carried
 from upfit.errors import UpfitError
 from upfit.options import check, check_values, choices, fits, flag, help_of
+from upfit.output import Output
+from upfit.results import Result
 
 app = typer.Typer(
     name="upfit",
@@ -37,6 +39,12 @@ def root(
     if version:
         typer.echo(f"upfit {__version__}")
         raise typer.Exit
+
+
+def show_result(result: Result, output: Output) -> None:
+    """The answer of a verb, as JSON or as people read it."""
+    output.json(result.record())
+    result.show(output)
 
 
 def carry_errors(commands: typer.Typer) -> None:

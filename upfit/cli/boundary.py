@@ -1,6 +1,6 @@
 """Where errors leave Upfit: one line for whatever an input can cause, one recognisable line for a defect of ours.
 
-The rooms raise UpfitError for what they foresee. What they do not foresee of a file, a disk or a library's reader ends here.
+Other rooms raise UpfitError for errors that they foresee. Errors of a file, a disk or a library that nobody foresaw end here.
 """
 
 import errno
@@ -37,7 +37,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Carried(Exception):
-    """An error on its way to `main`: the command-line library would take these for a closed input or a terminal's Ctrl-C."""
+    """An error that is passed on to `main`. The command-line library would take it for a closed input or a Ctrl-C."""
 
 
 def carried(command: Callable[..., Any]) -> Callable[..., Any]:

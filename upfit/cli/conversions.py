@@ -1,22 +1,25 @@
 """`upfit convert`, `merge` and `calibrate`."""
 
-import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from upfit.cli.base import Json, Overwrite, Quiet, Revision, app, with_flags
-from upfit.convert.recipe import Recipe, find_recipes
-from upfit.errors import UpfitError
-from upfit.output import Output, cache_change, human_bytes, human_count
+from upfit import api
+from upfit.cli.base import Json, Overwrite, Quiet, Revision, app, show_result, with_flags
+from upfit.convert.recipe import NoOptions, Recipe, find_recipes
+from upfit.output import Output
+
+if TYPE_CHECKING:
+    from upfit.convert.result import Conversion
 
 convert_app = typer.Typer(help="Convert a checkpoint to another attention.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
 
 
-def _add_conversion(target: typer.Typer, name: str, doc: str, options: type, run: Callable[..., dict[str, Any]]) -> None:
+def _add_conversion(target: typer.Typer, name: str, doc: str, options: type, run: "Callable[..., Conversion]") -> None:
     """A command SRC OUT with the flags of `options` and those that all conversions share."""
 
     def command(
@@ -40,107 +43,39 @@ def _add_conversion(target: typer.Typer, name: str, doc: str, options: type, run
         as_json: Json = False,
         quiet: Quiet = False,
     ) -> None:
-        from upfit.convert.conversion import Settings
-
+        conversion = run(
+            source,
+            out,
+            dry_run=dry_run,
+            dtype=dtype,
+            revision=revision,
+            max_shard_size=max_shard_size,
+            verify=not no_verify,
+            verify_bytes=not no_verify_bytes,
+            stream=stream,
+            overwrite=overwrite,
+            progress=not quiet,
+            **flags,
+        )
         output = Output(as_json, quiet)
-        size = parse_size(max_shard_size) if max_shard_size else None
-        settings = Settings(dry_run, dtype, revision, size, not no_verify, overwrite, stream, not no_verify_bytes)
-        answer = run(source, out, options(**flags), settings, output)
-        output.json(answer)
-        _show_conversion(answer, output)
+        show_result(conversion, output)
+        if not dry_run:
+            output.note(f"Next: upfit evaluate {conversion.out} --against {conversion.source.name}")
 
     command.__doc__ = doc
     target.command(name)(with_flags(command, options, name))
 
 
 def _add_convert(recipe: Recipe) -> None:
-    def run(source: str, out: Path, options: Any, settings: Any, output: Output) -> dict[str, Any]:
-        from upfit.convert.conversion import convert
-
-        return convert(recipe, source, out, options, settings, output)
-
     doc = f"{recipe.summary[0].upper()}{recipe.summary[1:]}. Paper: {recipe.paper}."
-    _add_conversion(convert_app, recipe.name, doc, recipe.options, run)
-
-
-@dataclasses.dataclass(frozen=True)
-class _NoOptions:
-    """`upfit merge` has no flags of its own."""
-
-
-def _merge(source: str, out: Path, options: Any, settings: Any, output: Output) -> dict[str, Any]:
-    from upfit.convert.conversion import merge
-
-    return merge(source, out, settings, output)
-
-
-def cache_words(answer: dict[str, Any]) -> str:
-    """What became of key/value heads and of the bytes that a token's keys and values take."""
-    heads = answer["kv_heads"]
-    changed = f"{heads[0]} → {heads[1]} key/value heads, " if heads[0] != heads[1] else ""
-    return changed + cache_change(*answer["kv_bytes_per_token"])
-
-
-def sanity_words(report: dict[str, Any]) -> str:
-    """The loss on the sample text, as what it is: enough to see a broken model, not to judge a whole one."""
-    before, after, interval = report["source_loss"], report["loss"], report["loss_interval"]
-    width = f" ± {interval:.3f}" if interval is not None else ""
-    return (
-        f"Sanity check on {report['tokens']} tokens of a text of Upfit's own: {before:.3f} → {after:.3f} "
-        f"({after - before:+.3f}{width}) nats a token; that is no measurement, which is upfit evaluate's"
-    )
-
-
-def _show_conversion(answer: dict[str, Any], output: Output) -> None:
-    if answer["dry_run"]:
-        rows = [
-            [row["tensor"], str(list(row["before"] or [])), str(list(row["after"])), row["rule"]] for row in answer["tensors"]
-        ]
-        output.table(["tensor", "before", "after", "rule"], rows, "Would write")
-    if answer.get("sensitivity"):
-        _show_sensitivity(answer["sensitivity"], output)
-    verb = "Would write" if answer["dry_run"] else "Wrote"
-    added = answer["parameters"][1] - answer["parameters"][0]
-    more = f" (+{human_count(added)})" if added > 0 else ""
-    output.line(
-        f"{verb} {answer['out']}: {human_bytes(answer['bytes'][1])}, "
-        f"{human_count(answer['parameters'][1])} parameters{more}, {cache_words(answer)}"
-    )
-    if answer["dry_run"]:
-        return
-    report = answer["verify"]
-    if report:
-        output.line(f"Verified: {report['structure']}; {report['numbers']}")
-        if report["loss"] is not None and not report["equal"]:
-            output.line(sanity_words(report))
-    output.note(f"Next: upfit evaluate {answer['out']} --against {answer['source']['name']}")
-
-
-def _show_sensitivity(told: dict[str, Any], output: Output) -> None:
-    """Predicted errors of each layer for each number of heads it could have, as attention / output."""
-    counts = [count for count in told["kv_heads"] if count < max(told["kv_heads"])]
-    rows = []
-    for layer in told["layers"]:
-        choices = {choice["kv_heads"]: choice for choice in layer["choices"]}
-        cells = [_errors(choices[count]) if count in choices else "" for count in counts]
-        rows.append([layer["layer"], *cells])
-    for name, label in (("", "mean of the layers"), ("largest_", "largest")):
-        means = {row["kv_heads"]: row for row in told["totals"]}
-        rows.append([label, *[_errors(means[count], name) for count in counts]])
-    totals = {row["kv_heads"]: human_bytes(row["kv_bytes_per_token"]) for row in told["totals"]}
-    rows.append(["KV cache a token", *[totals[count] for count in counts]])
-    title = "Predicted error of attention / output before any refit, by key/value heads (share of its energy)"
-    output.table(["layer", *map(str, counts)], rows, title)
-
-
-def _errors(choice: dict[str, Any], prefix: str = "") -> str:
-    pair = (choice[f"{prefix}attention_error"], choice[f"{prefix}output_error"])
-    return " / ".join("-" if value is None else f"{value:.3f}" for value in pair)
+    _add_conversion(convert_app, recipe.name, doc, recipe.options, partial(api.convert, to=recipe.name))
 
 
 for _recipe in find_recipes().values():
     _add_convert(_recipe)
-_add_conversion(app, "merge", "Fold what a conversion added and training has learned into the stock class.", _NoOptions, _merge)
+_add_conversion(
+    app, "merge", "Fold what a conversion added and training has learned into the stock class.", NoOptions, api.merge
+)
 
 
 @app.command()
@@ -160,28 +95,16 @@ def calibrate(
     quiet: Quiet = False,
 ) -> None:
     """Watch a model read text, and keep statistics of every attention layer for conversions that use data."""
-    from upfit.calibration.calibrate import calibrate as run
-
     output = Output(as_json, quiet)
-    answer = run(model, list(texts), out, calibration_tokens, calibration_length, revision, overwrite, output)
-    output.json(answer)
-    output.line(
-        f"Wrote {out}: {human_bytes(answer['bytes'])}, {answer['layers']} attention layers watched on "
-        f"{answer['tokens']:,} tokens in {answer['seconds']:.0f} s"
+    answer = api.calibrate(
+        model,
+        texts,
+        out,
+        calibration_tokens=calibration_tokens,
+        calibration_length=calibration_length,
+        revision=revision,
+        overwrite=overwrite,
+        progress=not quiet,
     )
-    for path, reason in answer["not_watched"].items():
-        output.line(f"Not watched: {path}: {reason}")
+    show_result(answer, output)
     output.note(f"Next: upfit convert gqa {model} OUT --kv-heads N --calibration {out}")
-
-
-def parse_size(text: str) -> int:
-    """`5GB`, `500MB` → bytes, powers of 1000 as the hub counts. Raises UpfitError for anything else."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
-    try:
-        size = int(float(number) * units[unit])
-    except (KeyError, ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise UpfitError(f"--max-shard-size got {text!r}; give a size such as 500MB or 5GB")
-    return size

@@ -1,11 +1,12 @@
 """`upfit list`, `show`, `demo` and `env`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from upfit.cli.base import Json, Quiet, Revision, app
+from upfit import api
+from upfit.cli.base import Json, Quiet, Revision, app, show_result
 from upfit.convert.recipe import find_recipes
 from upfit.output import Output
 
@@ -38,25 +39,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Architecture, heads, parameters, KV bytes per token, history, and what the model can become."""
-    from upfit.convert.describe import as_rows, describe
-
-    output = Output(as_json)
-    told = describe(model, revision)
-    output.json(told)
-    rows = [
-        *as_rows(told),
-        *[["history" if not i else "", f"{s.get('date', '')}  {_done(s)}"] for i, s in enumerate(told["history"])],
-        *[["can become" if not i else "", line] for i, line in enumerate(told["can_become"])],
-    ]
-    for name, value in rows:
-        output.line(f"{name:17} {value}")
-
-
-def _done(step: dict[str, Any]) -> str:
-    from upfit.provenance import method_ran
-
-    method = method_ran(step)
-    return f"{step['verb']} ({method})" if method else str(step["verb"])
+    show_result(api.describe(model, revision=revision), Output(as_json))
 
 
 @app.command()

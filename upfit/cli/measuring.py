@@ -1,4 +1,4 @@
-"""`upfit evaluate`, `report`, `compare` and `push`: what came of it, and who is told."""
+"""`upfit evaluate`, `report`, `compare` and `push`: measuring a model, and showing or publishing the result."""
 
 import sys
 from pathlib import Path
@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from upfit.cli.base import Json, Quiet, app, with_flags
+from upfit import api
+from upfit.cli.base import Json, Quiet, app, show_result, with_flags
 from upfit.evaluate.options import Options as EvaluateOptions
-from upfit.output import Output, human_bytes
+from upfit.output import Output
 from upfit.publish.options import Options as PushOptions
 
 
@@ -19,13 +20,7 @@ def _evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Loss and perplexity with intervals, KV-cache bytes and speed; against another model on the same text."""
-    from upfit.evaluate.evaluate import evaluate as run
-    from upfit.evaluate.tables import show as show_result
-
-    output = Output(as_json, quiet)
-    result = run(model, EvaluateOptions(**flags), output)
-    output.json(result)
-    show_result(result, output)
+    show_result(api.evaluate(model, progress=not quiet, **flags), Output(as_json, quiet))
 
 
 app.command("evaluate")(with_flags(_evaluate, EvaluateOptions, "evaluate"))
@@ -43,12 +38,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """The story of a folder as one HTML file: what was done, measured and predicted, in tables and plots."""
-    from upfit.report.run import report as run
-
-    output = Output(as_json)
-    answer = run(model, out, results or [], png, overwrite)
-    output.json(answer)
-    output.line(f"Wrote {answer['out']}" + (f" and {len(answer['plots'])} plots to {png}" if png else ""))
+    show_result(api.report(model, out, results=results or (), png=png, overwrite=overwrite), Output(as_json))
 
 
 @app.command()
@@ -57,14 +47,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Several models in one table: size, cache, and the losses that `evaluate --record` kept in them."""
-    from upfit.report.compare import COLUMNS
-    from upfit.report.compare import compare as run
-
-    output = Output(as_json)
-    told = run(models)
-    output.json(told)
-    for group in told:
-        output.table(list(COLUMNS), group["rows"], group["title"])
+    show_result(api.compare(models), Output(as_json))
 
 
 def _push(
@@ -75,29 +58,12 @@ def _push(
     quiet: Quiet = False,
 ) -> None:
     """Publish a folder on the hub, with a model card made from its recipe.json."""
-    from upfit.publish.push import push as run
 
     def ask(question: str) -> bool:
         return typer.confirm(question, err=True)
 
-    output = Output(as_json, quiet)
-    answers = run(str(model), repo, PushOptions(**flags), ask if sys.stdin.isatty() else None, output)
-    output.json(answers if flags["all"] else answers[0])
-    for answer in answers:
-        _show_push(answer, output)
-
-
-def _show_push(answer: dict[str, Any], output: Output) -> None:
-    if not answer["dry_run"]:
-        output.line(f"Published {answer['url']}: {len(answer['files'])} files, {human_bytes(answer['bytes'])}")
-        return
-    rows = [[name, human_bytes(size)] for name, size in answer["files"].items()]
-    output.table(["file", "size"], rows, f"Would send to {answer['repo']}")
-    output.line(f"{len(rows)} files, {human_bytes(answer['bytes'])}")
-    for name in answer["left_out"]:
-        output.line(f"Stays here: {name}")
-    for doubt in answer["doubts"]:
-        output.line(f"Would ask: {doubt}")
+    answer = api.push(model, repo, ask=ask if sys.stdin.isatty() else None, progress=not quiet, **flags)
+    show_result(answer, Output(as_json, quiet))
 
 
 app.command("push")(with_flags(_push, PushOptions, "push"))

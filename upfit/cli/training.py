@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from upfit.cli.base import Json, Overwrite, Quiet, Revision, app, with_flags
+from upfit import api
+from upfit.cli.base import Json, Overwrite, Quiet, Revision, app, show_result, with_flags
 from upfit.longcontext.options import Options as SynthOptions
-from upfit.output import Output, human_bytes, human_count
+from upfit.output import Output, human_count
 from upfit.plan.options import Options as PlanOptions
 from upfit.uptrain.config import Config as UptrainConfig
 
@@ -26,13 +27,19 @@ def prepare(
     quiet: Quiet = False,
 ) -> None:
     """Turn text into token shards for uptraining (txt, jsonl, json, parquet, gz of them, hub data set)."""
-    from upfit.uptrain.data.prepare import prepare as run
-
     output = Output(as_json, quiet)
-    manifest = run(list(texts), out, tokenizer, field, output, overwrite, tokens, workers)
-    output.json(manifest)
-    output.line(f"Wrote {out}: {human_count(manifest['tokens'])} tokens of {manifest['documents']} documents")
-    output.note(f"Next: upfit uptrain MODEL {out} OUT --tokens {human_count(manifest['tokens']).replace(' ', '')}")
+    answer = api.prepare(
+        texts,
+        out,
+        tokenizer=tokenizer,
+        field=field,
+        tokens=tokens,
+        workers=workers,
+        overwrite=overwrite,
+        progress=not quiet,
+    )
+    show_result(answer, output)
+    output.note(f"Next: upfit uptrain MODEL {out} OUT --tokens {human_count(answer.tokens).replace(' ', '')}")
 
 
 def _synth(
@@ -43,17 +50,7 @@ def _synth(
     quiet: Quiet = False,
 ) -> None:
     """Long-context training data: questions whose answers stand anywhere in 4k to 32k tokens (IN2)."""
-    from upfit.longcontext.synth import synth as run
-
-    output = Output(as_json, quiet)
-    answer = run(list(texts), out, SynthOptions(**flags), output)
-    output.json(answer)
-    if not answer["finished"]:
-        output.line(f"This part is done; {len(answer['missing'])} others are not yet, such as {answer['missing'][0]}")
-        return
-    families = ", ".join(f"{name} {count:,}" for name, count in answer["families"].items())
-    recipes = human_bytes(answer["bytes"])
-    output.line(f"Wrote {out}: {answer['items']:,} examples ({families}), their contexts as {recipes} of recipes")
+    show_result(api.synth(texts, out, progress=not quiet, **flags), Output(as_json, quiet))
 
 
 app.command("synth")(with_flags(_synth, SynthOptions, "synth"))
@@ -66,13 +63,7 @@ def _plan(
     as_json: Json = False,
 ) -> None:
     """FLOPs, memory and GPU-hours of an uptraining, before anything runs."""
-    from upfit.plan.plan import plan as run
-    from upfit.plan.show import show as show_plan
-
-    output = Output(as_json)
-    told = run(model, PlanOptions(**flags), revision)
-    output.json(told)
-    show_plan(told, output)
+    show_result(api.plan(model, revision=revision, **flags), Output(as_json))
 
 
 app.command("plan")(with_flags(_plan, PlanOptions, "plan"))
@@ -98,45 +89,13 @@ def _uptrain(
     quiet: Quiet = False,
 ) -> None:
     """Train a converted model to be good again, with its former self as teacher."""
-    from upfit.uptrain.config import resolve, tables
-
-    resolved = resolve(config, {name: value for name, value in flags.items() if value is not None})
-    from upfit.uptrain.train import uptrain as run  # imports torch: what is wrong with settings is told before
-
-    output = Output(as_json, quiet)
-    report = run(model, data, out, resolved, resume, overwrite, output, tables(config))
+    given = {name: value for name, value in flags.items() if value is not None}
+    answer = api.uptrain(model, data, out, config=config, resume=resume, overwrite=overwrite, progress=not quiet, **given)
     if os.environ.get("RANK", "0") == "0":  # under torchrun every process comes here, one tells
-        output.json(report)
-        _show_uptraining(report, out, output)
-
-
-def _show_uptraining(report: dict[str, Any], out: Path, output: Output) -> None:
-    if report["stopped"]:
-        where = f"step {report['step']} of {report['steps']}" + (f" of {report['stage']}" if "stages" in report else "")
-        output.line(f"Stopped at {where}; the same command with --resume goes on")
-        return
-    for one in report.get("stages", [report]):
-        _show_stage(one, f"{one['stage'].capitalize()}" if "stages" in report else f"Wrote {out}", output)
-    if "stages" in report:
-        output.line(f"Wrote {out}")
-    output.note(f"Next: upfit evaluate {out} --against SOURCE")
-
-
-def _show_stage(report: dict[str, Any], title: str, output: Output) -> None:
-    output.line(
-        f"{title}: {human_count(report['tokens'])} tokens in {report['seconds']:.0f} s, "
-        f"{report['tokens_per_second']:.0f} tokens/s, {report['skipped']} steps skipped"
-    )
-    before, after = report["holdout"]["before"], report["holdout"]["after"]
-    rows = f"of {report['holdout_rows']} rows of DATA"
-    if "attention_error" in before:
-        errors = f"{before['attention_error']:.4f} → {after['attention_error']:.4f}"
-        output.line(f"Held-out error of attention outputs {rows}: {errors} of the teacher's mean square")
-    elif before:
-        line = f"Held-out loss {rows}: {before['ce']:.3f} → {after['ce']:.3f} nats a token"
-        output.line(line + (f" (teacher {before['teacher_ce']:.3f})" if "teacher_ce" in before else ""))
-        for name in (key.removesuffix("/ce") for key in before if key.endswith("/ce")):
-            output.line(f"  {name}: {before[f'{name}/ce']:.3f} → {after[f'{name}/ce']:.3f}")
+        output = Output(as_json, quiet)
+        show_result(answer, output)
+        if not answer.stopped:
+            output.note(f"Next: upfit evaluate {out} --against SOURCE")
 
 
 app.command("uptrain")(with_flags(_uptrain, UptrainConfig, "uptrain", unset=True))

@@ -12,7 +12,6 @@ from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import find_source
 from upfit.convert.recipe import find_recipes
 from upfit.modeling.registry import is_own
-from upfit.output import human_bytes, human_count
 
 
 def describe(model: str, revision: str | None = None) -> dict[str, Any]:
@@ -48,17 +47,3 @@ def describe(model: str, revision: str | None = None) -> dict[str, Any]:
             "history": provenance.read(source.path),
             "can_become": [f"{name} {offer}".strip() for name, offer in dict.fromkeys(offers) if offer],
         }
-
-
-def as_rows(told: dict[str, Any]) -> list[list[str]]:
-    """Name and value, as people read them, of what `describe` tells of the model itself."""
-    return [
-        ["architecture", f"{told['model_type']} ({told['class']})"],
-        *([["converted as", told["converted_as"]]] if told.get("converted_as") else []),
-        ["parameters", f"{human_count(told['parameters'])} in {human_bytes(told['bytes'])}, {', '.join(told['dtypes'])}"],
-        ["attention layers", str(told["layers"])],
-        ["query heads", ", ".join(map(str, told["heads"]))],
-        ["key/value heads", ", ".join(map(str, told["kv_heads"]))],
-        ["head width", ", ".join(map(str, told["head_dim"]))],
-        ["KV cache", f"{told['kv_bytes_per_token']:,} bytes a token"],
-    ]

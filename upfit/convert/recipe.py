@@ -1,6 +1,6 @@
-"""What a recipe is: it makes a plan of new config and rules, or says how to find one on text.
+"""What a recipe is: it makes a plan of a new config and rules, or says how to find such a plan on text.
 
-No model class and no torch in here: what runs a plan is `planned.py`, what a plan is made for `architecture/layers.py`.
+No model class and no torch in here. `planned.py` runs a plan; `architecture/layers.py` describes what it is made for.
 """
 
 import importlib
@@ -15,6 +15,7 @@ from upfit.errors import UpfitError
 from upfit.output import Output
 
 if TYPE_CHECKING:
+    from upfit.architecture.attention import Geometry
     from upfit.architecture.layers import Architecture
     from upfit.checkpoint.reader import Checkpoint
 
@@ -22,7 +23,7 @@ MERGE = "merge"  # the name of recipes that go back to a stock class
 
 
 @dataclass(frozen=True)
-class Bench:
+class FitContext:
     """Where a fit works: the opened source, and `scratch`, a folder of its own for tensors that the rules of its plan will read
     and for what it goes on from after it was stopped; there may be none yet."""
 
@@ -37,16 +38,19 @@ class Bench:
 class Fit:
     """A plan that has to be found by running the model on text.
 
-    `outline` tells what will be written: names, shapes and the config; its rules run on meta tensors alone. `run(bench)` gives
-    the plan to be written. `fallback` is the plan for a model that cannot be watched on text (None: that is an error, and
-    `otherwise` says what to do about it). `preview(bench)` tells, for a dry run, what calibration predicts, as tables that JSON
-    can hold; None where nothing can be predicted.
+    `outline` tells what will be written: names, shapes and the config; its rules run on meta tensors alone. `run(context)`
+    returns the plan to be written. `fallback(why)` returns the plan for a model that cannot be watched on text; None: that is
+    an error. `otherwise` is a setting that needs no text, as words of a command line.
+
+    `preview(context)` predicts, for a dry run, what each number of key/value heads would cost; None where nothing can be
+    predicted. Its keys are `kv_heads` (the numbers), `layers` (with `choices` for each of them) and `totals`. A choice has
+    `kv_heads`, `attention_error` and `output_error`; a total also `largest_...` of the two and `kv_bytes_per_token`.
     """
 
     outline: Plan
-    run: "Callable[[Bench], Plan]"
-    fallback: Plan | None = None
-    preview: "Callable[[Bench], dict[str, Any]] | None" = None
+    run: "Callable[[FitContext], Plan]"
+    fallback: Callable[[str], Plan] | None = None
+    preview: "Callable[[FitContext], dict[str, Any]] | None" = None
     otherwise: str = ""
 
 
@@ -57,7 +61,8 @@ class Recipe:
     `options` is a frozen dataclass whose fields are the command-line flags. `plan(architecture, options)` is pure, gives a Plan
     or, where it takes text to make one, a Fit, and raises UpfitError for a setting that the checkpoint does not allow.
     `identity` gives options that must not change the function (None where there are none), `trials` a few real settings; the
-    laws in `tests/` run over both.
+    laws in `tests/` run over both. `offers` says in `upfit show` what a checkpoint can be given, "" for nothing. `shapes` gives
+    head counts and widths of the result, a Geometry for each layer.
     """
 
     name: str
@@ -68,11 +73,19 @@ class Recipe:
     identity: "Callable[[Architecture], Any | None]"
     trials: "Callable[[Architecture], list[Any]]"
     offers: "Callable[[Architecture], str]" = field(default=lambda architecture: "")
+    shapes: "Callable[[Architecture, Any], list[Geometry]]" = field(
+        default=lambda architecture, options: [layer.geometry for layer in architecture.layers]
+    )
 
 
-def outline_of(made: Plan | Fit) -> Plan:
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a recipe that has none."""
+
+
+def outline_of(plan: Plan | Fit) -> Plan:
     """What will be written, as far as it is known without running the model."""
-    return made.outline if isinstance(made, Fit) else made
+    return plan.outline if isinstance(plan, Fit) else plan
 
 
 def possible(plan: "Callable[[Architecture, Any], Plan | Fit]", architecture: "Architecture", options: Any) -> bool:
@@ -88,12 +101,12 @@ def find_recipes() -> dict[str, Recipe]:
     """Every recipe, by name: the `RECIPES` in the `recipe` module of each sub-package of `upfit.convert`."""
     import upfit.convert as room
 
-    found = {}
+    by_name = {}
     for module in pkgutil.iter_modules(room.__path__):
         if module.ispkg:
             recipes = importlib.import_module(f"{room.__name__}.{module.name}.recipe").RECIPES
-            found.update({recipe.name: recipe for recipe in recipes})
-    return dict(sorted(found.items()))
+            by_name.update({recipe.name: recipe for recipe in recipes})
+    return dict(sorted(by_name.items()))
 
 
 def find_merge(model_type: str) -> Recipe | None:

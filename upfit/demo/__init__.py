@@ -1,4 +1,4 @@
-"""The embedded model, and all of Upfit on it."""
+"""`upfit demo`: the embedded model, and every step of Upfit on it."""
 
 from importlib import resources
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A model without one part of its attention: whether what a conversion added carries weight, or is inert."""
+"""Measures a model without one part of its attention: does what a conversion added make a difference?"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""How many bytes a model keeps for each token of context: measured on the cache it really fills, not worked out."""
+"""How many bytes a model keeps for each token of context, measured on the cache that it fills."""
 
 import functools
 import sys
@@ -37,7 +37,8 @@ class CacheGrowth:
 
 
 class CachedModel:
-    """Calls a causal language model with its cache, whatever it calls it, and asks only for the logits that are wanted.
+    """Calls a causal language model with its cache, whatever the argument is called, and asks only for the logits that are
+    wanted.
 
     Raises UpfitError where the model does not use the cache that it is given: its logits would be those of another text.
     """

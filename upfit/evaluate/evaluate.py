@@ -1,4 +1,4 @@
-"""`upfit evaluate`: load, measure, compare, and say it all in one dictionary. `tables.show` prints it."""
+"""`upfit evaluate`: load, measure, compare, and collect everything in one dictionary. `tables.show` prints it."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""A model to measure, loaded whole or not at all: code from the folder is never run, and no weight may be made up."""
+"""Loads a model for measuring, whole or not at all. Code from the folder is never run, and no weight may be made up."""
 
 import gc
 from typing import Any

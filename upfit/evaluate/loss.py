@@ -1,4 +1,4 @@
-"""What each window costs a model, in nats. Shapes: B windows in a batch, T tokens in a window, V vocabulary."""
+"""The loss of each window, in nats. Shapes: B windows in a batch, T tokens in a window, V vocabulary."""
 
 import math
 from collections import defaultdict

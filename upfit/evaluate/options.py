@@ -38,7 +38,7 @@ class Options:
         "tell the loss by position, ask for a needle, or to do counting, flipflop or selective-copy; repeatable",
     )
     ablate: str | None = option(
-        None, help="also measure MODEL without a part that a conversion added, such as cope: is it of any use?"
+        None, help="also measure MODEL without a part that a conversion added, by the name on its page: is it of any use?"
     )
     record: bool = option(False, help="keep the result in MODEL's recipe.json, for its report and its model card")
     probe_samples: int = option(

@@ -1,4 +1,4 @@
-"""Prefill and decode, timed with the cache: what a smaller cache is for. Two models take turns in one process.
+"""Times prefill and decoding with the cache. Two models take turns in one process.
 
 The loop is transformers' plain eager one. It ranks models against each other on one machine; it is no serving engine.
 """

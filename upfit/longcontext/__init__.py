@@ -1,1 +1,1 @@
-"""Long contexts put together from short texts: training data that asks for every part of a context (IN2, arXiv 2404.16811)."""
+"""`upfit synth`: questions whose answers stand anywhere in a long context (IN2, arXiv 2404.16811)."""

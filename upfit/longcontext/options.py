@@ -59,14 +59,14 @@ def check_options(options: Options) -> tuple[int, int]:
     check(options)
     if options.max_tokens < options.min_tokens:
         raise UpfitError(f"--max-tokens got {options.max_tokens}; give --min-tokens or more")
-    for flag, given, asks in (("--model", options.model, MODELS), ("--questions", options.questions, ("dataset",))):
-        if given is None and options.ask in asks:
+    for flag, value, asks in (("--model", options.model, MODELS), ("--questions", options.questions, ("dataset",))):
+        if value is None and options.ask in asks:
             raise UpfitError(f"--ask {options.ask} needs {flag}; see docs/synth.md")
     for flag, names in (("--questions", options.questions), ("--responses", options.responses)):
         for name in names or ():
             if not Path(name).expanduser().is_file():
                 raise UpfitError(f"{flag} {name} is not here; give files")
-    found = SHARD.fullmatch(options.shard)
-    if not found or not int(found[1]) < int(found[2]):
+    part = SHARD.fullmatch(options.shard)
+    if not part or not int(part[1]) < int(part[2]):
         raise UpfitError(f"--shard got {options.shard!r}; give I/N with I from 0 to N - 1, such as 2/8")
-    return int(found[1]), int(found[2])
+    return int(part[1]), int(part[2])

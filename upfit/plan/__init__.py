@@ -1,1 +1,1 @@
-"""What an uptraining will cost, before anything runs: FLOPs, memory, hours."""
+"""`upfit plan`: FLOPs, memory and hours of a training, before anything runs."""

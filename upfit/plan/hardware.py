@@ -1,4 +1,4 @@
-"""GPUs, as their makers tell them: memory, and dense peaks without sparsity."""
+"""Memory and peak FLOP/s of GPUs, by their makers' data sheets, without sparsity."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,8 @@
 """`upfit plan`: FLOPs, memory and hours of an uptraining, from what its model computes and keeps (see trace.py).
 
-Conventions, told with the result: a forward pass multiplies and adds once for each weight of each matrix a token (2 FLOPs), a
-causal attention looks at half of the map, a backward pass is twice its forward pass. A teacher's forward pass counts; layers
-computed again (gradient checkpointing) take time but are no FLOPs of the model.
+Conventions, told with the result: a forward pass costs 2 FLOPs for each token and each weight of a matrix; causal attention
+computes half of the map; a backward pass costs two forward passes. A teacher's forward pass counts. Layers that are computed
+again (gradient checkpointing) take time but are no FLOPs of the model.
 """
 
 from dataclasses import dataclass, replace

@@ -1,8 +1,8 @@
-"""What a model computes and keeps for a row of tokens: counted by running its own code on tensors that hold no numbers.
+"""Counts what a model computes and keeps for a row of tokens, by running its own code on tensors without values.
 
-Nothing is worked out from the shape of some known architecture, so whatever transformers can build can be planned for. The
-attention itself is stood in for: training keeps queries, keys, values, the output and one number a query (FlashAttention's
-and SDPA's fused kernels), and a causal map costs half of a full one.
+Nothing is derived from a known architecture, so whatever transformers can build can be planned for. Only the attention is
+replaced: training keeps queries, keys, values, the output and one number for each query (as the fused kernels of FlashAttention
+and SDPA do), and a causal map costs half of a full one.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, PreTrainedModel
 
-from upfit.architecture.meta_model import skeleton
+from upfit.architecture.meta_model import build_on_meta
 from upfit.errors import UpfitError
 from upfit.uptrain.model.packed import UNKNOWN
 
@@ -93,7 +93,7 @@ def trace(config: dict[str, Any], length: int, dtype: str, trained: Trained = "a
     counter = _Counter()
     AttentionInterface.register(NAME, counter)
     with FakeTensorMode():
-        model = skeleton(_plain(config) | {"dtype": "float32"}, meta=False, stored=True).train()
+        model = build_on_meta(_plain(config) | {"dtype": "float32"}, meta=False, stored=True).train()
         model.set_attn_implementation(NAME)
         weights = {parameter.untyped_storage()._cdata: parameter for parameter in model.parameters()}
         with FlopCounterMode(display=False) as flops, _autocast(dtype):
@@ -184,11 +184,13 @@ def _run(model: PreTrainedModel, length: int) -> Tensor:
 def _kept(weights: dict[int, Any]) -> Iterator[dict[int, int]]:
     """Sizes of the storages that autograd keeps inside the block, weights themselves aside."""
     found: dict[int, int] = {}
+    alive = []  # else one that is let go of would give its address, which it is known by, to the next
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
             found[storage._cdata] = storage.nbytes()
+            alive.append(storage)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

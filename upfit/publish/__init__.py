@@ -1,1 +1,1 @@
-"""`upfit push`, `upfit compare`: a finished folder to the hub, with a card made from its own records."""
+"""`upfit push`: a finished folder to the hub, with a model card made from its own records."""

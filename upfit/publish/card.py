@@ -1,4 +1,4 @@
-"""The model card: a page made of what `recipe.json` records, so that it cannot disagree with the weights it stands beside."""
+"""The model card, made of what `recipe.json` records. So it cannot disagree with the weights beside it."""
 
 import hashlib
 import re

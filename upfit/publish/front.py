@@ -1,4 +1,4 @@
-"""The front matter of a model card: what the hub reads. The user's own words stay; what the records know better is set."""
+"""The front matter of a model card, which the hub reads. The user's own entries stay, except where the records know better."""
 
 import re
 from typing import Any

@@ -1,6 +1,7 @@
-"""The hub as `push` needs it: every call tried again when the network or the hub falters, every refusal as one line.
+"""Calls of the hub that `push` needs. Each is repeated when the network or the hub fails for a moment; each refusal becomes one
+line.
 
-The token comes from the hub library's own store or HF_TOKEN, is used by that library alone, and is never looked at here.
+The token comes from the hub library's own store or HF_TOKEN. That library alone uses it; it is never read here.
 """
 
 import time

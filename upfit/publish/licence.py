@@ -1,4 +1,4 @@
-"""What a source's licence says of publishing something made from it. A reminder for people, no legal advice."""
+"""What a source's licence says about publishing a model made from it. A reminder for people, no legal advice."""
 
 from typing import Any
 

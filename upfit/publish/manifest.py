@@ -1,4 +1,4 @@
-"""What of a folder goes to the hub, and whether it may: finished, verified, and nothing that is not the model's."""
+"""Which files of a folder go to the hub, and whether it may be published: finished, verified, and only the model's files."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Text from elsewhere as Markdown that shows it as it is: no markup, no HTML, no link, no line of its own.
+"""Escapes text from elsewhere, so that Markdown shows it as it is: no markup, no HTML, no link, no line of its own.
 
-Everything that a template puts into a card goes through `plain`, unless it was made here and is marked so (`Markup`).
+A template puts everything into a card through `plain`, except what was made here and is marked so (`Markup`).
 """
 
 import re

@@ -1,7 +1,7 @@
-"""Files that are sent, without the places of this machine: settings, records of training, words of a README.
+"""Removes paths of this machine from files that are sent: settings, records of training, a README.
 
-In these, unlike in what Upfit itself records, most of what begins with a slash is no path (a token, a template, an example), so
-text is only searched for known places, file:// addresses, and paths below the folders where people's files lie.
+In these files most of what begins with a slash is no path (a token, a template, an example). So text is searched only for known
+paths, file:// addresses, and paths below the folders where people keep their files.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`upfit push`: look, ask, send, check. Everything a user can mend is found before the hub is asked for anything."""
+"""`upfit push`: check, ask, send, check again. What a user can mend is found before the hub is called."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

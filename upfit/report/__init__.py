@@ -1,1 +1,1 @@
-"""`upfit report`: the story of a model folder as one HTML file. Reads what other verbs wrote; measures nothing itself."""
+"""`upfit report` and `upfit compare`: what other commands measured, as one HTML file or one table."""

@@ -1,4 +1,4 @@
-"""What the heads look at, before and after: each head's attention on a needle's answer, and the whole maps of a few heads.
+"""Plots of what the heads attend to: each head's share on a needle's answer, and the whole attention maps of a few heads.
 
 Reads `attention_by_head` and `maps` of the needle probe of `upfit evaluate`.
 """

@@ -1,4 +1,4 @@
-"""`upfit compare`: several folders side by side, from what their recipe.json keeps. Losses on different texts are not mixed."""
+"""`upfit compare`: several folders in one table, from their recipe.json. Losses on different texts are not mixed."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Figures of what is found at which depth of how long a text. Plain data in, matplotlib figures out."""
+"""Figures of scores by depth and length of a text. Plain data in, matplotlib figures out."""
 
 from typing import Any
 

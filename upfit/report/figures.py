@@ -1,4 +1,4 @@
-"""Plots from plain data. Every function returns a matplotlib figure; nothing here reads files or writes them."""
+"""Plots from plain data. Every function returns a matplotlib figure; nothing here reads or writes files."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What was measured, in tables and plots: the chain of models from the source on, side by side on the same text."""
+"""Measurements as tables and plots: all models from the source on, side by side on the same text."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Sections as one HTML file that asks for nothing from outside: style inside, plots as SVG inside."""
+"""Makes one HTML file of sections. It loads nothing from outside: styles and plots (SVG) are inside."""
 
 import base64
 import io

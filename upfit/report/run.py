@@ -1,4 +1,4 @@
-"""`upfit report`: gather, tell, write the page and, where asked, each plot as a PNG."""
+"""`upfit report`: collects the data, writes the page and, where asked, each plot as a PNG."""
 
 from contextlib import ExitStack
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""A story told in sections: which figures are worth a table, which a plot. Pure: data in, sections out."""
+"""Makes sections of a story: which numbers become a table, which a plot. Pure: data in, sections out."""
 
 from typing import Any
 
-from upfit.convert.describe import as_rows
+from upfit.convert.result import as_rows
 from upfit.output import cache_change, human_bytes, human_count
 from upfit.provenance import config_lines, method_ran
 from upfit.report import figures

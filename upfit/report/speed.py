@@ -1,4 +1,4 @@
-"""How fast the models read and write, and what their caches take: tables and plots."""
+"""Tables and plots of how fast the models read and write, and how large their caches are."""
 
 from typing import Any
 

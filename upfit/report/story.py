@@ -1,4 +1,4 @@
-"""What a folder and the answers of other verbs tell, as plain data: nothing here draws or formats."""
+"""Collects what a folder and the answers of other commands say, as plain data. Nothing here draws or formats."""
 
 import os
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ from upfit.errors import UpfitError
 
 METRICS = "metrics.jsonl"
 KEPT_BYTES = 32 * 2**20  # of metrics.jsonl; more points than that no plot shows
-KINDS = "`upfit evaluate --json` or `upfit convert gqa --dry-run --calibration --json`"
+KINDS = "`upfit evaluate --json` or `upfit convert --dry-run --calibration --json`"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Who was measured: the models of all evaluations on one text, each once, those that others were measured against first."""
+"""Lists the models of all evaluations on one text, each once; those that others were compared with come first."""
 
 from dataclasses import dataclass, replace
 from typing import Any

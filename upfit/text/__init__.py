@@ -1,4 +1,4 @@
-"""The user's text, from files to documents: one reader for all verbs. Knows nothing of tokens."""
+"""The user's text: from files to documents, and from documents to windows of token ids. One reader for all commands."""
 
 from upfit.text.documents import PYTHON_FILES as PYTHON_FILES
 from upfit.text.documents import Document as Document

@@ -1,4 +1,4 @@
-"""Documents one after the other, of any amount of text: files, folders and data sets of the hub."""
+"""Iterates over documents of any amount of text: files, folders and data sets of the hub."""
 
 from collections.abc import Iterator
 from pathlib import Path

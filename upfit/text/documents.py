@@ -1,4 +1,4 @@
-"""Documents, and those that every Python carries."""
+"""A document, and the documents that every Python installation brings."""
 
 import ast
 import sysconfig

@@ -1,7 +1,7 @@
 """Entries of files that hold many documents: lines of JSON, values of a JSON file, and what text each holds.
 
-An entry is not read (parsed) before somebody wants its text. `ahead`, where it is given, is asked after every entry for the
-place of the next byte that is of interest, and None ends the reading: a reader that can jumps there.
+An entry is parsed only when its text is wanted. `ahead`, where it is given, is called after every entry and returns the
+position of the next byte that is wanted, so that a reader can skip what lies between; None ends the reading.
 """
 
 import codecs

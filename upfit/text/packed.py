@@ -1,4 +1,4 @@
-"""Bytes of a file as they are to be read: packed ones unpacked on the way, a bounded number of times their size."""
+"""Reads the bytes of a file. Compressed files are unpacked while they are read, up to a limited multiple of their size."""
 
 import gzip
 import io
@@ -18,11 +18,11 @@ MOST_RATIO = 200  # prose packs to a third, logs to a thirtieth; gzip itself can
 
 
 class Damaged(UpfitError):
-    """A packed file that cannot be trusted: refused wherever it was found, for what it holds may be text."""
+    """A compressed file that cannot be trusted: always refused, because what it holds may be text."""
 
 
 class Growth:
-    """How far a file has grown while it was unpacked. Raises Damaged when that is more than text does."""
+    """How far a file has grown while it was unpacked. Raises Damaged when it grew more than text can."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.bytes = path, 0

@@ -50,8 +50,8 @@ class Config:
     stages: str | None = option(
         None,
         help="what to do, in order, with shares of the budget: layerwise, distill, lm, answers, such as layerwise=10%,distill; "
-        "default: lm right after convert gqa or mqa (with layerwise=35% before it where heads were merged without text) or a "
-        "conversion that lost nothing; else distill, lm where there is no teacher, answers where DATA holds questions",
+        "default: lm right after a conversion that lost nothing or merged heads (with layerwise=35% before it where they were "
+        "merged without text); else distill, lm where there is no teacher, answers where DATA holds questions",
     )
     questions: str | None = option(
         None, flag=False, help="with answers among several stages: the folder of upfit synth that they are in"
@@ -77,8 +77,8 @@ class Config:
         1.0,
         flag=False,
         at_least=0,
-        help="learning rate of parameters that the conversion added (λ of differential attention; CoPE's gates, and its "
-        "embeddings ten times as fast), in units of the peak; they never decay",
+        help="learning rate of parameters that the conversion added, in units of the peak; some of them take it several times, "
+        "as the attention's page tells, and they never decay",
     )
     query_rate: float = option(
         0.5,

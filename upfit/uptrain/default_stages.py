@@ -1,9 +1,9 @@
-"""The stages of a run whose user names none: what recovered most where it was measured (benchmarks/README.md).
+"""The stages of a run whose user names none: those that recovered most where it was measured (benchmarks/README.md).
 
-Heads that were merged without looking at what they do leave attention far from its teacher's: there a share of the budget spent
-on attention alone, layer by layer, brings more than the same spent on the whole model. After that, and from an aligned merge,
+Where attention was changed without text it is far from its teacher's. There a share of the budget spent on attention alone,
+layer by layer, brings more than the same share spent on the whole model. After that, and where a conversion was fitted on text,
 the text itself taught more than the teacher's distribution at equal FLOPs. A conversion that lost nothing has nothing to learn
-from what it was: its divergence from that is 0, and AdamW would make steps of rounding errors.
+from its source: the divergence is 0, and AdamW would turn rounding errors into steps.
 """
 
 from upfit import provenance

@@ -23,7 +23,7 @@ ENOUGH = 1e-9  # of rounding, in sums of shares
 
 @dataclass(frozen=True)
 class Stage:
-    """One of them: `data` is the folder it reads, `config` its settings and budget. `name` None: what the data suggest."""
+    """One stage: `data` is the folder it reads, `config` its settings and budget. `name` None: the data decide."""
 
     name: str | None
     config: Config

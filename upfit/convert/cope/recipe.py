@@ -1,4 +1,4 @@
-"""Contextual position encoding (CoPE): positions that count what the context says is worth counting. Not Clipped RoPE."""
+"""Contextual position encoding (CoPE): positions that count only some tokens, chosen by the content. Not Clipped RoPE."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from upfit.architecture.decoder_check import auto_map, check_decoder
 from upfit.checkpoint.plan import Plan, Rule, Tensors
 from upfit.convert.cope.options import Options, new_tensors
-from upfit.convert.recipe import Bench, Fit, Recipe, possible
+from upfit.convert.recipe import Fit, FitContext, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag
 from upfit.provenance import STATE, UNSETTLED
@@ -42,12 +42,12 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
     if options.gates == "constant" and not options.drop_rope:
         return outline
 
-    def run(bench: Bench) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.cope.fit import fit
 
-        return fit(bench, replace(outline, rules=()), options, chosen)
+        return fit(context, replace(outline, rules=()), options, chosen)
 
-    return Fit(outline, run, otherwise="; choose --gates constant")
+    return Fit(outline, run, otherwise="--gates constant")
 
 
 def _rule(layer: "Layer", options: Options) -> Rule:
@@ -58,9 +58,9 @@ def _rule(layer: "Layer", options: Options) -> Rule:
     level = math.log(options.share / (1 - options.share))
 
     def apply(tensors: Tensors) -> "dict[str, Tensor]":
-        made = {name: tensors[query].new_zeros(size) for name, size in names.items()}
-        made[layer.stem + "cope_gate_bias"] += level
-        return made | dict.fromkeys(own, tensors[key])
+        new = {name: tensors[query].new_zeros(size) for name, size in names.items()}
+        new[layer.stem + "cope_gate_bias"] += level
+        return new | dict.fromkeys(own, tensors[key])
 
     return Rule((query, key), (*names, *own), apply, f"contextual positions, {options.gates} gates")
 

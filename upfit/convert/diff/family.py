@@ -1,4 +1,4 @@
-"""What a family can become: found by building its class, never by its name."""
+"""What a family can become. This is found by building its class, never by its name."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +67,9 @@ def own_config(architecture: "Architecture", config: dict[str, Any], variant: st
 
 def attention_classes(architecture: "Architecture") -> list[str]:
     """Names of the classes of this model's attention modules."""
-    from upfit.architecture.meta_model import skeleton
+    from upfit.architecture.meta_model import build_on_meta
 
-    model = skeleton(architecture.config)
+    model = build_on_meta(architecture.config)
     return sorted({type(model.get_submodule(layer.path)).__name__ for layer in architecture.layers})
 
 

@@ -7,14 +7,14 @@ from upfit.architecture.decoder_check import check_decoder, class_shapes
 from upfit.checkpoint.plan import Plan, Rule, Tensors
 from upfit.convert.diff.family import MODEL_TYPE, doubled, own_config, sinks_rule
 from upfit.convert.diff.merge import plan_merge
-from upfit.convert.recipe import MERGE, Bench, Fit, Recipe, possible
+from upfit.convert.recipe import MERGE, Fit, FitContext, NoOptions, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag, option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from upfit.architecture.attention import Attention, Layer
+    from upfit.architecture.attention import Attention, Geometry, Layer
     from upfit.architecture.layers import Architecture
 
 PAPER = "Ye et al. 2024, Differential Transformer, arXiv 2410.05258, and its V2 (2026); DEX: Kong et al. 2025, arXiv 2505.16333"
@@ -151,10 +151,10 @@ def _plan_dex(architecture: "Architecture", options: Options) -> Plan | Fit:
     if options.heads == "all":
         return outline
 
-    def run(bench: Bench) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.diff.entropy import with_spread_heads
 
-        return with_spread_heads(bench, outline, _sources(options))
+        return with_spread_heads(context, outline, _sources(options))
 
     return Fit(outline, run)
 
@@ -173,14 +173,14 @@ def _plan_split(architecture: "Architecture", options: Options) -> Plan | Fit:
         return Plan(config | {"diff_cut": "middle"}, rules)
     outline = Plan(config, rules)
 
-    def run(bench: Bench) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.diff.fit import Fitting, fit
         from upfit.convert.diff.split import choose, groups_of_two
 
         fitting = Fitting(
-            "split", lambda layer, facts, views: [choose(views, groups_of_two(facts.order, facts.pairs))], options.refit
+            "split", lambda layer, traits, views: [choose(views, groups_of_two(traits.order, traits.pairs))], options.refit
         )
-        return fit(bench, fitting, replace(outline, rules=()), _sources(options))
+        return fit(context, fitting, replace(outline, rules=()), _sources(options))
 
     return Fit(outline, run)
 
@@ -210,13 +210,13 @@ def _plan_diffllama(architecture: "Architecture", options: Options) -> Plan | Fi
     biases = tuple(rule for layer in architecture.layers for rule in diffllama.bias_rules(layer, config, hidden))
     outline = Plan(config, (*biases, *(diffllama.outline_rule(layer) for layer in architecture.layers)))
 
-    def run(bench: Bench) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.diff.fit import Fitting, fit
         from upfit.convert.diff.paper import candidates
 
         eps = float(config["rms_norm_eps"])
-        fitting = Fitting("diffllama", lambda layer, facts, views: candidates(layer.index, views, eps), options.refit)
-        return fit(bench, fitting, replace(outline, rules=biases), _sources(options))
+        fitting = Fitting("diffllama", lambda layer, traits, views: candidates(layer.index, views, eps), options.refit)
+        return fit(context, fitting, replace(outline, rules=biases), _sources(options))
 
     return Fit(outline, run)
 
@@ -230,8 +230,8 @@ def _dex_rule(layer: "Layer") -> Rule:
 
         like = tensors[query]
         weight = like.new_zeros(shape.v_head_dim, shape.v_head_dim)
-        made = (weight, like.new_full((), DEX_LAMBDA), like.new_ones(shape.heads))
-        return dict(zip(names, made, strict=True))
+        values = (weight, like.new_full((), DEX_LAMBDA), like.new_ones(shape.heads))
+        return dict(zip(names, values, strict=True))
 
     return Rule((query,), names, apply, "head − λ · head · W, W = 0")
 
@@ -252,9 +252,12 @@ def _offers(architecture: "Architecture") -> str:
     return f"--variant {'|'.join(possible)}" if possible else ""
 
 
-@dataclass(frozen=True)
-class MergeOptions:
-    """`upfit merge` has no flags of its own."""
+def _shapes(architecture: "Architecture", options: Options) -> "list[Geometry]":
+    """A stock class has two query heads for a pair; DiffLlama, where nothing is lost, two key/value heads as well."""
+    doubled = options.variant == "diffllama" and options.exact
+    heads, kv_heads = 2 if doubled or options.variant == "v2-static" else 1, 2 if doubled else 1
+    shapes = [layer.geometry for layer in architecture.layers]
+    return [replace(shape, heads=heads * shape.heads, kv_heads=kv_heads * shape.kv_heads) for shape in shapes]
 
 
 RECIPES = (
@@ -267,6 +270,7 @@ RECIPES = (
         identity=lambda architecture: Options() if possible(plan, architecture, Options()) else None,
         trials=_trials,
         offers=_offers,
+        shapes=_shapes,
     ),
 )
 MERGES = {
@@ -274,7 +278,7 @@ MERGES = {
         name=MERGE,
         summary="fold what a differential model has learned into the source's own class",
         paper=PAPER,
-        options=MergeOptions,
+        options=NoOptions,
         plan=plan_merge,
         identity=lambda architecture: None,
         trials=lambda architecture: [],

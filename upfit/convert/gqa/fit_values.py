@@ -1,4 +1,4 @@
-"""Least squares for what the attention gives out: shared values with the output projection.
+"""Least squares for the output of the attention: shared values together with the output projection.
 
 Shapes: N sampled rows, H query heads, n of them in a group, g old heads in a group, V value width, E hidden width.
 """
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from upfit.calibration.ridge import Moments
 
-ROUNDS = 4
-ITERATIONS = 6
-RIDGE = 1e-3
+ROUNDS = 4  # outputs and values in turn; it ends before where what is held back gains nothing
+ITERATIONS = 6  # conjugate gradients a round
+RIDGE = 1e-3  # of each input's own power
 NEGLIGIBLE = 1e-9  # a share of the energy that is rounding: what is fitted so well is left alone
 
 

@@ -1,16 +1,18 @@
 """Grouped-query attention: fewer key/value heads, each shared by a contiguous group of query heads; multi-query is one."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from upfit.checkpoint.plan import Plan, Rule
-from upfit.convert.recipe import Bench, Fit, Recipe, outline_of
+from upfit.convert.recipe import Fit, FitContext, Recipe, outline_of
 from upfit.errors import UpfitError
 from upfit.options import option
-from upfit.provenance import BLIND, METHOD_RAN, STATE
+from upfit.provenance import BLIND, METHOD_RAN, NOT_ALIGNED, STATE
 
 if TYPE_CHECKING:
-    from upfit.architecture.attention import Attention, Layer
+    from upfit.architecture.attention import Attention, Geometry, Layer
     from upfit.architecture.layers import Architecture
     from upfit.convert.gqa.choice import Choice
 
@@ -74,22 +76,27 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
         return _repeated(architecture, options.kv_heads)
     changed = [layer for layer in architecture.layers if layer.geometry.kv_heads > options.kv_heads]
     notes = []
-    kept = len(architecture.layers) - len(changed)
-    if changed and kept:
-        notes.append(f"{kept} layers already have {options.kv_heads} key/value heads or fewer and stay as they are")
+    unchanged = len(architecture.layers) - len(changed)
+    if changed and unchanged:
+        notes.append(f"{unchanged} layers already have {options.kv_heads} key/value heads or fewer and stay as they are")
     config = architecture.with_kv_heads(options.kv_heads)
     method = "mean" if options.method == "auto" else options.method
     aligned = options.method in ("auto", "aligned")
     if aligned and changed:
-        averaged = replace(
-            options, method="mean", calibration=None, calibration_tokens=None, calibration_length=None, refit=True
-        )
-        fallback = outline_of(plan(architecture, averaged)) if options.method == "auto" and not options.calibration else None
         rules = tuple(_aligned_rule(layer, options) for layer in changed)
+        may_average = options.method == "auto" and not options.calibration
+        fallback = partial(_averaged, architecture, options) if may_average else None
         return _fit(options, Plan(config, rules, notes=tuple(notes)), fallback)
     rules = tuple(_rule(layer, replace(options, method=method), architecture.initializer_range) for layer in changed)
     report = {METHOD_RAN: method, STATE: BLIND} if rules else None
     return Plan(config, rules, exact=not rules, notes=tuple(notes), report=report)
+
+
+def _averaged(architecture: "Architecture", options: Options, why: str) -> Plan:
+    """What becomes of a model that cannot be aligned, because of `why`."""
+    averaged = outline_of(plan(architecture, Options(options.kv_heads, method="mean", seed=options.seed)))
+    note = f"not aligned: {why}; the heads are averaged instead"
+    return replace(averaged, notes=(note, *averaged.notes), report={**(averaged.report or {}), NOT_ALIGNED: why})
 
 
 def _repeated(architecture: "Architecture", kv_heads: int) -> Plan:
@@ -103,25 +110,25 @@ def _repeated(architecture: "Architecture", kv_heads: int) -> Plan:
     return Plan(architecture.with_kv_heads(kv_heads), rules, close=True)
 
 
-def _fit(options: Options, outline: Plan, fallback: Plan | None) -> Fit:
+def _fit(options: Options, outline: Plan, fallback: "Callable[[str], Plan] | None") -> Fit:
     def choice() -> "Choice":
         from upfit.convert.gqa.choice import Choice
 
         sizes = (options.calibration_tokens, options.calibration_length)
         return Choice(options.kv_heads, options.refit, options.calibration, *sizes)
 
-    def run(bench: Bench) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.gqa.fit import fit
 
-        return fit(bench, choice(), outline)
+        return fit(context, choice(), outline)
 
-    def preview(bench: Bench) -> dict[str, Any]:
+    def preview(context: FitContext) -> dict[str, Any]:
         from upfit.convert.gqa.sensitivity import predict
 
-        return predict(bench, choice())
+        return predict(context, choice())
 
     shown = preview if options.calibration is not None else None
-    return Fit(outline, run, fallback, shown, otherwise="; choose --method mean")
+    return Fit(outline, run, fallback, shown, otherwise="--method mean")
 
 
 def _aligned_rule(layer: "Layer", options: Options) -> Rule:
@@ -144,10 +151,10 @@ def check_kv_heads(kv_heads: int, architecture: "Architecture") -> None:
 
 
 def _rule(layer: "Layer", options: Options, initializer_range: float) -> Rule:
-    from upfit.convert.gqa.pooling import merge
+    from upfit.convert.gqa.pooling import pool_heads
 
     def change(attention: "Attention") -> "Attention":
-        return merge(attention, options.kv_heads, options.method, options.seed + layer.index, initializer_range)
+        return pool_heads(attention, options.kv_heads, options.method, options.seed + layer.index, initializer_range)
 
     return layer.rule(PARTS, change, f"{layer.geometry.kv_heads} → {options.kv_heads} key/value heads, {options.method}")
 
@@ -162,6 +169,12 @@ def _offers(architecture: "Architecture") -> str:
     offers = [f"--kv-heads {'|'.join(map(str, fewer))}"] if fewer else []
     offers += [f"--kv-heads {'|'.join(map(str, more))} (repeated heads, the same function)"] if more else []
     return ", or ".join(offers)
+
+
+def _shapes(architecture: "Architecture", options: Options) -> "list[Geometry]":
+    """With more key/value heads than the model has, every layer has as many; with fewer, those layers that had more."""
+    repeated, shapes = options.kv_heads > architecture.kv_heads, [layer.geometry for layer in architecture.layers]
+    return [replace(s, kv_heads=options.kv_heads if repeated else min(options.kv_heads, s.kv_heads)) for s in shapes]
 
 
 def _can_be_one(architecture: "Architecture") -> bool:
@@ -183,6 +196,7 @@ RECIPES = (
         identity=lambda architecture: Options(architecture.kv_heads),
         trials=_trials,
         offers=_offers,
+        shapes=_shapes,
     ),
     Recipe(
         name="mqa",
@@ -193,5 +207,6 @@ RECIPES = (
         identity=lambda architecture: MultiQueryOptions() if architecture.kv_heads == 1 else None,
         trials=lambda architecture: [MultiQueryOptions(method="first")] if _can_be_one(architecture) else [],
         offers=lambda architecture: "(one key/value head)" if _can_be_one(architecture) else "",
+        shapes=lambda architecture, options: _shapes(architecture, Options(1)),
     ),
 )

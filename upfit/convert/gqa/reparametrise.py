@@ -1,4 +1,4 @@
-"""Changes of a layer's weights that leave its function as it is: the freedom that aligned merging uses.
+"""Changes of a layer's weights that do not change its function. Aligned merging chooses among them.
 
 Exact for layers without query/key norms whose values reach the output projection untouched. Shapes as in `Attention`: H query
 heads, K key/value heads of H/K query heads each, D and V head widths, P rotated pairs.

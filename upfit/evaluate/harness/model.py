@@ -1,7 +1,7 @@
-"""A model as lm-evaluation-harness asks it: nothing is cut to fit, and only what is scored becomes logits.
+"""A model for lm-evaluation-harness: no prompt is cut to fit, and logits are computed only where they are scored.
 
-The harness's own class for transformers models drops the beginning of a prompt that is too long and goes on, and turns the
-logits of every position into float32. This one refuses, and asks the model for logits at the scored positions alone.
+The harness's own class for transformers models drops the beginning of a prompt that is too long and continues, and turns the
+logits of every position into float32. This one refuses the prompt, and asks the model for logits at the scored positions alone.
 
 Legend: B rows, T their tokens, S scored positions of any of them, V vocabulary.
 """

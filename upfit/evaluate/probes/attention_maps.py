@@ -2,7 +2,7 @@
 
 Weights are taken as they reach the values: a differential layer's maps are differences, and a share is of the sum of absolute
 weights. Layers are counted as the model calls its attention, from 0; heads are those of the output, from 0, by the numbers that
-they had in the model that was converted: aligned merging sorts query heads by the groups it makes.
+they had in the model that was converted: a conversion may sort heads, and then says so in recipe.json.
 
 Legend: H heads, R query positions, T tokens.
 """
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upfit import provenance
 from upfit.calibration.observe import NAME, Listener, Seen, listening, register
 
 MAP_TOKENS = 96  # of the text whose maps are kept whole: a map is one number for each two tokens
@@ -64,20 +65,13 @@ def choose(by_head: list[list[float]], count: int) -> list[tuple[int, int]]:
 
 
 def places(steps: list[dict[str, Any]], by_head: list[list[float]]) -> list[list[int]]:
-    """Where in each layer [layer][source's head] a head of the source is now, by the groups that the conversions in a model's
+    """Where in each layer [layer][source's head] a head of the source is now, by the orders that the conversions in a model's
     history noted; `by_head` [layer][head] says how many there are."""
-    was = [list(range(len(heads))) for heads in by_head]
+    counts = [len(heads) for heads in by_head]
+    was = [list(range(count)) for count in counts]
     for step in steps:
-        rows = step["measurements"].get("layers") or []
-        if not step["verb"].startswith("convert") or len(rows) != len(was):
-            continue
-        for layer, row in enumerate(rows):
-            groups = (row.get("groups") if isinstance(row, dict) else None) or []
-            old = sum(map(len, groups))
-            if old and len(was[layer]) % old == 0:
-                per = len(was[layer]) // old  # query heads of one old key/value head
-                moved = [head for group in groups for one in group for head in range(one * per, (one + 1) * per)]
-                was[layer] = [was[layer][head] for head in moved]
+        orders = provenance.head_order(step, counts)
+        was = [[heads[number] for number in order] for heads, order in zip(was, orders, strict=True)]
     return [[heads.index(head) for head in range(len(heads))] for heads in was]
 
 

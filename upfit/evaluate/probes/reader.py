@@ -1,6 +1,6 @@
-"""A long text read once, in chunks, and asked about many times: every question gets a copy of the cache that the text filled.
+"""Reads a long text once, in chunks, and asks about it many times: each question gets a copy of the cache that the text filled.
 
-Memory is bounded by the cache and one chunk; logits are made only where they are wanted.
+Memory is bounded by the cache and one chunk. Logits are computed only where they are wanted.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Which probes there are: how each makes its samples, what a model does with them, and how that is told."""
+"""The list of probes: how each makes its samples, how a model answers them, and how the answers are recorded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

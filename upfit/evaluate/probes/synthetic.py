@@ -1,11 +1,11 @@
 """`--probe counting|flipflop|selective-copy`: how well does a language model do the CoPE paper's tasks, written as text?
 
-The symbols of `upfit/tasks` are written with spaces between and read with the model's own tokenizer. The model sees the true
-text up to each answer (teacher forcing): an answer is right when each of its tokens is the model's first choice among all
-tokens, and costs the sum of their losses. Nothing explains the task: what a model knows of it, it has learned before or sees in
-the text itself. Items are as large as the text may be long; models that are compared get the same ones.
+The symbols of `upfit/evaluate/synthetic` are written with spaces between and read with the model's own tokenizer. The model
+sees the true text up to each answer (teacher forcing). An answer is right when each of its tokens is the model's first choice
+among all tokens; it costs the sum of their losses. Nothing explains the task: a model knows it from training or from the text
+itself. Items are as large as the text may be long; models that are compared get the same ones.
 
-An answer ends with its last token: where a tokenizer writes 10 as 1 and 0, what a model would put after an answer of 1 is not
+An answer ends with its last token. Where a tokenizer writes 10 as 1 and 0, what a model would put after an answer of 1 is not
 looked at.
 
 Legend: T tokens of one text, A tokens of its answers.

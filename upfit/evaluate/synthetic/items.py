@@ -1,4 +1,4 @@
-"""What a task gives: a row of symbols, and which of them are asked for."""
+"""The form of a synthetic task: a row of symbols, and which of them are asked for."""
 
 from dataclasses import dataclass
 

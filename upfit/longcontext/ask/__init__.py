@@ -1,1 +1,2 @@
-"""Where questions come from: rules over text and invented facts (`template`), question sets (`dataset`), or language models."""
+"""Where questions come from: rules over text and invented facts (`template`), question sets (`dataset`), language models
+(`model`)."""

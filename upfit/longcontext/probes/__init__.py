@@ -1,1 +1,1 @@
-"""Contexts with questions whose answers stand at known depths: what is within a model's reach. Knows tokenizers, no models."""
+"""Contexts with questions whose answers stand at known depths, for measuring. Knows tokenizers, no models."""

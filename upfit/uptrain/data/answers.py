@@ -1,4 +1,5 @@
-"""Questions on long contexts as rows: everything is read, and only the answer is learned (IN2, arXiv 2404.16811, section 3)."""
+"""Questions on long contexts as rows: the model reads all of a row, and learns only the answer (IN2, arXiv 2404.16811,
+section 3)."""
 
 import hashlib
 from functools import cached_property
@@ -34,7 +35,7 @@ class AnswerRows(ShuffledRows):
 
     def arranged(self, rows: list[int]) -> list[int]:
         """Longest first: rows of like length share a micro-batch and are given to the processes in turn."""
-        return sorted(rows, key=lambda row: -self.contexts.recipe(row).tokens)
+        return sorted(rows, key=lambda row: -self.contexts.plan(row).tokens)
 
     @property
     def longest(self) -> int:

@@ -1,4 +1,4 @@
-"""Writing token shards (see shards.py), one document after the other, so that a killed writer goes on where it was."""
+"""Writes token shards (see shards.py), one document after the other; after a kill the writer continues where it was."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from upfit.durable import sync_path
 from upfit.errors import UpfitError
 from upfit.uptrain.data.shards import BLOCK_BYTES, DOCUMENTS, FORMAT, MANIFEST, OFFSET_DTYPE, READ_BYTES, TOKEN_DTYPES
 
-SHARD_TOKENS = 2**28
+SHARD_TOKENS = 2**28  # half a gigabyte, or one with ids of 4 bytes
 
 
 def token_dtype(vocab_size: int) -> str:

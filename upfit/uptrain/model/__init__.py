@@ -1,0 +1,1 @@
+"""The model that learns, its teacher, the losses, and what is wrapped around them."""

@@ -1,7 +1,8 @@
-"""One model over several processes: whole on each (DDP), sharded (FSDP2), or sharded within nodes and whole on each (HSDP).
+"""One model over several processes: a whole copy on each (DDP), sharded (FSDP2), or sharded within nodes and copied between
+them (HSDP).
 
-accelerate does it; here stands what it is told, and how what is sharded is read. Sharded weights are whole only while the
-module that was given to accelerate runs forward; what reads them elsewhere comes through here.
+accelerate does the work; this file configures it, and reads what is sharded. Sharded weights are whole only while the module
+that was given to accelerate runs forward. Whatever reads them elsewhere does so through this file.
 """
 
 import os
@@ -62,7 +63,7 @@ def mesh_of(config: Config) -> Mesh:
     return Mesh(world // shards, shards)
 
 
-def accelerator_for(mesh: Mesh, dtype: torch.dtype, **given: Any) -> Accelerator:
+def accelerator_for(mesh: Mesh, dtype: torch.dtype, **settings: Any) -> Accelerator:
     """accelerate's engine: products in `dtype`, gradients added up over processes in float32.
 
     accelerate would add them up in `dtype`, and it makes DDP of FSDP on CPUs without a word. There it is told afterwards: the
@@ -70,7 +71,7 @@ def accelerator_for(mesh: Mesh, dtype: torch.dtype, **given: Any) -> Accelerator
     """
     cpu = not torch.accelerator.is_available()
     if not mesh.shards:
-        return Accelerator(cpu=cpu, mixed_precision="no", **given)
+        return Accelerator(cpu=cpu, mixed_precision="no", **settings)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=True,
@@ -82,9 +83,9 @@ def accelerator_for(mesh: Mesh, dtype: torch.dtype, **given: Any) -> Accelerator
     )
     layout = ParallelismConfig(dp_replicate_size=mesh.copies, dp_shard_size=mesh.shards) if mesh.copies > 1 else None
     if not cpu:
-        return Accelerator(fsdp_plugin=plugin, parallelism_config=layout, mixed_precision="no", **given)
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision="no", **given)
-    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        return Accelerator(fsdp_plugin=plugin, parallelism_config=layout, mixed_precision="no", **settings)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision="no", **settings)
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # one state for all that ask
     accelerator.state.fsdp_plugin = plugin
     if layout is not None:
         accelerator.state.parallelism_config, accelerator.state.device_mesh = layout, layout.get_device_mesh("cpu")

@@ -1,6 +1,7 @@
-"""Writing checkpoints while training goes on: the state is copied, a thread writes the copy, and what is whole gets its name.
+"""Writes checkpoints while training continues: the state is copied, and a thread writes the copy and renames it when it is
+whole.
 
-One checkpoint at a time. Where each process holds everything, the first one writes; of shards each writes its own.
+One checkpoint at a time. Where each process holds everything, the first one writes; of shards each process writes its own.
 """
 
 import time

@@ -1,0 +1,268 @@
+"""What `upfit convert`, `merge` and `show` answer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from upfit.output import Output, cache_change, human_bytes, human_count
+from upfit.provenance import method_ran
+from upfit.results import Origin, Part, Result, absent
+
+
+@dataclass(frozen=True)
+class Change(Part):
+    """A tensor that a rule writes.
+
+    tensor: its name in the result
+    before: its shape in the source; None where it is new
+    after: its shape in the result
+    rule: what is done
+    """
+
+    tensor: str
+    before: list[int] | None
+    after: list[int]
+    rule: str
+
+
+@dataclass(frozen=True)
+class Choice(Part):
+    """A number of key/value heads that a layer could have.
+
+    kv_heads: that number
+    attention_error: predicted error of attention before any refit, as a share of its energy; None where it cannot be told
+    output_error: the same of the attention's output
+    kv_bytes_per_token: cache of the layer, bytes a token
+    """
+
+    kv_heads: int
+    attention_error: float | None
+    output_error: float | None
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class LayerChoices(Part):
+    """What a layer could become.
+
+    layer: its name in the model
+    kv_heads: its key/value heads
+    choices: the numbers of heads that it could have
+    """
+
+    layer: str
+    kv_heads: int
+    choices: list[Choice]
+
+
+@dataclass(frozen=True)
+class TotalChoice(Part):
+    """A number of key/value heads for all layers; those that have fewer stay as they are.
+
+    kv_heads: that number
+    kv_bytes_per_token: cache of all layers, bytes a token
+    attention_error: mean over the layers of the predicted errors of attention, shares of its energy
+    largest_attention_error: the largest of them
+    output_error: mean over the layers of the predicted errors of outputs, shares of their energy
+    largest_output_error: the largest of them
+    """
+
+    kv_heads: int
+    kv_bytes_per_token: int
+    attention_error: float | None
+    largest_attention_error: float | None
+    output_error: float | None
+    largest_output_error: float | None
+
+
+@dataclass(frozen=True)
+class Sensitivity(Part):
+    """Predicted errors of each layer for each number of key/value heads.
+
+    kv_heads: the numbers that the model allows
+    layers: each layer
+    totals: all layers together, for each number
+    """
+
+    kv_heads: list[int]
+    layers: list[LayerChoices]
+    totals: list[TotalChoice]
+
+
+@dataclass(frozen=True)
+class Unchecked(Part):
+    """In the place of a verification: the result was not checked."""
+
+
+@dataclass(frozen=True)
+class Verification(Part):
+    """What the check of the result found.
+
+    structure: whether it loads into its class
+    numbers: how its logits compare with the source's, or why they were not compared
+    tokens: tokens of the sample text
+    equal: whether the logits are equal bit for bit; None where they were not compared
+    max_difference: the largest difference of a logit
+    source_loss: loss of the source on the sample text, nats a token
+    loss: that of the result, nats a token
+    loss_interval: half the width of a 95 % interval of the difference of the two, nats a token
+    """
+
+    structure: str
+    numbers: str
+    tokens: int
+    equal: bool | None
+    max_difference: float | None
+    source_loss: float | None
+    loss: float | None
+    loss_interval: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class Conversion(Result):
+    """What a conversion has written, or with a dry run would write. Pairs are before and after.
+
+    recipe: name of the attention, or merge
+    source: the model that was read
+    out: the folder that was written
+    dry_run: whether nothing was written
+    options: the settings in force
+    bytes: size of the weights, bytes
+    parameters: number of weights
+    kv_heads: key/value heads of the layers that have most of them
+    kv_bytes_per_token: key/value cache of all layers, bytes a token
+    tensors: the tensors that are changed
+    sensitivity: of a dry run on text: predicted errors; of an attention that predicts something else, its own dictionary
+    verify: what was checked; None for a dry run
+    """
+
+    recipe: str
+    source: Origin
+    out: str
+    dry_run: bool
+    options: dict[str, Any]
+    bytes: list[int]
+    parameters: list[int]
+    kv_heads: list[int]
+    kv_bytes_per_token: list[int]
+    tensors: list[Change]
+    sensitivity: Sensitivity | dict[str, Any] | None = absent()
+    verify: Verification | Unchecked | None = absent()
+
+    def show(self, output: Output) -> None:
+        if self.dry_run:
+            rows = [[row.tensor, str(row.before or []), str(row.after), row.rule] for row in self.tensors]
+            output.table(["tensor", "before", "after", "rule"], rows, "Would write")
+        if isinstance(self.sensitivity, Sensitivity):
+            _show_sensitivity(self.sensitivity, output)
+        verb = "Would write" if self.dry_run else "Wrote"
+        added = self.parameters[1] - self.parameters[0]
+        more = f" (+{human_count(added)})" if added > 0 else ""
+        output.line(
+            f"{verb} {self.out}: {human_bytes(self.bytes[1])}, {human_count(self.parameters[1])} parameters{more}, "
+            f"{cache_words(self.kv_heads, self.kv_bytes_per_token)}"
+        )
+        if isinstance(self.verify, Verification):
+            output.line(f"Verified: {self.verify.structure}; {self.verify.numbers}")
+            if self.verify.loss is not None and not self.verify.equal:
+                output.line(sanity_words(self.verify))
+
+
+@dataclass(frozen=True, repr=False)
+class Description(Result):
+    """What a model is, from its config and headers alone.
+
+    model: where it lies
+    model_type: its type in transformers
+    converted_as: the type that it is seen as to be converted; None: its own
+    class_: its class in transformers (key: class)
+    parameters: number of weights
+    bytes: size of the weights, bytes
+    dtypes: types of the weights
+    layers: number of attention layers
+    heads: query heads, one number for each kind of layer
+    kv_heads: key/value heads, the same
+    head_dim: width of a head, the same
+    kv_bytes_per_token: key/value cache of all layers, bytes a token, in the type of the weights
+    history: the steps of recipe.json, oldest first
+    can_become: attentions that it can be given
+    """
+
+    model: Origin
+    model_type: str
+    converted_as: str | None
+    class_: str
+    parameters: int
+    bytes: int
+    dtypes: list[str]
+    layers: int
+    heads: list[int]
+    kv_heads: list[int]
+    head_dim: list[int]
+    kv_bytes_per_token: int
+    history: list[dict[str, Any]]
+    can_become: list[str]
+
+    def show(self, output: Output) -> None:
+        rows = [
+            *as_rows(self.record()),
+            *[["history" if not i else "", f"{s.get('date', '')}  {_done(s)}"] for i, s in enumerate(self.history)],
+            *[["can become" if not i else "", line] for i, line in enumerate(self.can_become)],
+        ]
+        for name, value in rows:
+            output.line(f"{name:17} {value}")
+
+
+def as_rows(facts: dict[str, Any]) -> list[list[str]]:
+    """Name and value, as people read them, of the dictionary of a Description: what tells of the model itself."""
+    return [
+        ["architecture", f"{facts['model_type']} ({facts['class']})"],
+        *([["converted as", facts["converted_as"]]] if facts.get("converted_as") else []),
+        ["parameters", f"{human_count(facts['parameters'])} in {human_bytes(facts['bytes'])}, {', '.join(facts['dtypes'])}"],
+        ["attention layers", str(facts["layers"])],
+        ["query heads", ", ".join(map(str, facts["heads"]))],
+        ["key/value heads", ", ".join(map(str, facts["kv_heads"]))],
+        ["head width", ", ".join(map(str, facts["head_dim"]))],
+        ["KV cache", f"{facts['kv_bytes_per_token']:,} bytes a token"],
+    ]
+
+
+def cache_words(heads: list[int], nbytes: list[int]) -> str:
+    """What became of key/value heads and of the bytes that a token's keys and values take."""
+    changed = f"{heads[0]} → {heads[1]} key/value heads, " if heads[0] != heads[1] else ""
+    return changed + cache_change(nbytes[0], nbytes[1])
+
+
+def sanity_words(report: Verification) -> str:
+    """The loss on the sample text, as what it is: enough to see a broken model, not to judge a whole one."""
+    before, after, interval = report.source_loss, report.loss, report.loss_interval
+    assert before is not None and after is not None
+    width = f" ± {interval:.3f}" if interval is not None else ""
+    return (
+        f"Sanity check on {report.tokens} tokens of a text of Upfit's own: {before:.3f} → {after:.3f} "
+        f"({after - before:+.3f}{width}) nats a token; that is no measurement, which is upfit evaluate's"
+    )
+
+
+def _show_sensitivity(sensitivity: Sensitivity, output: Output) -> None:
+    """Predicted errors of each layer for each number of heads it could have, as attention / output."""
+    counts = [count for count in sensitivity.kv_heads if count < max(sensitivity.kv_heads)]
+    totals = {total.kv_heads: total for total in sensitivity.totals}
+    rows = []
+    for layer in sensitivity.layers:
+        errors = {choice.kv_heads: _pair(choice.attention_error, choice.output_error) for choice in layer.choices}
+        rows.append([layer.layer, *[errors.get(count, "") for count in counts]])
+    means = [_pair(totals[count].attention_error, totals[count].output_error) for count in counts]
+    most = [_pair(totals[count].largest_attention_error, totals[count].largest_output_error) for count in counts]
+    rows += [["mean of the layers", *means], ["largest", *most]]
+    rows.append(["KV cache a token", *[human_bytes(totals[count].kv_bytes_per_token) for count in counts]])
+    title = "Predicted error of attention / output before any refit, by key/value heads (share of its energy)"
+    output.table(["layer", *map(str, counts)], rows, title)
+
+
+def _pair(*errors: float | None) -> str:
+    return " / ".join("-" if error is None else f"{error:.3f}" for error in errors)
+
+
+def _done(step: dict[str, Any]) -> str:
+    method = method_ran(step)
+    return f"{step['verb']} ({method})" if method else str(step["verb"])
