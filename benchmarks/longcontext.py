@@ -90,7 +90,7 @@ def _looked_at(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     contexts = _open(args, folder)
     ambiguous, lengths, depths = 0, [], []
     for index in range(len(contexts)):
-        item, recipe = contexts.item(index), contexts.recipe(index)
+        item, recipe = contexts.item(index), contexts.plan(index)
         context = contexts.composer.context(item, recipe)
         own = {*item.pieces, *item.decoys}
         texts = [contexts.composer.segments.raw(part) for part in context.parts if isinstance(part, int) and part not in own]

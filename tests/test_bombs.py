@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING
 from tests.folders import save_tiny
 from tests.tiny import tiny_config, tiny_model
 from upfit.architecture.loading import check_structure, load_strictly
-from upfit.architecture.meta_model import skeleton
+from upfit.architecture.meta_model import build_on_meta
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.describe import describe
 from upfit.errors import UpfitError
@@ -90,7 +90,7 @@ def test_large_numbers_of_honest_configs_are_none() -> None:
     config |= {"max_position_embeddings": 10**7, "rope_theta": 10**9, "eos_token_id": 2 * 10**6, "num_parameters": 7 * 10**9}
     config |= {"sliding_window": 2**40, "training_tokens": [10**12]}
     check_numbers(config, 10_000)
-    skeleton(config | {"rope_theta": 10_000})
+    build_on_meta(config | {"rope_theta": 10_000})
 
 
 def test_every_class_as_it_is_made_is_honest() -> None:

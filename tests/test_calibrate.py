@@ -16,11 +16,11 @@ from upfit.architecture.layers import bind
 from upfit.calibration import calibrate as room
 from upfit.calibration.calibrate import calibrate
 from upfit.calibration.gather import gather_layer
-from upfit.calibration.layerwise import Stream
+from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import Seen
 from upfit.calibration.statistics import Rows, add, observe
 from upfit.calibration.statistics_file import fingerprint, open_statistics, read_metadata
-from upfit.calibration.traits import Facts, understand, watch
+from upfit.calibration.traits import AttentionTraits, probe_attention, watch
 from upfit.checkpoint import content
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.safetensors_header import read_header
@@ -78,17 +78,17 @@ def test_pieces_add_up(model: Path) -> None:
     """The sums of a window watched in two pieces of its rows equal those of one piece."""
     with open_checkpoint(model) as checkpoint:
         architecture = bind(checkpoint.config, checkpoint.tensors)
-        stream = Stream(checkpoint, architecture, [torch.arange(96).reshape(2, 48) % 100])
+        stream = LayerwiseModel(checkpoint, architecture, [torch.arange(96).reshape(2, 48) % 100])
         stream.load(0)
         block, batch = stream.blocks[0], stream.batches[0]
         assert batch.hidden is not None
-        facts, _ = understand(block, architecture.entry, architecture.layers[0].geometry, batch.hidden, batch.calls[0])
+        traits, _ = probe_attention(block, architecture.entry, architecture.layers[0].geometry, batch.hidden, batch.calls[0])
         seen = watch(block, batch.hidden, batch.calls[0], ()).seen
     rows = torch.arange(0, 48, 3)
-    whole = observe(seen, facts, [Rows(rows, 48)])
+    whole = observe(seen, traits, [Rows(rows, 48)])
     pieces: dict[str, torch.Tensor] = {}
     for some in rows.split(7):
-        add(pieces, observe(seen, facts, [Rows(some, int(some[-1]) + 1)]))
+        add(pieces, observe(seen, traits, [Rows(some, int(some[-1]) + 1)]))
     assert whole.keys() == pieces.keys() == {"rows", "keys", "key_pairs", "queries", "values"}
     for name, tensor in whole.items():
         torch.testing.assert_close(pieces[name], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max()))
@@ -100,10 +100,10 @@ def test_sums_are_those_of_the_definition() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, tokens, width, generator=generator).double() for n in (heads, kv_heads, kv_heads))
     order, pairs = (1, 0, 3, 2, 4), 2  # pairs of dimensions (1, 3) and (0, 2), and 4 that is not turned
-    facts = Facts(True, True, False, True, True, pairs, order, (1.0, 0.1), None)
+    traits = AttentionTraits(True, True, False, True, True, pairs, order, (1.0, 0.1), None)
     seen = Seen(torch.nn.Identity(), q, k, v, None, 0.4, None, None, v)
     rows = torch.tensor([2, 5])
-    found = observe(seen, facts, [Rows(rows, tokens)])
+    found = observe(seen, traits, [Rows(rows, tokens)])
     keys = torch.zeros(kv_heads * width, kv_heads * width).double()
     values, queries = torch.zeros_like(keys), torch.zeros(heads, width, width).double()
     turned = torch.zeros(heads, pairs, kv_heads, kv_heads, dtype=torch.complex128)

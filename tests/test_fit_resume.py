@@ -20,7 +20,7 @@ from tests.tiny import BUILDABLE, tiny_model
 from upfit import provenance
 from upfit.calibration import fit_work
 from upfit.calibration.calibrate import calibrate
-from upfit.calibration.layerwise import Stream
+from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.statistics_file import read_metadata
 from upfit.convert import fitting
 from upfit.convert.conversion import Settings, convert
@@ -84,13 +84,13 @@ class Loads:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.layers: list[int] = []
-        load = Stream.load
+        load = LayerwiseModel.load
 
-        def counting(stream: Stream, index: int) -> None:
+        def counting(stream: LayerwiseModel, index: int) -> None:
             self.layers.append(index)
             load(stream, index)
 
-        patch.setattr(Stream, "load", counting)
+        patch.setattr(LayerwiseModel, "load", counting)
 
     def of(self, run: Callable[[], Any]) -> list[int]:
         self.layers.clear()

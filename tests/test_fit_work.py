@@ -15,7 +15,7 @@ from upfit.calibration import fit_work
 from upfit.calibration.carried import Carried
 from upfit.calibration.fit_work import FitWork
 from upfit.calibration.observe import Call
-from upfit.calibration.teacher_student import Lane
+from upfit.calibration.teacher_student import PairedBatch
 
 LAYERS = 4
 IDENTITY = {"model": "m", "settings": {"kv_heads": 2}}
@@ -164,33 +164,33 @@ def test_a_state_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
     assert walk(tmp_path / "fit") == [1, 2, 3] and content(tmp_path / "fit") == content(tmp_path / "whole")
 
 
-def lane(shared: dict[str, Any]) -> Lane:
-    """A lane before two layers that are given the same dictionary, which the student has one of its own of."""
+def batch(shared: dict[str, Any]) -> PairedBatch:
+    """A batch before two layers that are given the same dictionary, which the student has one of its own of."""
     own = dict(shared)
     calls, student = ([Call((), {"shared": some, "other": 3})] * 2 for some in (shared, own))
     hidden = torch.ones(1, 2, 3)
-    return Lane(False, calls, student, hidden, hidden, 2)
+    return PairedBatch(False, calls, student, hidden, hidden, 2)
 
 
 def test_what_layers_leave_for_later_ones_is_carried(tmp_path: Path) -> None:
     """Keys and values in a dictionary, of the teacher and of the student, come back as they were, laid out as they were; what
     was there before the first layer is not written."""
     table = torch.zeros(50)
-    lanes = [lane({"table": table})]
-    carried = Carried(lanes, alone=False)
+    batches = [batch({"table": table})]
+    carried = Carried(batches, alone=False)
     keys = torch.arange(24.0).reshape(2, 3, 4)
-    lanes[0].teacher, lanes[0].student = lanes[0].teacher + 1, lanes[0].student.double() + 2
-    lanes[0].calls[0].keywords["shared"]["full"] = (keys.transpose(0, 1), keys)
-    lanes[0].student_calls[1].keywords["shared"]["one"] = keys[:, 1]
-    lanes[0].student_calls[1].keywords["shared"]["same"] = keys  # in the memory of the teacher's
+    batches[0].teacher, batches[0].student = batches[0].teacher + 1, batches[0].student.double() + 2
+    batches[0].calls[0].keywords["shared"]["full"] = (keys.transpose(0, 1), keys)
+    batches[0].student_calls[1].keywords["shared"]["one"] = keys[:, 1]
+    batches[0].student_calls[1].keywords["shared"]["same"] = keys  # in the memory of the teacher's
     tensors = carried.tensors()
     assert tensors is not None and not any(tensor is table for tensor in tensors.values())
     work = FitWork(tmp_path, IDENTITY)
     work.keep(1, LAYERS, tensors)
-    again = [lane({"table": table})]
+    again = [batch({"table": table})]
     Carried(again, alone=False).restore(FitWork(tmp_path, IDENTITY).state())
     for part in ("teacher", "student"):
-        assert torch.equal(getattr(again[0], part), getattr(lanes[0], part))
+        assert torch.equal(getattr(again[0], part), getattr(batches[0], part))
     first, second = again[0].calls[1].keywords["shared"]["full"]
     assert torch.equal(first, keys.transpose(0, 1)) and first.stride() == keys.transpose(0, 1).stride()
     assert torch.equal(second, keys) and torch.equal(again[0].student_calls[0].keywords["shared"]["one"], keys[:, 1])
@@ -199,8 +199,8 @@ def test_what_layers_leave_for_later_ones_is_carried(tmp_path: Path) -> None:
 
 
 def test_what_is_not_made_of_tensors_is_not_carried() -> None:
-    lanes = [lane({})]
-    carried = Carried(lanes, alone=False)
-    lanes[0].student_calls[0].keywords["shared"]["cache"] = object()
+    batches = [batch({})]
+    carried = Carried(batches, alone=False)
+    batches[0].student_calls[0].keywords["shared"]["cache"] = object()
     assert carried.tensors() is None
-    assert Carried(lanes, alone=True).tensors() is not None
+    assert Carried(batches, alone=True).tensors() is not None

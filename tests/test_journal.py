@@ -8,7 +8,7 @@ import pytest
 
 from tests.folders import save_tiny, tiny_llama
 from upfit.checkpoint import copy_bytes
-from upfit.checkpoint.copy_bytes import BLOCK, Mover, Run
+from upfit.checkpoint.copy_bytes import BLOCK, ByteCopier, ByteRange
 from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
@@ -92,9 +92,9 @@ def test_every_way_moves_the_same_bytes(tmp_path: Path, way: str, shift: int) ->
     (tmp_path / "a").write_bytes(content)
     start, place, nbytes = 100, BLOCK + 100 + shift, 4 * BLOCK + 50
     source, target = os.open(tmp_path / "a", os.O_RDONLY), os.open(tmp_path / "b", os.O_RDWR | os.O_CREAT)
-    pieces: list[copy_bytes.Piece] = []
-    with Mover([way, "plain"] if way != "plain" else ["plain"]) as mover:
-        mover.move(source, target, Run(tmp_path / "a", start, nbytes, place), pieces.append)
+    pieces: list[copy_bytes.CopiedRange] = []
+    with ByteCopier([way, "plain"] if way != "plain" else ["plain"]) as copier:
+        copier.move(source, target, ByteRange(tmp_path / "a", start, nbytes, place), pieces.append)
     assert os.pread(target, nbytes, place) == content[start : start + nbytes]
     assert sum(piece.nbytes for piece in pieces) == nbytes
     os.close(source)

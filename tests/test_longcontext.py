@@ -50,8 +50,8 @@ def contexts(made: Path) -> Contexts:
 def test_every_answer_is_there_and_no_key_stands_anywhere_else(contexts: Contexts) -> None:
     families = set()
     for index in range(len(contexts)):
-        item, recipe = contexts.item(index), contexts.recipe(index)
-        parts = contexts.composer.context(item, recipe)
+        item, plan = contexts.item(index), contexts.plan(index)
+        parts = contexts.composer.context(item, plan)
         segments = contexts.composer.segments
         assert [parts.parts[place] for place in parts.places] == list(item.pieces)
         fillers = [p for n, p in enumerate(parts.parts) if n not in parts.places and p not in item.decoys]
@@ -69,25 +69,25 @@ def test_every_answer_is_there_and_no_key_stands_anywhere_else(contexts: Context
 def test_examples_are_what_the_text_says_and_as_long_as_told(contexts: Contexts) -> None:
     tokenizer = load_tokenizer(MODEL)
     for index in range(0, len(contexts), 7):
-        item, recipe = contexts.item(index), contexts.recipe(index)
+        item, plan = contexts.item(index), contexts.plan(index)
         ids, begins = contexts[index]
         assert ids.dtype == np.uint32 and tokenizer.decode(ids[begins:]) == item.answer + tokenizer.eos_token
         prompt = tokenizer.decode(ids[:begins])
         assert prompt == contexts.wording.prompt(contexts.text(index), item.question)
         assert prompt.endswith(AFTER.replace(QUESTION, item.question))
-        if recipe.tokens:
+        if plan.tokens:
             longest = int(contexts.composer.segments.lengths.max())
-            assert recipe.tokens - longest <= len(ids) <= recipe.tokens
+            assert plan.tokens - longest <= len(ids) <= plan.tokens
 
 
 def test_lengths_and_depths_are_spread_evenly(contexts: Contexts) -> None:
-    recipes = [contexts.recipe(index) for index in range(len(contexts))]
-    long = [recipe for recipe in recipes if recipe.tokens]
+    recipes = [contexts.plan(index) for index in range(len(contexts))]
+    long = [plan for plan in recipes if plan.tokens]
     for values in ([(r.tokens - 1024) / 2049 for r in long], [r.depth for r in long]):
         counts, _ = np.histogram(values, bins=5, range=(0, 1))
         assert counts.min() > 0.6 * len(long) / 5, "five equal parts of the range hold about as many each"
     assert 1 <= len(recipes) - len(long) <= 20, "about a tenth is short"
-    assert max(len(recipe.line()) for recipe in recipes) < 150
+    assert max(len(plan.line()) for plan in recipes) < 150
 
 
 def test_parts_and_interruptions_change_no_byte(made: Path, tmp_path: Path) -> None:
@@ -203,6 +203,16 @@ def test_a_chat_template_is_filled_in(tmp_path: Path) -> None:
     tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
     prompt = Wording(tokenizer, "chat").prompt("CONTEXT", "Why?")
     assert prompt.startswith("<|user|>Read") and prompt.endswith("Why?<|assistant|>") and "CONTEXT" in prompt
+
+
+def test_the_same_examples_with_other_words_around_them(contexts: Contexts) -> None:
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+    chat = Wording(tokenizer, "chat")
+    worded, opened = contexts.worded(chat), Contexts(contexts.folder, chat)
+    assert len(worded) == len(opened) == len(contexts) and worded.text(3) == contexts.text(3)
+    assert all(np.array_equal(*pair) for pair in zip(worded[3], opened[3], strict=True))
+    assert not np.array_equal(worded[3][0], contexts[3][0]), "and those that were there keep theirs"
 
 
 def test_segments_are_whole_lines_of_enough_tokens() -> None:

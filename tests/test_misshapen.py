@@ -86,7 +86,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(place: Path, path: Path) -> None:
     with open_checkpoint(place / "model") as checkpoint:
         found = open_statistics(path, checkpoint)
-    for layer in found.facts:
+    for layer in found.traits:
         found.layer(layer)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.folders import save_tiny, tiny_llama
 from upfit.checkpoint import copy_bytes
-from upfit.checkpoint.copy_bytes import Piece
+from upfit.checkpoint.copy_bytes import CopiedRange
 from upfit.checkpoint.read_back import check_written
 from upfit.checkpoint.shard import Shard
 from upfit.convert import conversion
@@ -79,12 +79,12 @@ def test_it_can_be_left_out_alone(tmp_path: Path, damage: Callable[..., None]) -
 
 def test_bytes_of_another_place_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They arrive as they were read, so that no checksum tells."""
-    original = copy_bytes.Mover.move
+    original = copy_bytes.ByteCopier.move
 
-    def shifted(self: copy_bytes.Mover, source: int, target: int, run: copy_bytes.Run, told: Any) -> None:
-        original(self, source, target, copy_bytes.Run(run.file, run.start - 4, run.nbytes, run.place), told)
+    def shifted(self: copy_bytes.ByteCopier, source: int, target: int, run: copy_bytes.ByteRange, told: Any) -> None:
+        original(self, source, target, copy_bytes.ByteRange(run.file, run.start - 4, run.nbytes, run.place), told)
 
-    monkeypatch.setattr(copy_bytes.Mover, "move", shifted)
+    monkeypatch.setattr(copy_bytes.ByteCopier, "move", shifted)
     with pytest.raises(UpfitError, match="is not the source's"):
         run(save_tiny(tmp_path / "source"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -99,7 +99,7 @@ def test_shared_blocks_are_not_read_and_others_are_compared_with_the_source(tmp_
         return bytes(range(start - 7, start - 7 + nbytes))
 
     shard = Shard("file", [], offsets={"a": 0, "b": 60})
-    shard.pieces = [Piece(0, 60, None, "source", 3, shared=True), Piece(60, 40, None, "source", 67)]
+    shard.pieces = [CopiedRange(0, 60, None, "source", 3, shared=True), CopiedRange(60, 40, None, "source", 67)]
     done: list[int] = []
     check_written(tmp_path, [shard], read, done.append)
     assert asked == [("source", 40, 67)] and done == [40]

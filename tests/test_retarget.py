@@ -167,7 +167,7 @@ def test_what_follows_a_family_about() -> None:
     assert {key: seen.config[key] for key in wanted} == wanted
     assert seen.config["tokenizer_class"] == "XGLMTokenizer"
     assert "dtype" not in seen.config
-    assert "gpt_bigcode" in seen.said
+    assert "gpt_bigcode" in seen.adapted_because
 
 
 def test_rotated_widths_survive_their_share() -> None:

@@ -60,13 +60,13 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def test_streamed_is_converted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(str(source), tmp_path / "plain")
-    most, drop = list[int](), hub_stream.Stream.drop
+    most, drop = list[int](), hub_stream.HubStream.release
 
-    def watched(self: hub_stream.Stream, path: Path) -> None:
+    def watched(self: hub_stream.HubStream, path: Path) -> None:
         most.append(sum(path.stat().st_blocks > 8 for path in path.parent.glob("*.safetensors")))
         drop(self, path)
 
-    monkeypatch.setattr(hub_stream.Stream, "drop", watched)
+    monkeypatch.setattr(hub_stream.HubStream, "release", watched)
     answer = run(REPO, tmp_path / "streamed", stream=True)
     assert weights(tmp_path / "streamed") == weights(tmp_path / "plain")
     assert "streamed" in answer["verify"]["numbers"] and answer["source"]["path"] is None
@@ -79,15 +79,15 @@ def test_killed_it_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.Mon
     run(str(source), tmp_path / "plain")
     child = os.fork()
     if child == 0:
-        bring, before = hub_stream.Stream.bring, list[Path]()
+        fetch, before = hub_stream.HubStream.fetch, list[Path]()
 
-        def last(self: hub_stream.Stream, path: Path) -> None:
+        def last(self: hub_stream.HubStream, path: Path) -> None:
             if len(before) == 2:
                 time.sleep(600)
             before.append(path)
-            bring(self, path)
+            fetch(self, path)
 
-        monkeypatch.setattr(hub_stream.Stream, "bring", last)
+        monkeypatch.setattr(hub_stream.HubStream, "fetch", last)
         try:
             run(REPO, tmp_path / "out", stream=True)
         finally:
@@ -101,13 +101,13 @@ def test_killed_it_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.Mon
     os.waitpid(child, 0)
     assert not (tmp_path / "out").exists()
     brought: list[str] = []
-    real = hub_stream.Stream.bring
+    real = hub_stream.HubStream.fetch
 
-    def noted(self: hub_stream.Stream, path: Path) -> None:
+    def noted(self: hub_stream.HubStream, path: Path) -> None:
         brought.append(path.name)
         real(self, path)
 
-    monkeypatch.setattr(hub_stream.Stream, "bring", noted)
+    monkeypatch.setattr(hub_stream.HubStream, "fetch", noted)
     run(REPO, tmp_path / "out", stream=True)
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
     assert len(brought) < len(list(source.glob("*.safetensors"))), "finished shards were made again"
@@ -124,16 +124,16 @@ def test_what_cannot_be_streamed_is_refused(source: Path, tmp_path: Path) -> Non
 
 def test_a_download_that_fails_costs_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(str(source), tmp_path / "plain")
-    real, count = hub_stream.Stream.bring, list[str]()
+    real, count = hub_stream.HubStream.fetch, list[str]()
 
-    def failing(self: hub_stream.Stream, path: Path) -> None:
+    def failing(self: hub_stream.HubStream, path: Path) -> None:
         count.append(path.name)
         if len(count) == 3:
-            with hub_stream._told(REPO):
+            with hub_stream._hub_errors(REPO):
                 raise OSError("the line is cut")
         real(self, path)
 
-    monkeypatch.setattr(hub_stream.Stream, "bring", failing)
+    monkeypatch.setattr(hub_stream.HubStream, "fetch", failing)
     with pytest.raises(UpfitError, match="the same command goes on"):
         run(REPO, tmp_path / "out", stream=True)
     run(REPO, tmp_path / "out", stream=True)

@@ -25,7 +25,7 @@ from upfit.output import Output
 from upfit.text.tokenizer import load_tokenizer
 from upfit.uptrain.config import Config
 from upfit.uptrain.data.answers import AnswerRows, fingerprint
-from upfit.uptrain.data.dataloader import Feed, Part, micro_batches, tensors
+from upfit.uptrain.data.dataloader import RowGroup, StepSampler, micro_batches, tensors
 from upfit.uptrain.data.prepare import prepare
 from upfit.uptrain.data.rows import IGNORE
 from upfit.uptrain.model.distiller import Distiller
@@ -117,7 +117,7 @@ def test_an_uptraining_on_answers_is_one_pass_and_tells_what_was_asked(home: Pat
     lines = metrics(tmp_path / "out")
     a_step = provenance.read(tmp_path / "out")[-1]["options"]["resolved"]["rows_a_step"]
     assert a_step > 1 and report["steps"] * a_step >= len(rows.training) == 27 > (report["steps"] - 1) * a_step
-    taken = [row for step in range(report["steps"]) for row in Feed(rows, a_step).of_step(step, 0, 1)[0].rows]
+    taken = [row for step in range(report["steps"]) for row in StepSampler(rows, a_step).of_step(step, 0, 1)[0].rows]
     assert report["tokens"] == lines[-1]["tokens"] == sum(len(row.labels) for row in taken)
     model = tiny_llama(max_position_embeddings=2048)
     distiller = Distiller(model, examine(model), None, {"": Objective(1.0, 0.0)})
@@ -181,10 +181,10 @@ def test_another_corpus_is_other_data(home: Path, tmp_path: Path) -> None:
 
 def test_every_process_takes_its_share_of_a_step(home: Path) -> None:
     rows = rows_of(home)
-    whole = [tuple(row.input_ids) for row in Feed(rows, 7).of_step(1, 0, 1)[0].rows]
+    whole = [tuple(row.input_ids) for row in StepSampler(rows, 7).of_step(1, 0, 1)[0].rows]
     assert [len(row) for row in whole] == sorted(map(len, whole), reverse=True) or len(set(map(len, whole))) > 1
     for world in (2, 3, 5):
-        shares = [Feed(rows, 7).of_step(1, rank, world)[0].rows for rank in range(world)]
+        shares = [StepSampler(rows, 7).of_step(1, rank, world)[0].rows for rank in range(world)]
         assert len({len(share) for share in shares}) == 1
         assert sorted(tuple(row.input_ids) for share in shares for row in share if row.supervised) == sorted(whole)
 
@@ -195,7 +195,7 @@ def test_rows_of_like_length_share_a_micro_batch(home: Path) -> None:
     assert [row for batch in batches for row in batch] == rows and max(map(len, batches)) > 1
     assert all(len(batch) == 1 or len(batch) * max(len(row.labels) for row in batch) <= 5000 for batch in batches)
     filled = sum(len(batch) * max(len(row.labels) for row in batch) for batch in batches)
-    assert filled < 1.2 * Part("", rows).tokens
+    assert filled < 1.2 * RowGroup("", rows).tokens
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

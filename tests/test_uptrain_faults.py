@@ -20,13 +20,13 @@ from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
 from upfit.uptrain.config import Config
-from upfit.uptrain.data.dataloader import Feed, Part
+from upfit.uptrain.data.dataloader import RowGroup, StepSampler
 from upfit.uptrain.data.rows import TextRows
 from upfit.uptrain.data.shards import Shards
 from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.run import checkpointing
 from upfit.uptrain.run.checkpointing import data_step
-from upfit.uptrain.run.metrics_file import Journal
+from upfit.uptrain.run.metrics_file import MetricsFile
 from upfit.uptrain.run.run import Progress
 from upfit.uptrain.run.state import Counters, Workspace
 
@@ -120,7 +120,7 @@ def test_a_stop_that_cannot_be_saved_leaves_no_mark(shop: Workshop, tmp_path: Pa
 
 
 def test_lines_wait_for_the_disk_and_none_is_lost(tmp_path: Path) -> None:
-    journal = Journal(Path("/dev/full"))
+    journal = MetricsFile(Path("/dev/full"))
     for line in ("one", "two"):
         with pytest.raises(OSError, match="No space left"):
             journal.append(line)
@@ -177,12 +177,12 @@ def test_a_burst_is_left_out_exactly_and_resumably(shop: Workshop, tmp_path: Pat
     settings: dict[str, Any] = {"max_bad_steps": 2}
     with monkeypatch.context() as patch:
         poison(patch, shop, {3})
-        of_step = Feed.of_step
+        of_step = StepSampler.of_step
 
-        def without(self: Feed, step: int, rank: int, world: int) -> list[Part]:
+        def without(self: StepSampler, step: int, rank: int, world: int) -> list[RowGroup]:
             return of_step(self, data_step(step, bursts), rank, world)
 
-        patch.setattr(Feed, "of_step", without)
+        patch.setattr(StepSampler, "of_step", without)
         shop.run(tmp_path / "law", **settings)
     poison(monkeypatch, shop, {3, *range(5, 8), *range(11, 14)})
     report = shop.run(tmp_path / "whole", **settings)

@@ -13,7 +13,7 @@ from tests.uptraining import QUIET, Workshop, make_workshop, metrics
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.uptrain.model import packed
-from upfit.uptrain.model.model_traits import Traits, examine, hidden_states, pack
+from upfit.uptrain.model.model_traits import ModelTraits, examine, hidden_states, pack
 from upfit.uptrain.model.packed import documents
 
 LENGTHS = {"several": [[9, 15], [24]], "one": [[24], [24]], "many": [[1, 2, 1, 3, 2, 1, 2, 1, 3, 2, 1, 5], [2] * 12]}
@@ -121,7 +121,7 @@ def test_what_is_more_than_causal_keeps_its_mask() -> None:
 def test_a_class_that_says_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     monkeypatch.setattr(packed, "documents", lambda _: packed.Documents(torch.tensor([0, 16]), [0, 16], 16))
-    assert pack(model, Traits(True, True, None)) is None
+    assert pack(model, ModelTraits(True, True, None)) is None
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from upfit.errors import UpfitError
 from upfit.uptrain.data.prepare import prepare
 from upfit.uptrain.data.spans import Vocabulary, corrupt, cut, find_vocabulary, fitting, sizes_of
 from upfit.uptrain.model.losses import Objective
-from upfit.uptrain.model.model_traits import Traits, load
+from upfit.uptrain.model.model_traits import ModelTraits, load
 from upfit.uptrain.model.seq2seq import Seq2Seq
 
 SENTINELS = 20
@@ -93,7 +93,7 @@ def test_the_loss_is_the_classs_own(shop: Workshop) -> None:
     random = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(3, 90, (2, 20), generator=random), torch.randint(3, 90, (2, 7), generator=random)
     labels[1, 5:] = -100
-    traits = Traits(False, False, None)
+    traits = ModelTraits(False, False, None)
     learner = Seq2Seq(model, traits, Seq2Seq(model, traits, None, {"": Objective(1.0, 0.0)}), {"": Objective(1.0, 1.0)})
     loss, ce, kl = learner(ids, labels, labels)
     torch.testing.assert_close(ce / (labels != -100).sum(), model(input_ids=ids, labels=labels).loss.detach())

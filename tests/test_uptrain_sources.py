@@ -17,7 +17,7 @@ from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.publish.portable import portable
-from upfit.uptrain.data.dataloader import Feed, Part, averages
+from upfit.uptrain.data.dataloader import RowGroup, StepSampler, averages
 from upfit.uptrain.data.interleave import InterleavedRows, interleave
 from upfit.uptrain.data.prepare import prepare
 from upfit.uptrain.data.rows import Row, Rows, TextRows
@@ -90,9 +90,9 @@ def test_held_out_rows_are_of_every_source_and_never_trained_on(three: Sources) 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_a_step_takes_the_same_rows_for_every_number_of_processes(three: Sources, world: int) -> None:
-    feed = Feed(three.rows(10, 8, 10, 0, True), 8)
+    feed = StepSampler(three.rows(10, 8, 10, 0, True), 8)
 
-    def taken(parts: list[Part]) -> Counter[tuple[int, ...]]:
+    def taken(parts: list[RowGroup]) -> Counter[tuple[int, ...]]:
         return Counter(tuple(row.input_ids.tolist()) for part in parts for row in part.rows if row.supervised)
 
     for step in (0, 3, 77):
@@ -102,12 +102,15 @@ def test_a_step_takes_the_same_rows_for_every_number_of_processes(three: Sources
 
 
 def test_passes_are_told_by_source_and_too_many_are_warned_of(three: Sources) -> None:
-    feed = Feed(three.rows(10, 10, 0, 0, True), 10)
+    feed = StepSampler(three.rows(10, 10, 0, 0, True), 10)
     assert feed.passes(20) == "passes over the data: a 0.50, b 0.67, c 2.00" and feed.repeated(40) == []
     assert [line[:23] for line in feed.repeated(50)] == ["c is gone over 5.0 time"]
     single: Rows = TextRows(three.shards[2], 10, 0, 0)
-    assert Feed(single, 10).passes(3) == "1.50 passes over the data" and "the data is gone" in Feed(single, 10).repeated(9)[0]
-    assert "the text mixed in" in Feed(TextRows(three.shards[0], 10, 0, 0), 1, single, 10).repeated(9)[0]
+    assert (
+        StepSampler(single, 10).passes(3) == "1.50 passes over the data"
+        and "the data is gone" in StepSampler(single, 10).repeated(9)[0]
+    )
+    assert "the text mixed in" in StepSampler(TextRows(three.shards[0], 10, 0, 0), 1, single, 10).repeated(9)[0]
 
 
 def _named(means: list[float]) -> dict[str, float]:
@@ -115,7 +118,7 @@ def _named(means: list[float]) -> dict[str, float]:
 
 
 def test_means_of_sources_make_up_the_mean_of_all() -> None:
-    parts = [Part("", [], source="a"), Part("", [], source="b"), Part("mix_", []), Part("", [], source="empty")]
+    parts = [RowGroup("", [], source="a"), RowGroup("", [], source="b"), RowGroup("mix_", []), RowGroup("", [], source="empty")]
     told = averages(parts, [[6.0, 2.0, 2.0], [4.0, 0.0, 8.0], [3.0, 1.0, 1.0], [0.0, 0.0, 0.0]], _named)
     assert told == {
         "ce": 1.0, "kl": 0.2, "a/ce": 3.0, "a/kl": 1.0, "b/ce": 0.5, "b/kl": 0.0, "mix_ce": 3.0, "mix_kl": 1.0

@@ -15,9 +15,9 @@ from upfit import provenance
 from upfit.architecture.layers import bind
 from upfit.architecture.planned import check_against_class
 from upfit.checkpoint import finished_shards
-from upfit.checkpoint.copy_bytes import Piece
+from upfit.checkpoint.copy_bytes import CopiedRange
 from upfit.checkpoint.execute import outline
-from upfit.checkpoint.finished_shards import JOURNAL, Journal
+from upfit.checkpoint.finished_shards import JOURNAL, FinishedShards
 from upfit.checkpoint.plan import Plan, Rule
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.safetensors_header import read_exactly
@@ -115,16 +115,18 @@ def lines(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     folder, content = tmp_path / "work", os.urandom(90)
     folder.mkdir()
     (folder / "shard").write_bytes(content)
-    kept = Journal(folder, {}, lambda *_: b"")
+    kept = FinishedShards(folder, {}, lambda *_: b"")
     (folder / "shard").write_bytes(content)
-    kept.add("shard", 90, [Piece(start, 30, finished_shards.zlib.crc32(content[start : start + 30])) for start in (0, 30, 60)])
+    kept.add(
+        "shard", 90, [CopiedRange(start, 30, finished_shards.zlib.crc32(content[start : start + 30])) for start in (0, 30, 60)]
+    )
     return folder, json.loads((folder / JOURNAL).read_text().splitlines()[1])
 
 
 def kept_with(folder: Path, line: dict[str, Any]) -> bool:
     first = (folder / JOURNAL).read_text().splitlines()[0]
     (folder / JOURNAL).write_text(f"{first}\n{json.dumps(line)}\n")
-    return "shard" in Journal(folder, {}, lambda *_: b"").kept
+    return "shard" in FinishedShards(folder, {}, lambda *_: b"").verified
 
 
 @pytest.mark.parametrize("left", [(0, 1, 2), (2, 0, 1), (0, 2), (0, 1), (1, 2), (0, 0, 1, 2), ()])

@@ -21,7 +21,7 @@ HIDDEN = "***"
 
 def public(address: str) -> str:
     """An address without user, password, query and fragment; what is none stays as it is."""
-    return ADDRESS.sub(lambda found: found["scheme"] + found["rest"], address)
+    return ADDRESS.sub(lambda match: match["scheme"] + match["rest"], address)
 
 
 def redacted(text: str) -> str:

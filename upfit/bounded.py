@@ -18,7 +18,7 @@ SETTINGS_BYTES = 2**20  # what a person writes: a TOML file
 CARD_BYTES = 4 * 2**20  # a README.md
 RECORD_BYTES = 32 * 2**20  # what Upfit writes as JSON; Python takes some twenty times as much for the worst of it
 LINES_BYTES = 256 * 2**20  # what is read line by line
-LINE_BYTES = 16 * 2**20
+LINE_BYTES = 16 * 2**20  # one line of those: longer than any question, prompt or record of ours
 DATA_BYTES = 2**30  # data sets and vocabularies that are read whole
 KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -38,13 +38,13 @@ def check_ordinary(path: Path) -> os.stat_result:
     """
     with named_errors(path):
         try:
-            told = os.stat(path)
+            status = os.stat(path)
         except ValueError as error:  # a zero byte in a name
             raise UpfitError(f"{str(path)!r} is no name of a file ({error})") from error
-    kind = stat.S_IFMT(told.st_mode)
+    kind = stat.S_IFMT(status.st_mode)
     if kind != stat.S_IFREG:
         raise UpfitError(f"{path} is not an ordinary file but {KINDS.get(kind, 'something else')}; put a file there")
-    return told
+    return status
 
 
 def open_ordinary(path: Path) -> IO[bytes]:
@@ -135,5 +135,5 @@ def shaped(what: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """An exception in a few words: its kind and the beginning of what it says."""
-    said = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    message = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

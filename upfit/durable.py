@@ -90,9 +90,9 @@ def _rename_plainly(old: Path, new: Path) -> None:
         os.rename(old, new)
 
 
-def exchange(one: Path, other: Path) -> bool:
+def exchange(first: Path, other: Path) -> bool:
     """Let two files or folders swap their names in one step; False where the system cannot."""
-    return _renameat2(one, other, EXCHANGE)
+    return _renameat2(first, other, EXCHANGE)
 
 
 def _renameat2(old: Path, new: Path, flags: int) -> bool:

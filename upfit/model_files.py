@@ -21,7 +21,7 @@ LARGE = 2**20  # a list of as many items is made in a moment
 # Numbers of elements, so a tensor has as many; unlike positions, bases and ids, which need no tensor.
 SIZE = re.compile(r"(^|_)(dim|size|sizes|width|rank|heads|hidden|channels|experts|layers?|blocks|depths?|labels)$")
 SAMPLES = re.compile(r"(audio|speech|acoustic)_(\w+_)?chunk_size$")  # sound that is read at once: no tensor has this size
-FEW = 64
+FEW = 64  # of anything that a config counts, twice over to see how it grows
 
 Path_ = tuple[str | int, ...]
 

@@ -71,8 +71,8 @@ def as_flags(settings: Any) -> list[str]:
         if isinstance(value, bool):
             words.append(flag(field.name) if value else flag(f"no_{field.name}"))
         else:
-            for one in value if isinstance(value, list | tuple) else [value]:
-                words += [flag(field.name), str(one)]
+            for item in value if isinstance(value, list | tuple) else [value]:
+                words += [flag(field.name), str(item)]
     return words
 
 
@@ -109,11 +109,10 @@ def as_kind(value: Any, annotation: Any) -> Any:
     return Path(value) if Path in kinds and isinstance(value, str) else value
 
 
-def needs_a_file(settings: Any) -> bool:
-    """Whether flags alone cannot give `settings` again: a key of a config file is not at its default."""
-    return any(
-        getattr(settings, field.name) != field.default and not field.metadata["flag"] for field in dataclasses.fields(settings)
-    )
+def as_keys(settings: Any) -> dict[str, Any]:
+    """What `as_flags` leaves out, since it is a key of a config file alone: each that is not at its default."""
+    values = {field: getattr(settings, field.name) for field in dataclasses.fields(settings) if not field.metadata["flag"]}
+    return {field.name: value for field, value in values.items() if value != field.default}
 
 
 def choices(annotation: Any) -> tuple[Any, ...] | None:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from upfit.addresses import redacted
 
-PLAIN_LINE_SECONDS = 30.0
+PLAIN_LINE_SECONDS = 30.0  # between lines of progress where there is no terminal
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal obeys them
 NUMBERS = re.compile(r"\[\n\s+(-?\d[^\[\]{}\"]*?)\n\s+\]")  # JSON has no line break inside a string
 
@@ -28,12 +28,12 @@ def to_json(value: Any) -> str:
     """JSON to read: one thing a line, but a list of numbers, such as a row of a map, on one line."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # half a surrogate is no UTF-8, its escape is JSON
-    return NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    return NUMBERS.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text)
 
 
 def printable(text: str) -> str:
     """`text` with what a terminal would obey spelled out."""
-    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+    return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 class Meter:

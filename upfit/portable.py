@@ -34,8 +34,8 @@ def portable(value: Any, places: Iterable[str] = ()) -> Any:
 
 def known_places(value: Any, places: Iterable[str] = ()) -> list[str]:
     """Absolute paths that stand in `value` as such, `places`, and the folder of this user; the longest first."""
-    found = {place.rstrip("/") for place in (*_absolute(value), *places, str(Path.home())) if place.startswith("/")}
-    return sorted((place for place in found if place.count("/") > 1 or place == str(Path.home())), key=len, reverse=True)
+    known = {place.rstrip("/") for place in (*_absolute(value), *places, str(Path.home())) if place.startswith("/")}
+    return sorted((place for place in known if place.count("/") > 1 or place == str(Path.home())), key=len, reverse=True)
 
 
 def _absolute(value: Any) -> Iterable[str]:
@@ -51,12 +51,14 @@ def _absolute(value: Any) -> Iterable[str]:
 
 def _portable(value: Any, places: list[str], key: str = "") -> Any:
     if isinstance(value, dict):
-        kept = {_text(str(name), places): _portable(part, places, str(name)) for name, part in value.items() if name != WHERE}
+        portable = {
+            _text(str(name), places): _portable(part, places, str(name)) for name, part in value.items() if name != WHERE
+        }
         if isinstance(value.get(WHERE), str) and isinstance(value.get("name"), str):
-            kept |= _source(value)
+            portable |= _source(value)
         if isinstance(value.get("command"), str):
-            kept["command"] = _command(value["command"], places)
-        return kept
+            portable["command"] = _command(value["command"], places)
+        return portable
     if isinstance(value, list | tuple):
         return [_portable(part, places, key) for part in value]
     if not isinstance(value, str):
@@ -130,7 +132,7 @@ def without(text: str, places: list[str]) -> str:
 
 def searched(text: str) -> str:
     """`text` with all that looks like a path of some machine cut to its last name."""
-    text = FILE_ADDRESS.sub(lambda found: name_of(unquote(found[0])), text)
-    text = QUOTED.sub(lambda found: found[1] + (name_of(found[2]) or found[2]) + found[1], text)
-    text = WINDOWS.sub(lambda found: name_of(found[0].replace("/", "\\")) or found[0], text)
-    return INSIDE.sub(lambda found: name_of(found[0]) or found[0], text)
+    text = FILE_ADDRESS.sub(lambda match: name_of(unquote(match[0])), text)
+    text = QUOTED.sub(lambda match: match[1] + (name_of(match[2]) or match[2]) + match[1], text)
+    text = WINDOWS.sub(lambda match: name_of(match[0].replace("/", "\\")) or match[0], text)
+    return INSIDE.sub(lambda match: name_of(match[0]) or match[0], text)

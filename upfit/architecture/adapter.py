@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.fused import PARTS, Fused
 from upfit.architecture.meta_model import built_of
-from upfit.architecture.names import class_names
+from upfit.architecture.names import name_map
 from upfit.architecture.retarget.retarget import retarget
 from upfit.architecture.table import check_known
 from upfit.checkpoint.plan import Plan, Rule
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Made:
+class Computed:
     """A seen tensor that `rule` makes of stored ones; it belongs where the stored tensor `beside` lies."""
 
     dtype: str
@@ -37,29 +37,29 @@ class Made:
 
 @dataclass(frozen=True)
 class Adapter:
-    """How stored tensors are seen. `same` names, for seen tensors whose bytes are stored as they are, the stored one; `made`
-    holds the others. `puts` are rules from seen tensors back to stored ones; without any, what is seen is what is written.
-    `said` tells the user of a change of family."""
+    """How stored tensors are seen. `same` names, for seen tensors whose bytes are stored as they are, the stored one;
+    `computed` holds the others. `puts` are rules from seen tensors back to stored ones; without any, what is seen is what is
+    written. `adapted_because` tells the user of a change of family."""
 
     config: dict[str, Any]
     same: dict[str, str]
-    made: dict[str, Made]
+    computed: dict[str, Computed]
     puts: tuple[Rule, ...] = ()
-    said: str = ""
+    adapted_because: str = ""
 
     def shapes(self, tensors: "Mapping[str, Described]") -> "dict[str, Described]":
         """What is seen of stored tensors that are only described."""
-        return {seen: tensors[stored] for seen, stored in self.same.items()} | dict(self.made)
+        return {seen: tensors[stored] for seen, stored in self.same.items()} | dict(self.computed)
 
     def written(self, plan: Plan) -> Plan:
         """`plan`, made for what is seen, as rules that write tensors of a file."""
         if self.puts:
             return replace(plan, rules=tuple(_put_back(rule, self.puts) for rule in plan.rules))
         touched = {name for rule in plan.rules for name in (*rule.writes, *rule.drops)}
-        left = tuple(name for name in self.made if name not in touched)
+        left = tuple(name for name in self.computed if name not in touched)
         exact, close = (plan.exact and not left, plan.close or (plan.exact and bool(left)))
-        notes = (self.said, *plan.notes) if self.said else plan.notes
-        rules = tuple(_as_seen(name, self.made[name].rule.label) for name in left)
+        notes = (self.adapted_because, *plan.notes) if self.adapted_because else plan.notes
+        rules = tuple(_as_seen(name, self.computed[name].rule.label) for name in left)
         return replace(plan, rules=plan.rules + rules, exact=exact, close=close, notes=notes)
 
 
@@ -75,9 +75,9 @@ def _put_back(rule: Rule, puts: tuple[Rule, ...]) -> Rule:
     plain = tuple(name for name in rule.writes if name not in seen)
 
     def apply(tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-        made = rule.apply({name: tensors[name] for name in rule.reads})
-        known = {**tensors, **made}
-        stored = {name: made[name] for name in plain}
+        written = rule.apply({name: tensors[name] for name in rule.reads})
+        known = {**tensors, **written}
+        stored = {name: written[name] for name in plain}
         for put in mine:
             stored |= put.apply({name: known[name] for name in put.reads})
         return stored
@@ -111,8 +111,8 @@ class AdaptedCheckpoint(Checkpoint):
         return self.under.passing if self.adapter.puts else self.tensors
 
     @property
-    def said(self) -> str:
-        return self.adapter.said or self.under.said
+    def adapted_because(self) -> str:
+        return self.adapter.adapted_because or self.under.adapted_because
 
     def written(self, plan: Plan) -> Plan:
         return self.under.written(self.adapter.written(plan))
@@ -124,19 +124,19 @@ class AdaptedCheckpoint(Checkpoint):
     def files_of(self, name: str) -> set[Path]:
         if name in self.fitted:
             return super().files_of(name)
-        made = self.adapter.made.get(name)
-        stored = made.rule.reads if made else (self.adapter.same.get(name, name),)
-        return {file for one in stored for file in self.under.files_of(one)}
+        computed = self.adapter.computed.get(name)
+        stored = computed.rule.reads if computed else (self.adapter.same.get(name, name),)
+        return {file for name in stored for file in self.under.files_of(name)}
 
     def read(self, name: str) -> "torch.Tensor":
-        made = self.adapter.made.get(name)
-        if made is None:
+        computed = self.adapter.computed.get(name)
+        if computed is None:
             stored = self.adapter.same.get(name)
             return super().read(name) if name in self.fitted else self.under.read(stored or name)
         if name not in self._last:
-            found = made.rule.apply({stored: self.under.read(stored) for stored in made.rule.reads})
+            tensors = computed.rule.apply({stored: self.under.read(stored) for stored in computed.rule.reads})
             self._last.clear()
-            self._last.update(found)
+            self._last.update(tensors)
         return self._last.pop(name)
 
 
@@ -170,10 +170,10 @@ def find_adapters(config: dict[str, Any], tensors: "Mapping[str, Described]", ow
 
 def _through(adapter: Adapter, under: Checkpoint) -> AdaptedCheckpoint:
     tensors = {name: replace(under.tensors[stored], name=name) for name, stored in adapter.same.items()}
-    for name, made in adapter.made.items():
-        place = under.tensors[made.beside]
-        nbytes = math.prod(made.shape) * ITEM_BYTES[made.dtype]
-        tensors[name] = TensorInfo(name, made.dtype, made.shape, place.file, place.start, place.start + nbytes)
+    for name, computed in adapter.computed.items():
+        place = under.tensors[computed.beside]
+        nbytes = math.prod(computed.shape) * ITEM_BYTES[computed.dtype]
+        tensors[name] = TensorInfo(name, computed.dtype, computed.shape, place.file, place.start, place.start + nbytes)
     return AdaptedCheckpoint(
         *(under.folder, adapter.config, tensors, under.files, under.fitted, under._descriptors, under._lock, under._identities),
         under=under,
@@ -181,29 +181,33 @@ def _through(adapter: Adapter, under: Checkpoint) -> AdaptedCheckpoint:
     )
 
 
-def make(rules: tuple[Rule, ...], tensors: "Mapping[str, Described]") -> dict[str, Made]:
+def make(rules: tuple[Rule, ...], tensors: "Mapping[str, Described]") -> dict[str, Computed]:
     """What `rules` make of stored tensors, found by running them without values."""
     import torch
 
-    made = {}
+    computed = {}
     for rule in rules:
-        given = {n: torch.empty(tensors[n].shape, dtype=torch_dtype(tensors[n].dtype), device="meta") for n in rule.reads}
-        for name, tensor in rule.apply(given).items():
-            made[name] = Made(safetensors_dtype(tensor.dtype), tuple(tensor.shape), rule, rule.reads[0])
-    return made
+        inputs = {n: torch.empty(tensors[n].shape, dtype=torch_dtype(tensors[n].dtype), device="meta") for n in rule.reads}
+        for name, tensor in rule.apply(inputs).items():
+            computed[name] = Computed(safetensors_dtype(tensor.dtype), tuple(tensor.shape), rule, rule.reads[0])
+    return computed
 
 
 def as_other_family(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Adapter | None:
     """The adapter that shows the model of another family; None where its own can say fewer key/value heads."""
-    found = retarget(config, tensors)
-    return None if found is None else Adapter(found.config, found.renames, make(found.rules, tensors), said=found.said)
+    other = retarget(config, tensors)
+    return (
+        None
+        if other is None
+        else Adapter(other.config, other.renames, make(other.rules, tensors), adapted_because=other.adapted_because)
+    )
 
 
 def split_fused(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Adapter | None:
     """The adapter that shows fused queries, keys and values apart; None where nothing is fused."""
 
-    arrangements = class_names(config).fused
-    stored = class_names(config, stored=True) if arrangements else None
+    arrangements = name_map(config).fused
+    stored = name_map(config, stored=True) if arrangements else None
     gets, puts = [], []
     for name, info in tensors.items():
         if stored is None:

@@ -77,19 +77,19 @@ class Separate:
         return tuple(self.fields[name] for name in wanted)
 
     def unpack(self, stored: "Mapping[str, Tensor]", geometry: Geometry) -> Attention:
-        found: dict[str, Any] = {name: stored[part] for name, part in self.fields.items() if part in stored}
+        tensors: dict[str, Any] = {name: stored[part] for name, part in self.fields.items() if part in stored}
         widths = {"q": geometry.head_dim, "k": geometry.head_dim, "v": geometry.v_head_dim}
         for name, width in widths.items():
-            if name in found:
-                found[name] = found[name].unflatten(0, (-1, width))
-            if name + "_bias" in found:
-                found[name + "_bias"] = found[name + "_bias"].unflatten(0, (-1, width))
-        if "o" in found:
-            found["o"] = found["o"].unflatten(1, (-1, geometry.v_head_dim))
+            if name in tensors:
+                tensors[name] = tensors[name].unflatten(0, (-1, width))
+            if name + "_bias" in tensors:
+                tensors[name + "_bias"] = tensors[name + "_bias"].unflatten(0, (-1, width))
+        if "o" in tensors:
+            tensors["o"] = tensors["o"].unflatten(1, (-1, geometry.v_head_dim))
         for name in ("q_norm", "k_norm"):  # full-width norms hold one scale per head; shared ones stay [D]
-            if name in found and found[name].numel() != geometry.head_dim:
-                found[name] = found[name].reshape(-1, geometry.head_dim)
-        return Attention(**found)
+            if name in tensors and tensors[name].numel() != geometry.head_dim:
+                tensors[name] = tensors[name].reshape(-1, geometry.head_dim)
+        return Attention(**tensors)
 
     def pack(self, attention: Attention, geometry: Geometry) -> "dict[str, Tensor]":
         stored = {}

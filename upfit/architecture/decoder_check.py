@@ -36,9 +36,9 @@ def check_decoder(architecture: "Architecture") -> None:
 
 
 def class_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    from upfit.architecture.names import class_names
+    from upfit.architecture.names import name_map
 
-    return class_names(config).shapes
+    return name_map(config).shapes
 
 
 def auto_map(stem: str) -> dict[str, str]:

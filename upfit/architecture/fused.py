@@ -63,11 +63,11 @@ class Apart(nn.Module):
         weight, bias = fused.weight, fused.bias
         pieces = dict(zip(PARTS, arrangement.split(weight.detach()), strict=True))  # type: ignore[operator]
         biases = arrangement.split(bias.detach()) if isinstance(bias, Tensor) else (None, None, None)
-        for (part, piece), some in zip(pieces.items(), biases, strict=True):
-            linear = nn.Linear(piece.shape[1], piece.shape[0], bias=some is not None, device="meta")
+        for (part, piece), values in zip(pieces.items(), biases, strict=True):
+            linear = nn.Linear(piece.shape[1], piece.shape[0], bias=values is not None, device="meta")
             linear._parameters["weight"] = nn.Parameter(piece, requires_grad=weight.requires_grad)  # type: ignore[arg-type]
-            if some is not None:
-                linear._parameters["bias"] = nn.Parameter(some, requires_grad=bias.requires_grad)  # type: ignore[arg-type]
+            if values is not None:
+                linear._parameters["bias"] = nn.Parameter(values, requires_grad=bias.requires_grad)  # type: ignore[arg-type]
             self.add_module(part, linear)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -95,9 +95,9 @@ def _found(model: nn.Module, module: str, output: str) -> Iterator[tuple[str, nn
 
 def _arrangement(path: str, attention: Any, fused: Any, output: str, by: By, transposed: bool) -> Fused:
     width, rows = attention.head_dim, fused.weight.shape[1 if transposed else 0]
-    given = getattr(attention, output).weight.shape[0 if transposed else 1]
-    heads, over = divmod(given, width)
-    kv_heads, odd = divmod(rows - given, 2 * width)
+    width_out = getattr(attention, output).weight.shape[0 if transposed else 1]
+    heads, over = divmod(width_out, width)
+    kv_heads, odd = divmod(rows - width_out, 2 * width)
     if over or odd or kv_heads < 1 or heads % kv_heads:
         raise UpfitError(f"{path}: {rows} rows are not queries, keys and values of heads of width {width}; check config.json")
     return Fused(by, heads, kv_heads, width, transposed)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from upfit.architecture.adapter import adapt, adapt_shapes
 from upfit.architecture.attention import Geometry, Layer
 from upfit.architecture.grouped_class import as_own
-from upfit.architecture.names import class_names, disk_names
+from upfit.architecture.names import disk_names, name_map
 from upfit.architecture.table import Described, Entry, entry_for
 from upfit.checkpoint.reader import Checkpoint
 from upfit.checkpoint.safetensors_header import ITEM_BYTES
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
-    from upfit.architecture.names import Names
+    from upfit.architecture.names import NameMap
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Architecture:
         for part in (text if isinstance(text, dict) else {}, self.config):
             if isinstance(part.get("initializer_range"), int | float):
                 return float(part["initializer_range"])
-        return 0.02
+        return 0.02  # what transformers' configs have where a family names none
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -111,15 +111,15 @@ def set_kv_heads(config: dict[str, Any], entry: Entry, kv_heads: int, more: bool
 
 def _counts(config: dict[str, Any], entry: Entry) -> list[tuple[dict[str, Any], str]]:
     """(object, key) of every head count in `config`; of those that it does not have, only the main one."""
-    found = []
+    settings = []
     for path in entry.kv_heads:
         *parents, key = path.split(".")
         places: list[Any] = [config]
         for parent in parents:
             places = [child for place in places for child in (place.values() if parent == "*" else [place.get(parent)])]
             places = [place for place in places if isinstance(place, dict)]
-        found += [(place, key) for place in places if path == entry.kv_heads[0] or place.get(key) is not None]
-    return found
+        settings += [(place, key) for place in places if path == entry.kv_heads[0] or place.get(key) is not None]
+    return settings
 
 
 def open_model(checkpoint: Checkpoint, own: bool = False) -> tuple[Checkpoint, Architecture]:
@@ -139,7 +139,7 @@ def bind(config: dict[str, Any], tensors: Mapping[str, "Described"], own: bool =
 
 def _architecture(config: dict[str, Any], tensors: Mapping[str, "Described"]) -> Architecture:
     entry = entry_for(config)
-    names = class_names(config)
+    names = name_map(config)
     probe = _probe(config, entry)
     disk = disk_names(names, tensors)
     paths = _attention_paths(entry, names, probe.shapes)
@@ -169,7 +169,7 @@ def _probe(config: dict[str, Any], entry: Entry) -> Probe:
             place[key] = not current if entry.kv_heads_flag else other if current == small else small
             counts.append((current, place[key]))
         try:
-            shapes = class_names(changed).shapes
+            shapes = name_map(changed).shapes
         except UpfitError as error:
             failure = error
             continue
@@ -178,7 +178,7 @@ def _probe(config: dict[str, Any], entry: Entry) -> Probe:
     raise failure
 
 
-def _attention_paths(entry: Entry, names: "Names", probed: dict[str, tuple[int, ...]]) -> list[str]:
+def _attention_paths(entry: Entry, names: "NameMap", probed: dict[str, tuple[int, ...]]) -> list[str]:
     """Module paths of the attention layers, found by their key projection changing shape with the head count.
 
     Raises UpfitError when a parameter changes that no part of the table explains: the layer is then not understood.
@@ -201,7 +201,7 @@ KINDS = ("weight", "bias")
 SINKS = "sinks"  # what transformers calls a learned attention sink for each query head
 
 
-def _is_stored(entry: Entry, path: str, disk: dict[str, str], names: "Names") -> bool:
+def _is_stored(entry: Entry, path: str, disk: dict[str, str], names: "NameMap") -> bool:
     """False for a layer that only repeats another one's weights (tied blocks are stored once).
 
     Raises UpfitError when the weights are nowhere.
@@ -218,7 +218,7 @@ def _layer(
     entry: Entry,
     path: str,
     index: int,
-    names: "Names",
+    names: "NameMap",
     probe: Probe,
     disk: dict[str, str],
     tensors: Mapping[str, "Described"],

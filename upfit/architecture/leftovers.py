@@ -44,12 +44,12 @@ class Leftovers:
         return {kind: patterns(names) for kind, names in kinds.items() if names}
 
     def notes(self) -> tuple[str, ...]:
-        said = {
+        notes = {
             "changed as in its own layers": self.converted,
             "left out, for the model's heads are other ones now": self.left_out,
             "passed on as they are": self.passed_on,
         }
-        return tuple(f"tensors that the class does not take, {what}: {_many(names)}" for what, names in said.items() if names)
+        return tuple(f"tensors that the class does not take, {what}: {_many(names)}" for what, names in notes.items() if names)
 
 
 def left_over(tensors: Iterable[str], module_name: Callable[[str], str], shapes: Mapping[str, Shape]) -> frozenset[str]:
@@ -83,7 +83,7 @@ def settle(
     strays = {heads.module(name) for name in rest}
     left_out = frozenset(name for name in unused - converted.keys() if _below(name, blocks | strays))
     config = without_prediction(plan.config) if blocks else plan.config
-    drop = (Rule((), (), lambda given: {}, "left out", tuple(sorted(left_out))),) if left_out else ()
+    drop = (Rule((), (), lambda tensors: {}, "left out", tuple(sorted(left_out))),) if left_out else ()
     settled = replace(plan, rules=(*plan.rules, *rules, *drop), config=config)
     return settled, Leftovers(converted, left_out, unused - converted.keys() - left_out, tuple(sorted(blocks)))
 
@@ -142,19 +142,19 @@ class Heads:
         if len(shape) < 2:
             return bool(self.wide.intersection(shape))
         rest = [size for size in shape if size not in self.wide]
-        return len(rest) < len(shape) and all(size % one == 0 for size in rest for one in self.hidden)
+        return len(rest) < len(shape) and all(size % factor == 0 for size in rest for factor in self.hidden)
 
     def twins(self, unused: frozenset[str]) -> list[tuple[Layer, Layer]]:
         """Layers among the unused, each with one that is changed and has the same names and shapes."""
-        found: dict[str, tuple[Layer, Layer]] = {}
+        pairs: dict[str, tuple[Layer, Layer]] = {}
         for layer in self.layers:
             for name in sorted(unused):
                 stem = name.removesuffix(f"{self.entry.k}.weight")
                 alike = stem != name and self._stem(name) == stem and _pattern(stem) not in self.other
-                twin = _twin(layer, stem, self.entry, unused, self.tensors, len(found)) if alike else None
+                twin = _twin(layer, stem, self.entry, unused, self.tensors, len(pairs)) if alike else None
                 if twin is not None:
-                    found.setdefault(stem, (twin, layer))
-        return list(found.values())
+                    pairs.setdefault(stem, (twin, layer))
+        return list(pairs.values())
 
     def block(self, name: str) -> str:
         """The outermost module around a tensor that holds nothing the class takes; the tensor itself where there is none."""
@@ -234,7 +234,7 @@ def patterns(names: Iterable[str]) -> dict[str, int]:
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(_pattern(name), []).append(name)
-    return dict(sorted((kind if len(found) > 1 else found[0], len(found)) for kind, found in alike.items()))
+    return dict(sorted((kind if len(same) > 1 else same[0], len(same)) for kind, same in alike.items()))
 
 
 def _pattern(name: str) -> str:

@@ -16,14 +16,16 @@ def model_types() -> dict[str, dict[str, Any]]:
     from transformers import CONFIG_MAPPING
 
     known = table()
-    found: dict[str, dict[str, Any]] = {name: {"how": OWN if entry.own else SUPPORTED} for name, entry in known.entries.items()}
+    listed: dict[str, dict[str, Any]] = {
+        name: {"how": OWN if entry.own else SUPPORTED} for name, entry in known.entries.items()
+    }
     for name, targets in known.retargets.items():
-        found[name] = {"how": MOVED, "to": [*targets, *([OWN] if name in known.entries else [])]}
-    found |= {name: {"how": "refused", "why": reason} for name, reason in known.refused.items()}
+        listed[name] = {"how": MOVED, "to": [*targets, *([OWN] if name in known.entries else [])]}
+    listed |= {name: {"how": "refused", "why": reason} for name, reason in known.refused.items()}
     writing = _writing()
     for name in set(CONFIG_MAPPING) - set(code_files()):
-        found.setdefault(name, {"how": "refused", "why": NOT_LOOKED_AT if name in writing else NO_LANGUAGE})
-    return dict(sorted(found.items()))
+        listed.setdefault(name, {"how": "refused", "why": NOT_LOOKED_AT if name in writing else NO_LANGUAGE})
+    return dict(sorted(listed.items()))
 
 
 def _writing() -> set[str]:

@@ -54,10 +54,10 @@ def load_strictly(
 
 def _complain(folder: Path, report: dict[str, Any], unexpected: frozenset[str] | None) -> None:
     report["unexpected_keys"] = set() if unexpected is None else set(report["unexpected_keys"]) - unexpected
-    for kind, found in report.items():
-        if found:
-            names = ", ".join(sorted(map(str, found))[:3])
-            raise UpfitError(f"{folder} does not load completely: {len(found)} {kind.replace('_', ' ')}, e.g. {names}")
+    for kind, named in report.items():
+        if named:
+            names = ", ".join(sorted(map(str, named))[:3])
+            raise UpfitError(f"{folder} does not load completely: {len(named)} {kind.replace('_', ' ')}, e.g. {names}")
 
 
 def load_with_report(folder: Path, auto_class: Any = None, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]:

@@ -62,7 +62,7 @@ def counted() -> Iterator[None]:
             handle.remove()
 
 
-def skeleton(config: dict[str, Any], meta: bool = True, stored: bool = False) -> "PreTrainedModel":
+def build_on_meta(config: dict[str, Any], meta: bool = True, stored: bool = False) -> "PreTrainedModel":
     """The model that transformers builds for this `config.json`, on the meta device (or, without `meta`, where torch is set
     to). Fused queries, keys and values are set apart in it; with `stored` they are left as they are stored.
 
@@ -126,16 +126,16 @@ def model_class_for(config: dict[str, Any]) -> Any:
 
     named = [name for name in config.get("architectures") or () if isinstance(name, str)]
     for name in named:
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+        model_class = getattr(transformers, name, None)
+        if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
+            return model_class
     config_class = CONFIG_MAPPING[config["model_type"]]
     mappings = [getattr(transformers, auto)._model_mapping for auto in AUTO_CLASSES if hasattr(transformers, auto)]
     known = [mapping[config_class] for mapping in mappings if config_class in mapping]
-    known = [found[0] if isinstance(found, tuple) else found for found in known]
-    for found in known:
-        if found.__name__ in named:
-            return found
+    known = [model_class[0] if isinstance(model_class, tuple) else model_class for model_class in known]
+    for model_class in known:
+        if model_class.__name__ in named:
+            return model_class
     if known:
         return known[0]
     raise UpfitError(f"transformers has no language model class for {config['model_type']!r}; name one in `architectures`")
@@ -149,8 +149,8 @@ def auto_class_for(config: dict[str, Any]) -> Any:
     wanted = model_class_for(config)
     for auto in AUTO_CLASSES:
         auto_class = getattr(transformers, auto, None)
-        found = auto_class._model_mapping.get(CONFIG_MAPPING[config["model_type"]], None) if auto_class else None
-        if found is not None and wanted in (found if isinstance(found, tuple) else (found,)):
+        model_class = auto_class._model_mapping.get(CONFIG_MAPPING[config["model_type"]], None) if auto_class else None
+        if model_class is not None and wanted in (model_class if isinstance(model_class, tuple) else (model_class,)):
             return auto_class
     return wanted
 
@@ -158,6 +158,6 @@ def auto_class_for(config: dict[str, Any]) -> Any:
 def vocabulary(config: dict[str, Any]) -> int | None:
     """Number of token ids the model knows, from its input embedding; None when it has none."""
     try:
-        return int(skeleton(config).get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        return int(build_on_meta(config).get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     except (AttributeError, NotImplementedError):
         return None

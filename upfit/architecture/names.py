@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.fused import Apart
-from upfit.architecture.meta_model import skeleton
+from upfit.architecture.meta_model import build_on_meta
 from upfit.architecture.table import Described, known_entry
 from upfit.model_files import quiet_transformers
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Names:
+class NameMap:
     """How the names in a checkpoint file correspond to parameters of the class, as `from_pretrained` reads them."""
 
     def __init__(self, model: "PreTrainedModel") -> None:
@@ -26,9 +26,9 @@ class Names:
         state = model.state_dict(keep_vars=True)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self.floating = {name for name, tensor in state.items() if tensor.is_floating_point()}
-        self.added = _said(model, "upfit_added")
+        self.added = _named_by_modules(model, "upfit_added")
         self.fused = {path: module.arrangement for path, module in model.named_modules() if isinstance(module, Apart)}
-        self.cached = _said(model, "upfit_cached") & self.shapes.keys()
+        self.cached = _named_by_modules(model, "upfit_cached") & self.shapes.keys()
         same: dict[int, list[str]] = {}
         for name, tensor in state.items():
             same.setdefault(id(tensor), []).append(name)
@@ -46,28 +46,28 @@ class Names:
         return self._rename(disk_name)[0]
 
 
-def _said(model: "PreTrainedModel", what: str) -> set[str]:
+def _named_by_modules(model: "PreTrainedModel", what: str) -> set[str]:
     """Names of the parameters that modules of ours name in their attribute `what`."""
     return {f"{path}.{name}" for path, module in model.named_modules() for name in getattr(module, what, ())}
 
 
-def class_names(config: dict[str, Any], stored: bool = False) -> Names:
+def name_map(config: dict[str, Any], stored: bool = False) -> NameMap:
     """Names and shapes of the class of this config, as it is seen or as it is `stored`. A conversion asks several times, and a
     large model takes seconds."""
     entry = known_entry(config) if stored else None
-    return _class_names(json.dumps(config), entry is not None and bool(entry.fused))
+    return _name_map(json.dumps(config), entry is not None and bool(entry.fused))
 
 
 @functools.lru_cache(maxsize=8)
-def _class_names(text: str, stored: bool) -> Names:
-    return Names(skeleton(json.loads(text), stored=stored))
+def _name_map(text: str, stored: bool) -> NameMap:
+    return NameMap(build_on_meta(json.loads(text), stored=stored))
 
 
-def disk_names(names: "Names", tensors: Mapping[str, "Described"]) -> dict[str, str]:
+def disk_names(names: "NameMap", tensors: Mapping[str, "Described"]) -> dict[str, str]:
     """Parameter name -> tensor name in the file, for the tensors that become one parameter whole."""
-    found = {}
+    stored = {}
     for disk_name, info in tensors.items():
         module_name = names.module_name(disk_name)
         if names.shapes.get(module_name) == info.shape:
-            found[module_name] = disk_name
-    return found
+            stored[module_name] = disk_name
+    return stored

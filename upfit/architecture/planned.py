@@ -10,7 +10,7 @@ from typing import Any
 
 from upfit.architecture.attention import Layer
 from upfit.architecture.layers import Architecture
-from upfit.architecture.names import class_names
+from upfit.architecture.names import name_map
 from upfit.checkpoint.execute import Planned
 from upfit.checkpoint.plan import Plan
 from upfit.checkpoint.reader import Checkpoint
@@ -27,8 +27,8 @@ def check_against_class(
     between the source's class and the target's is not written.
     """
 
-    source = class_names(architecture.config, stored=True).shapes
-    target = class_names(plan.config, stored=True)
+    source = name_map(architecture.config, stored=True).shapes
+    target = name_map(plan.config, stored=True)
     beyond, by_name = beyond or {}, {item.name: item for item in planned}
     for name, like in beyond.items():
         if like and by_name[name].shape != by_name[like].shape:
@@ -49,7 +49,7 @@ def check_against_class(
 def changed_layers(architecture: Architecture, plan: Plan) -> list[Layer]:
     """The attention layers that have other parameters, or other shapes, in the class of the plan's config."""
 
-    before, after = (class_names(config, stored=True).shapes for config in (architecture.config, plan.config))
+    before, after = (name_map(config, stored=True).shapes for config in (architecture.config, plan.config))
     different = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return [layer for layer in architecture.layers if any(name.startswith(layer.path + ".") for name in different)]
 

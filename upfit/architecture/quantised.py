@@ -7,13 +7,13 @@ right one. So a tensor is refused when it is not floating-point and the class co
 import re
 from typing import TYPE_CHECKING
 
-from upfit.architecture.names import class_names
+from upfit.architecture.names import name_map
 from upfit.checkpoint.quantised_config import FILES, method_of, refusal
 from upfit.checkpoint.reader import read_object
 from upfit.checkpoint.side_files import contained
 
 if TYPE_CHECKING:
-    from upfit.architecture.names import Names
+    from upfit.architecture.names import NameMap
     from upfit.checkpoint.reader import Checkpoint
 
 
@@ -37,7 +37,7 @@ def check_not_quantised(checkpoint: "Checkpoint") -> None:
         if path.exists():
             method = method_of(read_object(contained(path, checkpoint.folder))) if path.is_file() else ""
             raise refusal(checkpoint.folder, f"{method or 'unknown'}, by its {path.name}")
-    names = class_names(checkpoint.config, stored=True)
+    names = name_map(checkpoint.config, stored=True)
     stored = {name: names.module_name(name) for name in checkpoint.tensors}
     taken = set(stored.values())
     for name, parameter in stored.items():
@@ -46,7 +46,7 @@ def check_not_quantised(checkpoint: "Checkpoint") -> None:
             raise refusal(checkpoint.folder, why)
 
 
-def _why(name: str, parameter: str, dtype: str, names: "Names", taken: set[str]) -> str:
+def _why(name: str, parameter: str, dtype: str, names: "NameMap", taken: set[str]) -> str:
     """What is quantised about a tensor; empty for a plain one, and for integers that the class has as such or does not need."""
     kind = KINDS.get(dtype[:2], "packed")
     if parameter in names.shapes:

@@ -20,7 +20,7 @@ from upfit.architecture.loading import pick_device
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known
 from upfit.calibration.gather import LayerSums, gather_layer
-from upfit.calibration.layerwise import Stream
+from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import Opaque
 from upfit.calibration.sample import (
     Sample,
@@ -28,8 +28,8 @@ from upfit.calibration.sample import (
     sample_for,
 )
 from upfit.calibration.statistics import ROWS
-from upfit.calibration.statistics_file import check_statistics, facts_from, fingerprint, metadata
-from upfit.calibration.traits import Facts
+from upfit.calibration.statistics_file import check_statistics, fingerprint, metadata, traits_from
+from upfit.calibration.traits import AttentionTraits
 from upfit.checkpoint.output_folder import check_place, resolved
 from upfit.checkpoint.reader import Checkpoint, open_checkpoint, safetensors_dtype
 from upfit.checkpoint.safetensors_header import encode_header, read_header
@@ -83,19 +83,19 @@ def calibrate(
             layers = FinishedLayers(work.folder("layers"))
             work.keep = bool(layers.read()["next"])
             try:
-                facts = _gather(checkpoint, architecture, sample, layers, output)
+                traits = _gather(checkpoint, architecture, sample, layers, output)
             except Opaque as reason:
                 raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
-            made = work.path / "result.safetensors"
-            _join(layers, made, sample, metadata(model_hash, sample, facts, ROWS))
-            work.publish(made, overwrite)
-    opaque = {path: value for path, value in facts.items() if isinstance(value, str)}
+            result = work.path / "result.safetensors"
+            _join(layers, result, sample, metadata(model_hash, sample, traits, ROWS))
+            work.publish(result, overwrite)
+    opaque = {path: value for path, value in traits.items() if isinstance(value, str)}
     return {
         "out": str(out),
         "bytes": out.stat().st_size,
         "tokens": sample.tokens,
-        "windows": {length: len(some) for length, some in sample.windows.items()},
-        "layers": len(facts) - len(opaque),
+        "windows": {length: len(rows) for length, rows in sample.windows.items()},
+        "layers": len(traits) - len(opaque),
         "not_watched": opaque,
         "seconds": time.monotonic() - began,
     }
@@ -122,12 +122,12 @@ class FinishedLayers:
     def hidden_file(self, index: int) -> Path:
         return self.folder / f"hidden-{index:05d}.safetensors"
 
-    def keep(self, index: int, found: LayerSums | None, hidden: list[Tensor]) -> None:
+    def keep(self, index: int, layer: LayerSums | None, hidden: list[Tensor]) -> None:
         """Layer `index` is done. Whatever is killed in here, `state.json` names files that are whole."""
         content = self.read()
-        if found is not None:
-            save_file({f"{found.path}/{name}": tensor for name, tensor in found.sums.items()}, self.layer_file(index))
-            content["facts"][found.path] = found.facts if isinstance(found.facts, str) else asdict(found.facts)
+        if layer is not None:
+            save_file({f"{layer.path}/{name}": tensor for name, tensor in layer.sums.items()}, self.layer_file(index))
+            content["facts"][layer.path] = layer.traits if isinstance(layer.traits, str) else asdict(layer.traits)
         save_file({str(number): tensor.contiguous() for number, tensor in enumerate(hidden)}, self.hidden_file(index + 1))
         self._write(content | {"next": index + 1})
         self.hidden_file(index).unlink(missing_ok=True)
@@ -139,35 +139,35 @@ class FinishedLayers:
 
 def _gather(
     checkpoint: Checkpoint, architecture: Architecture, sample: Sample, work: FinishedLayers, output: Output
-) -> dict[str, Facts | str]:
+) -> dict[str, AttentionTraits | str]:
     device = pick_device()
     pieces, held = sample.batches()
-    stream = Stream(checkpoint, architecture, pieces, device)
+    model = LayerwiseModel(checkpoint, architecture, pieces, device)
     start = work.read()["next"]
     if start:
-        output.note(f"going on from layer {start} of {len(stream.blocks)}")
-        for batch, hidden in zip(stream.batches, work.hidden(start), strict=True):
+        output.note(f"going on from layer {start} of {len(model.blocks)}")
+        for batch, hidden in zip(model.batches, work.hidden(start), strict=True):
             batch.hidden = hidden.to(device)
-    with output.progress("calibrating", len(stream.blocks)) as meter:
+    with output.progress("calibrating", len(model.blocks)) as meter:
         meter.advance(start)
-        for index in range(start, len(stream.blocks)):
-            found = gather_layer(stream, architecture, index, held)
-            work.keep(index, found, [batch.hidden for batch in stream.batches if batch.hidden is not None])
-            meter.advance(1, found.path if found else "")
-    facts = work.read()["facts"]
-    return {path: value if isinstance(value, str) else facts_from(value) for path, value in facts.items()}
+        for index in range(start, len(model.blocks)):
+            layer = gather_layer(model, architecture, index, held)
+            work.keep(index, layer, [batch.hidden for batch in model.batches if batch.hidden is not None])
+            meter.advance(1, layer.path if layer else "")
+    traits = work.read()["facts"]
+    return {path: value if isinstance(value, str) else traits_from(value) for path, value in traits.items()}
 
 
-def _join(work: FinishedLayers, made: Path, sample: Sample, told: dict[str, str]) -> None:
-    """Put windows and layers into the file `made`, a tensor at a time."""
-    windows = {f"windows.{length}": some.int() for length, some in sorted(sample.windows.items())}
+def _join(work: FinishedLayers, result: Path, sample: Sample, header: dict[str, str]) -> None:
+    """Put windows and layers into the file `result`, a tensor at a time."""
+    windows = {f"windows.{length}": rows.int() for length, rows in sorted(sample.windows.items())}
     infos = [info for path in sorted(work.folder.glob("layer-*.safetensors")) for info in read_header(path)]
-    listed = [(name, safetensors_dtype_of(some), tuple(some.shape), some.nbytes) for name, some in windows.items()]
+    listed = [(name, safetensors_dtype_of(rows), tuple(rows.shape), rows.nbytes) for name, rows in windows.items()]
     listed += [(info.name, info.dtype, info.shape, info.nbytes) for info in infos]
-    with made.open("wb") as file:
-        file.write(encode_header(listed, told))
-        for some in windows.values():
-            file.write(some.contiguous().numpy().tobytes())
+    with result.open("wb") as file:
+        file.write(encode_header(listed, header))
+        for rows in windows.values():
+            file.write(rows.contiguous().numpy().tobytes())
         for info in infos:
             for piece in _pieces(info.file, info.start, info.end):
                 file.write(piece)

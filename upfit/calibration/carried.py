@@ -6,27 +6,27 @@ from typing import Any
 from torch import Tensor
 
 from upfit.calibration.observe import Call
-from upfit.calibration.teacher_student import Lane
+from upfit.calibration.teacher_student import PairedBatch
 
 NOTHING = object()
 
 
 class Carried:
-    """The hidden states of some lanes, and what layers have put into dictionaries that they were given (keys and values that
+    """The hidden states of some batches, and what layers have put into dictionaries that they were given (keys and values that
     later layers share). Made before the first layer; with `alone` the student's side is not used."""
 
-    def __init__(self, lanes: list[Lane], alone: bool) -> None:
-        self.lanes, self.alone = lanes, alone
-        sides = [calls for lane in lanes for calls in ((lane.calls,) if alone else (lane.calls, lane.student_calls))]
-        self.dictionaries = [(found, dict(found)) for calls in sides for found in _dictionaries(calls)]
+    def __init__(self, batches: list[PairedBatch], alone: bool) -> None:
+        self.batches, self.alone = batches, alone
+        sides = [calls for batch in batches for calls in ((batch.calls,) if alone else (batch.calls, batch.student_calls))]
+        self.dictionaries = [(shared, dict(shared)) for calls in sides for shared in _dictionaries(calls)]
 
     def tensors(self) -> dict[str, Tensor] | None:
         """All of it by name; None when a layer left something that is not made of tensors."""
         tensors: dict[str, Tensor] = {}
-        for number, lane in enumerate(self.lanes):
-            tensors[_name("teacher", number)] = lane.teacher
-            if not self.alone and lane.student is not lane.teacher:
-                tensors[_name("student", number)] = lane.student
+        for number, batch in enumerate(self.batches):
+            tensors[_name("teacher", number)] = batch.teacher
+            if not self.alone and batch.student is not batch.teacher:
+                tensors[_name("student", number)] = batch.student
         for number, (now, begun) in enumerate(self.dictionaries):
             for key, value in now.items():
                 if begun.get(key, NOTHING) is value:
@@ -38,19 +38,19 @@ class Carried:
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `tensors`, on lanes that stand before the first layer."""
-        for number, lane in enumerate(self.lanes):
-            device = lane.teacher.device
-            lane.teacher = tensors[_name("teacher", number)].to(device)
+        """The inverse of `tensors`, on batches that stand before the first layer."""
+        for number, batch in enumerate(self.batches):
+            device = batch.teacher.device
+            batch.teacher = tensors[_name("teacher", number)].to(device)
             student = tensors.get(_name("student", number))
-            lane.student = lane.teacher if student is None else student.to(device)
+            batch.student = batch.teacher if student is None else student.to(device)
         parts: dict[tuple[int, str], dict[int | None, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, number, *rest = json.loads(name)
             if kind == "left":
-                parts.setdefault((number, rest[0]), {})[rest[1]] = tensor.to(self.lanes[0].teacher.device)
-        for (number, key), found in parts.items():
-            whole: Any = found[None] if None in found else tuple(found[at] for at in range(len(found)))
+                parts.setdefault((number, rest[0]), {})[rest[1]] = tensor.to(self.batches[0].teacher.device)
+        for (number, key), pieces in parts.items():
+            whole: Any = pieces[None] if None in pieces else tuple(pieces[at] for at in range(len(pieces)))
             self.dictionaries[number][0][key] = whole
 
 

@@ -83,10 +83,10 @@ class FitWork:
 
     def _clear(self) -> None:
         """Remove what was being written, and what belongs to another fit."""
-        kept = {self.progress.state, *(entry.file for entry in self.progress.layers)}
-        kept |= {FILE} if self.progress.next else set()
+        needed = {self.progress.state, *(entry.file for entry in self.progress.layers)}
+        needed |= {FILE} if self.progress.next else set()
         for path in self.folder.iterdir():
-            if OURS.fullmatch(path.name) and path.name not in kept:
+            if OURS.fullmatch(path.name) and path.name not in needed:
                 path.unlink()
 
     def state(self) -> dict[str, Tensor]:

@@ -5,45 +5,45 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from upfit.architecture.layers import Architecture
-from upfit.calibration.layerwise import Stream
+from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import Opaque, run_block
 from upfit.calibration.statistics import ROWS, add, observe, sample_rows
-from upfit.calibration.traits import Facts, understand, watch
+from upfit.calibration.traits import AttentionTraits, probe_attention, watch
 
 
 @dataclass(frozen=True)
 class LayerSums:
-    """One attention layer: its facts and float32 statistics, or why it could not be watched."""
+    """One attention layer: its traits and float32 statistics, or why it could not be watched."""
 
     path: str
-    facts: Facts | str
+    traits: AttentionTraits | str
     sums: dict[str, Tensor]
 
 
-def gather_layer(stream: Stream, architecture: Architecture, index: int, held: list[bool]) -> LayerSums | None:
+def gather_layer(model: LayerwiseModel, architecture: Architecture, index: int, held: list[bool]) -> LayerSums | None:
     """Run one layer over every batch of the stream, which moves on; its statistics, or None for one without key/value heads."""
-    block = stream.blocks[index]
-    stream.load(index)
+    block = model.blocks[index]
+    model.load(index)
     layer = {layer.path: layer for layer in architecture.layers}.get(block.attention_path) if block.attention else None
-    facts: Facts | str = "no attention"
+    traits: AttentionTraits | str = "no attention"
     sums: dict[str, Tensor] = {}
     if layer is not None:
-        longest = max(stream.batches, key=lambda batch: batch.ids.shape[1])
+        longest = max(model.batches, key=lambda batch: batch.ids.shape[1])
         assert longest.hidden is not None
         try:
-            facts, _ = understand(block, architecture.entry, layer.geometry, longest.hidden, longest.calls[index])
+            traits, _ = probe_attention(block, architecture.entry, layer.geometry, longest.hidden, longest.calls[index])
         except Opaque as reason:
-            facts = str(reason)
-    for number, (batch, back) in enumerate(zip(stream.batches, held, strict=True)):
+            traits = str(reason)
+    for number, (batch, back) in enumerate(zip(model.batches, held, strict=True)):
         assert batch.hidden is not None
-        if isinstance(facts, str) or back:
+        if isinstance(traits, str) or back:
             batch.hidden = run_block(block.module, batch.hidden, batch.calls[index])
             continue
         watched = watch(block, batch.hidden, batch.calls[index], ())
         rows = sample_rows(batch.ids.shape[1], ROWS, index, number, batch.hidden.device)
-        add(sums, observe(watched.seen, facts, rows))
+        add(sums, observe(watched.seen, traits, rows))
         batch.hidden = watched.output
-    stream.empty(block.module)
+    model.empty(block.module)
     if layer is None:
         return None
-    return LayerSums(layer.path, facts, {name: tensor.float().cpu().contiguous() for name, tensor in sums.items()})
+    return LayerSums(layer.path, traits, {name: tensor.float().cpu().contiguous() for name, tensor in sums.items()})

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from upfit.architecture.layers import Architecture
-from upfit.architecture.meta_model import quiet_transformers, skeleton
-from upfit.architecture.names import class_names
+from upfit.architecture.meta_model import build_on_meta, quiet_transformers
+from upfit.architecture.names import name_map
 from upfit.calibration.observe import NAME, Call, Opaque, Stop, register
 from upfit.checkpoint.reader import Checkpoint
 
@@ -45,7 +45,7 @@ def observed_model(config: dict[str, Any], device: str = "cpu") -> "PreTrainedMo
     """The class of this config without weights, with attention that can be listened to."""
     register()
     with _parameters_on_meta(), torch.device(device):
-        model = skeleton(config, meta=False)
+        model = build_on_meta(config, meta=False)
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module.config, "_attn_implementation_internal"):
             module.config._attn_implementation_internal = NAME
@@ -96,12 +96,12 @@ class Weights:
         self.model, self.checkpoint, self.device = model, checkpoint, device
         with quiet_transformers():
             self.mapping: Any = get_model_conversion_mapping(model)
-        names = class_names(checkpoint.config)
+        names = name_map(checkpoint.config)
         sources: dict[str, list[str]] = {}
         for disk_name in checkpoint.tensors:
             sources.setdefault(names.module_name(disk_name), []).append(disk_name)
         self.tied = names.tied
-        self.sources = {alias: found for name, found in sources.items() for alias in names.tied.get(name, (name,))}
+        self.sources = {alias: stored for name, stored in sources.items() for alias in names.tied.get(name, (name,))}
 
     def load(self, path: str, deep: bool = True) -> None:
         """Fill the module at `path` (with `deep` all below it), in float32, not to be trained."""
@@ -119,19 +119,19 @@ class Weights:
             convert_and_load_state_dict_in_model(self.model, {name: self.checkpoint.read(name) for name in wanted}, settings)
         tied = {name: self.tied.get(f"{path}.{name}".lstrip("."), []) for name in empty}
         for name, others in tied.items():  # a weight that is shared lies in the file under one of its names
-            found = [p for p in map(self.model.get_parameter, others) if p.device.type != "meta"]
+            loaded = [p for p in map(self.model.get_parameter, others) if p.device.type != "meta"]
             owner, _, own = name.rpartition(".")
             parameters = module.get_submodule(owner)._parameters
             empty_one = parameters.get(own)
-            if found and empty_one is not None and empty_one.device.type == "meta":
-                parameters[own] = found[0]
+            if loaded and empty_one is not None and empty_one.device.type == "meta":
+                parameters[own] = loaded[0]
         module.requires_grad_(False)
 
     def on_demand(self, inside: Callable[[str], bool]) -> None:
         """Fill every module that `inside` does not claim when it is first called."""
         for path, module in self.model.named_modules():
             if path and not inside(path) and next(module.parameters(recurse=False), None) is not None:
-                module.register_forward_pre_hook(lambda module, given, path=path: self.load(path, deep=False))
+                module.register_forward_pre_hook(lambda module, arguments, path=path: self.load(path, deep=False))
 
 
 @dataclass
@@ -143,7 +143,7 @@ class Batch:
     calls: list[Call] = field(default_factory=list)
 
 
-class Stream:
+class LayerwiseModel:
     """A model that is run layer by layer over some batches of windows.
 
     Raises Opaque when the family's forward cannot be run this way.
@@ -156,7 +156,7 @@ class Stream:
         self.weights.on_demand(lambda path: any(path == b.path or path.startswith(b.path + ".") for b in self.blocks))
         embedding = self.model.get_input_embeddings()  # asked for its device before it is called
         self.weights.load(next(path for path, module in self.model.named_modules() if module is embedding))
-        self.batches = [Batch(some.to(device)) for some in ids]
+        self.batches = [Batch(windows.to(device)) for windows in ids]
         for batch in self.batches:
             try:
                 self._begin(batch, as_tuple=False)

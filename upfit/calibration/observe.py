@@ -95,15 +95,15 @@ def _attend(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    strange = [name for name, given in others.items() if isinstance(given, Tensor) and name not in HARMLESS]
+    strange = [name for name, argument in others.items() if isinstance(argument, Tensor) and name not in HARMLESS]
     if strange:
         raise Opaque(f"its attention is given {strange[0]!r}, which is not understood")
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
     bare = Seen(module, query, key, value, attention_mask, scaling, softcap, s_aux, query)
     output = bare.attended()
     if _listener is not None:
-        said = _listener(replace(bare, output=output))
-        output = output if said is None else said
+        replaced = _listener(replace(bare, output=output))
+        output = output if replaced is None else replaced
     return output, None
 
 
@@ -146,8 +146,8 @@ def run_until(block: nn.Module, stop: nn.Module, hidden: Tensor, call: Call) -> 
     """The input of the module `stop` inside the layer; what comes after it is not run."""
     caught: list[Tensor] = []
 
-    def catch(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        caught.append(given[0])
+    def catch(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        caught.append(arguments[0])
         raise Stop
 
     handle = stop.register_forward_pre_hook(catch)
@@ -166,9 +166,9 @@ def tapped(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor,
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-            if given and isinstance(given[0], Tensor):
-                seen[name] = (given[0], output[0] if isinstance(output, tuple) else output)
+        def hook(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            if arguments and isinstance(arguments[0], Tensor):
+                seen[name] = (arguments[0], output[0] if isinstance(output, tuple) else output)
 
         return hook
 

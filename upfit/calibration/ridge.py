@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 ROUNDING = 1e-5  # share of the energy that sums in float32 cannot tell from nothing
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # tried from free to tied; what is held back decides between them
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Moments:
         """Σ w |W z − t|² as a share of Σ w |t|²."""
         assert self.inputs is not None and self.cross is not None
         lost = float(((weight @ self.inputs) * weight).sum() - 2 * (weight * self.cross).sum()) + self.energy
-        return lost / max(self.energy, 1e-30)
+        return lost / max(self.energy, 1e-30)  # targets of all zeros: no division by 0
 
 
 def ridge(fit: Moments, held: Moments, prior: Tensor, strengths: Sequence[float]) -> tuple[Tensor, float]:
@@ -46,7 +46,7 @@ def ridge(fit: Moments, held: Moments, prior: Tensor, strengths: Sequence[float]
     if error < ROUNDING:
         return prior.float(), chosen
     power = fit.inputs.diagonal()
-    power = power + 1e-4 * power.mean() + 1e-30
+    power = power + 1e-4 * power.mean() + 1e-30  # inputs that are silent on this text, or all 0, hold to the prior too
     for strength in strengths:
         system = fit.inputs.clone().mT  # symmetric; by columns, as LAPACK wants it, so that it works in place
         system.diagonal().add_(strength * power)
@@ -72,5 +72,5 @@ def augmented(inputs: Tensor, width: int) -> Tensor:
 def ridge_linear(sums: dict[bool, Moments], module: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """The ridge solution for a Linear, drawn to what it holds: weight and bias. `sums[True]` are of held-back rows."""
     prior = module.weight if module.bias is None else torch.cat([module.weight, module.bias[:, None]], 1)
-    found, _ = ridge(sums[False], sums[True], prior, RIDGES)
-    return (found, None) if module.bias is None else (found[:, :-1], found[:, -1])
+    solution, _ = ridge(sums[False], sums[True], prior, RIDGES)
+    return (solution, None) if module.bias is None else (solution[:, :-1], solution[:, -1])

@@ -20,12 +20,12 @@ from upfit.text.plain import pieces
 from upfit.text.tokenizer import identity, no_panic
 from upfit.text.windows import encode, prefix_ids
 
-TOKENS = 64_000
-LENGTH = 2048
+TOKENS = 64_000  # docs/convert.md: the fit takes about as long as it has tokens
+LENGTH = 2048  # of the longer windows, unless the user serves another length
 SHORT = 512  # half of the tokens stand in windows of this length, whatever the length to be served
 HELD_SHARE = 8  # one window of so many is held back
-BATCH_TOKENS = 4096
-SEED = 20240229
+BATCH_TOKENS = 4096  # a layer's attention maps of one batch fit into memory
+SEED = 20240229  # any number, always the same
 BYTES_PER_TOKEN = 8  # read at most so much text for each token wanted
 FLAG = "--calibration"
 USERS = "text"  # the kind of documents of files; those of Python are drawn as figures were measured with
@@ -42,14 +42,14 @@ class Sample:
 
     @property
     def tokens(self) -> int:
-        return sum(some.numel() for some in self.windows.values())
+        return sum(rows.numel() for rows in self.windows.values())
 
     def batches(self) -> tuple[list[Tensor], list[bool]]:
         """Windows of one length and one purpose, together in pieces of at most BATCH_TOKENS; and which pieces are held back."""
         pieces, purposes = [], []
-        for length, some in sorted(self.windows.items()):
+        for length, rows in sorted(self.windows.items()):
             size = max(1, BATCH_TOKENS // length)
-            for part, back in ((some[: self.held[length]], True), (some[self.held[length] :], False)):
+            for part, back in ((rows[: self.held[length]], True), (rows[self.held[length] :], False)):
                 for at in range(0, len(part), size):
                     pieces.append(part[at : at + size])
                     purposes.append(back)
@@ -102,10 +102,10 @@ def make_sample(documents: list[Document], tokenizer: Any, tokens: int, length: 
         body = size - len(prefix)
         windows[size].append(prefix + ids[at : at + body])
         at += body
-    made = {size: torch.tensor(some, dtype=torch.int64) for size, some in windows.items()}
-    held = {size: max(1, len(some) // HELD_SHARE) for size, some in made.items()}
-    digest = hashlib.sha256(b"".join(some.numpy().tobytes() for _, some in sorted(made.items()))).hexdigest()
-    return Sample(made, held, {**text, "sha256": digest}, identity(tokenizer))
+    tensors = {size: torch.tensor(rows, dtype=torch.int64) for size, rows in windows.items()}
+    held = {size: max(1, len(rows) // HELD_SHARE) for size, rows in tensors.items()}
+    digest = hashlib.sha256(b"".join(rows.numpy().tobytes() for _, rows in sorted(tensors.items()))).hexdigest()
+    return Sample(tensors, held, {**text, "sha256": digest}, identity(tokenizer))
 
 
 def _in_pieces(documents: list[Document], tokenizer: Any, size: int) -> list[Document]:
@@ -130,16 +130,16 @@ def _running_ids(documents: list[Document], tokenizer: Any, enough: int, size: i
     counts = dict.fromkeys(kinds, 0)
     while any(queues.values()) and len(ids) < enough:
         kind = min((kind for kind in kinds if queues[kind]), key=lambda kind: counts[kind])
-        found = queues[kind].pop(0)
-        if isinstance(found, Document):
-            whole = encode(tokenizer, [found.text])[0][0]
+        piece = queues[kind].pop(0)
+        if isinstance(piece, Document):
+            whole = encode(tokenizer, [piece.text])[0][0]
             pieces: list[Document | list[int]] = [whole[at : at + size] for at in range(0, len(whole), size)] or [[]]
             chosen = pieces.pop(draw.randrange(len(pieces)))
             assert isinstance(chosen, list)
             queues[kind] += pieces
-            found = chosen
-        counts[kind] += len(found)
-        ids += found + separator
+            piece = chosen
+        counts[kind] += len(piece)
+        ids += piece + separator
     return ids
 
 
@@ -179,10 +179,10 @@ def sample_for(
     if length is not None and longest is not None and length > longest:
         raise UpfitError(f"--calibration-length {length} is above the model's {longest} positions; give at most {longest}")
     length = length or min(LENGTH, longest or LENGTH)
-    told = {"files": texts or "the standard library of Python", "length": length}
-    sample = make_sample(read_documents(texts, count, output), tokenizer, count, length, told)
+    text = {"files": texts or "the standard library of Python", "length": length}
+    sample = make_sample(read_documents(texts, count, output), tokenizer, count, length, text)
     known = vocabulary(checkpoint.config)
-    if known is not None and max(int(some.max()) for some in sample.windows.values()) >= known:
+    if known is not None and max(int(rows.max()) for rows in sample.windows.values()) >= known:
         raise Opaque(f"its tokenizer has more than the model's {known} ids, so it belongs to another model")
     return sample
 

@@ -1,9 +1,9 @@
 """What calibration keeps of one attention layer: sums over sampled query positions, as named tensors.
 
 Shapes: H query heads, K key/value heads, D and V head widths, P rotated pairs. Queries and keys are taken as the attention sees
-them (after norms and rotation) with their dimensions in `Facts.order`. For each sampled query position, p are its attention
-weights; "centred" takes the mean under p away, for a softmax does not see a shift of all its scores. The sums are linear in the
-text, so pieces add up.
+them (after norms and rotation) with their dimensions in `AttentionTraits.order`. For each sampled query position, p are its
+attention weights; "centred" takes the mean under p away, for a softmax does not see a shift of all its scores. The sums are
+linear in the text, so pieces add up.
 
 - `keys` [K·D, K·D]: centred second moment of the keys under p, over all heads.
 - `key_pairs` [H, P, K, K, 2]: the same for each query head and rotated pair, keys as complex numbers (real, imaginary).
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from upfit.calibration.observe import Seen
-from upfit.calibration.traits import Facts
+from upfit.calibration.traits import AttentionTraits
 
 SEGMENT = 512  # positions that share one range of keys: rows of a long window do not look at keys that are still to come
 
@@ -40,6 +40,7 @@ def sample_rows(tokens: int, per_segment: int, layer: int, batch: int, device: t
     longer), drawn without repetition, for one layer and batch."""
     if tokens > SEGMENT:
         per_segment = per_segment // 2
+    # A prime above any number of batches: no seed comes twice.
     generator = torch.Generator().manual_seed(100_003 * layer + batch)
     chosen = []
     for start in range(0, tokens, SEGMENT):
@@ -49,16 +50,16 @@ def sample_rows(tokens: int, per_segment: int, layer: int, batch: int, device: t
     return chosen
 
 
-def observe(seen: Seen, facts: Facts, rows: list[Rows]) -> dict[str, Tensor]:
-    """The sums of one batch (float64), see the module. Without `facts.keys` or `facts.values` their parts are left out."""
+def observe(seen: Seen, traits: AttentionTraits, rows: list[Rows]) -> dict[str, Tensor]:
+    """The sums of one batch (float64), see the module. Without `traits.keys` or `traits.values` their parts are left out."""
     sums: dict[str, Tensor] = {}
-    for some in rows:
-        _, weights = seen.scores(some.at, some.keys)
+    for sampled in rows:
+        _, weights = seen.scores(sampled.at, sampled.keys)
         add(sums, {"rows": torch.tensor(float(weights.shape[0] * weights.shape[2]), dtype=torch.float64)})
-        if facts.keys:
-            add(sums, _key_sums(seen, facts, some, weights))
-        if facts.values:
-            values = seen.v[:, :, : some.keys].transpose(1, 2).flatten(2)  # [B, keys, K·V]
+        if traits.keys:
+            add(sums, _key_sums(seen, traits, sampled, weights))
+        if traits.values:
+            values = seen.v[:, :, : sampled.keys].transpose(1, 2).flatten(2)  # [B, keys, K·V]
             mixed = torch.einsum("bhrl,blv->bhrv", weights, values).flatten(0, 2)
             add(sums, {"values": (mixed.T @ mixed).double()})
     return sums
@@ -70,8 +71,8 @@ def add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
         sums[name] = sums[name] + tensor if name in sums else tensor
 
 
-def _key_sums(seen: Seen, facts: Facts, rows: Rows, weights: Tensor) -> dict[str, Tensor]:
-    order, pairs = list(facts.order), facts.pairs
+def _key_sums(seen: Seen, traits: AttentionTraits, rows: Rows, weights: Tensor) -> dict[str, Tensor]:
+    order, pairs = list(traits.order), traits.pairs
     queries = seen.q[:, :, rows.at][..., order].transpose(0, 1).flatten(1, 2)  # [H, B·R, D]
     keys = seen.k[:, :, : rows.keys, order].transpose(1, 2)  # [B, keys, K, D]
     flat = keys.flatten(2)
@@ -79,7 +80,7 @@ def _key_sums(seen: Seen, facts: Facts, rows: Rows, weights: Tensor) -> dict[str
     means = torch.einsum("bhrl,blk->hbrk", weights, flat).flatten(1, 2)  # [H, B·R, K·D]
     total = (flat * columns.sum(1)[..., None]).flatten(0, 1).T @ flat.flatten(0, 1)
     total = total - sum(mean.T @ mean for mean in means)
-    found = {"keys": total.double(), "queries": (queries.transpose(1, 2) @ queries).double()}
+    sums = {"keys": total.double(), "queries": (queries.transpose(1, 2) @ queries).double()}
     if pairs:
         turned = torch.complex(keys[..., :pairs], keys[..., pairs : 2 * pairs]).flatten(0, 1).permute(2, 1, 0)  # [P, K, N]
         parts = []
@@ -89,5 +90,5 @@ def _key_sums(seen: Seen, facts: Facts, rows: Rows, weights: Tensor) -> dict[str
             centre = torch.complex(middle[..., :pairs], middle[..., pairs : 2 * pairs]).permute(2, 1, 0)  # [P, K, B·R]
             weighted = turned * columns[:, head].flatten()
             parts.append(weighted @ turned.mH - centre @ centre.mH)
-        found["key_pairs"] = torch.view_as_real(torch.stack(parts)).double()
-    return found
+        sums["key_pairs"] = torch.view_as_real(torch.stack(parts)).double()
+    return sums

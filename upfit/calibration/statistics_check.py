@@ -7,29 +7,29 @@ from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
-from upfit.calibration.traits import Facts, Residual
+from upfit.calibration.traits import AttentionTraits, Residual
 from upfit.checkpoint.safetensors_header import TensorInfo
 from upfit.options import fits
 
 
-def check_facts(facts: Facts) -> None:
+def check_traits(traits: AttentionTraits) -> None:
     """Raise ValueError where a field is of another type, or the order and pairs of dimensions contradict each other."""
-    _check_types(facts)
-    if facts.residual is not None:
-        _check_types(facts.residual)
-    width = len(facts.order)
-    if sorted(facts.order) != list(range(width)) or not 0 <= 2 * facts.pairs <= width:
+    _check_types(traits)
+    if traits.residual is not None:
+        _check_types(traits.residual)
+    width = len(traits.order)
+    if sorted(traits.order) != list(range(width)) or not 0 <= 2 * traits.pairs <= width:
         raise ValueError("its dimensions are in no order")
-    if len(facts.speeds) != facts.pairs or not all(map(math.isfinite, facts.speeds)):
+    if len(traits.speeds) != traits.pairs or not all(map(math.isfinite, traits.speeds)):
         raise ValueError("its pairs have no speeds")
 
 
-def _check_types(record: Facts | Residual) -> None:
+def _check_types(record: AttentionTraits | Residual) -> None:
     hints = get_type_hints(type(record))
     for field in fields(record):
         value, kind = getattr(record, field.name), hints[field.name]
         inner = [part for part in get_args(kind) if part is not Ellipsis] if isinstance(value, tuple) else []
-        if not fits(value, kind) or (inner and not all(fits(one, inner[0]) for one in value)):
+        if not fits(value, kind) or (inner and not all(fits(item, inner[0]) for item in value)):
             raise ValueError(f"{field.name} is {value!r}")
 
 
@@ -44,21 +44,21 @@ def check_windows(windows: Mapping[int, Tensor], held: Mapping[int, Any]) -> Non
             raise ValueError(f"of {len(ids)} windows it says that {held[length]} are held back")
 
 
-def check_layer(facts: Facts, infos: Mapping[str, TensorInfo]) -> None:
-    """Raise ValueError unless the tensors of one layer are those that `facts` promise, see `statistics.py`."""
+def check_layer(traits: AttentionTraits, infos: Mapping[str, TensorInfo]) -> None:
+    """Raise ValueError unless the tensors of one layer are those that `traits` promise, see `statistics.py`."""
     shapes = {name: info.shape for name, info in infos.items()}
-    wanted = ["rows", *(["keys", "queries"] if facts.keys else []), *(["values"] if facts.values else [])]
-    wanted += ["key_pairs"] if facts.keys and facts.pairs else []
+    wanted = ["rows", *(["keys", "queries"] if traits.keys else []), *(["values"] if traits.values else [])]
+    wanted += ["key_pairs"] if traits.keys and traits.pairs else []
     if set(shapes) != set(wanted) or any(info.dtype != "F32" for info in infos.values()):
         raise ValueError(f"it has {', '.join(sorted(shapes)) or 'nothing'} where {', '.join(sorted(wanted))} belong")
-    width = len(facts.order)
+    width = len(traits.order)
     square = all(len(shapes[name]) == 2 and len(set(shapes[name])) == 1 for name in ("keys", "values") if name in shapes)
     if shapes["rows"] != () or not square:
         raise ValueError("its sums have other shapes")
-    if not facts.keys:
+    if not traits.keys:
         return
     heads, kv_heads = shapes["queries"][0] if shapes["queries"] else 0, shapes["keys"][0] // max(width, 1)
     if shapes["queries"] != (heads, width, width) or shapes["keys"][0] != kv_heads * width:
         raise ValueError("its queries and keys are of another width")
-    if "key_pairs" in shapes and shapes["key_pairs"] != (heads, facts.pairs, kv_heads, kv_heads, 2):
+    if "key_pairs" in shapes and shapes["key_pairs"] != (heads, traits.pairs, kv_heads, kv_heads, 2):
         raise ValueError("its pairs of keys have another shape")

@@ -18,8 +18,8 @@ from torch import Tensor
 from upfit.bounded import parse_json, shaped
 from upfit.calibration.observe import Opaque
 from upfit.calibration.sample import Sample, fast_tokenizer
-from upfit.calibration.statistics_check import check_facts, check_layer, check_windows
-from upfit.calibration.traits import Facts, Residual
+from upfit.calibration.statistics_check import check_layer, check_traits, check_windows
+from upfit.calibration.traits import AttentionTraits, Residual
 from upfit.checkpoint.content import tensors_hash
 from upfit.checkpoint.reader import Checkpoint, torch_dtype
 from upfit.checkpoint.safetensors_header import TensorInfo, read_header, read_metadata
@@ -35,11 +35,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(f"{config} {tensors_hash(checkpoint)}".encode()).hexdigest()
 
 
-def facts_from(record: Mapping[str, Any]) -> Facts:
-    """The inverse of `dataclasses.asdict` for Facts, from JSON."""
+def traits_from(record: Mapping[str, Any]) -> AttentionTraits:
+    """The inverse of `dataclasses.asdict` for AttentionTraits, from JSON."""
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     values["residual"] = Residual(**record["residual"]) if record["residual"] else None
-    return Facts(**values)
+    return AttentionTraits(**values)
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,25 @@ class Statistics:
     path: Path
     model: str  # the fingerprint of what it was made of
     sample: Sample
-    facts: dict[str, Facts | str]  # by attention path; a string says why a layer could not be watched
+    traits: dict[str, AttentionTraits | str]  # by attention path; a string says why a layer could not be watched
     rows: int
     infos: dict[str, TensorInfo]
 
-    def layer(self, path: str) -> tuple[Facts, dict[str, Tensor]] | None:
-        """Facts and float32 statistics of the attention at `path`; None for a layer that could not be watched.
+    def layer(self, path: str) -> tuple[AttentionTraits, dict[str, Tensor]] | None:
+        """Traits and float32 statistics of the attention at `path`; None for a layer that could not be watched.
 
         Raises UpfitError where the file has nothing of that layer, or values that are not finite.
         """
-        facts = self.facts.get(path)
-        if facts is None:
+        traits = self.traits.get(path)
+        if traits is None:
             raise UpfitError(f"{self.path} has no statistics of {path}; make them again with `upfit calibrate`")
-        if isinstance(facts, str):
+        if isinstance(traits, str):
             return None
-        found = {name: _read(info) for name, info in _infos_of(path, self.infos).items()}
-        for name, tensor in found.items():
+        tensors = {name: _read(info) for name, info in _infos_of(path, self.infos).items()}
+        for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise UpfitError(f"{self.path} is damaged: {path}/{name} is not finite; make it again with `upfit calibrate`")
-        return facts, found
+        return traits, tensors
 
 
 def _infos_of(path: str, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -82,9 +82,9 @@ def _read(info: TensorInfo) -> Tensor:
         return torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=torch_dtype(info.dtype)).reshape(info.shape)
 
 
-def metadata(model: str, sample: Sample, facts: Mapping[str, Facts | str], rows: int) -> dict[str, str]:
+def metadata(model: str, sample: Sample, traits: Mapping[str, AttentionTraits | str], rows: int) -> dict[str, str]:
     """What the header of a statistics file says; `model` is its fingerprint."""
-    told = {path: value if isinstance(value, str) else asdict(value) for path, value in facts.items()}
+    records = {path: value if isinstance(value, str) else asdict(value) for path, value in traits.items()}
     return {
         "format": "pt",
         "upfit": FORMAT,
@@ -93,7 +93,7 @@ def metadata(model: str, sample: Sample, facts: Mapping[str, Facts | str], rows:
         "text": json.dumps(sample.text),
         "held": json.dumps(sample.held),
         "rows": str(rows),
-        "facts": json.dumps(told),
+        "facts": json.dumps(records),
     }
 
 
@@ -131,13 +131,13 @@ def _taken_apart(path: Path, header: dict[str, str], infos: dict[str, TensorInfo
     windows = {int(name.split(".")[1]): _read(info).long() for name, info in infos.items() if name.startswith("windows.")}
     held = {int(length): count for length, count in parts["held"].items()}
     check_windows(windows, held)
-    facts = {layer: value if isinstance(value, str) else facts_from(value) for layer, value in parts["facts"].items()}
-    for layer, known in facts.items():
+    traits = {layer: value if isinstance(value, str) else traits_from(value) for layer, value in parts["facts"].items()}
+    for layer, known in traits.items():
         if not isinstance(known, str):
-            check_facts(known)
+            check_traits(known)
             check_layer(known, _infos_of(layer, infos))
     sample = Sample(windows, held, dict(parts["text"]), parts["tokenizer"])
-    return Statistics(path, header["model"], sample, facts, int(header["rows"]), infos)
+    return Statistics(path, header["model"], sample, traits, int(header["rows"]), infos)
 
 
 def _check_tokenizer(statistics: Statistics, folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upfit.calibration.layerwise import Stream
+from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import Call
 from upfit.calibration.ridge import Moments, augmented, ridge_linear
 from upfit.calibration.traits import Residual
@@ -15,7 +15,7 @@ from upfit.checkpoint.reader import Checkpoint
 
 
 @dataclass
-class Lane:
+class PairedBatch:
     """One batch of windows in both models: hidden states [B, T, E] before the next layer."""
 
     held: bool
@@ -25,17 +25,17 @@ class Lane:
     student: Tensor
     tokens: int
 
-    def middle(self, given: Tensor, residual: Residual | None) -> Tensor:
-        """The teacher's stream [B, T, E] after the attention gave out `given`; that itself where the stream has another
+    def middle(self, attended: Tensor, residual: Residual | None) -> Tensor:
+        """The teacher's stream [B, T, E] after the attention gave out `attended`; that itself where the stream has another
         form."""
         if residual is None:
-            return self.teacher if self.teacher.shape == given.shape else given
-        return self.teacher + residual.attention * given
+            return self.teacher if self.teacher.shape == attended.shape else attended
+        return self.teacher + residual.attention * attended
 
 
-def lanes_of(stream: Stream, held: list[bool]) -> Iterator[Lane]:
-    """The stream's batches, both models at the first layer; `held` says which of them are held back."""
-    for batch, back in zip(stream.batches, held, strict=True):
+def paired_batches(model: LayerwiseModel, held: list[bool]) -> Iterator[PairedBatch]:
+    """The model's batches, teacher and student at the first layer; `held` says which of them are held back."""
+    for batch, back in zip(model.batches, held, strict=True):
         memo: dict[int, Any] = {}
 
         def own(value: Any, memo: dict[int, Any] = memo) -> Any:
@@ -44,7 +44,7 @@ def lanes_of(stream: Stream, held: list[bool]) -> Iterator[Lane]:
 
         copies = [Call(tuple(map(own, c.arguments)), {k: own(v) for k, v in c.keywords.items()}) for c in batch.calls]
         assert batch.hidden is not None
-        yield Lane(back, batch.calls, copies, batch.hidden, batch.hidden, batch.ids.shape[1])
+        yield PairedBatch(back, batch.calls, copies, batch.hidden, batch.hidden, batch.ids.shape[1])
 
 
 def token_weights(stream: Tensor, power: float) -> Tensor:
@@ -74,13 +74,15 @@ class MlpEnd:
     names: tuple[str, str | None]
 
 
-def mlp_end(stream: Stream, index: int, module: nn.Module, residual: Residual | None, checkpoint: Checkpoint) -> MlpEnd | None:
+def mlp_end(
+    model: LayerwiseModel, index: int, module: nn.Module, residual: Residual | None, checkpoint: Checkpoint
+) -> MlpEnd | None:
     """The end of the MLP in `module`, the student's layer at `index`; None where one Linear of the checkpoint is not it."""
     if residual is None or residual.down is None:
         return None
     linear = module.get_submodule(residual.down)
-    path = f"{stream.blocks[index].path}.{residual.down}"
-    names = [stream.weights.sources.get(f"{path}.{kind}") for kind in ("weight", "bias")]
+    path = f"{model.blocks[index].path}.{residual.down}"
+    names = [model.weights.sources.get(f"{path}.{kind}") for kind in ("weight", "bias")]
     if not isinstance(linear, nn.Linear) or not _is_plain(names, linear, checkpoint) or names[0] is None:
         return None
     return MlpEnd(residual.down, (names[0][0], names[1][0] if names[1] else None))
@@ -88,10 +90,10 @@ def mlp_end(stream: Stream, index: int, module: nn.Module, residual: Residual | 
 
 def _is_plain(names: list[list[str] | None], module: nn.Linear, checkpoint: Checkpoint) -> bool:
     """Each of the module's parameters is one tensor of the checkpoint, as it is."""
-    for found, parameter in zip(names, (module.weight, module.bias), strict=True):
-        if parameter is not None and (found is None or len(found) != 1):
+    for stored, parameter in zip(names, (module.weight, module.bias), strict=True):
+        if parameter is not None and (stored is None or len(stored) != 1):
             return False
-        if parameter is not None and found and checkpoint.tensors[found[0]].shape != tuple(parameter.shape):
+        if parameter is not None and stored and checkpoint.tensors[stored[0]].shape != tuple(parameter.shape):
             return False
     return True
 
@@ -100,32 +102,32 @@ def refit_mlp(
     module: nn.Module,
     end: MlpEnd,
     share: float,
-    lanes: list[Lane],
+    batches: list[PairedBatch],
     outputs: list[Tensor],
-    rest: Callable[[int, Lane], tuple[Tensor, Tensor]],
+    rest: Callable[[int, PairedBatch], tuple[Tensor, Tensor]],
     power: float,
 ) -> dict[str, Tensor]:
     """Fit the Linear that ends the student's MLP to the teacher's `outputs` [B, T, E] of the layer; the new tensors by name.
 
-    `rest` gives, of a lane, the Linear's inputs [B, T, Z] and the student's stream after the layer without what it adds:
+    `rest` gives, of a batch, the Linear's inputs [B, T, Z] and the student's stream after the layer without what it adds:
     `share` times its output. A token weighs 1 / rms of the teacher's stream to `power`.
     """
     linear = module.get_submodule(end.path)
     assert isinstance(linear, nn.Linear)
     sums = {False: Moments(), True: Moments()}
-    for number, (lane, output) in enumerate(zip(lanes, outputs, strict=True)):
-        z, without = rest(number, lane)
-        add_rows(sums[lane.held], z, (output - without) / share, output, linear, power)
+    for number, (batch, output) in enumerate(zip(batches, outputs, strict=True)):
+        z, without = rest(number, batch)
+        add_rows(sums[batch.held], z, (output - without) / share, output, linear, power)
     solved = ridge_linear(sums, linear)
     put(module, end.path, *solved)
     return {name: tensor for name, tensor in zip(end.names, solved, strict=True) if name and tensor is not None}
 
 
-def stream_error(lanes: list[Lane]) -> float:
+def stream_error(batches: list[PairedBatch]) -> float:
     """|student − teacher|² / |teacher|², mean over held-back tokens."""
     shares = [
-        ((lane.student - lane.teacher).square().sum(-1) / lane.teacher.square().sum(-1).clamp_min(1e-12)).flatten()
-        for lane in lanes
-        if lane.held
+        ((batch.student - batch.teacher).square().sum(-1) / batch.teacher.square().sum(-1).clamp_min(1e-12)).flatten()
+        for batch in batches
+        if batch.held
     ]
     return float(torch.cat(shares).mean())

@@ -29,7 +29,7 @@ class Residual:
 
 
 @dataclass(frozen=True)
-class Facts:
+class AttentionTraits:
     """What may be changed in one layer. P rotated pairs, fastest first; `order` [D] lists the dimensions as the first of
     every pair, the second of every pair, and those that no rotation touches.
 
@@ -53,7 +53,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Turns:
-    """The rotation of queries and keys as complex factors [T, P] (with the family's scaling of them), in `Facts.order`."""
+    """The rotation of queries and keys as complex factors [T, P] (with the family's scaling of them), in
+    `AttentionTraits.order`."""
 
     q: Tensor
     k: Tensor
@@ -83,7 +84,7 @@ def watch(block: Block, hidden: Tensor, call: Call, taps: tuple[str, ...]) -> Wa
     return Watched(caught[0], dict(seen), hidden, output)
 
 
-def understand(block: Block, entry: Entry, shape: Geometry, hidden: Tensor, call: Call) -> tuple[Facts, Turns]:
+def probe_attention(block: Block, entry: Entry, shape: Geometry, hidden: Tensor, call: Call) -> tuple[AttentionTraits, Turns]:
     """Watch one batch of windows pass and test every assumption. Raises Opaque when nothing at all can be said."""
     assert block.attention is not None
     attention = block.module.get_submodule(block.attention)
@@ -112,8 +113,10 @@ def understand(block: Block, entry: Entry, shape: Geometry, hidden: Tensor, call
         reasons.append("its key norm has a scale for each dimension, so keys are not turned before they are merged")
     movable = keys and values and _only_projections(attention, present, shape)
     residual = _residual(watched, block, f"{block.attention}.{present['o']}", outer, reasons)
-    facts = Facts(values, keys, normed, factors, movable, layout.pairs, layout.order, layout.speeds, residual, tuple(reasons))
-    return facts, turns
+    traits = AttentionTraits(
+        values, keys, normed, factors, movable, layout.pairs, layout.order, layout.speeds, residual, tuple(reasons)
+    )
+    return traits, turns
 
 
 def _few(seen: Seen) -> Seen:
@@ -128,15 +131,15 @@ def _has(module: nn.Module, name: str) -> bool:
         return False
 
 
-def _unexplained(actual: Tensor, said: Tensor) -> float:
-    """Share of the energy of `actual` that `said` does not have."""
-    actual, said = actual.double(), said.double()
-    return float((actual - said).square().sum() / actual.square().sum().clamp_min(1e-30))
+def _unexplained(actual: Tensor, predicted: Tensor) -> float:
+    """Share of the energy of `actual` that `predicted` does not have."""
+    actual, predicted = actual.double(), predicted.double()
+    return float((actual - predicted).square().sum() / actual.square().sum().clamp_min(1e-30))  # no division by 0
 
 
 def _values_are_plain(seen: Seen, taps: dict[str, tuple[Tensor, Tensor]], shape: Geometry, reasons: list[str]) -> bool:
     batch, _, tokens, _ = seen.q.shape
-    projected, given = taps["v"][1], taps["o"][0]
+    projected, attended = taps["v"][1], taps["o"][0]
     if projected.numel() != seen.v.numel() or seen.v.shape[-1] != shape.v_head_dim:
         reasons.append("its values are not the output of v_proj, so they are averaged")
         return False
@@ -144,7 +147,7 @@ def _values_are_plain(seen: Seen, taps: dict[str, tuple[Tensor, Tensor]], shape:
     if seen.v.shape != plain.shape or _unexplained(seen.v, plain) > CLOSE:
         reasons.append("its values are not the output of v_proj, so they are averaged")
         return False
-    if given.numel() != seen.output.numel() or _unexplained(given.reshape(seen.output.shape), seen.output) > CLOSE:
+    if attended.numel() != seen.output.numel() or _unexplained(attended.reshape(seen.output.shape), seen.output) > CLOSE:
         reasons.append("something lies between its attention and o_proj (a gate, a norm), so values are averaged")
         return False
     return True
@@ -190,20 +193,20 @@ def _rotation(
     candidates = [(moved[:half], moved[half:]), (moved[0::2], moved[1::2])] if len(moved) % 2 == 0 else []
     for first, second in candidates:
         turns = {part: _factors(before[part], after[part], first, second) for part in ("k", "q")}
-        said = {part: _turned(before[part], turns[part], first, second) for part in ("k", "q")}
-        if all(_unexplained(after[part], said[part]) < CLOSE for part in ("k", "q")):
+        turned = {part: _turned(before[part], turns[part], first, second) for part in ("k", "q")}
+        if all(_unexplained(after[part], turned[part]) < CLOSE for part in ("k", "q")):
             step = (turns["k"][1] * turns["k"][0].conj()).angle().abs() if tokens > 1 else turns["k"][0].abs()
             fast = sorted(range(half), key=lambda pair: -float(step[pair]))
             order = tuple([first[p] for p in fast] + [second[p] for p in fast] + free)
-            kept = Turns(turns["q"][:, fast].to(torch.complex64), turns["k"][:, fast].to(torch.complex64))
-            return True, kept, _Layout(half, order, tuple(float(step[p]) for p in fast))
+            fast_turns = Turns(turns["q"][:, fast].to(torch.complex64), turns["k"][:, fast].to(torch.complex64))
+            return True, fast_turns, _Layout(half, order, tuple(float(step[p]) for p in fast))
     reasons.append("its rotation of keys is not one of pairs of dimensions by position, so keys are averaged")
     return False, *nothing
 
 
-def _same(given: Tensor, projected: Tensor, tokens: int, heads: int) -> bool:
-    return given.numel() == projected.numel() and torch.equal(
-        heads_view(given, tokens, heads), heads_view(projected, tokens, heads)
+def _same(attended: Tensor, projected: Tensor, tokens: int, heads: int) -> bool:
+    return attended.numel() == projected.numel() and torch.equal(
+        heads_view(attended, tokens, heads), heads_view(projected, tokens, heads)
     )
 
 
@@ -262,8 +265,8 @@ def _residual(watched: Watched, block: Block, projection: str, outer: list[str],
     return None
 
 
-def facts_record(facts: Facts) -> dict[str, Any]:
-    """`facts` as JSON can hold it."""
+def traits_record(traits: AttentionTraits) -> dict[str, Any]:
+    """`traits` as JSON can hold it."""
     from dataclasses import asdict
 
-    return asdict(facts)
+    return asdict(traits)

@@ -27,7 +27,7 @@ from upfit.checkpoint.safetensors_header import read_exactly
 WAYS = ("reflink", "direct", "kernel", "plain")
 SEEN = ("direct", "plain")  # the bytes pass through this process, so that a checksum costs no reading
 BLOCK = max(4096, mmap.PAGESIZE)  # a page that is written past the page cache must not be half in it
-CHUNK = 8 * 2**20
+CHUNK = 8 * 2**20  # large enough to keep a disk busy, small enough for a bar that moves
 WORKERS = 2  # one chunk is read while another one is written
 REFUSALS = {
     errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EBADF, errno.ENOTTY, errno.ENOENT,
@@ -37,7 +37,7 @@ FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range), linux/fs.h
 
 
 @dataclass(frozen=True)
-class Run:
+class ByteRange:
     """`nbytes` from `start` of a source file, to be put at `place` of a target file."""
 
     file: Path
@@ -47,7 +47,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Piece:
+class CopiedRange:
     """`nbytes` at offset `place` of a target file. `crc` is their CRC-32. It is None where the bytes never passed through
     this process; they are then those from `start` of `file`. `shared`: both files use the same blocks of the disk."""
 
@@ -59,19 +59,19 @@ class Piece:
     shared: bool = False
 
 
-Told = Callable[[Piece], None]
+Report = Callable[[CopiedRange], None]
 
 
-class Mover:
-    """Moves runs between open files; a context manager, since some ways need the files opened once more."""
+class ByteCopier:
+    """Copies byte ranges between open files; a context manager, since some ways need the files opened once more."""
 
     def __init__(self, ways: list[str]) -> None:
-        self.ways = ways  # shared by the movers of one conversion: what was refused once is not tried again
+        self.ways = ways  # shared by the copiers of one conversion: what was refused once is not tried again
         self._reopened: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
         self._own = threading.local()
 
-    def __enter__(self) -> "Mover":
+    def __enter__(self) -> "ByteCopier":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,13 +79,14 @@ class Mover:
             os.close(descriptor)
         self._reopened.clear()
 
-    def move(self, source: int, target: int, run: Run, told: Told) -> None:
-        """Move a run from descriptor `source` to `target`; `told` hears of each piece that stands, from several threads.
+    def move(self, source: int, target: int, byte_range: ByteRange, report: Report) -> None:
+        """Copy a byte range from descriptor `source` to `target`; `report` hears of each piece that stands, from several
+        threads.
 
-        Raises UpfitError when the source ends before the run does.
+        Raises UpfitError when the source ends before the range does.
         """
         with ThreadPoolExecutor(WORKERS) as pool:
-            parts = [pool.submit(self._part, source, target, part, told) for part in chunks(run)]
+            parts = [pool.submit(self._part, source, target, part, report) for part in chunks(byte_range)]
             try:
                 for part in parts:
                     part.result()
@@ -93,7 +94,7 @@ class Mover:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _part(self, source: int, target: int, part: Run, told: Told) -> None:
+    def _part(self, source: int, target: int, part: ByteRange, report: Report) -> None:
         whole = part.place % BLOCK == 0 and part.nbytes % BLOCK == 0
         for way in list(self.ways):
             if way in ("reflink", "direct") and not whole or way == "reflink" and part.start % BLOCK:
@@ -107,13 +108,13 @@ class Mover:
                     if way in self.ways:
                         self.ways.remove(way)
                 continue
-            told(Piece(part.place, part.nbytes, crc, part.file.name, part.start, way == "reflink"))
+            report(CopiedRange(part.place, part.nbytes, crc, part.file.name, part.start, way == "reflink"))
             return
 
-    def _reflink(self, source: int, target: int, part: Run) -> None:
+    def _reflink(self, source: int, target: int, part: ByteRange) -> None:
         fcntl.ioctl(target, FICLONERANGE, struct.pack("qQQQ", source, part.start, part.nbytes, part.place))
 
-    def _direct(self, source: int, target: int, part: Run) -> int:
+    def _direct(self, source: int, target: int, part: ByteRange) -> int:
         lead = part.start % BLOCK
         size = part.nbytes + (BLOCK if lead else 0)
         if not hasattr(self._own, "buffers"):
@@ -131,7 +132,7 @@ class Mover:
             raise OSError(errno.EINVAL, "a short write")
         return zlib.crc32(data)
 
-    def _kernel(self, source: int, target: int, part: Run) -> None:
+    def _kernel(self, source: int, target: int, part: ByteRange) -> None:
         if not hasattr(os, "copy_file_range"):
             raise OSError(errno.ENOSYS, "no copy_file_range")
         done = 0
@@ -141,7 +142,7 @@ class Mover:
                 raise OSError(errno.EINVAL, "a short copy")
             done += moved
 
-    def _plain(self, source: int, target: int, part: Run) -> int:
+    def _plain(self, source: int, target: int, part: ByteRange) -> int:
         with naming(part.file):
             data = read_exactly(source, part.nbytes, part.start)
         write_all(target, data, part.place)
@@ -157,16 +158,16 @@ class Mover:
             return self._reopened[descriptor, flags]
 
 
-def chunks(run: Run) -> Iterator[Run]:
-    """The run cut where blocks of the target begin, so that all parts but the first and the last are whole blocks."""
+def chunks(byte_range: ByteRange) -> Iterator[ByteRange]:
+    """The range cut where blocks of the target begin, so that all parts but the first and the last are whole blocks."""
     done = 0
-    while done < run.nbytes:
-        place, left = run.place + done, run.nbytes - done
+    while done < byte_range.nbytes:
+        place, left = byte_range.place + done, byte_range.nbytes - done
         if place % BLOCK:
             size = min(left, -place % BLOCK)
         else:
             size = min(left, CHUNK) if left < BLOCK else min(left // BLOCK * BLOCK, CHUNK)
-        yield Run(run.file, run.start + done, size, place)
+        yield ByteRange(byte_range.file, byte_range.start + done, size, place)
         done += size
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from upfit.checkpoint.copy_bytes import Piece
+from upfit.checkpoint.copy_bytes import CopiedRange
 from upfit.checkpoint.read_back import STEP, Read, same
 from upfit.checkpoint.safetensors_header import read_exactly
 from upfit.errors import UpfitError
@@ -22,8 +22,8 @@ from upfit.errors import UpfitError
 JOURNAL = "conversion.jsonl"  # in a folder that is being written: what of it is finished
 
 
-class Journal:
-    """`kept` names the shards in `folder` that an earlier run has finished and that are still what it wrote."""
+class FinishedShards:
+    """`verified` names the shards in `folder` that an earlier run has finished and that are still what it wrote."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], read: Read) -> None:
         """Go on with the work in `folder` if it was begun with these settings, else clear it and begin."""
@@ -31,13 +31,13 @@ class Journal:
         first = json.dumps(settings, sort_keys=True)
         lines = self._lines()
         finished = lines[1:] if lines[:1] == [first] else []
-        told = {line["name"]: line for line in map(_parsed, finished) if line}
-        self.kept = {name: line["nbytes"] for name, line in told.items() if _stands(folder / name, line, read)}
+        records = {line["name"]: line for line in map(_parsed, finished) if line}
+        self.verified = {name: line["nbytes"] for name, line in records.items() if _stands(folder / name, line, read)}
         for path in folder.iterdir():
-            if path.name not in self.kept and path != self.path:
+            if path.name not in self.verified and path != self.path:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         begun = self.path.with_name(f"{JOURNAL}.new")
-        begun.write_text("".join(line + "\n" for line in [first, *(json.dumps(told[name]) for name in self.kept)]))
+        begun.write_text("".join(line + "\n" for line in [first, *(json.dumps(records[name]) for name in self.verified)]))
         os.replace(begun, self.path)
 
     def _lines(self) -> list[str]:
@@ -46,7 +46,7 @@ class Journal:
             return []
         return [line[:-1] for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
-    def add(self, name: str, nbytes: int, pieces: list[Piece]) -> None:
+    def add(self, name: str, nbytes: int, pieces: list[CopiedRange]) -> None:
         """Tell of a shard; its bytes must have reached the disk."""
         line = {"name": name, "nbytes": nbytes, "pieces": [list(asdict(piece).values()) for piece in pieces]}
         with self._lock, open(self.path, "a", encoding="utf-8") as file:
@@ -58,8 +58,12 @@ class Journal:
 def _parsed(line: str) -> dict[str, Any] | None:
     """A line as it was written; None for one that was damaged since."""
     try:
-        told = json.loads(line)
-        return {"name": str(told["name"]), "nbytes": int(told["nbytes"]), "pieces": [list(piece) for piece in told["pieces"]]}
+        record = json.loads(line)
+        return {
+            "name": str(record["name"]),
+            "nbytes": int(record["nbytes"]),
+            "pieces": [list(piece) for piece in record["pieces"]],
+        }
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -68,7 +72,7 @@ def _stands(path: Path, line: dict[str, Any], read: Read) -> bool:
     """Whether the shard still has the bytes that its line tells: every one of them is read."""
     if not path.is_file() or path.is_symlink() or path.stat().st_size != line["nbytes"]:
         return False
-    pieces = sorted((Piece(*entry) for entry in line["pieces"]), key=lambda piece: piece.place)
+    pieces = sorted((CopiedRange(*entry) for entry in line["pieces"]), key=lambda piece: piece.place)
     end = 0
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -21,31 +21,31 @@ from upfit.errors import UpfitError
 
 
 @dataclass
-class Stream:
+class HubStream:
     """The source as a folder of ghosts, and the way to its files. Nothing of it is left when a conversion has ended well."""
 
     source: Source
     headers: dict[str, int]  # weight file -> bytes up to the first tensor
     forget: Callable[[Path], None]  # what is to be told that a file is another one now
 
-    def bring(self, path: Path) -> None:
+    def fetch(self, path: Path) -> None:
         """Put the real file in the ghost's place. A download that was cut off goes on."""
         from huggingface_hub import hf_hub_download
 
-        with _told(self.source.name):
+        with _hub_errors(self.source.name):
             got = hf_hub_download(self.source.name, path.name, revision=self.source.revision, local_dir=_downloads(path.parent))
         if os.path.getsize(got) != path.stat().st_size:
             raise UpfitError(f"{path.name} of {self.source.name} has another size than its listing tells; start again")
         self.forget(path)
         os.replace(got, path)
 
-    def drop(self, path: Path) -> None:
+    def release(self, path: Path) -> None:
         """Make a ghost of the file again: its data give their space back."""
         self.forget(path)
         _ghost(path, path.stat().st_size, _beginning(path, self.headers[path.name]))
 
 
-def streamed(name: str, revision: str | None, folder: Path) -> Stream:
+def streamed(name: str, revision: str | None, folder: Path) -> HubStream:
     """The ghosts of a hub model `id` or `id@revision` in `folder`; what an earlier run has left there is gone on with.
 
     Raises UpfitError for what is no hub id, and Interrupted when the hub does not give it.
@@ -56,13 +56,13 @@ def streamed(name: str, revision: str | None, folder: Path) -> Stream:
     return _begin(folder, hub_id, revision or tagged or None)
 
 
-def _begin(folder: Path, hub_id: str, revision: str | None) -> Stream:
+def _begin(folder: Path, hub_id: str, revision: str | None) -> HubStream:
     from huggingface_hub import HfApi, snapshot_download
 
-    with _told(hub_id):
-        found = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
-        commit = str(found.sha)
-        sizes = {file.rfilename: file.size for file in found.siblings or [] if "/" not in file.rfilename}
+    with _hub_errors(hub_id):
+        info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
+        commit = str(info.sha)
+        sizes = {file.rfilename: file.size for file in info.siblings or [] if "/" not in file.rfilename}
         snapshot_download(
             hub_id, revision=commit, allow_patterns=[*SMALL_FILES], ignore_patterns=["*.safetensors"], local_dir=folder
         )
@@ -71,7 +71,7 @@ def _begin(folder: Path, hub_id: str, revision: str | None) -> Stream:
             beginning = _header(hub_id, name, commit)
             headers[name] = len(beginning)
             _ghost(folder / name, int(sizes[name] or 0), beginning)
-    return Stream(Source(folder, hub_id, commit, kept=False), headers, lambda path: None)
+    return HubStream(Source(folder, hub_id, commit, permanent=False), headers, lambda path: None)
 
 
 def _weight_files(folder: Path, sizes: dict[str, Any]) -> list[str]:
@@ -124,7 +124,7 @@ def _downloads(folder: Path) -> Path:
     return folder / "downloads"
 
 
-def _told(hub_id: str) -> AbstractContextManager[None]:
+def _hub_errors(hub_id: str) -> AbstractContextManager[None]:
     """The hub's errors as one line."""
     return hub_errors(
         lambda reason: Interrupted(f"the hub does not give {hub_id}: {reason}; the same command goes on from here")

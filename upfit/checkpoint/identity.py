@@ -8,8 +8,8 @@ import hashlib
 import os
 from dataclasses import astuple, dataclass
 
-SAMPLES = 16
-SAMPLE_BYTES = 4096
+SAMPLES = 16  # pieces of a file, beside what the system says of it
+SAMPLE_BYTES = 4096  # a page, which a disk reads at once anyway
 
 
 @dataclass(frozen=True)

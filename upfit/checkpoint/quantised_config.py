@@ -25,8 +25,8 @@ def method_of(value: Any) -> str:
     """What a description of a quantisation calls its method, however deep; empty where it does not say."""
     if not isinstance(value, dict):
         return ""
-    said = [str(value[key]) for key in METHOD_KEYS if isinstance(value.get(key), str | int)]
-    return said[0] if said else next(filter(None, map(method_of, value.values())), "")
+    methods = [str(value[key]) for key in METHOD_KEYS if isinstance(value.get(key), str | int)]
+    return methods[0] if methods else next(filter(None, map(method_of, value.values())), "")
 
 
 def refusal(folder: Path, what: str) -> UpfitError:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfit.checkpoint.copy_bytes import BLOCK, REFUSALS, Piece
+from upfit.checkpoint.copy_bytes import BLOCK, REFUSALS, CopiedRange
 from upfit.checkpoint.safetensors_header import read_exactly
 from upfit.errors import UpfitError
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from upfit.checkpoint.reader import Checkpoint
     from upfit.checkpoint.shard import Shard
 
-STEP = 2**20
-EDGE = 256
+STEP = 2**20  # bytes compared at a time
+EDGE = 256  # bytes looked at on each end of a tensor
 WORKERS = 4  # the disk is asked for the next pieces while one is compared
 Take = Callable[[int, int], bytearray | memoryview]  # bytes of a written file: how many, from where
 Read = Callable[[str, int, int], bytes | bytearray]  # bytes of a source file: its name, how many, from where
 
 
-def same(take: Take, piece: Piece, read: Read) -> bool:
+def same(take: Take, piece: CopiedRange, read: Read) -> bool:
     """Whether a piece of a written file, which `take` reads, has the bytes it should have: its checksum, or the source's."""
     crc = 0
     for done in range(0, piece.nbytes, STEP):
@@ -108,7 +108,7 @@ def check_places(folder: Path, shards: "list[Shard]", checkpoint: "Checkpoint") 
                         raise UpfitError(f"the result failed its check and was not kept: {item.name} is not the source's")
 
 
-def _difference(shard: "Shard", piece: Piece) -> str:
+def _difference(shard: "Shard", piece: CopiedRange) -> str:
     before = [name for name, place in shard.offsets.items() if place <= piece.place]
     name = max(before, key=lambda name: shard.offsets[name], default="its header")
     return (

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[\w.\-]+\.safetensors")
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 64 * 2**20  # far above the largest known index
 CHANGED = "has changed since it was first read; start again on a folder at rest"
 
 
@@ -81,7 +81,7 @@ class Checkpoint:
         return self.tensors
 
     @property
-    def said(self) -> str:
+    def adapted_because(self) -> str:
         """Why what recipes see is of another architecture than the files; empty where it is not."""
         return ""
 
@@ -228,8 +228,8 @@ def most_positions(config: dict[str, Any]) -> int | None:
 
 def config_dtypes(config: dict[str, Any]) -> set[str]:
     """The types that a config, and those nested in it, name for the weights."""
-    found = {value for key, value in config.items() if key in ("dtype", "torch_dtype") and isinstance(value, str)}
-    return found.union(*(config_dtypes(value) for value in config.values() if isinstance(value, dict)))
+    dtypes = {value for key, value in config.items() if key in ("dtype", "torch_dtype") and isinstance(value, str)}
+    return dtypes.union(*(config_dtypes(value) for value in config.values() if isinstance(value, dict)))
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -293,11 +293,11 @@ def _shard(folder: Path, name: str) -> Path:
 def _check_index(folder: Path, tensors: dict[str, TensorInfo]) -> None:
     if not (folder / INDEX).exists():
         return
-    told = _weight_map(folder / INDEX, folder)
+    indexed = _weight_map(folder / INDEX, folder)
     actual = {name: info.file.name for name, info in tensors.items()}
-    if told != actual:
-        name = min(set(told.items()) ^ set(actual.items()))[0]
+    if indexed != actual:
+        name = min(set(indexed.items()) ^ set(actual.items()))[0]
         raise UpfitError(
-            f"{folder / INDEX} and the shards disagree on tensor {name!r} (index: {told.get(name)}, "
+            f"{folder / INDEX} and the shards disagree on tensor {name!r} (index: {indexed.get(name)}, "
             f"shards: {actual.get(name)}); fetch the folder again"
         )

@@ -10,7 +10,7 @@ from typing import Any
 from upfit.modeling.registry import is_own
 
 KEY = "auto_map"
-MAX_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20  # as `reader.MAX_JSON_BYTES`
 ELSEWHERE = "--"  # `org/model--module.Class` is code of another repository, which is found there
 
 
@@ -34,8 +34,8 @@ def side_file(path: Path) -> bytes:
         return content  # whoever reads it says what is wrong with it
     if not isinstance(settings, dict) or not _local(settings.get(KEY)):
         return content
-    kept = {name: value for name, value in settings.items() if name != KEY}
-    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+    rest = {name: value for name, value in settings.items() if name != KEY}
+    return (json.dumps(rest, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _local(value: Any) -> bool:

@@ -113,8 +113,8 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     if len(shape) > MAX_DIMENSIONS:
         raise UpfitError(f"{path}: tensor {name!r} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are read")
     if end - begin != _bytes_of(shape, ITEM_BYTES[dtype], end - begin):
-        told = f"its shape {_short(shape)} and {dtype} need another number"
-        raise UpfitError(f"{path}: tensor {_short(name)} has {_short(end - begin)} bytes, {told}")
+        needed = f"its shape {_short(shape)} and {dtype} need another number"
+        raise UpfitError(f"{path}: tensor {_short(name)} has {_short(end - begin)} bytes, {needed}")
     return TensorInfo(name, dtype, tuple(shape), path, base + begin, base + end)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from upfit.checkpoint.copy_bytes import BLOCK, Piece
+from upfit.checkpoint.copy_bytes import BLOCK, CopiedRange
 from upfit.checkpoint.execute import Planned
 from upfit.checkpoint.reader import SINGLE, Checkpoint
 from upfit.checkpoint.safetensors_header import encode_header
@@ -16,7 +16,7 @@ class Shard:
     items: list[Planned]
     header: bytes = b""
     offsets: dict[str, int] = field(default_factory=dict)
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[CopiedRange] = field(default_factory=list)
 
     def lay_out(self, checkpoint: Checkpoint) -> None:
         entries = [(item.name, item.dtype, item.shape, item.nbytes) for item in self.items]

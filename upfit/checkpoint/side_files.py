@@ -40,13 +40,13 @@ def check_side_files(source: Path) -> dict[str, Path]:
     Raises UpfitError for what cannot be copied: a link out of the folder or to nothing, what is no ordinary file, what may not
     be read.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for pattern in SIDE_FILES:
         for beginning in source.glob(pattern):
             for path in beginning.rglob("*") if beginning.is_dir() else [beginning]:
                 if path.suffix not in NEVER_COPIED and not path.is_dir():
-                    found[str(path.relative_to(source))] = _ordinary(path, source)
-    return dict(sorted(found.items()))
+                    files[str(path.relative_to(source))] = _ordinary(path, source)
+    return dict(sorted(files.items()))
 
 
 def _ordinary(path: Path, source: Path) -> Path:

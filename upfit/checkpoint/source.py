@@ -28,17 +28,17 @@ HUB_ID = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder that may be read. `name` and `revision` say how the user called it. One that is not `kept` is gone when
-    the work is done."""
+    """A model folder that may be read. `name` and `revision` say how the user called it. One that is not `permanent` is gone
+    when the work is done."""
 
     path: Path
     name: str
     revision: str | None = None
-    kept: bool = True
+    permanent: bool = True
 
     def record(self) -> dict[str, Any]:
         """How `recipe.json` remembers this source: enough to find it again."""
-        return {"name": self.name, "revision": self.revision, "path": str(self.path) if self.kept else None}
+        return {"name": self.name, "revision": self.revision, "path": str(self.path) if self.permanent else None}
 
 
 def find_source(name: str, revision: str | None = None) -> Source:
@@ -105,8 +105,8 @@ def _has(hub_id: str, file: str, commit: str) -> bool:
 
 
 @contextmanager
-def hub_errors(told: Callable[[str], UpfitError]) -> Iterator[None]:
-    """What goes wrong with the hub, or on the way to it, as the error that `told` makes of its reason, a line."""
+def hub_errors(as_error: Callable[[str], UpfitError]) -> Iterator[None]:
+    """What goes wrong with the hub, or on the way to it, as the error that `as_error` makes of its reason, a line."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     client: Any = HfHubHTTPError.__bases__  # what the client of the hub's library raises, whichever it is
@@ -116,7 +116,7 @@ def hub_errors(told: Callable[[str], UpfitError]) -> Iterator[None]:
         raise
     except (*client, HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise told(reason) from error
+        raise as_error(reason) from error
 
 
 def teacher_source(folder: Path) -> Source | None:
@@ -124,16 +124,16 @@ def teacher_source(folder: Path) -> Source | None:
 
     Raises UpfitError when it tells of one that is no longer where it was.
     """
-    told = provenance.teacher(folder)
-    if told is None:
+    record = provenance.teacher(folder)
+    if record is None:
         return None
-    place = told.get("path")  # a published history tells no places, but the commit of a hub model
+    place = record.get("path")  # a published history tells no places, but the commit of a hub model
     if place and Path(place).is_dir():
-        return Source(Path(place), told["name"], told["revision"])
+        return Source(Path(place), record["name"], record["revision"])
     try:
-        return find_source(told["name"], told.get("commit") or told["revision"])
+        return find_source(record["name"], record.get("commit") or record["revision"])
     except UpfitError as error:
         where = f"which is not at {place}" if place else "which is not here"
         raise UpfitError(
-            f"{folder / provenance.FILE} names the source {told['name']}, {where}; give it with --teacher"
+            f"{folder / provenance.FILE} names the source {record['name']}, {where}; give it with --teacher"
         ) from error

@@ -97,46 +97,46 @@ class WorkFolder:
         take(self.lock, fcntl.LOCK_EX, wait=True)
         return (self.path / LOCK).exists() and os.path.samestat(os.fstat(self.lock), os.stat(self.path / LOCK))
 
-    def publish(self, made: Path, overwrite: bool) -> None:
-        """Let the finished file or folder `made`, in here, be the output: synced, in one rename.
+    def publish(self, result: Path, overwrite: bool) -> None:
+        """Let the finished file or folder `result`, in here, be the output: synced, in one rename.
 
         What stands there is replaced only with `overwrite`, and only where `check` takes it for Upfit's; it is asked before
         and, where the system can swap two names, of what was really taken away. Raises OutputTaken where something has appeared
-        there meanwhile: that stays, and so does `made`.
+        there meanwhile: that stays, and so does `result`.
         """
-        sync_tree(made) if made.is_dir() else sync_path(made)
+        sync_tree(result) if result.is_dir() else sync_path(result)
         try:
             if overwrite and self.out.exists() and not _is_empty(self.out):
-                self._replace(made)
+                self._replace(result)
             else:
-                rename_new(made, self.out, over_empty=True)
+                rename_new(result, self.out, over_empty=True)
         except FileExistsError as error:
             raise OutputTaken(
-                f"{self.out} has appeared while this was made, and stays; the result is whole in {made}: move it away, "
+                f"{self.out} has appeared while this was made, and stays; the result is whole in {result}: move it away, "
                 "or remove the other one and give the command again"
             ) from error
         except UpfitError as error:
-            raise OutputTaken(f"{error}; the result is whole in {made}") from error
+            raise OutputTaken(f"{error}; the result is whole in {result}") from error
         self.finished = True
         with suppress(OSError, UpfitError):
             remove_tree(self.path / REPLACED)
 
-    def _replace(self, made: Path) -> None:
+    def _replace(self, result: Path) -> None:
         self.check(self.out)
         old = self.path / REPLACED
-        os.rename(made, old)
+        os.rename(result, old)
         if exchange(old, self.out):
             try:
                 self.check(old)
             except UpfitError:
                 exchange(old, self.out)
-                os.rename(old, made)
+                os.rename(old, result)
                 raise
             sync_path(self.out.parent)
         else:
-            os.rename(old, made)
+            os.rename(old, result)
             os.rename(self.out, old)
-            rename_new(made, self.out)
+            rename_new(result, self.out)
 
     def remove(self) -> None:
         """Remove what verbs have put here, and the folder unless somebody keeps files of their own in it.

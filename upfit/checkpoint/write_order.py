@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from upfit.checkpoint import copy_bytes
-from upfit.checkpoint.copy_bytes import Mover, Piece, Run, write_all
+from upfit.checkpoint.copy_bytes import ByteCopier, ByteRange, CopiedRange, write_all
 from upfit.checkpoint.disk_errors import naming
 from upfit.checkpoint.execute import compute, finish
-from upfit.checkpoint.finished_shards import Journal
+from upfit.checkpoint.finished_shards import FinishedShards
 from upfit.checkpoint.reader import Checkpoint
 
 if TYPE_CHECKING:
@@ -29,101 +29,105 @@ if TYPE_CHECKING:
     from upfit.checkpoint.shard import Shard
 
 
-class Depot(Protocol):
+class SourceFiles(Protocol):
     """Source files that are downloaded when they are needed."""
 
-    def bring(self, path: Path) -> None: ...
-    def drop(self, path: Path) -> None: ...
+    def fetch(self, path: Path) -> None: ...
+    def release(self, path: Path) -> None: ...
 
 
 @dataclass
-class Target:
+class OpenShard:
     """A shard that is being written: `left` counts the bytes that are still missing."""
 
     shard: "Shard"
     path: Path
     descriptor: int
-    journal: Journal | None
+    finished_shards: FinishedShards | None
     left: int
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def put(self, data: bytes | memoryview, place: int) -> None:
         with naming(self.path):
             write_all(self.descriptor, data, place)
-        self.stands(Piece(place, len(data), zlib.crc32(data)))
+        self.stands(CopiedRange(place, len(data), zlib.crc32(data)))
 
-    def stands(self, piece: Piece) -> None:
+    def stands(self, piece: CopiedRange) -> None:
         with self.lock:
             self.shard.pieces.append(piece)
             self.left -= piece.nbytes
             finished = self.left == 0
-        if finished and self.journal:
+        if finished and self.finished_shards:
             with naming(self.path):
                 os.fsync(self.descriptor)
-            self.journal.add(self.shard.name, self.shard.nbytes, self.shard.pieces)
+            self.finished_shards.add(self.shard.name, self.shard.nbytes, self.shard.pieces)
 
 
 @dataclass
-class Stage:
-    """What is done while one file of the source is read: its untouched runs, rules whose last tensors it has, and casts.
+class FileStep:
+    """What is done while one file of the source is read: its untouched byte ranges, rules whose last tensors it has, and casts.
     `files` are all source files that have to be here, `done` those that nothing needs any more afterwards."""
 
     file: Path
-    runs: list[tuple[Target, Run]] = field(default_factory=list)
+    ranges: list[tuple[OpenShard, ByteRange]] = field(default_factory=list)
     rules: list["Rule"] = field(default_factory=list)
     casts: list["Planned"] = field(default_factory=list)
     files: set[Path] = field(default_factory=set)
     done: set[Path] = field(default_factory=set)
 
 
-def stages(targets: list[Target], rules: Sequence["Rule"], checkpoint: Checkpoint) -> list[Stage]:
-    """The work, in the order of the source's files; files that nothing is wanted of have no stage."""
-    staged = {file: Stage(file) for file in checkpoint.files}
+def file_steps(targets: list[OpenShard], rules: Sequence["Rule"], checkpoint: Checkpoint) -> list[FileStep]:
+    """The work, in the order of the source's files; files that nothing is wanted of have no step."""
+    by_file = {file: FileStep(file) for file in checkpoint.files}
     order = {file: index for index, file in enumerate(checkpoint.files)}
     wanted = {item.name for target in targets for item in target.shard.items}
     for target in targets:
-        for run in _runs(target.shard, checkpoint):
-            staged[run.file].runs.append((target, run))
+        for byte_range in _byte_ranges(target.shard, checkpoint):
+            by_file[byte_range.file].ranges.append((target, byte_range))
         for item in target.shard.items:
             if item.cast:
-                staged[checkpoint.info(item.source).file].casts.append(item)
+                by_file[checkpoint.info(item.source).file].casts.append(item)
     for rule in rules:
         if wanted.intersection(rule.writes):
             read = {file for name in rule.reads for file in checkpoint.files_of(name)}
             files = read & order.keys()  # a fit's own files are always here
-            stage = staged[max(files, key=order.__getitem__, default=checkpoint.files[0])]
-            stage.rules.append(rule)
-            stage.files |= files
-    found = [stage for stage in staged.values() if stage.runs or stage.rules or stage.casts]
-    last: dict[Path, Stage] = {}
-    for stage in found:
-        stage.files |= {stage.file} if stage.runs or stage.casts else set()
-        last |= dict.fromkeys(stage.files, stage)
-    for file, stage in last.items():
-        stage.done.add(file)
-    return found
+            step = by_file[max(files, key=order.__getitem__, default=checkpoint.files[0])]
+            step.rules.append(rule)
+            step.files |= files
+    steps = [step for step in by_file.values() if step.ranges or step.rules or step.casts]
+    last: dict[Path, FileStep] = {}
+    for step in steps:
+        step.files |= {step.file} if step.ranges or step.casts else set()
+        last |= dict.fromkeys(step.files, step)
+    for file, step in last.items():
+        step.done.add(file)
+    return steps
 
 
-def _runs(shard: "Shard", checkpoint: Checkpoint) -> Iterable[Run]:
-    """Untouched tensors as runs of bytes, neighbours joined."""
-    run: Run | None = None
+def _byte_ranges(shard: "Shard", checkpoint: Checkpoint) -> Iterable[ByteRange]:
+    """Untouched tensors as ranges of bytes, neighbours joined."""
+    byte_range: ByteRange | None = None
     for item in [item for item in shard.items if item.untouched]:
         info, place = checkpoint.info(item.source), shard.offsets[item.name]
-        if run and (run.file, run.start + run.nbytes, run.place + run.nbytes) == (info.file, info.start, place):
-            run = Run(run.file, run.start, run.nbytes + info.nbytes, run.place)
+        if byte_range and (byte_range.file, byte_range.start + byte_range.nbytes, byte_range.place + byte_range.nbytes) == (
+            info.file,
+            info.start,
+            place,
+        ):
+            byte_range = ByteRange(byte_range.file, byte_range.start, byte_range.nbytes + info.nbytes, byte_range.place)
             continue
-        if run:
-            yield run
-        run = Run(info.file, info.start, info.nbytes, place)
-    if run:
-        yield run
+        if byte_range:
+            yield byte_range
+        byte_range = ByteRange(info.file, info.start, info.nbytes, place)
+    if byte_range:
+        yield byte_range
 
 
-class Work:
-    """Does stages: one thread moves bytes while the other computes; they write to different places of the same files."""
+class ShardWriter:
+    """Does the steps: one thread moves bytes while the other computes; they write to different places of the same files."""
 
     def __init__(
-        self, shards: list["Shard"], targets: list[Target], checkpoint: Checkpoint, advance: Callable[[int], None]
+        self, shards: list["Shard"], targets: list[OpenShard], checkpoint: Checkpoint, advance: Callable[[int], None]
     ) -> None:
         self.checkpoint, self.advance = checkpoint, advance
         self.ways = list(copy_bytes.WAYS)
@@ -131,43 +135,43 @@ class Work:
         self.places = {item.name: (target, item) for target in targets for item in target.shard.items}
         self.stopped = threading.Event()
 
-    def run(self, stage: Stage, depot: Depot | None) -> None:
-        if depot:  # what is checked later must be known by itself: the source's bytes will be gone
+    def run(self, step: FileStep, source_files: SourceFiles | None) -> None:
+        if source_files:  # what is checked later must be known by itself: the source's bytes will be gone
             self.ways = [way for way in self.ways if way in copy_bytes.SEEN]
-            for file in sorted(stage.files):
-                depot.bring(file)
+            for file in sorted(step.files):
+                source_files.fetch(file)
         with ThreadPoolExecutor(max_workers=1) as pool:
-            moving = pool.submit(self._move, stage)
+            moving = pool.submit(self._move, step)
             try:
-                self._compute(stage)
+                self._compute(step)
             except BaseException:
                 self.stopped.set()
                 raise
             moving.result()
-        if depot:
-            for file in stage.done:
-                depot.drop(file)
+        if source_files:
+            for file in step.done:
+                source_files.release(file)
 
-    def _move(self, stage: Stage) -> None:
-        def tell(target: Target, piece: Piece) -> None:
+    def _move(self, step: FileStep) -> None:
+        def tell(target: OpenShard, piece: CopiedRange) -> None:
             if self.stopped.is_set():
                 raise InterruptedError("the other half of the work has failed")
             target.stands(piece)
             self.advance(piece.nbytes)
 
-        with Mover(self.ways) as mover:
-            for target, run in stage.runs:
-                source = self.checkpoint.descriptor(run.file)
+        with ByteCopier(self.ways) as copier:
+            for target, byte_range in step.ranges:
+                source = self.checkpoint.descriptor(byte_range.file)
                 with naming(target.path):
-                    mover.move(source, target.descriptor, run, functools.partial(tell, target))
+                    copier.move(source, target.descriptor, byte_range, functools.partial(tell, target))
 
-    def _compute(self, stage: Stage) -> None:
+    def _compute(self, step: FileStep) -> None:
         """Run each rule once, one after the other, and put its results where they belong; then what is only cast."""
-        for rule in stage.rules:
+        for rule in step.rules:
             for name, tensor in compute(rule, self.checkpoint, self.planned).items():
                 if name in self.places:
                     self._put(name, tensor)
-        for item in stage.casts:
+        for item in step.casts:
             self._put(item.name, finish(self.checkpoint.read(item.source), item))
 
     def _put(self, name: str, tensor: "torch.Tensor") -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from upfit.checkpoint.copy_bytes import REFUSALS
 from upfit.checkpoint.disk_errors import naming
-from upfit.checkpoint.finished_shards import Journal
+from upfit.checkpoint.finished_shards import FinishedShards
 from upfit.checkpoint.plan import Rule
 from upfit.checkpoint.reader import INDEX, Checkpoint
 from upfit.checkpoint.shard import Shard
-from upfit.checkpoint.write_order import Depot, Target, Work, stages
+from upfit.checkpoint.write_order import OpenShard, ShardWriter, SourceFiles, file_steps
 
 
 def write_shards(
@@ -25,31 +25,31 @@ def write_shards(
     checkpoint: Checkpoint,
     folder: Path,
     advance: Callable[[int], None],
-    journal: Journal | None = None,
-    depot: Depot | None = None,
+    finished_shards: FinishedShards | None = None,
+    source_files: SourceFiles | None = None,
 ) -> None:
     """Write every shard into `folder`, and the index where there is more than one. `advance` is told bytes as they go.
 
-    Shards that `journal` knows as finished are left as they are. With a `depot` the files of the source are brought one after
-    the other and dropped when they are done with.
-    Raises OSError, with the name of the file, when a disk is full or fails.
+    Shards that `finished_shards` knows as finished are left as they are. With `source_files` the files of the source are
+    fetched one after the other and released when they are done with. Raises OSError, with the name of the file, when a disk is
+    full or fails.
     """
-    kept = journal.kept if journal else {}
-    advance(sum(item.nbytes for shard in shards if shard.name in kept for item in shard.items))
-    targets: dict[str, Target] = {}
+    verified = finished_shards.verified if finished_shards else {}
+    advance(sum(item.nbytes for shard in shards if shard.name in verified for item in shard.items))
+    targets: dict[str, OpenShard] = {}
     try:
         for shard in shards:
-            if shard.name not in kept:
+            if shard.name not in verified:
                 path = folder / shard.name
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-                targets[shard.name] = Target(shard, path, descriptor, journal, shard.nbytes)
+                targets[shard.name] = OpenShard(shard, path, descriptor, finished_shards, shard.nbytes)
                 with naming(path):
                     _reserve(descriptor, shard.nbytes)
         for target in targets.values():
             target.put(target.shard.header, 0)
-        work = Work(shards, list(targets.values()), checkpoint, advance)
-        for stage in stages(list(targets.values()), rules, checkpoint):
-            work.run(stage, depot)
+        writer = ShardWriter(shards, list(targets.values()), checkpoint, advance)
+        for step in file_steps(list(targets.values()), rules, checkpoint):
+            writer.run(step, source_files)
     finally:
         for target in targets.values():
             os.close(target.descriptor)

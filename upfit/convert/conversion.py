@@ -18,7 +18,7 @@ from upfit.architecture.grouped_class import is_grouped
 from upfit.architecture.layers import Architecture, bind, open_model
 from upfit.architecture.leftovers import Leftovers, left_over, settle
 from upfit.architecture.loading import structure_report
-from upfit.architecture.names import class_names
+from upfit.architecture.names import name_map
 from upfit.architecture.planned import changed_layers, check_against_class, edit_dtype, output_bytes, shape_changes
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known, has_two_ways
@@ -26,8 +26,8 @@ from upfit.calibration.observe import Opaque
 from upfit.calibration.sample import check_texts
 from upfit.checkpoint.disk_errors import disk_errors
 from upfit.checkpoint.execute import Planned, outline
-from upfit.checkpoint.finished_shards import JOURNAL, Journal, crc_of
-from upfit.checkpoint.hub_stream import Stream, streamed
+from upfit.checkpoint.finished_shards import JOURNAL, FinishedShards, crc_of
+from upfit.checkpoint.hub_stream import HubStream, streamed
 from upfit.checkpoint.output_folder import check_output
 from upfit.checkpoint.plan import Plan
 from upfit.checkpoint.read_back import check_places, check_written
@@ -38,7 +38,7 @@ from upfit.checkpoint.side_files import check_side_files, copy_code, copy_side_f
 from upfit.checkpoint.source import Source, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.checkpoint.writer import write_shards
-from upfit.convert.recipe import MERGE, Bench, Fit, Recipe, find_merge, outline_of
+from upfit.convert.recipe import MERGE, Fit, FitContext, Recipe, find_merge, outline_of
 from upfit.convert.verify import Promise, Report, tolerance, verify
 from upfit.errors import UpfitError
 from upfit.modeling.registry import family, is_own
@@ -92,13 +92,13 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     """
     check(options)
     check_texts(getattr(options, "calibration", None))
-    with _opened(source, out, options, recipe, settings, output) as (job, bench, work, stream):
+    with _opened(source, out, options, recipe, settings, output) as (job, context, work, stream):
         preview: dict[str, Any] | None = None
         if job.fit is not None and not settings.dry_run:
             with disk_errors(out):
-                job = _fitted(job, job.fit, bench)
+                job = _fitted(job, job.fit, context)
         elif job.fit is not None and job.fit.preview is not None:
-            preview = _previewed(job.fit.preview, bench)
+            preview = _previewed(job.fit.preview, context)
         for note in job.plan.notes:
             output.note(note)
         answer = _summary(job) | ({"sensitivity": preview} if preview else {})
@@ -110,7 +110,7 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
 @contextmanager
 def _opened(
     source: str, out: Path, options: Any, recipe: Recipe, settings: Settings, output: Output
-) -> "Iterator[tuple[Job, Bench, WorkFolder | None, Stream | None]]":
+) -> "Iterator[tuple[Job, FitContext, WorkFolder | None, HubStream | None]]":
     """The checked job, and where it works: beside OUT, or for a dry run in a folder that goes at once."""
     with ExitStack() as stack:
         work, stream, place = None, None, Path()
@@ -122,15 +122,15 @@ def _opened(
                 work = stack.enter_context(work_folder(out, _verb(recipe).split()[0], settings.overwrite))
                 place = work.path
             stream = streamed(source, settings.revision, place / "stream")
-        found = stream.source if stream is not None else find_source(source, settings.revision)
-        checkpoint = stack.enter_context(open_checkpoint(found.path))
-        job = _prepare(recipe, found, out, options, settings, checkpoint)
+        opened = stream.source if stream is not None else find_source(source, settings.revision)
+        checkpoint = stack.enter_context(open_checkpoint(opened.path))
+        job = _prepare(recipe, opened, out, options, settings, checkpoint)
         if stream is not None:
             stream.forget = checkpoint.forget
         elif not settings.dry_run:
             work = stack.enter_context(work_folder(out, _verb(recipe).split()[0], settings.overwrite))
             place = work.path
-        yield job, Bench(found.path, job.checkpoint, job.architecture, place / "fit", output), work, stream
+        yield job, FitContext(opened.path, job.checkpoint, job.architecture, place / "fit", output), work, stream
 
 
 def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[str, Any]:
@@ -140,24 +140,24 @@ def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[st
     """
     if settings.stream:
         raise UpfitError("--stream is for upfit convert; merge reads the whole model, so leave it out")
-    found = find_source(source, settings.revision)
-    model_type = read_config(found.path)["model_type"]
+    opened = find_source(source, settings.revision)
+    model_type = read_config(opened.path)["model_type"]
     recipe = find_merge(model_type)
     if recipe is None:
         why = (
             "which no class of transformers can hold" if is_own({"model_type": model_type}) else "a class of transformers' own"
         )
-        raise UpfitError(f"{found.name} is of type {model_type}, {why}; there is nothing to merge")
+        raise UpfitError(f"{opened.name} is of type {model_type}, {why}; there is nothing to merge")
     return convert(recipe, source, out, recipe.options(), settings, output)
 
 
-def _fitted(job: Job, fit: Fit, bench: Bench) -> Job:
+def _fitted(job: Job, fit: Fit, context: FitContext) -> Job:
     """The job with the plan that the fit makes, checked again; with the fallback where the model cannot be watched."""
 
-    bench.scratch.mkdir(parents=True, exist_ok=True)
+    context.scratch.mkdir(parents=True, exist_ok=True)
     alone = False
     try:
-        plan, checkpoint = fit.run(bench), bench.checkpoint.with_fitted(bench.scratch)
+        plan, checkpoint = fit.run(context), context.checkpoint.with_fitted(context.scratch)
     except Opaque as reason:
         if fit.fallback is None:
             choose = f"; choose {fit.otherwise}" if fit.otherwise else ""
@@ -189,12 +189,12 @@ def _planned(job: Job, plan: Plan, alone: bool) -> Job:
     return dataclasses.replace(job, plan=plan, planned=planned, leftovers=leftovers)
 
 
-def _previewed(preview: Callable[[Bench], dict[str, Any]], bench: Bench) -> dict[str, Any] | None:
+def _previewed(preview: Callable[[FitContext], dict[str, Any]], context: FitContext) -> dict[str, Any] | None:
 
     try:
-        return preview(bench)
+        return preview(context)
     except Opaque as reason:
-        bench.output.note(f"no prediction: {reason}")
+        context.output.note(f"no prediction: {reason}")
         return None
 
 
@@ -205,8 +205,8 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     check_known(checkpoint.config)
     check_not_quantised(checkpoint)
     stored = checkpoint
-    checkpoint, architecture, made = _first_way(recipe, options, stored)
-    plan, fit = outline_of(made), made if isinstance(made, Fit) else None
+    checkpoint, architecture, plan_or_fit = _first_way(recipe, options, stored)
+    plan, fit = outline_of(plan_or_fit), plan_or_fit if isinstance(plan_or_fit, Fit) else None
     unused = _check_source(stored)
     job = Job(recipe, options, settings, source, out, checkpoint, architecture, plan, fit, [], *unused, Leftovers())
     job = _planned(job, plan, fit is None)
@@ -221,7 +221,7 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
         )
     if settings.stream:
         needed += max(path.stat().st_size for path in checkpoint.files)
-    check_output(out, [source.path] if source.kept else [], needed, settings.overwrite)
+    check_output(out, [source.path] if source.permanent else [], needed, settings.overwrite)
     return job
 
 
@@ -252,7 +252,7 @@ def _check_source(checkpoint: Checkpoint) -> tuple[frozenset[str], frozenset[str
             first = ", ".join(sorted(map(str, report[kind]))[:3])
             what = f"{len(report[kind])} {kind.replace('_', ' ')}, e.g. {first}"
             raise UpfitError(f"the source {checkpoint.folder} is incomplete: {what}")
-    names = class_names(checkpoint.config, stored=True)
+    names = name_map(checkpoint.config, stored=True)
     unused = left_over(checkpoint.tensors, names.module_name, names.shapes)
     return unused, unused | frozenset(report["unexpected_keys"])
 
@@ -269,7 +269,7 @@ def _with_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
     return changed, safetensors_dtype(getattr(torch, name))
 
 
-def _write(job: Job, answer: dict[str, Any], output: Output, work: WorkFolder, stream: "Stream | None") -> dict[str, Any]:
+def _write(job: Job, answer: dict[str, Any], output: Output, work: WorkFolder, stream: "HubStream | None") -> dict[str, Any]:
     shards, earlier = split(job.planned, job.checkpoint, job.settings.max_shard_bytes), provenance.read(job.source.path)
     promise = _promise(job)
     step = _step(job, answer, promise)
@@ -295,9 +295,9 @@ def _step(job: Job, answer: dict[str, Any], promise: Promise) -> dict[str, Any]:
     step = provenance.step(_verb(job.recipe), job.source.record(), answer["options"])
     step["command"] = _command(job)
     step["measurements"] = {key: answer[key] for key in ("parameters", "kv_heads", "kv_bytes_per_token")}
-    if job.checkpoint.said:
+    if job.checkpoint.adapted_because:
         moved = (read_config(job.source.path)["model_type"], job.plan.config["model_type"])
-        step["retarget"] = {"from": moved[0], "to": moved[1], "why": job.checkpoint.said}
+        step["retarget"] = {"from": moved[0], "to": moved[1], "why": job.checkpoint.adapted_because}
     if promise.tolerance is not None:
         step["measurements"]["lossless"] = asdict(promise) if promise.tolerance or promise.dtype else True
         step["measurements"][provenance.STATE] = provenance.LOSSLESS
@@ -308,15 +308,17 @@ def _step(job: Job, answer: dict[str, Any], promise: Promise) -> dict[str, Any]:
     return step
 
 
-def _write_weights(job: Job, folder: Path, shards: list[Shard], output: Output, stream: "Stream | None") -> None:
-    journal = Journal(folder, _work(job, shards), job.checkpoint.read_bytes)
-    if journal.kept:
-        output.note(f"going on: {len(journal.kept)} of {len(shards)} shards are finished already")
+def _write_weights(job: Job, folder: Path, shards: list[Shard], output: Output, stream: "HubStream | None") -> None:
+    finished_shards = FinishedShards(folder, _work(job, shards), job.checkpoint.read_bytes)
+    if finished_shards.verified:
+        output.note(f"going on: {len(finished_shards.verified)} of {len(shards)} shards are finished already")
     with output.progress(f"converting {job.source.name}", sum(item.nbytes for item in job.planned)) as meter:
-        write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance, journal, stream)
+        write_shards(shards, job.plan.rules, job.checkpoint, folder, meter.advance, finished_shards, stream)
 
 
-def _verified(job: Job, promise: Promise, folder: Path, shards: list[Shard], output: Output, stream: "Stream | None") -> Report:
+def _verified(
+    job: Job, promise: Promise, folder: Path, shards: list[Shard], output: Output, stream: "HubStream | None"
+) -> Report:
     job.checkpoint.check_unchanged()
     if job.settings.verify_bytes:
         with output.progress("reading back", sum(piece.nbytes for shard in shards for piece in shard.pieces)) as meter:
@@ -341,7 +343,7 @@ def _work(job: Job, shards: list[Shard]) -> dict[str, Any]:
     """All that the bytes of the shards depend on: a run that finds a journal of other work does not go on with it."""
     fitted = {path.name: crc_of(path) for path in sorted({info.file for info in job.checkpoint.fitted.values()})}
     return {
-        "source": job.checkpoint.identity() if job.source.kept else [job.source.name, job.source.revision],
+        "source": job.checkpoint.identity() if job.source.permanent else [job.source.name, job.source.revision],
         "conversion": [job.recipe.name, asdict(job.options), job.settings.dtype],
         "config": job.plan.config,
         "shards": [[shard.name, shard.nbytes, zlib.crc32(shard.header)] for shard in shards],

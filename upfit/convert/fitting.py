@@ -15,17 +15,17 @@ from upfit import provenance
 from upfit.architecture.loading import pick_device
 from upfit.calibration.carried import Carried
 from upfit.calibration.fit_work import Entry, FitWork
-from upfit.calibration.layerwise import Stream
+from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import run_block
 from upfit.calibration.sample import Sample, sample_for
 from upfit.calibration.statistics_file import fingerprint
-from upfit.calibration.teacher_student import lanes_of
+from upfit.calibration.teacher_student import paired_batches
 from upfit.checkpoint.plan import Rule
 from upfit.checkpoint.reader import torch_dtype
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 FITTED = "fitted/"  # how rules name tensors of the fit, as opposed to tensors of the checkpoint
 
@@ -58,20 +58,20 @@ class Walk:
     """A model that is run layer by layer over the calibration text, side by side with the converted one (`alone`: without
     it)."""
 
-    def __init__(self, bench: "Bench", sample: Sample, alone: bool) -> None:
+    def __init__(self, context: "FitContext", sample: Sample, alone: bool) -> None:
         pieces, held = sample.batches()
-        self.bench, self.alone = bench, alone
-        self.stream = Stream(bench.checkpoint, bench.architecture, pieces, pick_device())
-        self.lanes = list(lanes_of(self.stream, held))
-        self.carried = Carried(self.lanes, alone)
+        self.context, self.alone = context, alone
+        self.model = LayerwiseModel(context.checkpoint, context.architecture, pieces, pick_device())
+        self.batches = list(paired_batches(self.model, held))
+        self.carried = Carried(self.batches, alone)
 
     def pass_by(self, index: int) -> None:
         """Move on through a layer that stays as it is."""
-        module = self.stream.blocks[index].module
-        for lane in self.lanes:
+        module = self.model.blocks[index].module
+        for batch in self.batches:
             if not self.alone:
-                lane.student = run_block(module, lane.student, lane.student_calls[index])
-            lane.teacher = run_block(module, lane.teacher, lane.calls[index])
+                batch.student = run_block(module, batch.student, batch.student_calls[index])
+            batch.teacher = run_block(module, batch.teacher, batch.calls[index])
 
 
 FitLayer = Callable[[int, "Layer"], LayerFit]
@@ -80,8 +80,8 @@ FitLayer = Callable[[int, "Layer"], LayerFit]
 @dataclass(frozen=True)
 class Task:
     """A fit of some layers. `settings` hold all that results depend on besides model, text and machine. `begin(walk)` gives the
-    function that fits the layer at an index, whose weights are loaded, and moves the walk's lanes on. `title` stands beside the
-    bar with the `note` of a layer's record; `label` is that of the rules."""
+    function that fits the layer at an index, whose weights are loaded, and moves the walk's batches on. `title` stands beside
+    the bar with the `note` of a layer's record; `label` is that of the rules."""
 
     title: str
     label: str
@@ -104,66 +104,68 @@ class Fitted:
         return [entry.record for entry in self.entries]
 
 
-def read_calibration(bench: "Bench", texts: list[str] | None, tokens: str | None, length: int | None) -> Calibration:
+def read_calibration(context: "FitContext", texts: list[str] | None, tokens: str | None, length: int | None) -> Calibration:
     """The windows of calibration text.
 
     Raises UpfitError for text that cannot be used, Opaque for a model without a tokenizer.
     """
     if not texts:
-        bench.output.note(
+        context.output.note(
             "no --calibration text: calibrating on Python's standard library; text like what the model will serve is better"
         )
     return Calibration(
-        sample_for(bench.folder, bench.checkpoint, texts, tokens, length, bench.output), fingerprint(bench.checkpoint)
+        sample_for(context.folder, context.checkpoint, texts, tokens, length, context.output), fingerprint(context.checkpoint)
     )
 
 
-def fit_layers(bench: "Bench", calibration: Calibration, task: Task) -> Fitted:
-    """Fit every layer of the task; those that an earlier run of the same fit has finished are taken from the bench's folder.
+def fit_layers(context: "FitContext", calibration: Calibration, task: Task) -> Fitted:
+    """Fit every layer of the task; those that an earlier run of the same fit has finished are taken from the folder of the fit.
 
     Raises Opaque for a model that cannot be run on text.
     """
-    work = FitWork(bench.scratch, identity(calibration, task))
+    work = FitWork(context.scratch, identity(calibration, task))
     done = work.progress
     if done.next:
-        bench.output.note(f"going on after layer {done.next} of {done.total}")
-    with bench.output.progress(task.title, len(task.layers)) as meter:
+        context.output.note(f"going on after layer {done.next} of {done.total}")
+    with context.output.progress(task.title, len(task.layers)) as meter:
         meter.advance(len(done.layers))
         if not work.finished:
-            _walk(bench, calibration, task, work, lambda record: meter.advance(1, task.note(record)))
+            _walk(context, calibration, task, work, lambda record: meter.advance(1, task.note(record)))
     layers = {layer.path: layer for layer in task.layers}
     rules = [_rule(entry, layers[entry.layer], task.label) for entry in done.layers if entry.names]
     return Fitted(done.layers, rules)
 
 
-def _walk(bench: "Bench", calibration: Calibration, task: Task, work: FitWork, show: Callable[[dict[str, Any]], None]) -> None:
+def _walk(
+    context: "FitContext", calibration: Calibration, task: Task, work: FitWork, show: Callable[[dict[str, Any]], None]
+) -> None:
     """The layers that are still to be done, each kept as soon as it is."""
-    walk = Walk(bench, calibration.sample, task.alone)
+    walk = Walk(context, calibration.sample, task.alone)
     if work.progress.next:
         walk.carried.restore(work.state())
-    fit, blocks = task.begin(walk), walk.stream.blocks
+    fit, blocks = task.begin(walk), walk.model.blocks
     layers = {layer.path: layer for layer in task.layers}
     for index in range(work.progress.next, len(blocks)):
-        walk.stream.load(index)
+        walk.model.load(index)
         layer = layers.get(blocks[index].attention_path) if blocks[index].attention else None
         if layer is None:
             walk.pass_by(index)
         else:
-            made = fit(index, layer)
-            work.add(index, made.layer, made.record, made.extra, _stored(bench, layer, made.tensors))
-        walk.stream.empty(blocks[index].module)
+            fitted = fit(index, layer)
+            work.add(index, fitted.layer, fitted.record, fitted.extra, _stored(context, layer, fitted.tensors))
+        walk.model.empty(blocks[index].module)
         last = index + 1 == len(blocks)
         carried = None if last else walk.carried.tensors()
         if last or carried is not None:
             work.keep(index + 1, len(blocks), carried)
         if layer is not None:
-            show(made.record)
+            show(fitted.record)
 
 
 def identity(calibration: Calibration, task: Task) -> dict[str, Any]:
     """All that the bytes of a fit depend on."""
-    windows = [[len(some), length, calibration.sample.held[length]] for length, some in calibration.sample.windows.items()]
-    content = b"".join(some.numpy().tobytes() for some in calibration.sample.windows.values())
+    windows = [[len(rows), length, calibration.sample.held[length]] for length, rows in calibration.sample.windows.items()]
+    content = b"".join(rows.numpy().tobytes() for rows in calibration.sample.windows.values())
     device = pick_device()
     return {
         "settings": task.settings,
@@ -178,9 +180,9 @@ def identity(calibration: Calibration, task: Task) -> dict[str, Any]:
     }
 
 
-def _stored(bench: "Bench", layer: "Layer", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _stored(context: "FitContext", layer: "Layer", tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A layer's new tensors in the types of the checkpoint (of its queries, where they are new)."""
-    known = bench.checkpoint.tensors
+    known = context.checkpoint.tensors
     types = {name: known[name if name in known else layer.names["q.weight"]].dtype for name in tensors}
     return {FITTED + name: tensor.to("cpu", torch_dtype(types[name])).contiguous() for name, tensor in tensors.items()}
 

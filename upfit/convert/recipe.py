@@ -23,7 +23,7 @@ MERGE = "merge"  # the name of recipes that go back to a stock class
 
 
 @dataclass(frozen=True)
-class Bench:
+class FitContext:
     """Where a fit works: the opened source, and `scratch`, a folder of its own for tensors that the rules of its plan will read
     and for what it goes on from after it was stopped; there may be none yet."""
 
@@ -38,16 +38,19 @@ class Bench:
 class Fit:
     """A plan that has to be found by running the model on text.
 
-    `outline` tells what will be written: names, shapes and the config; its rules run on meta tensors alone. `run(bench)` gives
-    the plan to be written. `fallback(why)` gives the plan for a model that cannot be watched on text; None:
-    that is an error. `otherwise` is a setting that needs no text, as words of a command line. `preview(bench)` tells, for a dry
-    run, what calibration predicts, as tables that JSON can hold; None where nothing can be predicted.
+    `outline` tells what will be written: names, shapes and the config; its rules run on meta tensors alone. `run(context)`
+    returns the plan to be written. `fallback(why)` returns the plan for a model that cannot be watched on text; None: that is
+    an error. `otherwise` is a setting that needs no text, as words of a command line.
+
+    `preview(context)` predicts, for a dry run, what each number of key/value heads would cost; None where nothing can be
+    predicted. Its keys are `kv_heads` (the numbers), `layers` (with `choices` for each of them) and `totals`. A choice has
+    `kv_heads`, `attention_error` and `output_error`; a total also `largest_...` of the two and `kv_bytes_per_token`.
     """
 
     outline: Plan
-    run: "Callable[[Bench], Plan]"
+    run: "Callable[[FitContext], Plan]"
     fallback: Callable[[str], Plan] | None = None
-    preview: "Callable[[Bench], dict[str, Any]] | None" = None
+    preview: "Callable[[FitContext], dict[str, Any]] | None" = None
     otherwise: str = ""
 
 
@@ -80,9 +83,9 @@ class NoOptions:
     """The options of a recipe that has none."""
 
 
-def outline_of(made: Plan | Fit) -> Plan:
+def outline_of(plan: Plan | Fit) -> Plan:
     """What will be written, as far as it is known without running the model."""
-    return made.outline if isinstance(made, Fit) else made
+    return plan.outline if isinstance(plan, Fit) else plan
 
 
 def possible(plan: "Callable[[Architecture, Any], Plan | Fit]", architecture: "Architecture", options: Any) -> bool:
@@ -98,12 +101,12 @@ def find_recipes() -> dict[str, Recipe]:
     """Every recipe, by name: the `RECIPES` in the `recipe` module of each sub-package of `upfit.convert`."""
     import upfit.convert as room
 
-    found = {}
+    by_name = {}
     for module in pkgutil.iter_modules(room.__path__):
         if module.ispkg:
             recipes = importlib.import_module(f"{room.__name__}.{module.name}.recipe").RECIPES
-            found.update({recipe.name: recipe for recipe in recipes})
-    return dict(sorted(found.items()))
+            by_name.update({recipe.name: recipe for recipe in recipes})
+    return dict(sorted(by_name.items()))
 
 
 def find_merge(model_type: str) -> Recipe | None:

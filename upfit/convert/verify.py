@@ -22,7 +22,7 @@ from upfit.text.tokenizer import no_panic
 if TYPE_CHECKING:
     import torch
 
-SAMPLE_TOKENS = 512
+SAMPLE_TOKENS = 512  # a CPU takes seconds for them, and their loss has a use
 MEMORY_FACTOR = 1.3  # weights, plus activations and logits of one short window
 FALLBACK_SEED = 0
 CLOSE = {"float32": 1e-4, "float64": 1e-8}  # of the largest logit, where a plan promises equality to rounding
@@ -117,8 +117,8 @@ def compare(
         raise UpfitError(
             f"{FAILED}: its logits differ from {whose} by {difference:.2g} where this setting promises {what}; please report it"
         )
-    said = f"logits equal {whose} bit for bit" if equal else f"logits differ from {whose} by up to {difference:.2g}"
-    numbers = replace(report, numbers=said, tokens=before.shape[0], equal=equal, max_difference=difference)
+    sentence = f"logits equal {whose} bit for bit" if equal else f"logits differ from {whose} by up to {difference:.2g}"
+    numbers = replace(report, numbers=sentence, tokens=before.shape[0], equal=equal, max_difference=difference)
     if ids is None:
         return numbers
     losses = [_losses(logits, ids) for logits in (before, after)]

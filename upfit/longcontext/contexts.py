@@ -11,7 +11,7 @@ import numpy as np
 
 from upfit.bounded import DATA_BYTES, RECORD_BYTES, read_json, read_lines, shaped
 from upfit.errors import UpfitError
-from upfit.longcontext.compose import Composer, Recipe
+from upfit.longcontext.compose import Composer, ContextPlan
 from upfit.longcontext.items import Item
 from upfit.longcontext.segments import Segments
 from upfit.longcontext.wording import Wording
@@ -43,9 +43,9 @@ class Contexts(Sequence[tuple[np.ndarray, int]]):
 
     @cached_property
     def composer(self) -> Composer:
-        told = self.settings["options"]
+        options = self.settings["options"]
         segments = Segments(self.folder / SEGMENTS)
-        return Composer(segments, self.wording, told["seed"], len(self), told["min_tokens"], told["max_tokens"])
+        return Composer(segments, self.wording, options["seed"], len(self), options["min_tokens"], options["max_tokens"])
 
     def worded(self, wording: Wording) -> "Contexts":
         """The same examples with other words around them."""
@@ -61,17 +61,17 @@ class Contexts(Sequence[tuple[np.ndarray, int]]):
         with self._shaped():
             return Item.read(self._items[index])
 
-    def recipe(self, index: int) -> Recipe:
+    def plan(self, index: int) -> ContextPlan:
         with self._shaped():
-            return Recipe.read(self._recipes[index])
+            return ContextPlan.read(self._recipes[index])
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
+            return [self[at] for at in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        return self.composer.example(self.item(index), self.recipe(index))
+        return self.composer.example(self.item(index), self.plan(index))
 
     def text(self, index: int) -> str:
         """The context alone, as text."""
-        return self.composer.text(self.item(index), self.recipe(index))
+        return self.composer.text(self.item(index), self.plan(index))

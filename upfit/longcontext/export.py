@@ -18,8 +18,8 @@ def trl(wording: Wording, item: Item, context: str) -> dict[str, Any]:
 
 def messages(wording: Wording, item: Item, context: str) -> dict[str, Any]:
     """A conversation, as most trainers of chat models read it."""
-    said = f"{context}\n\n{item.question}"
-    return {"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": item.answer}]}
+    prompt = f"{context}\n\n{item.question}"
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": item.answer}]}
 
 
 def film(wording: Wording, item: Item, context: str) -> dict[str, Any]:

@@ -30,14 +30,14 @@ class Item:
     def line(self) -> str:
         """As one line of JSON, without what is at its default."""
         defaults = {field.name: field.default for field in fields(self)}
-        kept = {key: value for key, value in asdict(self).items() if value != defaults[key]}
-        return json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
+        changed = {key: value for key, value in asdict(self).items() if value != defaults[key]}
+        return json.dumps(changed, ensure_ascii=False, separators=(",", ":"))
 
     @staticmethod
     def read(line: str) -> "Item":
-        told: dict[str, Any] = json.loads(line)
-        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
-        return Item(**given)
+        record: dict[str, Any] = json.loads(line)
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+        return Item(**fields)
 
 
 def generator(seed: int, purpose: str, index: int) -> np.random.Generator:

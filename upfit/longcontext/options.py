@@ -63,16 +63,16 @@ def check_options(options: Options) -> tuple[int, int]:
         "--budget-tokens": (options.budget_tokens, ("openai",)),
         "--responses": (options.responses, ("file",)),
     }
-    for flag, (given, asks) in goes.items():
-        if given is not None and options.ask not in asks:
+    for flag, (value, asks) in goes.items():
+        if value is not None and options.ask not in asks:
             raise UpfitError(f"{flag} goes with --ask {' or '.join(asks)}, not {options.ask}; see docs/synth.md")
-        if given is None and flag in ("--model", "--questions") and options.ask in asks:
+        if value is None and flag in ("--model", "--questions") and options.ask in asks:
             raise UpfitError(f"--ask {options.ask} needs {flag}; see docs/synth.md")
     for flag, names in (("--questions", options.questions), ("--responses", options.responses)):
         for name in names or ():
             if not Path(name).expanduser().is_file():
                 raise UpfitError(f"{flag} {name} is not here; give files")
-    found = SHARD.fullmatch(options.shard)
-    if not found or not int(found[1]) < int(found[2]):
+    part = SHARD.fullmatch(options.shard)
+    if not part or not int(part[1]) < int(part[2]):
         raise UpfitError(f"--shard got {options.shard!r}; give I/N with I from 0 to N - 1, such as 2/8")
-    return int(found[1]), int(found[2])
+    return int(part[1]), int(part[2])

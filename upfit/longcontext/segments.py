@@ -52,8 +52,8 @@ class Segments:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        told: dict[str, Any] = read_json(self.folder / ABOUT, RECORD_BYTES)
-        return told
+        about: dict[str, Any] = read_json(self.folder / ABOUT, RECORD_BYTES)
+        return about
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -83,14 +83,14 @@ class Segments:
 
 def lines_of(text: str) -> list[str]:
     """The lines of a document that say something, long ones cut at ends of sentences, or anywhere where there are none."""
-    found: list[str] = []
+    lines: list[str] = []
     for line in text.replace("\r\n", "\n").split("\n"):
         if len(line) <= LONGEST_LINE:
-            found.append(line)
+            lines.append(line)
             continue
         for part in SENTENCE_END.split(line):
-            found += [part[at : at + LONGEST_LINE] for at in range(0, len(part), LONGEST_LINE)]
-    return found
+            lines += [part[at : at + LONGEST_LINE] for at in range(0, len(part), LONGEST_LINE)]
+    return lines
 
 
 def cut(lines: list[str], lengths: list[int], least: int) -> list[str]:
@@ -129,9 +129,9 @@ def write_segments(
     digest = hashlib.sha256()
     with open(folder / IDS, "wb") as ids_file, open(folder / TEXTS, "wb") as text_file:
         for index, texts in enumerate(_segmented(documents, tokenizer, least)):
-            kept = [text for text in texts if not (banned and ten_grams(text) & banned)]
-            left_out += len(texts) - len(kept)
-            for text, ids in zip(kept, _ids(tokenizer, [text + JOIN for text in kept]), strict=True):
+            allowed = [text for text in texts if not (banned and ten_grams(text) & banned)]
+            left_out += len(texts) - len(allowed)
+            for text, ids in zip(allowed, _ids(tokenizer, [text + JOIN for text in allowed]), strict=True):
                 raw = text.encode()
                 ids_file.write(np.asarray(ids, dtype=np.uint32).tobytes())
                 text_file.write(raw)
@@ -143,20 +143,20 @@ def write_segments(
     table = np.array(ends, dtype=np.int64)
     table[:-1, 2] = table[1:, 2]
     np.save(folder / TABLE, table)
-    told = {**about, "segments": len(ends) - 1, "tokens": ends[-1][0], "documents": index + 1}
-    told |= {"left_out": left_out, "sha256": digest.hexdigest()}
-    (folder / ABOUT).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    return told
+    record = {**about, "segments": len(ends) - 1, "tokens": ends[-1][0], "documents": index + 1}
+    record |= {"left_out": left_out, "sha256": digest.hexdigest()}
+    (folder / ABOUT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
 
 
 def _segmented(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", least: int) -> Iterator[list[str]]:
     """The segments of each document, in order; documents that say nothing have none."""
     for batch in _batches(documents):
         lines = [lines_of(text) if len(text.strip()) >= LEAST_CHARACTERS else [] for text in batch]
-        flat = [line + "\n" for some in lines for line in some]
+        flat = [line + "\n" for paragraph in lines for line in paragraph]
         lengths = iter([len(ids) for ids in _ids(tokenizer, flat)])
-        for some in lines:
-            yield cut(some, [next(lengths) for _ in some], least)
+        for paragraph in lines:
+            yield cut(paragraph, [next(lengths) for _ in paragraph], least)
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -176,7 +176,7 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[in
 
 
 WORD = re.compile(r"\w+")
-GRAM = 10
+GRAM = 10  # words in a row that count as copied
 
 
 def ten_grams(text: str) -> set[int]:

@@ -31,7 +31,7 @@ from upfit.text.corpus import documents
 from upfit.text.files import files_of, local_inputs
 from upfit.text.tokenizer import identity, load_tokenizer
 
-FLUSH_EVERY = 256
+FLUSH_EVERY = 256  # items: so many at most are asked again after a kill
 TOO_LONG = "longer than --max-tokens by itself"
 # Settings that change nothing of what is asked.
 FREE = ("shard", "export", "responses", "concurrency", "budget_tokens", "base_url")
@@ -81,10 +81,10 @@ def check_families(options: Options) -> None:
 
 
 def _settings(texts: list[str], local: list[Path], options: Options, tokenizer: str) -> dict[str, Any]:
-    kept = {key: value for key, value in asdict(options).items() if key not in FREE}
+    settings = {key: value for key, value in asdict(options).items() if key not in FREE}
     questions = [hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest() for name in options.questions or ()]
     content = content_stamp([path for source in local for path in files_of(source)])
-    return {"texts": texts, "text": content, "options": kept, "tokenizer_sha256": tokenizer, "questions_sha256": questions}
+    return {"texts": texts, "text": content, "options": settings, "tokenizer_sha256": tokenizer, "questions_sha256": questions}
 
 
 def _segmented(
@@ -193,7 +193,7 @@ def _do_part(path: Path, indices: range, ask: Asker, composer: Composer, options
             if isinstance(item, str):
                 file.write(f"{index}\t{item}\n")
             else:
-                file.write(f"{index}\t{composer.recipe(item, options.short_share).line()}\t{item.line()}\n")
+                file.write(f"{index}\t{composer.plan(item, options.short_share).line()}\t{item.line()}\n")
             meter.advance(1)
             if number % FLUSH_EVERY == 0:
                 file.flush()
@@ -207,11 +207,11 @@ def _repaired(path: Path) -> int:
     if not path.exists():
         return 0
     content = path.read_bytes()
-    kept = content[: content.rfind(b"\n") + 1]
-    if len(kept) != len(content):
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) != len(content):
         with open(path, "r+b") as file:
-            file.truncate(len(kept))
-    return kept.count(b"\n")
+            file.truncate(len(whole))
+    return whole.count(b"\n")
 
 
 def _whole(path: Path) -> bool:

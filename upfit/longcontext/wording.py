@@ -56,8 +56,8 @@ class Wording:
 def _chat_parts(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     if not getattr(tokenizer, "chat_template", None):
         raise UpfitError("the chat format needs a tokenizer with a chat template; this one has none, use plain")
-    said = BEFORE + CONTEXT + CHAT_AFTER
-    text = tokenizer.apply_chat_template([{"role": "user", "content": said}], tokenize=False, add_generation_prompt=True)
+    message = BEFORE + CONTEXT + CHAT_AFTER
+    text = tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True)
     before, _, after = str(text).partition(CONTEXT)
     if QUESTION not in after:
         raise UpfitError("the tokenizer's chat template drops what the user says; use the plain format")

@@ -21,49 +21,51 @@ def near_gates(rows: Inputs, seen: Tensor, band: int = BAND) -> Tensor:
     """Gates [B, H, R, some] of keys in reverse, so many that all queries of `rows` are at their last position behind them:
     attention is plain there. The first `band` keys are tried, then twice as many more."""
     keys, last = seen.shape[-1], rows.z.shape[-1] - 1
-    found, passed = [], torch.zeros((), device=rows.z.device)
+    gates, passed = [], torch.zeros((), device=rows.z.device)
     start, stop = 0, min(band, keys)
     while True:
-        found.append(gates_of(rows, seen, start, stop))
+        gates.append(gates_of(rows, seen, start, stop))
         if stop == keys:
             break
-        passed = passed + found[-1].sum(-1)
+        passed = passed + gates[-1].sum(-1)
         blind = ~seen[..., stop:].any(-1)  # nothing is seen further left: whatever the position, it is not needed
         if bool(((passed >= last) | blind).all()):
             break
         start, stop = stop, min(3 * stop - 2 * start, keys)
-    return torch.cat(found, -1) if len(found) > 1 else found[0]
+    return torch.cat(gates, -1) if len(gates) > 1 else gates[0]
 
 
-def _last_first(given: Inputs, keys: int) -> Inputs:
+def _last_first(inputs: Inputs, keys: int) -> Inputs:
     """All `keys` keys, with values and gate keys, in reverse, and heads before keys in memory: products then make no copies."""
-    gate_k = given.gate_k
-    turned: dict[str, Any] = {"k": given.k.flip(2).contiguous(), "v": given.v.flip(2).contiguous()}
+    gate_k = inputs.gate_k
+    turned: dict[str, Any] = {"k": inputs.k.flip(2).contiguous(), "v": inputs.v.flip(2).contiguous()}
     if isinstance(gate_k, Tensor):
-        return replace(given, **turned, gate_k=gate_k.flip(2).contiguous())
-    made = None if gate_k is None else lambda start, stop: gate_k(keys - stop, keys - start).flip(2)
-    return replace(given, **turned, gate_k=made)
+        return replace(inputs, **turned, gate_k=gate_k.flip(2).contiguous())
+    flipped = None if gate_k is None else lambda start, stop: gate_k(keys - stop, keys - start).flip(2)
+    return replace(inputs, **turned, gate_k=flipped)
 
 
-def newest(given: Inputs, sight: Sight) -> Tensor:
+def newest(inputs: Inputs, sight: Sight) -> Tensor:
     """[B, 1, H, V] for one query: torch's own attention, with a mask that is made of the keys before the last position only.
 
     No gradients, caps or sinks. A query that may look at nothing gets the mean of all values, as it does in torch.
     """
-    batch, heads = given.q.shape[:2]
+    batch, heads = inputs.q.shape[:2]
     first, end = sight.stretch(0, 1)
-    seen, gate_k = sight.rows(0, 1, given.q.device)[..., first:end], given.gate_k
-    turned = replace(given, gate_k=None if gate_k is None else lambda start, stop: cut(gate_k, end - stop, end - start).flip(2))
+    seen, gate_k = sight.rows(0, 1, inputs.q.device)[..., first:end], inputs.gate_k
+    turned = replace(
+        inputs, gate_k=None if gate_k is None else lambda start, stop: cut(gate_k, end - stop, end - start).flip(2)
+    )
     gates = near_gates(turned, seen.flip(-1))
-    positions = gates.cumsum(-1).clamp_(max=given.z.shape[-1] - 1).flip(-1)
-    added = torch.zeros(batch, heads, 1, end - first, dtype=given.q.dtype, device=given.q.device)
-    added[..., end - first - gates.shape[-1] :] = position_logits(given.z.to(gates.dtype), positions)
+    positions = gates.cumsum(-1).clamp_(max=inputs.z.shape[-1] - 1).flip(-1)
+    added = torch.zeros(batch, heads, 1, end - first, dtype=inputs.q.dtype, device=inputs.q.device)
+    added[..., end - first - gates.shape[-1] :] = position_logits(inputs.z.to(gates.dtype), positions)
     if sight.mask is not None:
         added.masked_fill_(~seen, torch.finfo(added.dtype).min)
-    k, v = given.k[:, :, first:end], given.v[:, :, first:end]
+    k, v = inputs.k[:, :, first:end], inputs.v[:, :, first:end]
     shared = (batch, k.shape[1], heads // k.shape[1], -1)  # heads that share a key are queries of it
     output = torch.nn.functional.scaled_dot_product_attention(
-        given.q.reshape(shared), k, v, added.view(shared), scale=given.scaling
+        inputs.q.reshape(shared), k, v, added.view(shared), scale=inputs.scaling
     )
     return output.reshape(batch, 1, heads, -1)
 
@@ -106,29 +108,29 @@ class _Chunk:
         rows, near, wide = self.rows, slice(None, self.gates.shape[-1]), self.weights.dtype
         grad, output = grad.transpose(1, 2), output.transpose(1, 2)
         delta = (grad.to(wide) * output.to(wide)).sum(-1, keepdim=True)
-        found = {"v": _over_rows(self.weights.to(grad.dtype), grad, rows.v)}
+        grads = {"v": _over_rows(self.weights.to(grad.dtype), grad, rows.v)}
         scores = grouped(grad, rows.v).to(wide).sub_(delta).mul_(self.weights)  # gradients of the logits
         if rows.sinks is not None:
-            found["sinks"] = -(self.sunk * delta).sum((0, 2, 3))
+            grads["sinks"] = -(self.sunk * delta).sum((0, 2, 3))
         close = scores[..., near]
         places = torch.zeros(rows.z.shape, dtype=wide, device=close.device).scatter_add_(-1, self.below, close)
         steps = torch.zeros_like(places).scatter_add_(-1, self.below, close * self.share)
-        found["z"] = places.sub_(steps)
-        found["z"][..., 1:] += steps[..., :-1]
-        found["z"][..., -1] -= found["z"].sum(-1)
+        grads["z"] = places.sub_(steps)
+        grads["z"][..., 1:] += steps[..., :-1]
+        grads["z"][..., -1] -= grads["z"].sum(-1)
         moved = close * self.step  # gradients of the positions
         passed = moved.cumsum(-1)
         gates = moved.sub_(passed).add_(passed[..., -1:])  # of the gates: of all positions from theirs on
         gates = torch.ops.aten.sigmoid_backward(gates, self.gates)  # of the gates' logits
-        found["gate_bias"] = gates.sum((0, 2, 3))
+        grads["gate_bias"] = gates.sum((0, 2, 3))
         if rows.gate_q is not None and isinstance(rows.gate_k, Tensor):
             gates = gates.to(rows.gate_q.dtype)
-            found["gate_q"] = _over_keys(gates, rows.gate_k[:, :, near])
-            found["gate_k"] = _over_rows(gates, rows.gate_q, rows.gate_k)
+            grads["gate_q"] = _over_keys(gates, rows.gate_k[:, :, near])
+            grads["gate_k"] = _over_rows(gates, rows.gate_q, rows.gate_k)
         if rows.cap is not None:
             scores.mul_(self.slope)
         scores = scores.mul_(rows.scaling).to(rows.q.dtype)
-        return found | {"q": _over_keys(scores, rows.k), "k": _over_rows(scores, rows.q, rows.k)}
+        return grads | {"q": _over_keys(scores, rows.k), "k": _over_rows(scores, rows.q, rows.k)}
 
 
 def _over_keys(scores: Tensor, k: Tensor) -> Tensor:
@@ -148,10 +150,10 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, sight: Sight, size: int, scalars: dict[str, Any], *tensors: Tensor | None) -> Tensor:
-        given = _last_first(Inputs(**dict(zip(TENSORS, tensors, strict=True)), **scalars), sight.keys)  # type: ignore[arg-type]
+        inputs = _last_first(Inputs(**dict(zip(TENSORS, tensors, strict=True)), **scalars), sight.keys)  # type: ignore[arg-type]
         parts, bands = [], []
         for start, stop in _pieces(sight, size):
-            chunk = _chunk(given, sight, start, stop)
+            chunk = _chunk(inputs, sight, start, stop)
             parts.append(chunk.run())
             bands.append(chunk.gates.shape[-1])
         output = torch.cat(parts, 1)
@@ -163,11 +165,11 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         sight, size, scalars, bands = ctx.settings
         output, *tensors = ctx.saved_tensors
-        given = _last_first(Inputs(**dict(zip(TENSORS, tensors, strict=True)), **scalars), sight.keys)
-        wide = torch.promote_types(given.q.dtype, torch.float32)
+        inputs = _last_first(Inputs(**dict(zip(TENSORS, tensors, strict=True)), **scalars), sight.keys)
+        wide = torch.promote_types(inputs.q.dtype, torch.float32)
         totals = {n: torch.zeros_like(t, dtype=wide) for n, t in zip(TENSORS, tensors, strict=True) if t is not None}
         for (start, stop), band in zip(_pieces(sight, size), bands, strict=True):
-            chunk = _chunk(given, sight, start, stop, band)
+            chunk = _chunk(inputs, sight, start, stop, band)
             chunk.run()
             for name, part in chunk.backward(grads[0][:, start:stop], output[:, start:stop]).items():
                 place = totals[name]
@@ -204,14 +206,14 @@ def _chunk(turned: Inputs, sight: Sight, start: int, stop: int, band: int | None
     return _Chunk(rows, seen, near_gates(rows, seen) if band is None else gates_of(rows, seen, 0, band))
 
 
-def chunked(given: Inputs, sight: Sight, size: int | None = None) -> Tensor:
+def chunked(inputs: Inputs, sight: Sight, size: int | None = None) -> Tensor:
     """[B, T, H, V], `size` queries at a time: memory O(T · (D + P)) besides one chunk's scores; any device, any type."""
-    if given.q.shape[0] > 1:  # row by row of the batch: more queries to a product, and each row's own keys
-        rows = zip(given.each(), sight.each(given.q.shape[0]), strict=True)
+    if inputs.q.shape[0] > 1:  # row by row of the batch: more queries to a product, and each row's own keys
+        rows = zip(inputs.each(), sight.each(inputs.q.shape[0]), strict=True)
         return torch.cat([chunked(*row, size) for row in rows])
-    size = size or max(CHUNK_QUERIES, CHUNK_ELEMENTS // (given.q.shape[1] * sight.keys))
+    size = size or max(CHUNK_QUERIES, CHUNK_ELEMENTS // (inputs.q.shape[1] * sight.keys))
     if not torch.is_grad_enabled():
-        turned = _last_first(given, sight.keys)
+        turned = _last_first(inputs, sight.keys)
         return torch.cat([_chunk(turned, sight, *piece).run() for piece in _pieces(sight, size)], 1)
-    scalars = {"scaling": given.scaling, "cap": given.cap}
-    return _Chunked.apply(sight, size, scalars, *(getattr(given, name) for name in TENSORS))
+    scalars = {"scaling": inputs.scaling, "cap": inputs.cap}
+    return _Chunked.apply(sight, size, scalars, *(getattr(inputs, name) for name in TENSORS))

@@ -54,9 +54,9 @@ class Sight:
         """Of each query in any row and head: the first key seen, and the one after the last. Without any: `keys` and 0."""
         assert self.mask is not None
         seen = self.mask.flatten(0, 1).any(0)
-        found, seen = seen.any(-1), seen.int()
-        first = torch.where(found, seen.argmax(-1), self.keys)
-        return first.tolist(), torch.where(found, self.keys - seen.flip(-1).argmax(-1), 0).tolist()
+        any_seen, seen = seen.any(-1), seen.int()
+        first = torch.where(any_seen, seen.argmax(-1), self.keys)
+        return first.tolist(), torch.where(any_seen, self.keys - seen.flip(-1).argmax(-1), 0).tolist()
 
     def each(self, batch: int) -> list["Sight"]:
         """For the rows of the batch, one by one."""
@@ -123,8 +123,8 @@ class Inputs:
         gate_k, batch = self.gate_k, self.q.shape[0]
         parts: dict[str, Any] = {n: x.split(1) for n in BY_ROW if isinstance(x := getattr(self, n), Tensor)}
         if callable(gate_k) and not isinstance(gate_k, Tensor):
-            made = functools.cache(gate_k)
-            parts["gate_k"] = [lambda start, stop, row=row: made(start, stop)[row : row + 1] for row in range(batch)]
+            cached = functools.cache(gate_k)
+            parts["gate_k"] = [lambda start, stop, row=row: cached(start, stop)[row : row + 1] for row in range(batch)]
         return [replace(self, **{name: part[row] for name, part in parts.items()}) for row in range(batch)]
 
 
@@ -145,22 +145,22 @@ def position_logits(z: Tensor, positions: Tensor) -> Tensor:
     return z.gather(-1, below) * (1 - share) + z.gather(-1, below + 1) * share
 
 
-def reference(given: Inputs, sight: Sight) -> Tensor:
+def reference(inputs: Inputs, sight: Sight) -> Tensor:
     """The equations as they stand, in the inputs' type; float64 for tests. → [B, T, H, V]. Memory O(H · T · S)."""
-    group = given.q.shape[1] // given.k.shape[1]
-    k, v = given.k.repeat_interleave(group, 1), given.v.repeat_interleave(group, 1)
-    seen = sight.rows(0, sight.queries, given.q.device)
-    content = given.q @ k.transpose(-1, -2) * given.scaling
-    if given.cap is not None:
-        content = given.cap * torch.tanh(content / given.cap)
-    gate_logits = given.gate_bias[:, None, None].expand_as(content)
-    if given.gate_q is not None and given.gate_k is not None:
-        gate_k = cut(given.gate_k, 0, sight.keys).repeat_interleave(group, 1)
-        gate_logits = gate_logits + given.gate_q @ gate_k.transpose(-1, -2)
-    positions = positions_of(torch.sigmoid(gate_logits) * seen, given.z.shape[-1] - 1)
-    logits = (content + position_logits(given.z, positions)).masked_fill(~seen, float("-inf"))
-    if given.sinks is not None:
-        logits = torch.cat([logits, given.sinks[:, None, None].expand(*logits.shape[:3], 1)], -1)
+    group = inputs.q.shape[1] // inputs.k.shape[1]
+    k, v = inputs.k.repeat_interleave(group, 1), inputs.v.repeat_interleave(group, 1)
+    seen = sight.rows(0, sight.queries, inputs.q.device)
+    content = inputs.q @ k.transpose(-1, -2) * inputs.scaling
+    if inputs.cap is not None:
+        content = inputs.cap * torch.tanh(content / inputs.cap)
+    gate_logits = inputs.gate_bias[:, None, None].expand_as(content)
+    if inputs.gate_q is not None and inputs.gate_k is not None:
+        gate_k = cut(inputs.gate_k, 0, sight.keys).repeat_interleave(group, 1)
+        gate_logits = gate_logits + inputs.gate_q @ gate_k.transpose(-1, -2)
+    positions = positions_of(torch.sigmoid(gate_logits) * seen, inputs.z.shape[-1] - 1)
+    logits = (content + position_logits(inputs.z, positions)).masked_fill(~seen, float("-inf"))
+    if inputs.sinks is not None:
+        logits = torch.cat([logits, inputs.sinks[:, None, None].expand(*logits.shape[:3], 1)], -1)
     weights = logits.softmax(-1).nan_to_num(0.0)  # a query that may look at nothing
     return (weights[..., : k.shape[2]] @ v).transpose(1, 2)
 
@@ -202,47 +202,47 @@ def counted(rows: Inputs, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return gates, positions, position_logits(rows.z.to(gates.dtype), positions)
 
 
-def of_queries(given: Inputs, start: int, stop: int) -> Inputs:
+def of_queries(inputs: Inputs, start: int, stop: int) -> Inputs:
     """The queries from `start` to `stop`."""
-    cut = {n: getattr(given, n)[:, :, start:stop] for n in ("q", "z", "gate_q") if getattr(given, n) is not None}
-    return replace(given, **cut)
+    cut = {n: getattr(inputs, n)[:, :, start:stop] for n in ("q", "z", "gate_q") if getattr(inputs, n) is not None}
+    return replace(inputs, **cut)
 
 
-def whole(given: Inputs, sight: Sight, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+def whole(inputs: Inputs, sight: Sight, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     """[B, T, H, V] and the attention weights [B, H, T, S], all queries at once."""
-    seen = sight.rows(0, sight.queries, given.q.device)
-    content = grouped(given.q, given.k) * given.scaling
-    if given.cap is not None:
-        content = given.cap * torch.tanh(content / given.cap)
-    added = counted(given, seen)[2]
+    seen = sight.rows(0, sight.queries, inputs.q.device)
+    content = grouped(inputs.q, inputs.k) * inputs.scaling
+    if inputs.cap is not None:
+        content = inputs.cap * torch.tanh(content / inputs.cap)
+    added = counted(inputs, seen)[2]
     logits = (content.to(added.dtype) + added).masked_fill(~seen, torch.finfo(added.dtype).min)
-    if given.sinks is not None:
-        logits = torch.cat([logits, given.sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)], -1)
+    if inputs.sinks is not None:
+        logits = torch.cat([logits, inputs.sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)], -1)
     weights = logits.softmax(-1)[..., : sight.keys] * seen.any(-1, keepdim=True)  # a query that may look at nothing: 0
-    weights = torch.dropout(weights, dropout, dropout > 0).to(given.v.dtype)
-    return mixed(weights, given.v), weights
+    weights = torch.dropout(weights, dropout, dropout > 0).to(inputs.v.dtype)
+    return mixed(weights, inputs.v), weights
 
 
-def as_mask(given: Inputs, sight: Sight) -> Tensor:
+def as_mask(inputs: Inputs, sight: Sight) -> Tensor:
     """Position logits [B, H, T, S] in the queries' type, the least number where nothing is seen.
 
     As a mask they make plain attention contextual, in any implementation with additive masks. Memory O(H · T · S).
     """
-    seen = sight.rows(0, sight.queries, given.q.device)
-    added = counted(given, seen)[2].to(given.q.dtype)
-    return added.masked_fill(~seen, torch.finfo(given.q.dtype).min)
+    seen = sight.rows(0, sight.queries, inputs.q.device)
+    added = counted(inputs, seen)[2].to(inputs.q.dtype)
+    return added.masked_fill(~seen, torch.finfo(inputs.q.dtype).min)
 
 
-def last_query(given: Inputs, sight: Sight) -> dict[str, Tensor]:
+def last_query(inputs: Inputs, sight: Sight) -> dict[str, Tensor]:
     """Of the last query of each row: how many keys come before the last position (`span`), whether it is reached
     (`saturated`), and the spread of position logits over that of content logits (`position_content`); means over heads."""
-    rows = of_queries(given, sight.queries - 1, sight.queries)
-    seen = sight.rows(sight.queries - 1, sight.queries, given.q.device)
+    rows = of_queries(inputs, sight.queries - 1, sight.queries)
+    seen = sight.rows(sight.queries - 1, sight.queries, inputs.q.device)
     gates, positions, added = counted(rows, seen)
     last, content = rows.z.shape[-1] - 1, grouped(rows.q, rows.k).float() * rows.scaling
-    kept = seen.expand_as(added)
+    visible = seen.expand_as(added)
     return {
         "span": ((positions < last) & seen).sum(-1).float().mean(),
         "saturated": (gates.sum(-1) >= last).float().mean(),
-        "position_content": added[kept].std() / content[kept].std().clamp_min(1e-9),
+        "position_content": added[visible].std() / content[visible].std().clamp_min(1e-9),
     }

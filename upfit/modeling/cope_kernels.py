@@ -343,8 +343,8 @@ class Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        q, k, v, gate_q, gate_k, gate_bias, sinks, z, starts, ends, scaling, cap = given
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        q, k, v, gate_q, gate_k, gate_bias, sinks, z, starts, ends, scaling, cap = arguments
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         gated = gate_q is not None
         gq, gk = (gate_q.contiguous(), gate_k.contiguous()) if gated else (q, k)
@@ -379,7 +379,7 @@ class Fused(torch.autograd.Function):
         delta = (dout.float() * out.float()).sum(-1)
         tiles = tiles_for((q.shape[-1], v.shape[-1], gq.shape[-1]))
         dq, dgq = torch.empty_like(q), torch.empty_like(gq)
-        dk, dv, dgk = (torch.zeros(some.shape, dtype=torch.float32, device=device) for some in (k, v, gk))
+        dk, dv, dgk = (torch.zeros(like.shape, dtype=torch.float32, device=device) for like in (k, v, gk))
         dz, du = torch.zeros_like(table), torch.empty_like(lse)
         count, step = triton.cdiv(keys, tiles["keys"]["BN"]), max(tiles[name]["BM"] for name in ("queries", "keys"))
         segment = max(1, NOTES // (8 * batch * heads * count) // step) * step

@@ -38,11 +38,11 @@ def heads_of(tensor: Tensor, heads: int, heads_first: bool = False) -> Tensor:
     return tensor.reshape(*tensor.shape[:2], heads, -1).transpose(1, 2)
 
 
-def is_heads_first(given: Tensor, heads: int) -> bool:
+def is_heads_first(tensor: Tensor, heads: int) -> bool:
     """Whether a norm is given [B, heads, T, D]; where T is `heads` too, the strides of a view of a projection's output tell."""
-    if given.ndim != 4 or given.shape[1] != heads:
+    if tensor.ndim != 4 or tensor.shape[1] != heads:
         return False
-    return given.shape[2] != heads or given.stride(1) < given.stride(2)
+    return tensor.shape[2] != heads or tensor.stride(1) < tensor.stride(2)
 
 
 def rotate_back(stock_module: str, rotary: Any, kind: str | None, part: str, key: Tensor, positions: Tensor) -> Tensor:
@@ -103,25 +103,25 @@ class _Cope(Own):
             self._inert = (e.data_ptr(), e._version, not bool(e.any()))
         return self._inert[2]
 
-    def inputs(self, given: Inputs, sight: Sight) -> Inputs:
-        """`given` (queries, keys and values as the stock attention has them) with what gates and positions are made of."""
+    def inputs(self, inputs: Inputs, sight: Sight) -> Inputs:
+        """`inputs` (queries, keys and values as the stock attention has them) with what gates and positions are made of."""
         q, cache = heads_of(*self.seen_now["q"]), self.seen_now["cache"]
-        scale = given.scaling if self.cope["scale"] == "code" else 1.0
+        scale = inputs.scaling if self.cope["scale"] == "code" else 1.0
         wide = torch.promote_types(q.dtype, torch.float32)
         z = (q @ self.cope_embeddings.to(q.dtype).transpose(-1, -2)).to(wide) * scale
-        given = replace(given, z=z, gate_bias=self.cope_gate_bias.to(wide))
+        inputs = replace(inputs, z=z, gate_bias=self.cope_gate_bias.to(wide))
         if self.cope["gates"] == "constant":
-            return given
-        gate_q = q * (self.cope_gate_scale.to(wide)[:, None, None] * given.scaling).to(q.dtype)
+            return inputs
+        gate_q = q * (self.cope_gate_scale.to(wide)[:, None, None] * inputs.scaling).to(q.dtype)
         gate_k: Any
         if self.cope["gates"] == "keys":
-            gate_k = heads_of(self.seen_now["gate_keys"], given.k.shape[1])
+            gate_k = heads_of(self.seen_now["gate_keys"], inputs.k.shape[1])
             gate_k = gate_k if cache is None else self._with_cached(cache, gate_k)
         else:
             gate_k = heads_of(*self.seen_now["k"])
-            if gate_k.shape[2] != given.k.shape[2]:
-                gate_k = self._unrotated(given.k, sight)
-        return replace(given, gate_q=gate_q, gate_k=gate_k)
+            if gate_k.shape[2] != inputs.k.shape[2]:
+                gate_k = self._unrotated(inputs.k, sight)
+        return replace(inputs, gate_q=gate_q, gate_k=gate_k)
 
     def _unrotated(self, key: Tensor, sight: Sight) -> Callable[[int, int], Tensor]:
         """Gate keys of cached keys [B, K, S, D]; made for a stretch of them when asked."""
@@ -164,8 +164,8 @@ class _Cope(Own):
         """`span`: keys before the last position is reached. `saturated`: share of queries that reach it. `position_content`:
         standard deviation of position logits over that of content logits. All of the last queries of the last batch.
         `rope`: what is left of the rotation where that is dropped."""
-        told = {name: float(value) for name, value in getattr(self, "watched", {}).items()}
-        return told if self.rope is None else told | {"rope": float(self.rope.cope_rope_share)}
+        measures = {name: float(value) for name, value in getattr(self, "watched", {}).items()}
+        return measures if self.rope is None else measures | {"rope": float(self.rope.cope_rope_share)}
 
 
 def interface(
@@ -186,12 +186,12 @@ def interface(
         raise ValueError(f"CoPE has attention of its own; load the model with attn_implementation sdpa or eager, not {chosen}")
     scaling = module.scaling if scaling is None else scaling
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
-    told: dict[str, Any] = {"softcap": softcap} if softcap is not None else {}
-    told |= {"s_aux": s_aux} if s_aux is not None else {}
+    extra: dict[str, Any] = {"softcap": softcap} if softcap is not None else {}
+    extra |= {"s_aux": s_aux} if s_aux is not None else {}
 
     def stock(mask: Any) -> tuple[Tensor, Tensor | None]:
         attention = stock_attention(module)
-        return attention(Plain(module), query, key, value, mask, dropout=dropout, scaling=scaling, **told, **options)
+        return attention(Plain(module), query, key, value, mask, dropout=dropout, scaling=scaling, **extra, **options)
 
     if module.inert():
         if module.cope["gates"] == "keys" and module.seen_now["cache"] is not None:  # kept for a later, learned, step
@@ -199,16 +199,16 @@ def interface(
         return stock(attention_mask)
     sight = Sight.of(attention_mask, query.shape[2], key.shape[2])
     none = query.new_zeros(0)
-    given = module.inputs(Inputs(query, key, value, none, none, sinks=sinks, scaling=scaling, cap=softcap), sight)
+    inputs = module.inputs(Inputs(query, key, value, none, none, sinks=sinks, scaling=scaling, cap=softcap), sight)
     if module.training and query.shape[2] > 1:
         with torch.no_grad():
-            module.watched = last_query(given, sight)
+            module.watched = last_query(inputs, sight)
     if chosen not in ("eager", "sdpa"):  # one of somebody's own, such as those that watch attention
-        return stock(as_mask(given, sight))
+        return stock(as_mask(inputs, sight))
     if chosen == "eager" or dropout > 0:
-        output, weights = whole(given, sight, dropout)
+        output, weights = whole(inputs, sight, dropout)
         return output, weights
-    return attend(given, sight), None
+    return attend(inputs, sight), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(INTERFACE, interface)
@@ -258,19 +258,19 @@ def _scale_positions(rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _grow(attention: Any, settings: dict[str, Any]) -> None:
     query, key = attention.get_submodule(settings["modules"]["q"]), attention.get_submodule(settings["modules"]["k"])
-    made = {"dtype": query.weight.dtype, "device": query.weight.device}
+    like = {"dtype": query.weight.dtype, "device": query.weight.device}
     width = attention.head_dim
     heads = query.out_features // width
     shape: tuple[int, ...] = (settings["positions"], width)
     attention.cope = settings
     attention.cope_embeddings = nn.Parameter(
-        torch.zeros(shape if settings["embeddings"] == "shared" else (heads, *shape), **made)
+        torch.zeros(shape if settings["embeddings"] == "shared" else (heads, *shape), **like)
     )
-    attention.cope_gate_bias = nn.Parameter(torch.zeros(heads, **made))
+    attention.cope_gate_bias = nn.Parameter(torch.zeros(heads, **like))
     if settings["gates"] != "constant":
-        attention.cope_gate_scale = nn.Parameter(torch.ones(heads, **made))
+        attention.cope_gate_scale = nn.Parameter(torch.ones(heads, **like))
     if settings["gates"] == "keys":
-        attention.cope_gate_keys = nn.Linear(key.in_features, key.out_features, bias=False, **made)
+        attention.cope_gate_keys = nn.Linear(key.in_features, key.out_features, bias=False, **like)
     for part, projection in (("q", query), ("k", key)):
         tap = _Tap(attention, part, projection.out_features // width)
         projection.register_forward_hook(tap)
@@ -286,11 +286,11 @@ class _Tap:
     def __init__(self, attention: Any, part: str, heads: int) -> None:
         self.attention, self.part, self.heads = attention, part, heads
 
-    def __call__(self, module: nn.Module, given: Any, output: Tensor) -> None:
+    def __call__(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
         noted: dict[str, Any] = self.attention.__dict__.get("seen_now") or {}
         before = noted.get(self.part)
-        if before is None or given[0].data_ptr() == before[0].data_ptr():
-            noted[self.part] = output, self.heads, before is not None and is_heads_first(given[0], self.heads)
+        if before is None or arguments[0].data_ptr() == before[0].data_ptr():
+            noted[self.part] = output, self.heads, before is not None and is_heads_first(arguments[0], self.heads)
 
 
 class UpfitCopeConfig(OwnConfig):

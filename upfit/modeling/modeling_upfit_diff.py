@@ -87,12 +87,12 @@ class _Pairs(_Differential):
 
     def upfit_measures(self) -> dict[str, float]:
         """`lambda`: mean over heads and the last batch. `cosine`: of the two queries of a pair, mean over pairs."""
-        told = {} if self.lambda_mean is None else {"lambda": float(self.lambda_mean)}
+        measures = {} if self.lambda_mean is None else {"lambda": float(self.lambda_mean)}
         for name in self.upfit_paired:
             rows = self.get_submodule(name).weight.detach().float()  # type: ignore[attr-defined]
             first, second = rows.unflatten(0, (-1, 2, self.head_dim)).flatten(2).unbind(1)  # type: ignore[attr-defined]
-            told["cosine"] = float(torch.cosine_similarity(first, second).mean())
-        return told
+            measures["cosine"] = float(torch.cosine_similarity(first, second).mean())
+        return measures
 
 
 class _Split(_Pairs):
@@ -156,28 +156,28 @@ def swap(model: nn.Module, config: Any) -> None:
 def _grow(attention: Any, config: Any, names: dict[str, str]) -> None:
     query, output = attention.get_submodule(names["q"]), attention.get_submodule(names["o"])
     weight, width = output.weight, config.diff_value_width
-    made = {"dtype": weight.dtype, "device": weight.device}
+    like = {"dtype": weight.dtype, "device": weight.device}
     heads = output.in_features // width
     if config.diff_variant == "dex":
         attention.lambda_init = lambda_init(attention.layer_idx)
-        attention.dex_weight = nn.Parameter(torch.zeros(width, width, **made))
-        attention.dex_lambda = nn.Parameter(torch.full((), DEX_LAMBDA, **made))
-        attention.register_buffer("dex_heads", torch.ones(heads, **made))
+        attention.dex_weight = nn.Parameter(torch.zeros(width, width, **like))
+        attention.dex_lambda = nn.Parameter(torch.full((), DEX_LAMBDA, **like))
+        attention.register_buffer("dex_heads", torch.ones(heads, **like))
         return
     if config.diff_variant == "v2":  # the stock class has been told 2H heads; the output projection takes H
         heads //= 2
         parent, _, name = names["o"].rpartition(".")
-        narrow = nn.Linear(heads * width, output.out_features, output.bias is not None, **made)
+        narrow = nn.Linear(heads * width, output.out_features, output.bias is not None, **like)
         setattr(attention.get_submodule(parent), name, narrow)
         attention.upfit_paired = (names["q"],)
     else:
         attention.num_key_value_groups *= 2
-        scale = torch.ones(heads, 2, query.out_features // heads, **made)
+        scale = torch.ones(heads, 2, query.out_features // heads, **like)
         attention.register_buffer("split_scale", scale)
     if config.diff_lambda == "token":
-        attention.lambda_proj = nn.Linear(query.in_features, heads, bias=False, **made)
+        attention.lambda_proj = nn.Linear(query.in_features, heads, bias=False, **like)
     else:
-        attention.lambda_logit = nn.Parameter(torch.zeros(heads, **made))
+        attention.lambda_logit = nn.Parameter(torch.zeros(heads, **like))
 
 
 class UpfitDiffConfig(OwnConfig):

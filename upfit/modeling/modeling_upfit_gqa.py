@@ -62,16 +62,16 @@ class Copies:
         """[..., E] → [..., H · D], or [..., 3 H · D] of a fused one."""
         return self.spread(super().forward(hidden))  # type: ignore[misc]
 
-    def spread(self, given: Tensor) -> Tensor:
+    def spread(self, projected: Tensor) -> Tensor:
         """[..., K · D] → [..., H · D]; of a fused one [..., (H + 2 K) · D] → [..., 3 H · D], as the family arranges them."""
         if self.fused == "group":
-            q, k, v = given.unflatten(-1, (self.kv_heads, self.times + 2, -1)).split([self.times, 1, 1], -2)
+            q, k, v = projected.unflatten(-1, (self.kv_heads, self.times + 2, -1)).split([self.times, 1, 1], -2)
             return torch.stack([q, k.expand_as(q), v.expand_as(q)], -2).flatten(-4)
         if self.fused == "model":
-            rows = given.shape[-1] // (self.times + 2)
-            q, k, v = given.split([rows * self.times, rows, rows], -1)
+            rows = projected.shape[-1] // (self.times + 2)
+            q, k, v = projected.split([rows * self.times, rows, rows], -1)
             return torch.cat([q, self._copied(k), self._copied(v)], -1)
-        return self._copied(given)
+        return self._copied(projected)
 
     def _copied(self, heads: Tensor) -> Tensor:
         return heads.unflatten(-1, (self.kv_heads, -1)).repeat_interleave(self.times, -2).flatten(-2)
@@ -103,8 +103,8 @@ class Lean:
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """key and value [B, H, T, D], the new tokens' → those of all tokens [B, H or K, S, D]."""
-        kept = self.real.update(key[:, :: self.times], value[:, :: self.times], *args, **kwargs)
-        return tuple(copied(heads, self.times) for heads in kept) if self.closed else kept
+        updated = self.real.update(key[:, :: self.times], value[:, :: self.times], *args, **kwargs)
+        return tuple(copied(heads, self.times) for heads in updated) if self.closed else updated
 
 
 class LeanLayer:
@@ -132,8 +132,8 @@ class _Copying(Own):
     closed = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        def lean(given: Any) -> Any:
-            return Lean(given, self.times, self.closed) if isinstance(given, Cache) else given
+        def lean(value: Any) -> Any:
+            return Lean(value, self.times, self.closed) if isinstance(value, Cache) else value
 
         return super().forward(*map(lean, args), **{name: lean(given) for name, given in kwargs.items()})  # type: ignore[misc]
 
@@ -152,20 +152,24 @@ CODES: dict[str, tuple[type[Own], str | None]] = {
 def swap(model: nn.Module, config: Any) -> None:
     """Give the attention modules of `model`, in place, `gqa["kv_heads"]` key/value heads: those below a module that is called
     `gqa["inside"]`, or all where that is empty."""
-    told, modules = config.gqa, dict(model.named_modules())
+    settings, modules = config.gqa, dict(model.named_modules())
     for path, attention in modules.items():
-        inside = told["inside"] in path.split(".") or not told["inside"]
-        if inside and f"{path}.{told['modules'][0]}" in modules:
-            in_front, interface = CODES[told["code"]]
-            heads = getattr(attention, told["heads"])
+        inside = settings["inside"] in path.split(".") or not settings["inside"]
+        if inside and f"{path}.{settings['modules'][0]}" in modules:
+            in_front, interface = CODES[settings["code"]]
+            heads = getattr(attention, settings["heads"])
             put_in_front(attention, in_front, interface)
-            attention.times = heads // told["kv_heads"]
-            for name in told["modules"]:
+            attention.times = heads // settings["kv_heads"]
+            for name in settings["modules"]:
                 projection = attention.get_submodule(name)
-                _narrow(projection, heads, told["kv_heads"], told["fused"])
+                _narrow(projection, heads, settings["kv_heads"], settings["fused"])
                 if attention.copying:
                     projection.__class__ = in_front_of(Copies, type(projection))
-                    projection.kv_heads, projection.times, projection.fused = told["kv_heads"], attention.times, told["fused"]
+                    projection.kv_heads, projection.times, projection.fused = (
+                        settings["kv_heads"],
+                        attention.times,
+                        settings["fused"],
+                    )
 
 
 def _narrow(projection: Any, heads: int, kv_heads: int, fused: str) -> None:

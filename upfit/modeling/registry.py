@@ -27,11 +27,11 @@ def code_files() -> dict[str, Path]:
 
 def shipped(model_type: str) -> list[Path]:
     """The files that go into a folder of one of our model types: its modelling file and what that imports beside itself."""
-    found = [code_files()[model_type]]
-    for path in found:
+    files = [code_files()[model_type]]
+    for path in files:
         names = re.findall(r"^\s*from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
-        found += [other for other in (ROOM / f"{name}.py" for name in names) if other not in found]
-    return found
+        files += [other for other in (ROOM / f"{name}.py" for name in names) if other not in files]
+    return files
 
 
 def is_own(config: dict[str, Any]) -> bool:

@@ -106,8 +106,8 @@ class _Told:
     own_type: str
 
     def to_dict(self) -> dict[str, Any]:
-        told = super().to_dict()  # type: ignore[misc]
-        return told | {"model_type": self.own_type, "base_model_type": self.base_model_type}  # type: ignore[attr-defined]
+        record = super().to_dict()  # type: ignore[misc]
+        return record | {"model_type": self.own_type, "base_model_type": self.base_model_type}  # type: ignore[attr-defined]
 
 
 _configs: dict[tuple[type, type], type] = {}
@@ -127,16 +127,16 @@ class OwnConfig(PreTrainedConfig):
         if key not in _configs:
             body = {"__module__": cls.__module__, "_auto_class": "AutoConfig", "stock": stock, "own_type": cls.model_type}
             body["base_model_type"] = base_model_type  # transformers before 5.20 writes a config without arguments to compare
-            _configs[key] = made = type(cls.__name__, (_Told, stock), body)
+            _configs[key] = bound = type(cls.__name__, (_Told, stock), body)
             for auto, model in cls.models.items():
                 if stock in auto._model_mapping:
-                    auto.register(made, model, exist_ok=True)
+                    auto.register(bound, model, exist_ok=True)
         return _configs[key]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        told = {key: value for key, value in config_dict.items() if key != "model_type"}
-        return cls.bound(config_dict["base_model_type"]).from_dict(told, **kwargs)
+        settings = {key: value for key, value in config_dict.items() if key != "model_type"}
+        return cls.bound(config_dict["base_model_type"]).from_dict(settings, **kwargs)
 
 
 class OwnModel(PreTrainedModel):

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, PreTrainedModel
 
-from upfit.architecture.meta_model import skeleton
+from upfit.architecture.meta_model import build_on_meta
 from upfit.errors import UpfitError
 from upfit.uptrain.model.packed import UNKNOWN
 
@@ -93,7 +93,7 @@ def trace(config: dict[str, Any], length: int, dtype: str, trained: Trained = "a
     counter = _Counter()
     AttentionInterface.register(NAME, counter)
     with FakeTensorMode():
-        model = skeleton(_plain(config) | {"dtype": "float32"}, meta=False, stored=True).train()
+        model = build_on_meta(_plain(config) | {"dtype": "float32"}, meta=False, stored=True).train()
         model.set_attn_implementation(NAME)
         weights = {parameter.untyped_storage()._cdata: parameter for parameter in model.parameters()}
         with FlopCounterMode(display=False) as flops, _autocast(dtype):

@@ -71,7 +71,7 @@ def find_files(name: str, flag: str = "--data") -> list[Path]:
     if not path.is_dir():
         check_ordinary(path)
         return [path]
-    paths = [one for one in files_below(path) if inner_suffix(one) in TEXT_SUFFIXES]
+    paths = [file for file in files_below(path) if inner_suffix(file) in TEXT_SUFFIXES]
     if not paths:
         raise UpfitError(
             f"{flag} {name} holds no text files ({' '.join(sorted(TEXT_SUFFIXES)[:6])} ...); name the files themselves"

@@ -12,8 +12,8 @@ from upfit.text.packed import opened
 
 LARGEST = 256 * 2**20  # bytes of one document; a tokenizer takes a hundred times as much to read it
 HEAD = 2**16  # is looked at before the rest is read: most files that are not text say so there
-BLOCKS = 16
-LEAST_BLOCK = 4096
+BLOCKS = 16  # places that a large file is read at
+LEAST_BLOCK = 4096  # a page, which a disk reads at once anyway
 TRIM = 16  # a block gives up to a 16th at each end to begin and end with whole lines, or else words
 SPACES = b" \t\n\r\f\v"
 
@@ -123,7 +123,7 @@ def pieces(text: str, nbytes: int) -> list[str]:
     """`text` in about equal pieces of about `nbytes` bytes of UTF-8 at most, cut as in `beginning`."""
     content, parts = text.encode("utf-8"), list[bytes]()
     size = -(-len(content) // max(1, -(-len(content) // nbytes)))
-    while len(content) > 1.25 * size:
+    while len(content) > 1.25 * size:  # the last piece takes the rest, so that none is a crumb
         parts.append(_cut(content[:size]))
         content = content[len(parts[-1]) :]
     return [part.decode("utf-8") for part in (*parts, content)]

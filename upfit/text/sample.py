@@ -10,7 +10,7 @@ from upfit.text.files import NotText, find_files, form_of
 from upfit.text.plain import BLOCKS, LARGEST, LEAST_BLOCK, beginning, read_blocks
 from upfit.text.reader import Reader
 
-MOST_FILES = 256
+MOST_FILES = 256  # of a folder, spread over it, are opened
 PIECE_SHARE = 4  # a document is read whole up to a quarter of the budget
 
 

@@ -8,7 +8,7 @@ from typing import IO
 from upfit.bounded import open_ordinary
 
 WHOLE_BYTES = 8 * 2**20  # of a file that is hashed whole
-SAMPLES, SAMPLE_BYTES = 64, 2**14
+SAMPLES, SAMPLE_BYTES = 64, 2**14  # 1 MB of a larger one
 
 
 def content_stamp(files: list[Path]) -> str:

@@ -46,22 +46,22 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 def no_panic(name: str) -> Iterator[None]:
     """Raise UpfitError, and nothing else is said, where reading the tokenizer of `name` ends in a panic of its library."""
     sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as panic:
+        os.dup2(panic.fileno(), 2)
         try:
             yield
         except BaseException as error:
             if type(error).__name__ != PANIC:
                 raise
-            said.truncate(0)
+            panic.truncate(0)
             raise UpfitError(f"the tokenizer of {name} is damaged ({reason(error)}); fetch its files again") from error
         finally:
             sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
-            said.seek(0)
-            os.write(2, said.read())
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            panic.seek(0)
+            os.write(2, panic.read())
 
 
 def encode_texts(tokenizer: Any, texts: list[str], **options: Any) -> Any:
@@ -75,9 +75,9 @@ def encode_texts(tokenizer: Any, texts: list[str], **options: Any) -> Any:
     except BaseException as error:
         if not _is_of_library(error):
             raise
-        text = next((one for one in texts if _fails(tokenizer, one, options)), "".join(texts[:1]))
-        told = f"the tokenizer fails at the text that begins with {text[:SHOWN]!r} ({reason(error)})"
-        raise UpfitError(f"{told}; leave that text out, or take a tokenizer that can read it") from error
+        text = next((candidate for candidate in texts if _fails(tokenizer, candidate, options)), "".join(texts[:1]))
+        complaint = f"the tokenizer fails at the text that begins with {text[:SHOWN]!r} ({reason(error)})"
+        raise UpfitError(f"{complaint}; leave that text out, or take a tokenizer that can read it") from error
 
 
 def _fails(tokenizer: Any, text: str, options: dict[str, Any]) -> bool:

@@ -75,9 +75,9 @@ def make_windows(documents: list[Document], tokenizer: Any, length: int, count: 
     prefix = prefix_ids(tokenizer)
     windows: list[Window] = []
     for at in range(0, len(documents), TOGETHER):
-        some = documents[at : at + TOGETHER]
-        for offset, (ids, ends) in enumerate(encode(tokenizer, [document.text for document in some])):
-            windows += cut(ids, ends, some[offset], at + offset, length, prefix)
+        together = documents[at : at + TOGETHER]
+        for offset, (ids, ends) in enumerate(encode(tokenizer, [document.text for document in together])):
+            windows += cut(ids, ends, together[offset], at + offset, length, prefix)
     if not windows:
         raise UpfitError(f"the text is too short: no document has {min(MIN_TOKENS, length)} tokens; give more with --data")
     kinds = sorted({window.kind for window in windows})

@@ -31,7 +31,7 @@ from upfit.uptrain.run.job import CONFIG_FILE, Job
 from upfit.uptrain.run.loop import measure, train
 from upfit.uptrain.run.run import Run
 from upfit.uptrain.run.setup import check_first, check_places, find_teacher, make_accelerator, set_up
-from upfit.uptrain.run.stage_folders import Place, make_way
+from upfit.uptrain.run.stage_folders import StageFolder, make_way
 from upfit.uptrain.run.state import METRICS
 from upfit.uptrain.stages import Stage, split
 
@@ -83,7 +83,7 @@ def uptrain(
         for number, (stage, folder) in enumerate(zip(stages, opened, strict=True), 1):
             if reports and reports[-1]["stopped"]:
                 break
-            reports.append(one_stage(accelerator, job, stage, folder, Place(out, stages, number), output, stop, work))
+            reports.append(one_stage(accelerator, job, stage, folder, StageFolder(out, stages, number), output, stop, work))
         leave(accelerator)
     return together(reports, len(stages))
 
@@ -115,7 +115,7 @@ def one_stage(
     job: Job,
     stage: Stage,
     data: Data,
-    place: Place,
+    place: StageFolder,
     output: Output,
     stop: threading.Event,
     work: WorkFolder | None,
@@ -145,7 +145,9 @@ def one_stage(
     return report
 
 
-def carry_out(run: Run, job: Job, data: Data, teacher: Source | None, place: Place, work: WorkFolder | None) -> dict[str, Any]:
+def carry_out(
+    run: Run, job: Job, data: Data, teacher: Source | None, place: StageFolder, work: WorkFolder | None
+) -> dict[str, Any]:
     """Start or go on, train, measure, and write the stage's folder unless a signal ended the run."""
     start(run, job.resume, job.overwrite)
     if job.config.track is not None and not run.accelerator.trackers:
@@ -214,7 +216,7 @@ def write(
     job: Job,
     data: Data,
     teacher: Source | None,
-    place: Place,
+    place: StageFolder,
     report: dict[str, Any],
     work: WorkFolder,
 ) -> None:
@@ -229,6 +231,8 @@ def write(
     entry = provenance.step("uptrain", job.source.record(), options, measurements)
     entry |= {"stage": run.stage, "teacher": teacher.record() if teacher else None, "data": data.record()}
     entry["command"] = job.command
+    if job.beside_flags:
+        entry["config"] = job.beside_flags
     entry["fingerprints"] = {name: run.identity[f"{name}'s fingerprint"] for name in ("model", "teacher")}
     run.journal.flush()
     before = place.before or job.source.path

@@ -167,19 +167,19 @@ def _times(draft: Draft, old: str, new: str, factor: float) -> None:
     if factor == 1:
         draft.renames[new] = draft.stored(old)
     else:
-        draft.make(f"times {factor:.4g}", (old,), (new,), lambda given: {new: given[old] * factor})
+        draft.make(f"times {factor:.4g}", (old,), (new,), lambda tensors: {new: tensors[old] * factor})
 
 
 def _positions(draft: Draft, table: str, embeddings: str) -> None:
     """The position table without the rows that are never read; a computed one is written down."""
     count, target = draft.config.max_position_embeddings, "transformer.wpe.weight"
     if draft.has(table):
-        draft.make("without two rows", (table,), (target,), lambda given: {target: given[table][OFFSET:]})
+        draft.make("without two rows", (table,), (target,), lambda tensors: {target: tensors[table][OFFSET:]})
         return
     padding = draft.config.pad_token_id
 
-    def make(given: Named) -> Named:
-        like = given[embeddings]
+    def make(tensors: Named) -> Named:
+        like = tensors[embeddings]
         return {target: sinusoids(count + OFFSET, like.shape[1], padding)[OFFSET:].to(like)}
 
     draft.make("computed positions written down", (embeddings,), (target,), make)
@@ -205,8 +205,8 @@ def _norm(draft: Draft, parts: Parts, old: str, new: str) -> None:
         return
     like, (weight, bias), width = f"{parts.base}.embed_tokens.weight", names(new), draft.config.hidden_size
 
-    def make(given: Named) -> Named:
-        return {weight: given[like].new_ones(width), bias: given[like].new_zeros(width)}
+    def make(tensors: Named) -> Named:
+        return {weight: tensors[like].new_ones(width), bias: tensors[like].new_zeros(width)}
 
     draft.make("scale 1, shift 0", (like,), (weight, bias), make)
 
@@ -215,9 +215,11 @@ def _joined_heads(draft: Draft, old: str, new: str, heads: int) -> None:
     """q, k and v in turn for each head; zeros where there is no bias."""
     written = names(new)
 
-    def make(given: Named) -> Named:
-        weights = [given[f"{old}.{part}_proj.weight"] for part in "qkv"]
-        biases = [given.get(f"{old}.{part}_proj.bias", zero_bias(weight)) for part, weight in zip("qkv", weights, strict=True)]
+    def make(tensors: Named) -> Named:
+        weights = [tensors[f"{old}.{part}_proj.weight"] for part in "qkv"]
+        biases = [
+            tensors.get(f"{old}.{part}_proj.bias", zero_bias(weight)) for part, weight in zip("qkv", weights, strict=True)
+        ]
         return {written[0]: join_heads(heads, *weights), written[1]: join_heads(heads, *biases)}
 
     reads = tuple(name for part in "qkv" for name in names(f"{old}.{part}_proj"))
@@ -228,8 +230,8 @@ def _transposed_heads(draft: Draft, module: str, heads: int, divisor: int) -> No
     """GPT-2's [q | k | v], [in, out], in turn for each head; the queries divided by what its scores would be divided by."""
     weight, bias = names(module)
 
-    def make(given: Named) -> Named:
-        parts = [tensor.chunk(3) for tensor in (given[weight].T, given[bias])]
+    def make(tensors: Named) -> Named:
+        parts = [tensor.chunk(3) for tensor in (tensors[weight].T, tensors[bias])]
         joined = [join_heads(heads, q / divisor if divisor > 1 else q, k, v) for q, k, v in parts]
         return dict(zip((weight, bias), joined, strict=True))
 
@@ -238,4 +240,4 @@ def _transposed_heads(draft: Draft, module: str, heads: int, divisor: int) -> No
 
 def _transpose(draft: Draft, module: str) -> None:
     weight = f"{module}.weight"
-    draft.make("transposed", (weight,), (weight,), lambda given: {weight: given[weight].T})
+    draft.make("transposed", (weight,), (weight,), lambda tensors: {weight: tensors[weight].T})

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.meta_model import model_class_for, read_as_class
-from upfit.architecture.names import class_names, disk_names
+from upfit.architecture.names import disk_names, name_map
 from upfit.architecture.table import Described
 from upfit.checkpoint.plan import Rule
 from upfit.errors import UpfitError
@@ -30,7 +30,7 @@ class Draft:
     def __init__(self, raw: Mapping[str, Any], tensors: Mapping[str, Described]) -> None:
         self.raw = dict(raw)
         self.config = read_as_class(self.raw)
-        self.names = class_names(self.raw, stored=True)
+        self.names = name_map(self.raw, stored=True)
         self.disk = disk_names(self.names, tensors)
         self.renames: dict[str, str] = {}
         self.rules: list[Rule] = []
@@ -57,8 +57,8 @@ class Draft:
         stored = {name: self.stored(name) for name in reads if self.has(name)}
 
         def apply(tensors: "Mapping[str, Tensor]") -> Named:
-            made = make({name: tensors[disk] for name, disk in stored.items()})
-            return {name: tensor.contiguous() for name, tensor in made.items()}
+            results = make({name: tensors[disk] for name, disk in stored.items()})
+            return {name: tensor.contiguous() for name, tensor in results.items()}
 
         self.rules.append(Rule(tuple(dict.fromkeys(stored.values())), tuple(writes), apply, label))
 
@@ -70,7 +70,7 @@ class Draft:
 
     def zero_bias(self, target: str, source: str) -> None:
         weight, bias = f"{source}.weight", f"{target}.bias"
-        self.make("zero bias", (weight,), (bias,), lambda given: {bias: zero_bias(given[weight])})
+        self.make("zero bias", (weight,), (bias,), lambda tensors: {bias: zero_bias(tensors[weight])})
 
     def head(self, target: str, source: str) -> None:
         """The output matrix, where it is stored; a tied one follows the embeddings, as in the source."""
@@ -82,9 +82,9 @@ def check_class(raw: Mapping[str, Any]) -> None:
     """Raise UpfitError unless the checkpoint is that of a language model of its type, with its output head."""
     from transformers import CONFIG_MAPPING
 
-    found = model_class_for(dict(raw))
-    name = found.__name__
-    if found.config_class is not CONFIG_MAPPING[raw["model_type"]]:
+    model_class = model_class_for(dict(raw))
+    name = model_class.__name__
+    if model_class.config_class is not CONFIG_MAPPING[raw["model_type"]]:
         raise UpfitError(f"config.json names the class {name}, which is not of its model_type {raw['model_type']}; correct one")
     if not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise UpfitError(f"a {name} cannot be moved to another family; give the language model it belongs to")
@@ -95,24 +95,24 @@ def common(draft: Draft, model_type: str, architecture: str) -> dict[str, Any]:
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     raw, config = draft.raw, draft.config
-    found: dict[str, Any] = {"architectures": [architecture], "model_type": model_type, "vocab_size": config.vocab_size}
+    settings: dict[str, Any] = {"architectures": [architecture], "model_type": model_type, "vocab_size": config.vocab_size}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        found[key] = getattr(config, key, None)
+        settings[key] = getattr(config, key, None)
     # Where no tokenizer file names its class, transformers goes by the model type, which is now another one.
     tokenizer = raw.get("tokenizer_class") or TOKENIZER_MAPPING_NAMES.get(raw["model_type"])
-    found |= {"tokenizer_class": tokenizer} if tokenizer else {}
-    found |= {"tie_word_embeddings": config.tie_word_embeddings, "use_cache": config.use_cache}
-    return found | {key: raw[key] for key in ("dtype", "torch_dtype", "task_specific_params") if key in raw}
+    settings |= {"tokenizer_class": tokenizer} if tokenizer else {}
+    settings |= {"tie_word_embeddings": config.tie_word_embeddings, "use_cache": config.use_cache}
+    return settings | {key: raw[key] for key in ("dtype", "torch_dtype", "task_specific_params") if key in raw}
 
 
 def rotary(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings as transformers 5 writes them, and beside them what its predecessors and other tools read."""
-    found = {"rope_parameters": dict(parameters), "rope_theta": parameters["rope_theta"]}
-    found["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+    settings = {"rope_parameters": dict(parameters), "rope_theta": parameters["rope_theta"]}
+    settings["partial_rotary_factor"] = parameters["partial_rotary_factor"]
     if parameters["rope_type"] != "default":
         own = ("rope_theta", "partial_rotary_factor")
-        found["rope_scaling"] = {key: value for key, value in parameters.items() if key not in own}
-    return found
+        settings["rope_scaling"] = {key: value for key, value in parameters.items() if key not in own}
+    return settings
 
 
 def rotary_share(width: int, head_dim: int) -> float:

@@ -82,9 +82,9 @@ def _ends(draft: Draft, base: str) -> None:
 def _norm(draft: Draft, old: str, new: str, split: bool = True) -> None:
     (weight, bias), written = names(old), names(new)
 
-    def make(given: Named) -> Named:
-        power = powers(given[weight]) if split else given[weight].new_ones(given[weight].shape)
-        return {written[0]: given[weight] / power - 1, written[1]: given[bias] / power}
+    def make(tensors: Named) -> Named:
+        power = powers(tensors[weight]) if split else tensors[weight].new_ones(tensors[weight].shape)
+        return {written[0]: tensors[weight] / power - 1, written[1]: tensors[bias] / power}
 
     draft.make("scale less one", (weight, bias), written, make)
 
@@ -92,7 +92,9 @@ def _norm(draft: Draft, old: str, new: str, split: bool = True) -> None:
 def _scale(draft: Draft, old: str, norm: str, new: str) -> None:
     """A projection whose columns take the powers of two from the norm before them."""
     weight, scale, written = f"{old}.weight", f"{norm}.weight", f"{new}.weight"
-    draft.make("powers of two", (weight, scale), (written,), lambda given: {written: given[weight] * powers(given[scale])})
+    draft.make(
+        "powers of two", (weight, scale), (written,), lambda tensors: {written: tensors[weight] * powers(tensors[scale])}
+    )
 
 
 def _project(draft: Draft, old: str, new: str, heads: int) -> None:
@@ -100,9 +102,9 @@ def _project(draft: Draft, old: str, new: str, heads: int) -> None:
     (weight, bias), scale = names(f"{old}.attention.query_key_value"), f"{old}.input_layernorm.weight"
     written = projections(f"{new}.self_attn")
 
-    def make(given: Named) -> Named:
-        weights = split_heads(given[weight] * powers(given[scale]), heads)
-        biases = split_heads(given.get(bias, zero_bias(given[weight])), heads)
+    def make(tensors: Named) -> Named:
+        weights = split_heads(tensors[weight] * powers(tensors[scale]), heads)
+        biases = split_heads(tensors.get(bias, zero_bias(tensors[weight])), heads)
         return dict(zip(written, (tensor for pair in zip(weights, biases, strict=True) for tensor in pair), strict=True))
 
     draft.make("q, k, v apart", (weight, bias, scale), written, make)

@@ -115,8 +115,8 @@ def _project(draft: Draft, old: str, new: str, heads: int) -> None:
     (weight, bias), norm = names(f"{old}.attention.query_key_value"), names(f"{old}.input_layernorm")
     written = projections(f"{new}.self_attn")
 
-    def make(given: Named) -> Named:
-        folded = fold(given[weight], given.get(bias), *(given[name] for name in norm))
+    def make(tensors: Named) -> Named:
+        folded = fold(tensors[weight], tensors.get(bias), *(tensors[name] for name in norm))
         weights, biases = (split_heads(tensor, heads) for tensor in folded)
         pairs = zip(weights, biases, strict=True)
         return dict(zip(written, (tensor for pair in pairs for tensor in pair), strict=True))
@@ -128,8 +128,8 @@ def _fold_mlp(draft: Draft, old: str, new: str) -> None:
     (weight, bias), norm = names(f"{old}.mlp.dense_h_to_4h"), names(f"{old}.post_attention_layernorm")
     written = names(f"{new}.mlp.fc1")
 
-    def make(given: Named) -> Named:
-        return dict(zip(written, fold(given[weight], given[bias], *(given[name] for name in norm)), strict=True))
+    def make(tensors: Named) -> Named:
+        return dict(zip(written, fold(tensors[weight], tensors[bias], *(tensors[name] for name in norm)), strict=True))
 
     draft.make("norm folded in", (weight, bias, *norm), written, make)
 
@@ -138,8 +138,8 @@ def _plain_norm(draft: Draft, old: str, new: str) -> None:
     """A norm whose scale and shift are in the projections behind it."""
     (weight, bias), written = names(old), names(new)
 
-    def make(given: Named) -> Named:
-        return {written[0]: given[weight].new_ones(given[weight].shape), written[1]: zero_bias(given[bias])}
+    def make(tensors: Named) -> Named:
+        return {written[0]: tensors[weight].new_ones(tensors[weight].shape), written[1]: zero_bias(tensors[bias])}
 
     draft.make("scale 1, shift 0", (weight, bias), written, make)
 
@@ -148,8 +148,8 @@ def _unpack(draft: Draft, old: str, new: str, heads: int, width: int) -> None:
     """CodeGen's q, k and v, stored in four blocks of [q | v | k], the rotated ones in Phi's order, with zero biases."""
     weight, written = f"{old}.weight", projections(new)
 
-    def make(given: Named) -> Named:
-        q, v, k = (part.flatten(0, 1) for part in given[weight].unflatten(0, (BLOCKS, 3, -1)).unbind(1))
+    def make(tensors: Named) -> Named:
+        q, v, k = (part.flatten(0, 1) for part in tensors[weight].unflatten(0, (BLOCKS, 3, -1)).unbind(1))
         parts = (halves(q, heads, width), halves(k, heads, width), v)
         return dict(zip(written, (tensor for part in parts for tensor in (part, zero_bias(part))), strict=True))
 
@@ -160,8 +160,8 @@ def _turn(draft: Draft, old: str, new: str, heads: int, width: int) -> None:
     """One of GPT-J's projections with its rotated rows in Phi's order, and a zero bias."""
     weight, written = f"{old}.weight", names(new)
 
-    def make(given: Named) -> Named:
-        return {written[0]: halves(given[weight], heads, width), written[1]: zero_bias(given[weight])}
+    def make(tensors: Named) -> Named:
+        return {written[0]: halves(tensors[weight], heads, width), written[1]: zero_bias(tensors[weight])}
 
     draft.make("in halves, zero bias", (weight,), written, make)
 

@@ -19,13 +19,14 @@ class Retarget:
     """A checkpoint as another family stores it.
 
     `config` is the whole `config.json`, with as many key/value heads as query heads. `renames` gives stored names by new ones,
-    for tensors whose bytes are the same; `rules` make the others. `said` tells a user what the new architecture is and why.
+    for tensors whose bytes are the same; `rules` make the others. `adapted_because` tells a user what the new architecture is
+    and why.
     """
 
     config: dict[str, Any]
     renames: dict[str, str]
     rules: tuple[Rule, ...]
-    said: str
+    adapted_because: str
 
 
 def retarget(config: dict[str, Any], tensors: Mapping[str, Described]) -> Retarget | None:
@@ -38,13 +39,13 @@ def retarget(config: dict[str, Any], tensors: Mapping[str, Described]) -> Retarg
         return None
     check_class(config)
     draft = Draft(config, tensors)
-    made = make(draft)
-    target = TARGETS[made["model_type"]]
-    said = (
+    settings = make(draft)
+    target = TARGETS[settings["model_type"]]
+    because = (
         f"{config['model_type']} has no setting for the number of key/value heads, so the result is a {target}, which has one "
         "and computes the same"
     )
-    return Retarget(made, draft.renames, tuple(draft.rules), said)
+    return Retarget(settings, draft.renames, tuple(draft.rules), because)
 
 
 TARGETS = {  # the name of each target for people, by model type

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from upfit.calibration.layerwise import Block, Stream
+from upfit.calibration.layerwise import Block, LayerwiseModel
 from upfit.calibration.observe import Opaque
 from upfit.calibration.traits import Watched, watch
 from upfit.checkpoint.plan import Plan
@@ -27,7 +27,7 @@ from upfit.modeling.modeling_upfit_cope import heads_of, is_heads_first, rotate_
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 SPREAD = 0.1
 ROWS = 16  # query positions of each window, in its second half
@@ -38,7 +38,7 @@ Sampled = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Found:
+class Layout:
     """Of one layer: which modules give queries and keys before their rotation, and how that is undone (None: it cannot be; an
     empty list: nothing is rotated)."""
 
@@ -46,9 +46,9 @@ class Found:
     rotation: Rotation | list[Any] | None
 
 
-def fit(bench: "Bench", plan: Plan, options: Options, chosen: "list[Layer]") -> Plan:
+def fit(context: "FitContext", plan: Plan, options: Options, chosen: "list[Layer]") -> Plan:
     """`plan` with its config completed and a rule for each layer. Raises UpfitError when the gates asked for cannot be had."""
-    calibration = read_calibration(bench, options.calibration, options.calibration_tokens, options.calibration_length)
+    calibration = read_calibration(context, options.calibration, options.calibration_tokens, options.calibration_length)
     words = {name: value for name, value in asdict(options).items() if name not in CALIBRATION}
     task = Task(
         title="gates",
@@ -59,7 +59,7 @@ def fit(bench: "Bench", plan: Plan, options: Options, chosen: "list[Layer]") -> 
         note=lambda record: str(record["layer"]),
         alone=True,
     )
-    fitted = fit_layers(bench, calibration, task)
+    fitted = fit_layers(context, calibration, task)
     rotations = {entry.layer: entry.extra["rotation"] for entry in fitted.entries if entry.extra}
     config = {**plan.config, "cope": {**plan.config["cope"], "rotations": rotations}}
     report = {**(plan.report or {}), "calibration": calibration.record(), "layers": fitted.records}
@@ -67,79 +67,79 @@ def fit(bench: "Bench", plan: Plan, options: Options, chosen: "list[Layer]") -> 
 
 
 def _fit_layer(walk: Walk, index: int, layer: "Layer", options: Options, first: bool) -> LayerFit:
-    found, samples = _watch(walk, index, options, layer)
-    extra = {"rotation": list(found.rotation)} if isinstance(found.rotation, tuple) else {}
-    tensors, record = _tensors(walk.stream.blocks[index], samples, options, layer, walk.bench.architecture.entry.k)
+    layout, samples = _watch(walk, index, options, layer)
+    extra = {"rotation": list(layout.rotation)} if isinstance(layout.rotation, tuple) else {}
+    tensors, record = _tensors(walk.model.blocks[index], samples, options, layer, walk.context.architecture.entry.k)
     if options.drop_rope and first:
-        assert isinstance(found.rotation, tuple)
-        tensors[f"{found.rotation[0]}.cope_rope_share"] = torch.ones(())
+        assert isinstance(layout.rotation, tuple)
+        tensors[f"{layout.rotation[0]}.cope_rope_share"] = torch.ones(())
     return LayerFit(layer.path, record, tensors, extra)
 
 
-def _watch(walk: Walk, index: int, options: Options, layer: "Layer") -> tuple[Found, list[Sampled]]:
+def _watch(walk: Walk, index: int, options: Options, layer: "Layer") -> tuple[Layout, list[Sampled]]:
     """Run a layer over all batches: what is found of it, and the gate logits of some queries."""
-    block, entry = walk.stream.blocks[index], walk.bench.architecture.entry
-    attention, told = block.module.get_submodule(str(block.attention)), list[bool]()
+    block, entry = walk.model.blocks[index], walk.context.architecture.entry
+    attention, placed = block.module.get_submodule(str(block.attention)), list[bool]()
     names = {name for name, _ in attention.named_modules()} & {entry.q, entry.k, entry.q_norm, entry.k_norm}
     inside = tuple(f"{block.attention}.{name}" for name in sorted(names))
-    found: Found | None = None
+    layout: Layout | None = None
     samples = []
-    hook = attention.register_forward_pre_hook(_noting(told), with_kwargs=True)
-    for lane in walk.lanes:
-        watched = watch(block, lane.teacher, lane.calls[index], inside)
-        if found is None:
-            found = _find(walk.stream, block, watched, all(told), walk.bench)
-            _check(found, options, layer)
+    hook = attention.register_forward_pre_hook(_noting(placed), with_kwargs=True)
+    for batch in walk.batches:
+        watched = watch(block, batch.teacher, batch.calls[index], inside)
+        if layout is None:
+            layout = _find(walk.model, block, watched, all(placed), walk.context)
+            _check(layout, options, layer)
         if options.gates != "constant":
-            samples.append(_sampled(block, found, watched, options))
+            samples.append(_sampled(block, layout, watched, options))
         assert watched.output is not None
-        lane.teacher = watched.output
+        batch.teacher = watched.output
     hook.remove()
-    assert found is not None
-    return found, samples
+    assert layout is not None
+    return layout, samples
 
 
-def _noting(told: list[bool]) -> Callable[..., None]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
-        told.append(given.get("position_ids") is not None)
+def _noting(placed: list[bool]) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        placed.append(keywords.get("position_ids") is not None)
 
     return hook
 
 
-def _find(stream: Stream, block: Block, watched: Watched, placed: bool, bench: "Bench") -> Found:
-    entry, seen = bench.architecture.entry, watched.seen
+def _find(model: LayerwiseModel, block: Block, watched: Watched, placed: bool, context: "FitContext") -> Layout:
+    entry, seen = context.architecture.entry, watched.seen
     taps, before = {}, {}
     for part, after in (("q", seen.q), ("k", seen.k)):
         name = getattr(entry, part)
         norm = getattr(entry, f"{part}_norm")
-        given = watched.taps.get(f"{block.attention}.{name}")
+        tapped = watched.taps.get(f"{block.attention}.{name}")
         normed = watched.taps.get(f"{block.attention}.{norm}")
-        if given is None:
+        if tapped is None:
             raise Opaque(f"it does not run its {name} as a module of its own")
         heads = after.shape[1]
         first = normed is not None and is_heads_first(normed[0], heads)
-        if normed is not None and torch.equal(heads_of(normed[0], heads, first), heads_of(given[1], heads)):
+        if normed is not None and torch.equal(heads_of(normed[0], heads, first), heads_of(tapped[1], heads)):
             taps[part], before[part] = norm, heads_of(normed[1], heads, first)
         else:
-            taps[part], before[part] = name, heads_of(given[1], heads)
+            taps[part], before[part] = name, heads_of(tapped[1], heads)
         if before[part].shape != after.shape:
             raise Opaque(f"its {name} gives more than it attends with")
-    rotation = _rotation(stream, block, before["k"], seen.k)
+    rotation = _rotation(model, block, before["k"], seen.k)
     if isinstance(rotation, tuple) and not placed:
         rotation = None  # where the newest token stands must be known to undo it
-    return Found(taps, rotation)
+    return Layout(taps, rotation)
 
 
-def _rotation(stream: Stream, block: Block, before: Tensor, after: Tensor) -> Rotation | list[Any] | None:
+def _rotation(model: LayerwiseModel, block: Block, before: Tensor, after: Tensor) -> Rotation | list[Any] | None:
     """How `after` [B, K, T, D] is brought back to `before`: by trying what the model has."""
     if torch.equal(before, after):
         return []
     positions = torch.arange(after.shape[2], device=after.device)[None]
     attention = block.module.get_submodule(str(block.attention))
-    kinds = [None, *sorted(set(getattr(stream.model.config.get_text_config(), "layer_types", None) or ()))]
-    rotaries = [name for name, module in stream.model.named_modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    kinds = [None, *sorted(set(getattr(model.model.config.get_text_config(), "layer_types", None) or ()))]
+    rotaries = [name for name, module in model.model.named_modules() if type(module).__name__.endswith("RotaryEmbedding")]
     for name, kind, part in itertools.product(rotaries, kinds, ("whole", "first")):
-        rotary = stream.model.get_submodule(name)
+        rotary = model.model.get_submodule(name)
         try:
             back = rotate_back(type(attention).__module__, rotary, kind, part, after, positions)
         except (RuntimeError, TypeError, AttributeError, KeyError, ValueError):
@@ -149,13 +149,13 @@ def _rotation(stream: Stream, block: Block, before: Tensor, after: Tensor) -> Ro
     return None
 
 
-def _check(found: Found, options: Options, layer: "Layer") -> None:
-    if options.gates == "content" and found.rotation is None:
+def _check(layout: Layout, options: Options, layer: "Layer") -> None:
+    if options.gates == "content" and layout.rotation is None:
         raise UpfitError(
             f"{layer.path}: the rotation of its keys cannot be undone here, so content gates could not be decoded; "
             "choose --gates keys or --gates constant"
         )
-    if options.drop_rope and not isinstance(found.rotation, tuple):
+    if options.drop_rope and not isinstance(layout.rotation, tuple):
         raise UpfitError(f"{layer.path} has no rotary positions that could be dropped; leave out --drop-rope")
 
 
@@ -168,29 +168,29 @@ def _tensors(
     if options.gates == "constant":
         tensors["cope_gate_bias"] += torch.tensor(options.share).logit()
     else:
-        near, rows = torch.cat([some for some, _, _ in samples], 1), [(some, seen) for _, some, seen in samples]
-        scale = SPREAD / near.std(1).clamp_min(1e-6)
+        near, rows = torch.cat([logits for logits, _, _ in samples], 1), [(logits, seen) for _, logits, seen in samples]
+        scale = SPREAD / near.std(1).clamp_min(1e-6)  # a head whose logits are all alike: no division by 0
         bias = _bias(near * scale[:, None], options.share)
         tensors |= {"cope_gate_scale": scale, "cope_gate_bias": bias}
         last = options.positions - 1
         active, passed = [], []
-        for some, seen in rows:
-            gates = torch.sigmoid(some * scale[:, None, None] + bias[:, None, None]) * seen
+        for logits, seen in rows:
+            gates = torch.sigmoid(logits * scale[:, None, None] + bias[:, None, None]) * seen
             active.append(((positions_of(gates, last) < last) & seen).sum(-1).float().flatten())
             passed.append((gates.sum(-1) >= last).float().flatten())
-        told = {"span": torch.cat(active).mean(), "saturated": torch.cat(passed).mean()}
-        record |= {name: round(float(value), 4) for name, value in told.items()}
+        measures = {"span": torch.cat(active).mean(), "saturated": torch.cat(passed).mean()}
+        record |= {name: round(float(value), 4) for name, value in measures.items()}
     if options.gates == "keys":
         weight = block.module.get_parameter(f"{block.attention}.{key}.weight")
         tensors["cope_gate_keys.weight"] = weight.detach().clone()
     return {layer.stem + name: tensor for name, tensor in tensors.items()}, record
 
 
-def _sampled(block: Block, found: Found, watched: Watched, options: Options) -> Sampled:
+def _sampled(block: Block, layout: Layout, watched: Watched, options: Options) -> Sampled:
     """Unscaled gate logits of some queries of one batch."""
     seen = watched.seen
-    q = _before(block, found, watched, "q", seen.q.shape[1])
-    k = _before(block, found, watched, "k", seen.k.shape[1])
+    q = _before(block, layout, watched, "q", seen.q.shape[1])
+    k = _before(block, layout, watched, "k", seen.k.shape[1])
     tokens = q.shape[2]
     at = torch.linspace(tokens // 2, tokens - 1, min(ROWS, tokens - tokens // 2)).long().unique().to(q.device)
     logits = (grouped(q[:, :, at], k) * seen.scaling).movedim(1, 0).cpu()  # [H, B, rows, T]
@@ -200,14 +200,14 @@ def _sampled(block: Block, found: Found, watched: Watched, options: Options) -> 
     return logits[:, :, close].flatten(1), logits.flatten(1, 2), below.repeat(logits.shape[1], 1)
 
 
-def _before(block: Block, found: Found, watched: Watched, part: str, heads: int) -> Tensor:
-    given, out = watched.taps[f"{block.attention}.{found.taps[part]}"]
-    return heads_of(out, heads, is_heads_first(given, heads))
+def _before(block: Block, layout: Layout, watched: Watched, part: str, heads: int) -> Tensor:
+    inputs, out = watched.taps[f"{block.attention}.{layout.taps[part]}"]
+    return heads_of(out, heads, is_heads_first(inputs, heads))
 
 
 def _bias(logits: Tensor, share: float) -> Tensor:
     """[H]: what makes the mean of sigmoid(logits [H, N] + bias) be `share`, by bisection."""
-    low, high = torch.full((len(logits),), -40.0), torch.full((len(logits),), 40.0)
+    low, high = torch.full((len(logits),), -40.0), torch.full((len(logits),), 40.0)  # sigmoid is 0 or 1 there in float32
     for _ in range(40):
         middle = (low + high) / 2
         above = torch.sigmoid(logits + middle[:, None]).mean(1) > share

@@ -53,8 +53,8 @@ def new_tensors(layer: "Layer", options: Options) -> "dict[str, tuple[int, ...]]
     """What a layer gets: names after its stem, and shapes."""
     shape = layer.geometry
     table: tuple[int, ...] = (options.positions, shape.head_dim)
-    told = {"cope_embeddings": table if options.embeddings == "shared" else (shape.heads, *table)}
-    told["cope_gate_bias"] = (shape.heads,)
+    sizes = {"cope_embeddings": table if options.embeddings == "shared" else (shape.heads, *table)}
+    sizes["cope_gate_bias"] = (shape.heads,)
     if options.gates != "constant":
-        told["cope_gate_scale"] = (shape.heads,)
-    return told
+        sizes["cope_gate_scale"] = (shape.heads,)
+    return sizes

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from upfit.architecture.decoder_check import auto_map, check_decoder
 from upfit.checkpoint.plan import Plan, Rule, Tensors
 from upfit.convert.cope.options import CALIBRATION, Options, new_tensors
-from upfit.convert.recipe import Bench, Fit, Recipe, possible
+from upfit.convert.recipe import Fit, FitContext, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag
 from upfit.provenance import STATE, UNSETTLED
@@ -31,9 +31,9 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
         raise UpfitError(f"{flag('span')} got {options.span}; no gate is above 1, so give at least {options.positions}")
     if options.every > len(architecture.layers):
         raise UpfitError(f"{flag('every')} got {options.every}; give a number from 1 to {len(architecture.layers)}")
-    given = [name for name in CALIBRATION if getattr(options, name) is not None]
-    if given and options.gates == "constant":
-        raise UpfitError(f"{flag(given[0])} is for gates that are set on text, and constant ones are not; leave it out")
+    calibrating = [name for name in CALIBRATION if getattr(options, name) is not None]
+    if calibrating and options.gates == "constant":
+        raise UpfitError(f"{flag(calibrating[0])} is for gates that are set on text, and constant ones are not; leave it out")
     if options.drop_rope and options.every > 1:
         raise UpfitError("--drop-rope leaves layers without contextual positions with none at all; leave out --every")
     check_decoder(architecture)
@@ -45,10 +45,10 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
     if options.gates == "constant" and not options.drop_rope:
         return outline
 
-    def run(bench: Bench) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.cope.fit import fit
 
-        return fit(bench, replace(outline, rules=()), options, chosen)
+        return fit(context, replace(outline, rules=()), options, chosen)
 
     return Fit(outline, run, otherwise="--gates constant")
 
@@ -61,9 +61,9 @@ def _rule(layer: "Layer", options: Options) -> Rule:
     level = math.log(options.share / (1 - options.share))
 
     def apply(tensors: Tensors) -> "dict[str, Tensor]":
-        made = {name: tensors[query].new_zeros(size) for name, size in names.items()}
-        made[layer.stem + "cope_gate_bias"] += level
-        return made | dict.fromkeys(own, tensors[key])
+        new = {name: tensors[query].new_zeros(size) for name, size in names.items()}
+        new[layer.stem + "cope_gate_bias"] += level
+        return new | dict.fromkeys(own, tensors[key])
 
     return Rule((query, key), (*names, *own), apply, f"contextual positions, {options.gates} gates")
 

@@ -26,7 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 MASKS = ("causal", "left padding", "packed", "window")
 
 
-def given(dtype: torch.dtype = torch.float64, **shape: Any) -> Inputs:
+def random_inputs(dtype: torch.dtype = torch.float64, **shape: Any) -> Inputs:
     """Random inputs that want gradients; `shape` changes what stands here."""
     generator = torch.Generator().manual_seed(0)
     batch, heads, kv_heads, width = 2, 4, shape.get("kv_heads", 2), 16
@@ -67,9 +67,9 @@ def sight_of(kind: str, queries: int, keys: int) -> Sight:
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    found = {name: getattr(inputs, name) for name in TENSORS}
-    made: dict[str, Any] = {k: v if v is None else v.detach().to(dtype).requires_grad_() for k, v in found.items()}
-    return replace(inputs, **made)
+    tensors = {name: getattr(inputs, name) for name in TENSORS}
+    changed: dict[str, Any] = {k: v if v is None else v.detach().to(dtype).requires_grad_() for k, v in tensors.items()}
+    return replace(inputs, **changed)
 
 
 def results(function: Any, inputs: Inputs, sight: Sight) -> dict[str, Tensor]:
@@ -77,21 +77,21 @@ def results(function: Any, inputs: Inputs, sight: Sight) -> dict[str, Tensor]:
     output = function(inputs, sight)
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(output.dtype)
     wanted = [name for name in TENSORS if getattr(inputs, name) is not None]
-    found = torch.autograd.grad(output, [getattr(inputs, name) for name in wanted], grad)
-    return {"output": output.detach(), **dict(zip(wanted, found, strict=True))}
+    grads = torch.autograd.grad(output, [getattr(inputs, name) for name in wanted], grad)
+    return {"output": output.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
-def check_same(said: dict[str, Tensor], true: dict[str, Tensor], tolerance: float) -> None:
+def check_same(actual: dict[str, Tensor], true: dict[str, Tensor], tolerance: float) -> None:
     for name, tensor in true.items():
         # Sums over all gates of a head, or over the weights of a query: their parts nearly cancel.
         size = float(tensor.abs().max()) * (4 if name in ("gate_bias", "z") else 1)
-        assert float((said[name].double() - tensor.double()).abs().max()) < tolerance * size, name
+        assert float((actual[name].double() - tensor.double()).abs().max()) < tolerance * size, name
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_chunks_and_all_at_once_are_the_equations(shape: str, mask: str) -> None:
-    inputs = given(**SHAPES[shape])
+    inputs = random_inputs(**SHAPES[shape])
     sight = sight_of(mask, inputs.q.shape[2], inputs.k.shape[2])
     true = results(reference, inputs, sight)
     check_same(results(lambda i, s: chunked(i, s, 16), inputs, sight), true, 1e-10)
@@ -102,7 +102,7 @@ def test_chunks_and_all_at_once_are_the_equations(shape: str, mask: str) -> None
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_are_the_equations(shape: str) -> None:
     for mask in MASKS if shape == "ragged" else ("causal", "packed"):
-        inputs = given(**SHAPES[shape])
+        inputs = random_inputs(**SHAPES[shape])
         sight = sight_of(mask, inputs.q.shape[2], inputs.k.shape[2])
         single = cast(inputs, torch.float32)
         check_same(results(fused, single, sight), results(reference, cast(single, torch.float64), sight), 1e-5)
@@ -113,7 +113,7 @@ def test_kernels_walk_their_notes_in_segments(monkeypatch: pytest.MonkeyPatch) -
     """With room for the notes of one block of queries at a time, the gradients are the same."""
     from upfit.modeling import cope_kernels
 
-    inputs = cast(given(queries=80, bias=-2.0), torch.float32)
+    inputs = cast(random_inputs(queries=80, bias=-2.0), torch.float32)
     before = results(fused, inputs, Sight(80, 80))
     monkeypatch.setattr(cope_kernels, "NOTES", 1)
     after = results(fused, inputs, Sight(80, 80))
@@ -125,20 +125,20 @@ def test_kernels_walk_their_notes_in_segments(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_good_as_its_inputs(dtype: torch.dtype) -> None:
-    low = cast(given(queries=70), dtype)
+    low = cast(random_inputs(queries=70), dtype)
     truth = results(reference, cast(low, torch.float64), Sight(70, 70))
     functions: list[Any] = [lambda i, s: chunked(i, s, 32)]
     if dtype == torch.float16:  # Triton's interpreter multiplies bfloat16 wrongly
         functions.append(fused)
     for function in functions:
-        for name, said in results(function, low, Sight(70, 70)).items():
-            error = (said.double() - truth[name]).norm() / truth[name].norm()
+        for name, actual in results(function, low, Sight(70, 70)).items():
+            error = (actual.double() - truth[name]).norm() / truth[name].norm()
             assert error < 2 * torch.finfo(dtype).eps, name
 
 
 def test_open_gates_count_tokens() -> None:
     """Every gate at 1: an ordinary relative position, one for each token from the query's own on."""
-    inputs = given(bias=60.0, gated=False, positions=9)
+    inputs = random_inputs(bias=60.0, gated=False, positions=9)
     distance = torch.arange(40)[:, None] - torch.arange(40) + 1
     added = inputs.z.gather(-1, distance.clamp(0, 8).expand(2, 4, -1, -1)) - inputs.z[..., -1:]
     below = torch.ones(40, 40, dtype=torch.bool).tril()
@@ -151,19 +151,19 @@ def test_open_gates_count_tokens() -> None:
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_newest_query_alone_is_the_last_row(mask: str, gated: bool) -> None:
-    inputs, sight = given(queries=300, bias=1.0, gated=gated), sight_of(mask, 300, 300)
+    inputs, sight = random_inputs(queries=300, bias=1.0, gated=gated), sight_of(mask, 300, 300)
     full = reference(inputs, sight)[:, -1:]
     inputs = replace(
         inputs, **{name: x[:, :, -1:] for name in ("q", "z", "gate_q") if (x := getattr(inputs, name)) is not None}
     )
     with torch.no_grad():
-        one = attend(inputs, Sight(1, 300, None if sight.mask is None else sight.mask[:, :, -1:]))
-    assert torch.allclose(one, full, atol=1e-12)
+        last_row = attend(inputs, Sight(1, 300, None if sight.mask is None else sight.mask[:, :, -1:]))
+    assert torch.allclose(last_row, full, atol=1e-12)
 
 
 @pytest.mark.parametrize("function", [chunked, attend])
 def test_decoding_asks_gate_keys_only_as_far_as_the_last_position(function: Any) -> None:
-    inputs = given(queries=600, bias=1.0)
+    inputs = random_inputs(queries=600, bias=1.0)
     full = chunked(inputs, Sight(600, 600))
     asked = []
 
@@ -172,16 +172,16 @@ def test_decoding_asks_gate_keys_only_as_far_as_the_last_position(function: Any)
         assert isinstance(inputs.gate_k, Tensor)
         return inputs.gate_k[:, :, start:stop]
 
-    one: dict[str, Any] = {name: getattr(inputs, name)[:, :, -1:] for name in ("q", "z", "gate_q")}
+    newest: dict[str, Any] = {name: getattr(inputs, name)[:, :, -1:] for name in ("q", "z", "gate_q")}
     with torch.no_grad():
-        last = function(replace(inputs, **one, gate_k=gate_keys), Sight(1, 600))
+        last = function(replace(inputs, **newest, gate_k=gate_keys), Sight(1, 600))
     assert torch.allclose(last, full[:, -1:], atol=1e-12)
     assert min(asked) > 300
 
 
 def test_far_keys_are_plain() -> None:
     """Left of the band, the position logit is 0 and gates have no gradient; the band is no wider than it must be."""
-    inputs = given(queries=600, bias=1.0)
+    inputs = random_inputs(queries=600, bias=1.0)
     seen = Sight(600, 600).rows(590, 600, torch.device("cpu"))
     rows = replace(inputs, **{name: getattr(inputs, name)[:, :, 590:600] for name in ("q", "z", "gate_q")})
     assert isinstance(inputs.gate_k, Tensor)
@@ -193,7 +193,7 @@ def test_far_keys_are_plain() -> None:
 
 def test_autocast_lowers_content_and_not_gates() -> None:
     """q, k and v are taken as plain attention would take them; a position is a sum of many gates, so those stay as they are."""
-    inputs, sight = cast(given(queries=200, positions=64), torch.float32), Sight(200, 200)
+    inputs, sight = cast(random_inputs(queries=200, positions=64), torch.float32), Sight(200, 200)
     low = replace(inputs, **{name: getattr(inputs, name).bfloat16() for name in ("q", "k", "v")})
     positions = counted(inputs, sight.rows(0, 200, torch.device("cpu")))[1]
     with torch.autocast("cpu", torch.bfloat16):
@@ -203,7 +203,7 @@ def test_autocast_lowers_content_and_not_gates() -> None:
 
 def test_chunks_leave_out_what_no_query_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows and documents cost what they show, not what there is."""
-    inputs, mask = given(queries=60), sight_of("window", 60, 60).mask
+    inputs, mask = random_inputs(queries=60), sight_of("window", 60, 60).mask
     assert mask is not None
     mask[:, :, 32:48] = False  # a chunk that sees nothing
     run, asked = cope_chunks._Chunk.run, []
@@ -220,7 +220,7 @@ def test_chunks_leave_out_what_no_query_sees(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_embeddings_share_a_null_direction() -> None:
     """Gradients of the position logits of a query sum to zero: adding one vector to all embeddings changes nothing."""
-    inputs = given()
+    inputs = random_inputs()
     (grad,) = torch.autograd.grad(chunked(inputs, Sight(40, 40)).square().sum(), inputs.z)
     assert grad.sum(-1).abs().max() < 1e-12 * grad.abs().max() * 40
 
@@ -233,7 +233,7 @@ def test_whole_positions_take_their_own_logit() -> None:
 
 
 def test_weights_are_those_of_the_output() -> None:
-    inputs = given(sinks=True)
+    inputs = random_inputs(sinks=True)
     output, weights = whole(inputs, sight_of("left padding", 40, 40))
     again = (weights @ inputs.v.repeat_interleave(2, 1)).transpose(1, 2)
     assert torch.allclose(output, again, atol=1e-12) and bool((weights.sum(-1) <= 1).all())
@@ -241,4 +241,4 @@ def test_weights_are_those_of_the_output() -> None:
 
 def test_without_triton_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cope_attention, "_kernels", lambda: None)
-    assert fused(given(), Sight(40, 40)) is None
+    assert fused(random_inputs(), Sight(40, 40)) is None

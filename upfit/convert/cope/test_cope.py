@@ -47,8 +47,8 @@ def made(tmp_path: Path, model_type: str = "llama", **options: Any) -> tuple[Pat
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **settings)
-    model, info = found
+    result: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **settings)
+    model, info = result
     assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
     return model.eval()
 
@@ -160,8 +160,8 @@ def test_everything_new_moves_within_ten_steps(tmp_path: Path, gates: str) -> No
         optimizer.step()
         optimizer.zero_grad()
     assert all(not torch.equal(p, before[name]) for name, p in new.items())
-    told = model.model.layers[0].self_attn.upfit_measures()
-    assert told["position_content"] > 0 and 0 < told["span"] <= 40 and 0 <= told["saturated"] <= 1
+    measures = model.model.layers[0].self_attn.upfit_measures()
+    assert measures["position_content"] > 0 and 0 < measures["span"] <= 40 and 0 <= measures["saturated"] <= 1
 
 
 def test_gates_begin_at_the_span(tmp_path: Path) -> None:
@@ -214,13 +214,13 @@ def test_implementations_agree(tmp_path: Path) -> None:
         logits = [
             learned(loaded(out, torch.float64, attn_implementation=name))(ids_of()).logits for name in ("eager", "sdpa", NAME)
         ]
-    assert all(torch.allclose(some, logits[0], atol=1e-12) for some in logits)
+    assert all(torch.allclose(states, logits[0], atol=1e-12) for states in logits)
     model = learned(loaded(out))
     attention = model.model.layers[0].self_attn
     attention.config.real._attn_implementation_internal = "flash_attention_2"
-    some = torch.zeros(1, 4, 3, 8)
+    states = torch.zeros(1, 4, 3, 8)
     with pytest.raises(ValueError, match="sdpa or eager"):
-        interface(attention, some, some, some, None)
+        interface(attention, states, states, states, None)
 
 
 def test_a_cache_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -55,12 +55,12 @@ def check(architecture: "Architecture", exact: bool) -> None:
 def config_of(architecture: "Architecture", exact: bool) -> dict[str, Any]:
     """DiffLlama's config.json for this source."""
     times, shape = (2 if exact else 1), architecture.layers[0].geometry
-    kept = {key: architecture.config[key] for key in KEPT if key in architecture.config}
+    inherited = {key: architecture.config[key] for key in KEPT if key in architecture.config}
     biased = exact or any(f"{part}.bias" in architecture.layers[0].names for part in "qkvo")
     return {
         "architectures": ["DiffLlamaForCausalLM"],
         "model_type": "diffllama",
-        **kept,
+        **inherited,
         "num_attention_heads": times * shape.heads,
         "num_key_value_heads": times * shape.kv_heads,
         "head_dim": shape.head_dim,
@@ -113,14 +113,14 @@ def exact_rule(layer: "Layer", hidden: int) -> Rule:
     def apply(tensors: Tensors) -> "dict[str, Tensor]":
         stored = {part: tensors[layer.names[part]] for part in parts if part in layer.names}
         doubled = _doubled(LAYOUTS[layer.layout].unpack(stored, shape), start)
-        found = {names[f"{part}.weight"]: getattr(doubled, part) for part in "qkv"}
-        found = {name: tensor.flatten(0, 1) for name, tensor in found.items()}
-        found |= {names[f"{part}.bias"]: getattr(doubled, f"{part}_bias").flatten() for part in "qkv"}
+        tensors = {names[f"{part}.weight"]: getattr(doubled, part) for part in "qkv"}
+        tensors = {name: tensor.flatten(0, 1) for name, tensor in tensors.items()}
+        tensors |= {names[f"{part}.bias"]: getattr(doubled, f"{part}_bias").flatten() for part in "qkv"}
         assert doubled.o is not None
-        found[names["o.weight"]] = doubled.o.flatten(1)
-        found[names["o.bias"]] = stored.get("o.bias", doubled.o.new_zeros(hidden))
+        tensors[names["o.weight"]] = doubled.o.flatten(1)
+        tensors[names["o.bias"]] = stored.get("o.bias", doubled.o.new_zeros(hidden))
         new = lambda_vectors(start, start, shape.head_dim)
-        return found | {name: new[key].to(doubled.o) for name, key in vectors.items()}
+        return tensors | {name: new[key].to(doubled.o) for name, key in vectors.items()}
 
     return Rule(reads, (*names.values(), *vectors), apply, "heads twice, ballast in the values")
 

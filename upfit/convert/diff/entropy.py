@@ -14,7 +14,7 @@ from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibra
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 ROWS = 24  # sampled query positions of every 512 of a window
 
@@ -22,24 +22,24 @@ ROWS = 24  # sampled query positions of every 512 of a window
 def entropy(seen: Seen, rows: Tensor, keys: int) -> Tensor:
     """[H]: Σ over rows of the attention weights' entropy, as a share of the most there could be with as many keys."""
     _, weights = seen.scores(rows, keys)
-    told = -(weights * weights.clamp_min(1e-30).log()).sum(-1) / (rows + 1).clamp_min(2).log()
-    return told.sum((0, 2))
+    share = -(weights * weights.clamp_min(1e-30).log()).sum(-1) / (rows + 1).clamp_min(2).log()
+    return share.sum((0, 2))
 
 
-def with_spread_heads(bench: "Bench", plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
+def with_spread_heads(context: "FitContext", plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
     """`plan` with `dex_heads` 1 for the half of each layer's heads with the highest entropy on calibration text, else 0."""
-    calibration = read_calibration(bench, *sources)
+    calibration = read_calibration(context, *sources)
     task = Task(
         title="watching heads",
         label="",
         settings={"recipe": "diff", "config": plan.config, "variant": "dex"},
-        layers=list(bench.architecture.layers),
+        layers=list(context.architecture.layers),
         begin=lambda walk: lambda index, layer: _spread(walk, index, layer),
         note=lambda record: str(record["layer"]),
         alone=True,
     )
-    records = fit_layers(bench, calibration, task).records
-    layers, chosen = {layer.path: layer for layer in bench.architecture.layers}, {}
+    records = fit_layers(context, calibration, task).records
+    layers, chosen = {layer.path: layer for layer in context.architecture.layers}, {}
     for record in records:
         chosen[record["layer"]] = torch.zeros(layers[record["layer"]].geometry.heads)
         chosen[record["layer"]][record["heads"]] = 1
@@ -49,13 +49,13 @@ def with_spread_heads(bench: "Bench", plan: Plan, sources: tuple[list[str] | Non
 
 def _spread(walk: Walk, index: int, layer: "Layer") -> LayerFit:
     """The half of a layer's heads with the highest entropy."""
-    block, spread = walk.stream.blocks[index], torch.zeros(())
-    for number, lane in enumerate(walk.lanes):
-        watched = watch(block, lane.teacher, lane.calls[index], ())
-        for some in sample_rows(lane.tokens, ROWS, index, number, lane.teacher.device):
-            spread = spread + entropy(watched.seen, some.at, some.keys).cpu()
+    block, spread = walk.model.blocks[index], torch.zeros(())
+    for number, batch in enumerate(walk.batches):
+        watched = watch(block, batch.teacher, batch.calls[index], ())
+        for sampled in sample_rows(batch.tokens, ROWS, index, number, batch.teacher.device):
+            spread = spread + entropy(watched.seen, sampled.at, sampled.keys).cpu()
         assert watched.output is not None
-        lane.teacher = watched.output
+        batch.teacher = watched.output
     heads = spread.argsort(descending=True)[: (len(spread) + 1) // 2].sort().values.tolist()
     return LayerFit(layer.path, {"layer": layer.path, "heads": heads}, {})
 

@@ -67,9 +67,9 @@ def own_config(architecture: "Architecture", config: dict[str, Any], variant: st
 
 def attention_classes(architecture: "Architecture") -> list[str]:
     """Names of the classes of this model's attention modules."""
-    from upfit.architecture.meta_model import skeleton
+    from upfit.architecture.meta_model import build_on_meta
 
-    model = skeleton(architecture.config)
+    model = build_on_meta(architecture.config)
     return sorted({type(model.get_submodule(layer.path)).__name__ for layer in architecture.layers})
 
 

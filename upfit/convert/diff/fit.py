@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from upfit.calibration.observe import Opaque, Seen, listening, run_block, run_until
 from upfit.calibration.ridge import Moments, ridge_linear
 from upfit.calibration.statistics import sample_rows
-from upfit.calibration.teacher_student import Lane, add_rows, mlp_end, put, refit_mlp, stream_error
-from upfit.calibration.traits import Facts, understand, watch
+from upfit.calibration.teacher_student import PairedBatch, add_rows, mlp_end, put, refit_mlp, stream_error
+from upfit.calibration.traits import AttentionTraits, probe_attention, watch
 from upfit.checkpoint.plan import Plan
 from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 ROWS = 24  # sampled query positions of every 512 of a window
 VIEWED = 65_536  # sum of the windows' tokens, once for each stretch of 512 sampled, on which a layer's form is chosen
@@ -45,61 +45,61 @@ class Fitting:
     projection does best on held-back text; with `refit` False each is taken as it starts. `variant` is the name of `forms`."""
 
     variant: str
-    forms: "Callable[[Layer, Facts, list[View]], list[Form]]"
+    forms: "Callable[[Layer, AttentionTraits, list[View]], list[Form]]"
     refit: bool = True
     label: str = "fitted on calibration text"
 
 
-def fit(bench: "Bench", fitting: Fitting, plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
-    """Run both models through the layers and give `plan` rules that read the results, which stand in the bench's folder.
+def fit(context: "FitContext", fitting: Fitting, plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
+    """Run both models through the layers and give `plan` rules that read the results, which stand in the folder of the fit.
 
     Raises UpfitError for calibration text that cannot be used, Opaque for a model that cannot be run on text.
     """
-    calibration = read_calibration(bench, *sources)
+    calibration = read_calibration(context, *sources)
     task = Task(
         title="fitting",
         label=fitting.label,
         settings={"recipe": "diff", "config": plan.config, "variant": fitting.variant, "refit": fitting.refit},
-        layers=list(bench.architecture.layers),
+        layers=list(context.architecture.layers),
         begin=lambda walk: lambda index, layer: _convert(walk, index, layer, fitting),
         note=lambda record: f"{record['layer']} stream error {record['stream_error']:.4f}",
     )
-    fitted = fit_layers(bench, calibration, task)
+    fitted = fit_layers(context, calibration, task)
     report = {"calibration": calibration.record(), "layers": fitted.records}
     return Plan(plan.config, (*plan.rules, *fitted.rules), notes=plan.notes, report=report)
 
 
 def _convert(walk: Walk, index: int, layer: "Layer", fitting: Fitting) -> LayerFit:
-    lanes, block, entry = walk.lanes, walk.stream.blocks[index], walk.bench.architecture.entry
-    longest = max(lanes, key=lambda lane: lane.tokens)
-    facts, _ = understand(block, entry, layer.geometry, longest.teacher, longest.calls[index])
-    if not facts.values or facts.residual is None:
+    batches, block, entry = walk.batches, walk.model.blocks[index], walk.context.architecture.entry
+    longest = max(batches, key=lambda batch: batch.tokens)
+    traits, _ = probe_attention(block, entry, layer.geometry, longest.teacher, longest.calls[index])
+    if not traits.values or traits.residual is None:
         raise Opaque(f"{layer.path}: what lies between its attention and the stream is not plain")
     path = f"{block.attention}.{entry.o}"
     projection = block.module.get_submodule(path)
     assert isinstance(projection, nn.Linear)
     views: list[View] = []
     middles, outputs = [], []
-    for number, lane in enumerate(lanes):
-        watched = watch(block, lane.teacher, lane.calls[index], (path,))
-        if not lane.held and sum(seen.q.shape[0] * seen.q.shape[2] for seen, _, _ in views) < VIEWED:
-            some = sample_rows(lane.tokens, ROWS, index, number, lane.teacher.device)
-            views += [(watched.seen, rows.at, rows.keys) for rows in some]
-        middles.append(lane.middle(watched.taps[path][1], facts.residual))
+    for number, batch in enumerate(batches):
+        watched = watch(block, batch.teacher, batch.calls[index], (path,))
+        if not batch.held and sum(seen.q.shape[0] * seen.q.shape[2] for seen, _, _ in views) < VIEWED:
+            sampled = sample_rows(batch.tokens, ROWS, index, number, batch.teacher.device)
+            views += [(watched.seen, rows.at, rows.keys) for rows in sampled]
+        middles.append(batch.middle(watched.taps[path][1], traits.residual))
         assert watched.output is not None
         outputs.append(watched.output)
-    forms = fitting.forms(layer, facts, views)
+    forms = fitting.forms(layer, traits, views)
     views.clear()
     source = projection.weight
     best: tuple[float, Form, tuple[Tensor, Tensor | None]] | None = None
     for form in forms:
         put(block.module, path, form.start(source))
         sums = {False: Moments(), True: Moments()}
-        for lane, middle in zip(lanes, middles, strict=True):
+        for batch, middle in zip(batches, middles, strict=True):
             with listening(form.outputs):
-                z = run_until(block.module, block.module.get_submodule(path), lane.student, lane.student_calls[index])
-            wanted = (middle - lane.student) / facts.residual.attention
-            add_rows(sums[lane.held], z, wanted, middle, projection, TOKEN_POWER)
+                z = run_until(block.module, block.module.get_submodule(path), batch.student, batch.student_calls[index])
+            wanted = (middle - batch.student) / traits.residual.attention
+            add_rows(sums[batch.held], z, wanted, middle, projection, TOKEN_POWER)
         now = block.module.get_submodule(path)
         assert isinstance(now, nn.Linear)
         solved = ridge_linear(sums, now) if fitting.refit else (now.weight, now.bias)
@@ -115,25 +115,25 @@ def _convert(walk: Walk, index: int, layer: "Layer", fitting: Fitting) -> LayerF
         new[layer.names["o.bias"]] = solved[1]
     with listening(form.outputs):
         if fitting.refit:
-            new |= _refit_down(walk, index, facts, outputs)
-        for lane, output in zip(lanes, outputs, strict=True):
-            lane.student = run_block(block.module, lane.student, lane.student_calls[index])
-            lane.teacher = output
-    record = {"layer": layer.path, "attention_error": error, "stream_error": stream_error(lanes), **form.record()}
+            new |= _refit_down(walk, index, traits, outputs)
+        for batch, output in zip(batches, outputs, strict=True):
+            batch.student = run_block(block.module, batch.student, batch.student_calls[index])
+            batch.teacher = output
+    record = {"layer": layer.path, "attention_error": error, "stream_error": stream_error(batches), **form.record()}
     return LayerFit(layer.path, record, new)
 
 
-def _refit_down(walk: Walk, index: int, facts: Facts, outputs: list[Tensor]) -> dict[str, Tensor]:
+def _refit_down(walk: Walk, index: int, traits: AttentionTraits, outputs: list[Tensor]) -> dict[str, Tensor]:
     """The last matrix of the MLP, where one Linear of the checkpoint is it: put into the layer; its new tensors by name."""
-    module, residual = walk.stream.blocks[index].module, facts.residual
-    end = mlp_end(walk.stream, index, module, residual, walk.bench.checkpoint)
+    module, residual = walk.model.blocks[index].module, traits.residual
+    end = mlp_end(walk.model, index, module, residual, walk.context.checkpoint)
     if residual is None or end is None:
         return {}
     down, share = module.get_submodule(end.path), residual.mlp
 
-    def rest(_: int, lane: Lane) -> tuple[Tensor, Tensor]:
-        call = lane.student_calls[index]
-        z = run_until(module, down, lane.student, call)
-        return z, run_block(module, lane.student, call) - share * down(z)
+    def rest(_: int, batch: PairedBatch) -> tuple[Tensor, Tensor]:
+        call = batch.student_calls[index]
+        z = run_until(module, down, batch.student, call)
+        return z, run_block(module, batch.student, call) - share * down(z)
 
-    return refit_mlp(module, end, share, walk.lanes, outputs, rest, TOKEN_POWER)
+    return refit_mlp(module, end, share, walk.batches, outputs, rest, TOKEN_POWER)

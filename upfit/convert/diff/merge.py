@@ -21,25 +21,25 @@ def plan_merge(architecture: "Architecture", options: Any) -> Plan:
 
     Raises UpfitError for a λ that depends on the token, which no stock class can compute.
     """
-    told = architecture.config
-    if told["diff_variant"] == "v2" and told["diff_lambda"] == "token":
+    settings = architecture.config
+    if settings["diff_variant"] == "v2" and settings["diff_lambda"] == "token":
         raise UpfitError(
             "λ depends on the token here, which no stock class computes; this model needs its modelling file "
             "(convert with --lambdas head for one that folds)"
         )
-    if told.get("diff_cut") == "middle":
+    if settings.get("diff_cut") == "middle":
         raise UpfitError(
             "a naive split cuts through rotated pairs, which no projection can do; this model needs its modelling file"
         )
-    whole = told if told["diff_variant"] != "split" else architecture.with_queries_times(2)
+    whole = settings if settings["diff_variant"] != "split" else architecture.with_queries_times(2)
     config = {key: value for key, value in whole.items() if not key.startswith("diff_") and key not in OWN_KEYS}
-    config["model_type"] = told["base_model_type"]
+    config["model_type"] = settings["base_model_type"]
     rules: list[Rule] = []
     for layer in architecture.layers:
-        if told["diff_variant"] == "split":
+        if settings["diff_variant"] == "split":
             rules += _fold_split_rules(layer, architecture, config)
         else:
-            rules.append((_fold_dex_rule if told["diff_variant"] == "dex" else _fold_pairs_rule)(layer))
+            rules.append((_fold_dex_rule if settings["diff_variant"] == "dex" else _fold_pairs_rule)(layer))
     return Plan(config, tuple(rules), close=True)
 
 

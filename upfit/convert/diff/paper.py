@@ -36,11 +36,11 @@ def pairs(seen: Seen, lam: float | Tensor, lambda_init: float, eps: float) -> Te
 def lambda_vectors(lam: float, lambda_init: float, width: int) -> dict[str, Tensor]:
     """Four vectors [D] with exp(q1 · k1) − exp(q2 · k2) + λ_init = λ (equation 2)."""
     exponents = {"1": 1 + SMALL + max(lam - lambda_init, 0.0), "2": 1 + SMALL + max(lambda_init - lam, 0.0)}
-    found: dict[str, Tensor] = {}
+    vectors: dict[str, Tensor] = {}
     for number, value in exponents.items():
         each = (torch.tensor(value, dtype=torch.float64).log() / width).sqrt()
-        found |= {f"lambda_{name}{number}": torch.full((width,), float(each)) for name in "qk"}
-    return found
+        vectors |= {f"lambda_{name}{number}": torch.full((width,), float(each)) for name in "qk"}
+    return vectors
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Paired:
 
 def gains(views: list[tuple[Seen, Tensor, int]], form: Paired) -> Tensor:
     """[H/2]: rms of a pair's heads over rms of its normed difference, on what was seen."""
-    wanted = given = torch.zeros(())
+    wanted = actual = torch.zeros(())
     for seen in {id(view[0]): view[0] for view in views}.values():
         before = seen.output.square().sum((0, 1, 3))  # [H]
         wanted = wanted + before.unflatten(0, (2, -1)).sum(0)
-        given = given + form.outputs(seen).square().sum((0, 1, 3)).unflatten(0, (-1, 2)).sum(1)
-    return (wanted / given.clamp_min(1e-30)).sqrt()
+        actual = actual + form.outputs(seen).square().sum((0, 1, 3)).unflatten(0, (-1, 2)).sum(1)
+    return (wanted / actual.clamp_min(1e-30)).sqrt()  # no division by 0
 
 
 def candidates(layer: int, views: list[tuple[Seen, Tensor, int]], eps: float) -> "list[Form]":

@@ -7,7 +7,7 @@ from upfit.architecture.decoder_check import check_decoder, class_shapes
 from upfit.checkpoint.plan import Plan, Rule, Tensors
 from upfit.convert.diff.family import MODEL_TYPE, doubled, own_config, sinks_rule
 from upfit.convert.diff.merge import plan_merge
-from upfit.convert.recipe import MERGE, Bench, Fit, NoOptions, Recipe, possible
+from upfit.convert.recipe import MERGE, Fit, FitContext, NoOptions, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag, option
 
@@ -81,8 +81,8 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
 
 
 def _check_flags(options: Options) -> None:
-    given = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
-    for name in given:
+    changed = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+    for name in changed:
         if options.variant not in FLAGS_OF.get(name, (options.variant,)):
             variants = " and ".join(f"--variant {variant}" for variant in FLAGS_OF[name])
             shown = flag("no_refit" if name == "refit" else name)
@@ -146,10 +146,10 @@ def _plan_dex(architecture: "Architecture", options: Options) -> Plan | Fit:
     if options.heads == "all":
         return outline
 
-    def run(bench: Bench) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.diff.entropy import with_spread_heads
 
-        return with_spread_heads(bench, outline, _sources(options))
+        return with_spread_heads(context, outline, _sources(options))
 
     return Fit(outline, run)
 
@@ -168,14 +168,14 @@ def _plan_split(architecture: "Architecture", options: Options) -> Plan | Fit:
         return Plan(config | {"diff_cut": "middle"}, rules)
     outline = Plan(config, rules)
 
-    def run(bench: Bench) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.diff.fit import Fitting, fit
         from upfit.convert.diff.split import choose, groups_of_two
 
         fitting = Fitting(
-            "split", lambda layer, facts, views: [choose(views, groups_of_two(facts.order, facts.pairs))], options.refit
+            "split", lambda layer, traits, views: [choose(views, groups_of_two(traits.order, traits.pairs))], options.refit
         )
-        return fit(bench, fitting, replace(outline, rules=()), _sources(options))
+        return fit(context, fitting, replace(outline, rules=()), _sources(options))
 
     return Fit(outline, run)
 
@@ -205,13 +205,13 @@ def _plan_diffllama(architecture: "Architecture", options: Options) -> Plan | Fi
     biases = tuple(rule for layer in architecture.layers for rule in diffllama.bias_rules(layer, config, hidden))
     outline = Plan(config, (*biases, *(diffllama.outline_rule(layer) for layer in architecture.layers)))
 
-    def run(bench: Bench) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.diff.fit import Fitting, fit
         from upfit.convert.diff.paper import candidates
 
         eps = float(config["rms_norm_eps"])
-        fitting = Fitting("diffllama", lambda layer, facts, views: candidates(layer.index, views, eps), options.refit)
-        return fit(bench, fitting, replace(outline, rules=biases), _sources(options))
+        fitting = Fitting("diffllama", lambda layer, traits, views: candidates(layer.index, views, eps), options.refit)
+        return fit(context, fitting, replace(outline, rules=biases), _sources(options))
 
     return Fit(outline, run)
 
@@ -225,8 +225,8 @@ def _dex_rule(layer: "Layer") -> Rule:
 
         like = tensors[query]
         weight = like.new_zeros(shape.v_head_dim, shape.v_head_dim)
-        made = (weight, like.new_full((), DEX_LAMBDA), like.new_ones(shape.heads))
-        return dict(zip(names, made, strict=True))
+        values = (weight, like.new_full((), DEX_LAMBDA), like.new_ones(shape.heads))
+        return dict(zip(names, values, strict=True))
 
     return Rule((query,), names, apply, "head − λ · head · W, W = 0")
 

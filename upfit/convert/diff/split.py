@@ -16,9 +16,9 @@ from upfit.modeling.modeling_upfit_diff import lambda_init
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
 
-FIRST_SCALES = (1.0, 1.15, 1.3, 1.5, 1.8)
-SECOND_SCALES = (0.5, 1.0, 1.5)
-LAMBDAS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
+FIRST_SCALES = (1.0, 1.15, 1.3, 1.5, 1.8)  # of a query, for the map that stays: all combinations are tried
+SECOND_SCALES = (0.5, 1.0, 1.5)  # for the map that is subtracted, flatter to sharper
+LAMBDAS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # denser near 0, where the head is what it was
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def naive(heads: int, width: int, layer: int) -> Split:
 
 
 def groups_of_two(order: tuple[int, ...], pairs: int) -> Tensor:
-    """[P, 2]: rotated pairs, then neighbours among the dimensions that no rotation touches (`Facts.order`)."""
+    """[P, 2]: rotated pairs, then neighbours among the dimensions that no rotation touches (`AttentionTraits.order`)."""
     turned = torch.tensor([order[:pairs], order[pairs : 2 * pairs]]).T
     return torch.cat([turned, torch.tensor(order[2 * pairs :], dtype=torch.long).reshape(-1, 2)])
 
@@ -77,8 +77,8 @@ def choose(views: list[tuple[Seen, Tensor, int]], groups: Tensor) -> Split:
     mask = torch.zeros(heads, 2, width, device=power.device)
     mask[:, 1] = 1
     for head in range(heads):
-        kept = groups[first[head].cpu()].flatten()
-        mask[head, 0, kept], mask[head, 1, kept] = 1, 0
+        dimensions = groups[first[head].cpu()].flatten()
+        mask[head, 0, dimensions], mask[head, 1, dimensions] = 1, 0
     products = sum(_products(seen, rows, keys, mask) for seen, rows, keys in views)
     assert isinstance(products, Tensor)
     return _best(products, mask)
@@ -87,18 +87,18 @@ def choose(views: list[tuple[Seen, Tensor, int]], groups: Tensor) -> Split:
 def _variances(seen: Seen, rows: Tensor, keys: int, groups: Tensor) -> Tensor:
     """[H, P]: how much each group's part of the scores varies under the attention weights, Σ over rows."""
     _, weights = seen.scores(rows, keys)
-    told = []
+    variances = []
     for group in groups:
         part = _part(seen, rows, keys, group)
         mean = (weights * part).sum(-1, keepdim=True)
-        told.append((weights * (part - mean).square()).sum((0, 2, 3)))
-    return torch.stack(told, 1)
+        variances.append((weights * (part - mean).square()).sum((0, 2, 3)))
+    return torch.stack(variances, 1)
 
 
 def _part(seen: Seen, rows: Tensor, keys: int, dimensions: Tensor) -> Tensor:
     """Scores [B, H, R, keys] of some dimensions alone."""
-    some = replace(seen, q=seen.q[..., dimensions], k=seen.k[..., dimensions])
-    return some.scores(rows, keys)[0]
+    narrowed = replace(seen, q=seen.q[..., dimensions], k=seen.k[..., dimensions])
+    return narrowed.scores(rows, keys)[0]
 
 
 def _products(seen: Seen, rows: Tensor, keys: int, mask: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _products(seen: Seen, rows: Tensor, keys: int, mask: Tensor) -> Tensor:
 
 def _best(products: Tensor, mask: Tensor) -> Split:
     """The grid's best for each head by |whole − gain · (first − λ second)|², the gain being the best there is."""
-    found = []
+    splits = []
     for gram in products:
         options = []
         for f, first in enumerate(FIRST_SCALES, 1):
@@ -125,8 +125,8 @@ def _best(products: Tensor, mask: Tensor) -> Split:
                 for share in LAMBDAS:
                     along = gram[0, f] - share * gram[0, s]
                     power = gram[f, f] - 2 * share * gram[f, s] + share**2 * gram[s, s]
-                    gain = along / power.clamp_min(1e-30)
+                    gain = along / power.clamp_min(1e-30)  # no division by 0
                     options.append((float(gram[0, 0] - gain * along), first, second, share, float(gain)))
-        found.append(min(options)[1:])
-    best = torch.tensor(found, device=mask.device)  # [H, (first scale, second scale, λ, gain)]
+        splits.append(min(options)[1:])
+    best = torch.tensor(splits, device=mask.device)  # [H, (first scale, second scale, λ, gain)]
     return Split(mask * best[:, :2, None], best[:, 2], best[:, 3])

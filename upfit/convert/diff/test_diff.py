@@ -36,8 +36,8 @@ def made(tmp_path: Path, model_type: str = "llama", **options: Any) -> tuple[Pat
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **settings)
-    model, info = found
+    result: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **settings)
+    model, info = result
     assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
     return model.eval()
 
@@ -171,11 +171,11 @@ def test_packed_documents_checkpointing_and_compile(tmp_path: Path) -> None:
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
     gradients = []
     for checkpointing in (False, True):
-        one = copy.deepcopy(model).train()
+        copied = copy.deepcopy(model).train()
         if checkpointing:
-            one.gradient_checkpointing_enable()
-        one(ids, labels=ids, use_cache=False).loss.backward()
-        gradients.append([parameter.grad for parameter in one.parameters()])
+            copied.gradient_checkpointing_enable()
+        copied(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([parameter.grad for parameter in copied.parameters()])
     for plain, saved in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, saved)
 

@@ -119,11 +119,11 @@ def test_the_half_that_matters_is_kept() -> None:
     q = seen.q.clone()
     q[:, :, :, [0, 1, 6, 7]] *= 1e-3
     seen = replace(seen, q=q)
-    found = choose([(seen, torch.arange(40), 40)], order)
-    assert bool((found.scale[:, 0, 2:6] > 0).all()) and bool((found.scale[:, 0, [0, 1, 6, 7]] == 0).all())
-    assert bool((found.scale[:, 1, 2:6] == 0).all()) and bool((found.scale[:, 1, [0, 1, 6, 7]] > 0).all())
-    whole, kept = seen.attended(), found.outputs(seen) * found.gain[:, None].double()
-    assert float((whole - kept).square().sum() / whole.square().sum()) < 0.01
+    split = choose([(seen, torch.arange(40), 40)], order)
+    assert bool((split.scale[:, 0, 2:6] > 0).all()) and bool((split.scale[:, 0, [0, 1, 6, 7]] == 0).all())
+    assert bool((split.scale[:, 1, 2:6] == 0).all()) and bool((split.scale[:, 1, [0, 1, 6, 7]] > 0).all())
+    whole, halves = seen.attended(), split.outputs(seen) * split.gain[:, None].double()
+    assert float((whole - halves).square().sum() / whole.square().sum()) < 0.01
 
 
 def evaluated(folder: Path) -> float:
@@ -176,8 +176,8 @@ def test_no_dead_points_here_either(tmp_path: Path, options: dict[str, Any]) -> 
 def test_spread_heads_have_more_entropy(tmp_path: Path) -> None:
     seen = seen_of(4, 2, 30, 8)
     scale = torch.tensor([5.0, 0.0, 5.0, 0.1], dtype=torch.float64)
-    told = entropy(replace(seen, q=seen.q * scale[:, None, None]), torch.arange(30), 30)
-    assert sorted(told.argsort(descending=True)[:2].tolist()) == [1, 3]
+    spread = entropy(replace(seen, q=seen.q * scale[:, None, None]), torch.arange(30), 30)
+    assert sorted(spread.argsort(descending=True)[:2].tolist()) == [1, 3]
     options = Options(variant="dex", heads="entropy", calibration_tokens="2k", calibration_length=512)
     convert(RECIPE, str(embedded_model()), tmp_path / "out", options, Settings(), QUIET)
     with open_checkpoint(tmp_path / "out") as checkpoint:

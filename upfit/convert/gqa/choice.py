@@ -9,7 +9,7 @@ from upfit.calibration.statistics_file import Statistics, open_statistics
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Choice:
     length: int | None
 
 
-def statistics_for(bench: "Bench", choice: Choice) -> Statistics | None:
+def statistics_for(context: "FitContext", choice: Choice) -> Statistics | None:
     """The statistics file among `choice.calibration`, opened; None when it names text, or nothing."""
     named = choice.calibration or []
     if not any(map(is_statistics, named)):
@@ -34,4 +34,4 @@ def statistics_for(bench: "Bench", choice: Choice) -> Statistics | None:
         raise UpfitError(
             "--calibration-tokens and --calibration-length are those of the statistics file; leave them out, or give text"
         )
-    return open_statistics(Path(named[0]).expanduser(), bench.checkpoint)
+    return open_statistics(Path(named[0]).expanduser(), context.checkpoint)

@@ -1,8 +1,8 @@
 """Merging the key/value heads of a group after bringing them into one basis: closed forms on calibration statistics.
 
 Everything is a linear map on what the projections give out, so it applies to weights and biases alike. Dimensions are in
-`Facts.order`: the first of every rotated pair (fastest first), the second of every pair, then the free ones. Shapes, for one
-group: g old key/value heads, n query heads, D head width, P rotated pairs, V value width, E hidden width. All float64.
+`AttentionTraits.order`: the first of every rotated pair (fastest first), the second of every pair, then the free ones. Shapes,
+for one group: g old key/value heads, n query heads, D head width, P rotated pairs, V value width, E hidden width. All float64.
 
 - Values: v_j ≈ U_j v', v' = P [v_1 … v_g]; exact when the group's values span V dimensions. O takes up U_j.
 - Rotated pairs: a complex factor commutes with the rotation, so k_j ≈ u k', k' = Σ p_j k_j on each pair, with a factor u for
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upfit.calibration.traits import Facts
+from upfit.calibration.traits import AttentionTraits
 
-TINY = 1e-12
-ALTERNATIONS = 8
+TINY = 1e-12  # a share of float64's energy that is rounding; its 1e-10th only keeps a division from 0
+ALTERNATIONS = 8  # each lowers the error; after so many it hardly moves
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def reduce(moment: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, f
     and the share of the energy that is lost. Directions come strongest first."""
     root, inverse = powers(metric)
     values, vectors = torch.linalg.eigh(root @ moment @ root)
-    kept = vectors[:, -rank:].flip(1)
+    strongest = vectors[:, -rank:].flip(1)
     lost = values.clamp_min(0)[: len(values) - rank].sum() / values.clamp_min(0).sum().clamp_min(TINY)
-    return inverse @ kept, kept.mH @ root, float(lost)
+    return inverse @ strongest, strongest.mH @ root, float(lost)
 
 
 def merge_values(moment: Tensor, metric: Tensor, width: int) -> ValueMerge:
@@ -73,37 +73,37 @@ def output_metric(outputs: Tensor, owners: Tensor, count: int) -> Tensor:
 
 def output_gram(outputs: Tensor, heads: Sequence[int]) -> Tensor:
     """Σ O_hᵀO_h [V, V] over some heads of `outputs` [E, H, V]."""
-    some = outputs[:, list(heads)]
-    return torch.einsum("ehv,ehw->vw", some, some)
+    chosen = outputs[:, list(heads)]
+    return torch.einsum("ehv,ehw->vw", chosen, chosen)
 
 
 def _gram(heads: Tensor) -> Tensor:
     return torch.einsum("hev,hew->vw", heads, heads)
 
 
-def merge_keys(facts: Facts, keys: Tensor, pairs: Tensor, queries: Tensor, owners: Tensor, cut: int) -> KeyMerge:
+def merge_keys(traits: AttentionTraits, keys: Tensor, pairs: Tensor, queries: Tensor, owners: Tensor, cut: int) -> KeyMerge:
     """`keys` [g·D, g·D] and `pairs` complex [n, P, g, g] are centred moments of the group's keys, `queries` [n, D, D] of its
     queries, `owners` [n] says which of the g old heads a query head used. Pairs from `cut` on count as slow.
 
     Where the layer norms its keys only what survives a norm is done: turning pairs if their scales agree, else the mean.
     """
-    count, width = keys.shape[0] // len(facts.order), len(facts.order)
-    if not facts.factors:
+    count, width = keys.shape[0] // len(traits.order), len(traits.order)
+    if not traits.factors:
         same = torch.eye(width, dtype=keys.dtype).repeat(1, count) / count
         return KeyMerge(same, torch.eye(width, dtype=keys.dtype).expand(len(owners), -1, -1).clone())
-    fast = facts.pairs if facts.normed else cut
-    slow = torch.tensor(slow_places(facts, fast), dtype=torch.long)
+    fast = traits.pairs if traits.normed else cut
+    slow = torch.tensor(slow_places(traits, fast), dtype=torch.long)
     new_keys = torch.zeros(width, count * width, dtype=keys.dtype)
     new_queries = torch.zeros(len(owners), width, width, dtype=keys.dtype)
     if fast:
-        first, second = torch.arange(fast), facts.pairs + torch.arange(fast)
+        first, second = torch.arange(fast), traits.pairs + torch.arange(fast)
         energy = queries.diagonal(dim1=1, dim2=2)[:, first] + queries.diagonal(dim1=1, dim2=2)[:, second]  # [n, fast]
-        mix, factors = _one_per_pair(pairs[:, :fast], energy, owners, facts.normed)
+        mix, factors = _one_per_pair(pairs[:, :fast], energy, owners, traits.normed)
         for old in range(count):
             _place(new_keys[:, old * width : (old + 1) * width], mix[:, old], first, second)
         for head, factor in enumerate(factors.conj()):
             _place(new_queries[head], factor, first, second)
-    if len(slow) and facts.normed:  # free dimensions, which a norm forbids to mix
+    if len(slow) and traits.normed:  # free dimensions, which a norm forbids to mix
         new_queries[:, slow, slow] = 1
         for old in range(count):
             new_keys[slow, old * width + slow] = 1 / count
@@ -119,10 +119,10 @@ def merge_keys(facts: Facts, keys: Tensor, pairs: Tensor, queries: Tensor, owner
     return KeyMerge(new_keys, new_queries)
 
 
-def slow_places(facts: Facts, cut: int) -> list[int]:
+def slow_places(traits: AttentionTraits, cut: int) -> list[int]:
     """Dimensions that are reduced together, in the order in which they get the strongest directions: free, then slowest."""
-    free = list(range(2 * facts.pairs, len(facts.order)))
-    return free + [place for pair in reversed(range(cut, facts.pairs)) for place in (pair, facts.pairs + pair)]
+    free = list(range(2 * traits.pairs, len(traits.order)))
+    return free + [place for pair in reversed(range(cut, traits.pairs)) for place in (pair, traits.pairs + pair)]
 
 
 def _place(matrix: Tensor, factors: Tensor, first: Tensor, second: Tensor) -> None:
@@ -165,13 +165,13 @@ def _one_per_pair(pairs: Tensor, energy: Tensor, owners: Tensor, normed: bool) -
     return mix * scale[:, None], factors / scale
 
 
-def key_error(facts: Facts, merged: KeyMerge, keys: Tensor, queries: Tensor, owners: Tensor) -> tuple[float, float]:
+def key_error(traits: AttentionTraits, merged: KeyMerge, keys: Tensor, queries: Tensor, owners: Tensor) -> tuple[float, float]:
     """Predicted squared error of the scores with queries and keys taken as independent, Σ_h tr(Q_h Δ_h C Δ_hᵀ), and the
     scores' own.
 
     Takes the rotation for the identity on slow pairs, so it is too small where the cut is low.
     """
-    width, lost, total = len(facts.order), 0.0, 0.0
+    width, lost, total = len(traits.order), 0.0, 0.0
     for head, old in enumerate(owners.tolist()):
         own = torch.zeros_like(merged.keys)
         own[:, old * width : (old + 1) * width] = torch.eye(width, dtype=keys.dtype)

@@ -17,35 +17,35 @@ from upfit.architecture.attention import LAYOUTS, Attention, Layer
 from upfit.calibration.layerwise import find_blocks, observed_model
 from upfit.calibration.observe import Opaque, run_block, run_until
 from upfit.calibration.ridge import Moments, augmented, ridge_linear
-from upfit.calibration.teacher_student import Lane, add_rows, mlp_end, put, refit_mlp, stream_error
-from upfit.calibration.traits import Facts, Turns, understand
+from upfit.calibration.teacher_student import PairedBatch, add_rows, mlp_end, put, refit_mlp, stream_error
+from upfit.calibration.traits import AttentionTraits, Turns, probe_attention
 from upfit.convert.fitting import LayerFit, Walk
 from upfit.convert.gqa import fit_scores, fit_values
-from upfit.convert.gqa.layer_state import Merged, Place, Settings, Told, View, watch_teacher
+from upfit.convert.gqa.layer_state import LayerPair, LayerRecord, Merged, Settings, View, watch_teacher
 from upfit.convert.gqa.merge_layer import merge_layer, pack, refine
-from upfit.convert.gqa.pooling import merge as merge_plainly
+from upfit.convert.gqa.pooling import pool_heads as merge_plainly
 
-DRIFT_RIDGE = 1e-3
-Kept = tuple[Facts, dict[str, Tensor]]
+DRIFT_RIDGE = 1e-3  # of the mean power of an input: directions that the text hardly has stay small
+LayerStatistics = tuple[AttentionTraits, dict[str, Tensor]]
 
 
 def begin(
-    walk: Walk, target_config: dict[str, Any], kept: Callable[[str], Kept | None], settings: Settings
+    walk: Walk, target_config: dict[str, Any], statistics: Callable[[str], LayerStatistics | None], settings: Settings
 ) -> Callable[[int, Layer], LayerFit]:
     """The function that merges the layer at an index of the walk.
 
     `kept(path)` gives an attention's facts and statistics if calibration left them, else they are gathered on the way.
     """
-    device, architecture = str(walk.lanes[0].teacher.device), walk.bench.architecture
+    device, architecture = str(walk.batches[0].teacher.device), walk.context.architecture
     students = find_blocks(observed_model(target_config, device), architecture)
 
     def convert(index: int, layer: Layer) -> LayerFit:
-        block, student = walk.stream.blocks[index], students[index].module
+        block, student = walk.model.blocks[index], students[index].module
         _adopt(student, block.module)
-        place = Place(index, block, student, layer, architecture.entry, settings.kv_heads)
-        told, tensors = _convert(place, walk, kept(layer.path), settings)
-        walk.stream.empty(student)
-        return LayerFit(layer.path, told.record(), tensors)
+        pair = LayerPair(index, block, student, layer, architecture.entry, settings.kv_heads)
+        record, tensors = _convert(pair, walk, statistics(layer.path), settings)
+        walk.model.empty(student)
+        return LayerFit(layer.path, record.record(), tensors)
 
     return convert
 
@@ -61,89 +61,95 @@ def _adopt(student: nn.Module, teacher: nn.Module) -> None:
                     own[name] = other[name]
 
 
-def _convert(place: Place, walk: Walk, kept: Kept | None, settings: Settings) -> tuple[Told, dict[str, Tensor]]:
-    lanes, checkpoint = walk.lanes, walk.bench.checkpoint
-    shape, told = place.shape, Told(place.layer.path)
-    layout, device = LAYOUTS[place.layer.layout], lanes[0].teacher.device
-    stored = {part: checkpoint.read(name).float() for part, name in place.layer.names.items()}
+def _convert(
+    pair: LayerPair, walk: Walk, statistics: LayerStatistics | None, settings: Settings
+) -> tuple[LayerRecord, dict[str, Tensor]]:
+    batches, checkpoint = walk.batches, walk.context.checkpoint
+    shape, record = pair.shape, LayerRecord(pair.layer.path)
+    layout, device = LAYOUTS[pair.layer.layout], batches[0].teacher.device
+    stored = {part: checkpoint.read(name).float() for part, name in pair.layer.names.items()}
     attention = layout.unpack({part: tensor.to(device) for part, tensor in stored.items()}, shape)
     try:
-        longest = max(lanes, key=lambda lane: lane.tokens)
-        facts, turns = understand(place.block, place.entry, shape, longest.teacher, longest.calls[place.index])
+        longest = max(batches, key=lambda batch: batch.tokens)
+        traits, turns = probe_attention(pair.block, pair.entry, shape, longest.teacher, longest.calls[pair.index])
     except Opaque as reason:
-        told.reasons = (f"{reason}, so heads are averaged",)
-        return told, _averaged(place, attention, lanes)
-    told.reasons, told.pairs = facts.reasons, facts.pairs
-    views, sums = watch_teacher(place, facts, attention, lanes, settings)
-    facts, sums = kept if kept is not None else (facts, sums)
+        record.reasons = (f"{reason}, so heads are averaged",)
+        return record, _averaged(pair, attention, batches)
+    record.reasons, record.pairs = traits.reasons, traits.pairs
+    views, sums = watch_teacher(pair, traits, attention, batches, settings)
+    traits, sums = statistics if statistics is not None else (traits, sums)
     sums = {name: tensor.float().double().cpu() for name, tensor in sums.items()}  # as a statistics file has them
-    found = merge_layer(facts, layout.unpack(stored, shape), sums, place.kv_heads, told)
-    choices = {cut: one.to(device) for cut, one in found.items()}
+    merges = merge_layer(traits, layout.unpack(stored, shape), sums, pair.kv_heads, record)
+    choices = {cut: merge.to(device) for cut, merge in merges.items()}
     merged = next(iter(choices.values()))
-    if facts.values:
-        refine(facts, attention, merged, views, lanes, settings)
-    form = _form(place, facts, turns, attention, views)
-    inputs = [_student_inputs(place, lane) if settings.refit else view.inputs for lane, view in zip(lanes, views, strict=True)]
-    drift = _drift(inputs, views, lanes) if settings.refit else None
+    if traits.values:
+        refine(traits, attention, merged, views, batches, settings)
+    form = _form(pair, traits, turns, attention, views)
+    inputs = [
+        _student_inputs(pair, batch) if settings.refit else view.inputs for batch, view in zip(batches, views, strict=True)
+    ]
+    drift = _drift(inputs, views, batches) if settings.refit else None
     if drift is not None:
         merged.v = _mapped(merged.v, drift)
-    if facts.keys and form is not None:
-        _fit_scores(choices, merged, form, inputs, views, lanes, drift, settings, told)
+    if traits.keys and form is not None:
+        _fit_scores(choices, merged, form, inputs, views, batches, drift, settings, record)
     elif drift is not None:
         merged.q, merged.k = _mapped(merged.q, drift), _mapped(merged.k, drift)
     for view in views:
         view.targets.clear()  # of a large model they are what the ridges below need room for
-    changed = pack(place, facts, attention, merged)
+    changed = pack(pair, traits, attention, merged)
     for part in ("q", "k", "v"):
-        put(place.student, place.path(part), changed[f"{part}.weight"], changed.get(f"{part}.bias"))
+        put(pair.student, pair.path(part), changed[f"{part}.weight"], changed.get(f"{part}.bias"))
     if "k_norm.weight" in changed:
-        put(place.student, place.path("k_norm"), changed["k_norm.weight"], changed.get("k_norm.bias"))
-    put(place.student, place.path("o"), changed["o.weight"])
-    new = {place.layer.names[part]: tensor for part, tensor in changed.items()}
+        put(pair.student, pair.path("k_norm"), changed["k_norm.weight"], changed.get("k_norm.bias"))
+    put(pair.student, pair.path("o"), changed["o.weight"])
+    new = {pair.layer.names[part]: tensor for part, tensor in changed.items()}
     if settings.refit:
-        _refit_stream(place, facts, walk, views, new, settings)
-    for lane, view in zip(lanes, views, strict=True):
-        lane.teacher = view.output
+        _refit_stream(pair, traits, walk, views, new, settings)
+    for batch, view in zip(batches, views, strict=True):
+        batch.teacher = view.output
         if not settings.refit:
-            lane.student = view.output
-    told.stream_error = stream_error(lanes) if settings.refit else None
-    return told, new
+            batch.student = view.output
+    record.stream_error = stream_error(batches) if settings.refit else None
+    return record, new
 
 
-def _averaged(place: Place, attention: Attention, lanes: list[Lane]) -> dict[str, Tensor]:
+def _averaged(pair: LayerPair, attention: Attention, batches: list[PairedBatch]) -> dict[str, Tensor]:
     """The mean of the heads, for a layer that cannot be watched; both streams move on."""
-    merged = merge_plainly(attention, place.kv_heads, "mean", 0, 0.0)
-    packed = LAYOUTS[place.layer.layout].pack(merged, place.shape)
+    merged = merge_plainly(attention, pair.kv_heads, "mean", 0, 0.0)
+    packed = LAYOUTS[pair.layer.layout].pack(merged, pair.shape)
     for part in ("k", "v", "k_norm"):
         if f"{part}.weight" in packed:
-            put(place.student, place.path(part), packed[f"{part}.weight"], packed.get(f"{part}.bias"))
-    for lane in lanes:
-        lane.student = run_block(place.student, lane.student, lane.student_calls[place.index])
-        lane.teacher = run_block(place.block.module, lane.teacher, lane.calls[place.index])
-    return {place.layer.names[part]: tensor for part, tensor in packed.items() if part[0] in "kv"}
+            put(pair.student, pair.path(part), packed[f"{part}.weight"], packed.get(f"{part}.bias"))
+    for batch in batches:
+        batch.student = run_block(pair.student, batch.student, batch.student_calls[pair.index])
+        batch.teacher = run_block(pair.block.module, batch.teacher, batch.calls[pair.index])
+    return {pair.layer.names[part]: tensor for part, tensor in packed.items() if part[0] in "kv"}
 
 
-def _form(place: Place, facts: Facts, turns: Turns, attention: Attention, views: list[View]) -> fit_scores.Form | None:
+def _form(
+    pair: LayerPair, traits: AttentionTraits, turns: Turns, attention: Attention, views: list[View]
+) -> fit_scores.Form | None:
     """How the student's projections become scores. None when its norms cannot be applied to heads in another order."""
-    student = place.student
+    student = pair.student
     norms: dict[str, fit_scores.Norm | None] = {"q_norm": None, "k_norm": None}
     for part in norms:
         try:
-            module = student.get_submodule(place.path(part))
+            module = student.get_submodule(pair.path(part))
         except AttributeError:
             continue
         own = getattr(attention, part)
         if own is not None and own.ndim > 1:
             return None  # a scale for each head, or one over all heads: fitted by nothing but the drift
-        norms[part] = _in_order(module, list(facts.order))
-    shape = place.shape
+        norms[part] = _in_order(module, list(traits.order))
+    shape = pair.shape
     return fit_scores.Form(
-        turns, norms["q_norm"], norms["k_norm"], shape.heads, place.kv_heads, shape.head_dim, views[0].scaling
+        turns, norms["q_norm"], norms["k_norm"], shape.heads, pair.kv_heads, shape.head_dim, views[0].scaling
     )
 
 
 def _in_order(module: nn.Module, order: list[int]) -> fit_scores.Norm:
-    """`module`, which norms heads as the model stores them, on heads whose dimensions are in `Facts.order`."""
+    """`module`, which norms heads as the model stores them, on heads whose dimensions are in `AttentionTraits.order`."""
     back = torch.tensor(order).argsort().tolist()
 
     def norm(heads: Tensor) -> Tensor:
@@ -153,19 +159,19 @@ def _in_order(module: nn.Module, order: list[int]) -> fit_scores.Norm:
     return norm
 
 
-def _student_inputs(place: Place, lane: Lane) -> Tensor:
-    stop = place.student.get_submodule(place.path("q"))
-    return run_until(place.student, stop, lane.student, lane.student_calls[place.index])
+def _student_inputs(pair: LayerPair, batch: PairedBatch) -> Tensor:
+    stop = pair.student.get_submodule(pair.path("q"))
+    return run_until(pair.student, stop, batch.student, batch.student_calls[pair.index])
 
 
-def _drift(inputs: list[Tensor], views: list[View], lanes: list[Lane]) -> Tensor:
+def _drift(inputs: list[Tensor], views: list[View], batches: list[PairedBatch]) -> Tensor:
     """M [E, E] that best takes what the student sees to what the teacher saw: W M x_student ≈ W x_teacher."""
     gap = sum(float((x - view.inputs).square().sum()) for x, view in zip(inputs, views, strict=True))
     if gap <= fit_values.NEGLIGIBLE * sum(float(view.inputs.square().sum()) for view in views):
         return torch.eye(inputs[0].shape[-1], device=inputs[0].device)
     own = cross = torch.zeros((), dtype=torch.float64)
-    for x, view, lane in zip(inputs, views, lanes, strict=True):
-        if not lane.held:
+    for x, view, batch in zip(inputs, views, batches, strict=True):
+        if not batch.held:
             flat, wanted = x.flatten(0, 1), view.inputs.flatten(0, 1)
             own, cross = own + (flat.T @ flat).double(), cross + (wanted.T @ flat).double()
     ridge = DRIFT_RIDGE * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype, device=own.device)
@@ -184,25 +190,25 @@ def _fit_scores(
     form: fit_scores.Form,
     inputs: list[Tensor],
     views: list[View],
-    lanes: list[Lane],
+    batches: list[PairedBatch],
     drift: Tensor | None,
     settings: Settings,
-    told: Told,
+    record: LayerRecord,
 ) -> None:
     """Choose the cut on held-back rows, then (with a drift, that is when refitting) fit q and k. Changes `merged`."""
     width = merged.q.shape[-1]
     fitted: list[fit_scores.Batch] = []
     held: list[fit_scores.Batch] = []
-    for x, view, lane in zip(inputs, views, lanes, strict=True):
-        batch = fit_scores.Batch(augmented(x, width), [_reordered(target, merged.heads) for target in view.targets])
-        (held if lane.held else fitted).append(batch)
+    for x, view, batch in zip(inputs, views, batches, strict=True):
+        problem = fit_scores.Batch(augmented(x, width), [_reordered(target, merged.heads) for target in view.targets])
+        (held if batch.held else fitted).append(problem)
     q_moment = k_moment = torch.zeros(width, width, device=inputs[0].device)
-    for batch in fitted:
-        flat = batch.inputs.flatten(0, 1)
+    for problem in fitted:
+        flat = problem.inputs.flatten(0, 1)
         q_moment = q_moment + flat.T @ flat
-        for target in batch.targets:
+        for target in problem.targets:
             looked = (target.weights * (1 - target.weights) * target.importance).sum((1, 2))  # [B, L]
-            seen = batch.inputs[:, : target.keys]
+            seen = problem.inputs[:, : target.keys]
             k_moment = k_moment + (seen * looked[..., None]).flatten(0, 1).T @ seen.flatten(0, 1)
     best: tuple[float, int, fit_scores.Weights] | None = None
     for cut, choice in choices.items():
@@ -212,10 +218,10 @@ def _fit_scores(
         if best is None or error < best[0]:
             best = (error, cut, start)
     assert best is not None
-    told.merged_error, told.cut, weights = best[0], best[1], best[2]
+    record.merged_error, record.cut, weights = best[0], best[1], best[2]
     if settings.refit:
         result = fit_scores.fit_scores(fitted, held, form, weights, q_moment, k_moment, settings.effort)
-        weights, told.fitted_error = result.weights, result.after[1]
+        weights, record.fitted_error = result.weights, result.after[1]
     merged.q = weights.q.unflatten(0, (-1, form.width))
     merged.k = weights.k.unflatten(0, (-1, form.width))
 
@@ -229,44 +235,44 @@ def _reordered(target: fit_scores.Target, heads: list[int]) -> fit_scores.Target
 
 
 def _refit_stream(
-    place: Place, facts: Facts, walk: Walk, views: list[View], new: dict[str, Tensor], settings: Settings
+    pair: LayerPair, traits: AttentionTraits, walk: Walk, views: list[View], new: dict[str, Tensor], settings: Settings
 ) -> None:
     """Ridges for the output projection and for the last matrix of the MLP; moves the student on. Adds to `new`."""
-    lanes, residual = walk.lanes, facts.residual
-    projection = place.student.get_submodule(place.path("o"))
+    batches, residual = walk.batches, traits.residual
+    projection = pair.student.get_submodule(pair.path("o"))
     assert isinstance(projection, nn.Linear)
 
     def run_on() -> None:
-        for lane in lanes:
-            lane.student = run_block(place.student, lane.student, lane.student_calls[place.index])
+        for batch in batches:
+            batch.student = run_block(pair.student, batch.student, batch.student_calls[pair.index])
 
-    if not facts.values:  # something lies between: only carried on
+    if not traits.values:  # something lies between: only carried on
         return run_on()
     z, sums = [], {False: Moments(), True: Moments()}
-    for lane, view in zip(lanes, views, strict=True):
-        z.append(run_until(place.student, projection, lane.student, lane.student_calls[place.index]))
-        middle = lane.middle(view.given, residual)
-        wanted = view.given if residual is None else (middle - lane.student) / residual.attention
-        add_rows(sums[lane.held], z[-1], wanted, middle, projection, settings.token_power)
+    for batch, view in zip(batches, views, strict=True):
+        z.append(run_until(pair.student, projection, batch.student, batch.student_calls[pair.index]))
+        middle = batch.middle(view.attended, residual)
+        wanted = view.attended if residual is None else (middle - batch.student) / residual.attention
+        add_rows(sums[batch.held], z[-1], wanted, middle, projection, settings.token_power)
     weight = ridge_linear(sums, projection)
-    put(place.student, place.path("o"), *weight)
-    new[place.layer.names["o.weight"]] = weight[0]
+    put(pair.student, pair.path("o"), *weight)
+    new[pair.layer.names["o.weight"]] = weight[0]
     if weight[1] is not None:
-        new[place.layer.names["o.bias"]] = weight[1]
-    end = mlp_end(walk.stream, place.index, place.student, residual, walk.bench.checkpoint)
+        new[pair.layer.names["o.bias"]] = weight[1]
+    end = mlp_end(walk.model, pair.index, pair.student, residual, walk.context.checkpoint)
     if residual is None or end is None:
         return run_on()
-    down, share = place.student.get_submodule(end.path), residual.attention
+    down, share = pair.student.get_submodule(end.path), residual.attention
     inner: list[Tensor] = []
     middles: list[Tensor] = []
 
-    def rest(number: int, lane: Lane) -> tuple[Tensor, Tensor]:
-        inner.append(run_until(place.student, down, lane.student, lane.student_calls[place.index]))
-        middles.append(lane.student + share * projection(z[number]))
+    def rest(number: int, batch: PairedBatch) -> tuple[Tensor, Tensor]:
+        inner.append(run_until(pair.student, down, batch.student, batch.student_calls[pair.index]))
+        middles.append(batch.student + share * projection(z[number]))
         return inner[-1], middles[-1]
 
     outputs = [view.output for view in views]
-    new |= refit_mlp(place.student, end, residual.mlp, lanes, outputs, rest, settings.token_power)
-    for lane, middle, part in zip(lanes, middles, inner, strict=True):
-        lane.student = middle + residual.mlp * down(part)
+    new |= refit_mlp(pair.student, end, residual.mlp, batches, outputs, rest, settings.token_power)
+    for batch, middle, part in zip(batches, middles, inner, strict=True):
+        batch.student = middle + residual.mlp * down(part)
     return None

@@ -14,24 +14,24 @@ from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.convert_layers import begin
 from upfit.convert.gqa.grouping import head_order
 from upfit.convert.gqa.layer_state import Settings
-from upfit.convert.gqa.pooling import merge
+from upfit.convert.gqa.pooling import pool_heads
 from upfit.provenance import FITTED, HEAD_ORDER, METHOD_RAN, STATE
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 
-def fit(bench: "Bench", choice: Choice, plan: Plan) -> Plan:
-    """Fit every layer and give `plan` rules that read the results, which stand in the bench's folder.
+def fit(context: "FitContext", choice: Choice, plan: Plan) -> Plan:
+    """Fit every layer and give `plan` rules that read the results, which stand in the folder of the fit.
 
     Raises UpfitError for calibration text that cannot be used, Opaque for a model that cannot be run on text.
     """
-    kept = statistics_for(bench, choice)
-    if kept is None:
-        calibration = read_calibration(bench, choice.calibration, choice.tokens, choice.length)
+    statistics = statistics_for(context, choice)
+    if statistics is None:
+        calibration = read_calibration(context, choice.calibration, choice.tokens, choice.length)
     else:
-        calibration = Calibration(kept.sample, kept.model)
+        calibration = Calibration(statistics.sample, statistics.model)
     settings = Settings(choice.kv_heads, choice.refit)
     task = Task(
         title="aligning",
@@ -39,21 +39,21 @@ def fit(bench: "Bench", choice: Choice, plan: Plan) -> Plan:
         settings={
             "recipe": "gqa",
             "config": plan.config,
-            "statistics": file_hash(kept.path) if kept else None,
+            "statistics": file_hash(statistics.path) if statistics else None,
             **asdict(settings),
         },
-        layers=[layer for layer in bench.architecture.layers if layer.geometry.kv_heads > choice.kv_heads],
-        begin=lambda walk: begin(walk, plan.config, kept.layer if kept else lambda path: None, settings),
+        layers=[layer for layer in context.architecture.layers if layer.geometry.kv_heads > choice.kv_heads],
+        begin=lambda walk: begin(walk, plan.config, statistics.layer if statistics else lambda path: None, settings),
         note=_progress,
     )
-    fitted = fit_layers(bench, calibration, task)
+    fitted = fit_layers(context, calibration, task)
     report: dict[str, Any] = {
         METHOD_RAN: "aligned",
         STATE: FITTED,
         "calibration": calibration.record(),
         "layers": fitted.records,
     }
-    report[HEAD_ORDER] = _head_order(bench.architecture.layers, fitted.records)
+    report[HEAD_ORDER] = _head_order(context.architecture.layers, fitted.records)
     notes = (*plan.notes, *_notes(fitted.records))
     return Plan(plan.config, tuple(fitted.rules), notes=notes, report=report)
 
@@ -89,7 +89,7 @@ def shapes(kv_heads: int) -> "Callable[[Any], Any]":
     def change(attention: Any) -> Any:
         if attention.k.device != torch.device("meta"):
             raise ValueError("an aligned plan is written by its fit")
-        merged = merge(attention, kv_heads, "mean", 0, 0.0)
+        merged = pool_heads(attention, kv_heads, "mean", 0, 0.0)
         return replace(merged, q=attention.q, o=attention.o)
 
     return change

@@ -5,7 +5,7 @@ variance under p: Σ p (δs)² − (Σ p δs)². Minimised over both projections
 preconditioned conjugate gradients on inputs that are whitened first; steps end when held-back windows stop gaining.
 
 Shapes: B windows, T tokens, R sampled query positions, L keys they look at, H query heads, G new key/value heads, D head width,
-E input width (one more where the projections have biases). Head dimensions are in `Facts.order`.
+E input width (one more where the projections have biases). Head dimensions are in `AttentionTraits.order`.
 """
 
 from collections.abc import Callable, Iterator
@@ -144,7 +144,7 @@ class Fit:
             for target, part in self._parts(batch):
                 gap = self._scores(q.values[:, part], k.values[:, : target.keys]).sub_(target.scores)
                 lost += float((target.seen(gap) * gap).sum())
-        return lost / max(self.total, 1e-30)
+        return lost / max(self.total, 1e-30)  # no division by 0
 
     def gradient(self, sides: list[tuple[Batch, Side, Side]]) -> Weights:
         """Minus half the gradient of the error (unnormalised) at the point of `sides`."""
@@ -174,8 +174,8 @@ class Fit:
             gq, gk = torch.zeros_like(q.values), torch.zeros_like(k.values)
             for target, part in self._parts(batch):
                 self._back(target.seen(scores(index, target, part)), q.values, k.values, part, target.keys, gq, gk)
-            found = Weights(q.pull(gq), k.pull(gk))
-            result = found if result is None else result.plus(found, 1.0)
+            pulled = Weights(q.pull(gq), k.pull(gk))
+            result = pulled if result is None else result.plus(pulled, 1.0)
         assert result is not None
         return result
 
@@ -240,20 +240,20 @@ def fit_scores(
         if scale is None:
             scale = _preconditioner(fit, sides, point)
         step = _conjugate_gradients(fit, sides, fit.gradient(sides), scale, effort.iterations)
-        length, found = 1.0, None
+        length, improved = 1.0, None
         for _ in range(4):
             trial = point.plus(step, length)
             trial_error = fit.error(trial)
             if trial_error < error:
-                found = trial
+                improved = trial
                 break
             length /= 2
-        if found is None:
+        if improved is None:
             break
-        trial_held = check.error(found)
+        trial_held = check.error(improved)
         if trial_held > held_error:
             break
-        point = best = found
+        point = best = improved
         error, held_error = trial_error, trial_held
     weights = Weights(_unwhiten(best.q, q_basis), _unwhiten(best.k, k_basis))
     return Fitted(weights, before, (error, held_error))
@@ -275,8 +275,8 @@ def _preconditioner(fit: Fit, sides: list[tuple[Batch, Side, Side]], like: Weigh
     signs = [torch.randint(0, 2, w.shape, generator=generator).to(w) * 2 - 1 for w in (like.q, like.k)]
     of_q = fit.curvature(sides, Weights(signs[0], torch.zeros_like(signs[1]))).q
     of_k = fit.curvature(sides, Weights(torch.zeros_like(signs[0]), signs[1])).k
-    rows = [(found * sign).mean(1, keepdim=True).clamp_min(0) for found, sign in zip((of_q, of_k), signs, strict=True)]
-    return Weights(*(1 / (row + 1e-2 * row.mean() + 1e-30) for row in rows))
+    rows = [(curvature * sign).mean(1, keepdim=True).clamp_min(0) for curvature, sign in zip((of_q, of_k), signs, strict=True)]
+    return Weights(*(1 / (row + 1e-2 * row.mean() + 1e-30) for row in rows))  # rows of little curvature take no giant steps
 
 
 def _conjugate_gradients(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from upfit.calibration.ridge import Moments
 
-ROUNDS = 4
-ITERATIONS = 6
-RIDGE = 1e-3
+ROUNDS = 4  # outputs and values in turn; it ends before where what is held back gains nothing
+ITERATIONS = 6  # conjugate gradients a round
+RIDGE = 1e-3  # of each input's own power
 NEGLIGIBLE = 1e-9  # a share of the energy that is rounding: what is fitted so well is left alone
 
 

@@ -7,7 +7,7 @@ Beginning with neighbours, heads are exchanged between groups as long as that he
 import torch
 from torch import Tensor
 
-from upfit.calibration.traits import Facts
+from upfit.calibration.traits import AttentionTraits
 
 STARTS = 16  # exchanging heads finds a near optimum, so several random beginnings are tried beside the contiguous one
 
@@ -23,7 +23,7 @@ def partition(costs: Tensor, groups: int) -> list[list[int]]:
     best, least = contiguous, _cost(costs, contiguous)
     for start in starts:
         label = _exchanged(costs, start.clone(), groups)
-        if _cost(costs, label) < least * (1 - 1e-9):
+        if _cost(costs, label) < least * (1 - 1e-9):  # by more than rounding, so that every machine finds the same
             best, least = label, _cost(costs, label)
     return sorted((torch.nonzero(best == group).flatten().tolist() for group in range(groups)), key=lambda heads: heads[0])
 
@@ -47,13 +47,15 @@ def _exchanged(costs: Tensor, label: Tensor, groups: int) -> Tensor:
         gain = own[:, None] + own[None] - there - there.T + 2 * costs
         gain[label[:, None] == label[None]] = 0
         first, second = divmod(int(gain.argmax()), len(label))
-        if float(gain[first, second]) <= 1e-9 * float(costs.sum()):
+        if float(gain[first, second]) <= 1e-9 * float(costs.sum()):  # rounding: it would go round in circles
             break
         label[[first, second]] = label[[second, first]]
     return label
 
 
-def pair_costs(facts: Facts, key_pairs: Tensor | None, queries: Tensor | None, values: Tensor | None, metric: Tensor) -> Tensor:
+def pair_costs(
+    traits: AttentionTraits, key_pairs: Tensor | None, queries: Tensor | None, values: Tensor | None, metric: Tensor
+) -> Tensor:
     """[K, K]: what merging two heads would lose, the share of the layer's key energy plus that of its value energy.
 
     `key_pairs` complex [H, P, K, K], `queries` [H, D, D], `values` [K·V, K·V] with the output metric of each head in `metric`
@@ -61,9 +63,9 @@ def pair_costs(facts: Facts, key_pairs: Tensor | None, queries: Tensor | None, v
     """
     count, width = metric.shape[0], metric.shape[1]
     costs = torch.zeros(count, count, dtype=torch.float64)
-    if key_pairs is not None and queries is not None and facts.pairs and facts.factors:
+    if key_pairs is not None and queries is not None and traits.pairs and traits.factors:
         diagonal = queries.diagonal(dim1=1, dim2=2)
-        energy = diagonal[:, : facts.pairs] + diagonal[:, facts.pairs : 2 * facts.pairs]
+        energy = diagonal[:, : traits.pairs] + diagonal[:, traits.pairs : 2 * traits.pairs]
         moment = (key_pairs * energy[:, :, None, None]).sum(0)  # [P, K, K]
         power = moment.diagonal(dim1=1, dim2=2).real
         first, second, cross = power[:, :, None], power[:, None], moment.abs()

@@ -11,8 +11,8 @@ from upfit.architecture.table import Entry
 from upfit.calibration.layerwise import Block
 from upfit.calibration.observe import Seen
 from upfit.calibration.statistics import ROWS, add, observe, sample_rows
-from upfit.calibration.teacher_student import Lane, token_weights
-from upfit.calibration.traits import Facts, watch
+from upfit.calibration.teacher_student import PairedBatch, token_weights
+from upfit.calibration.traits import AttentionTraits, watch
 from upfit.convert.gqa import fit_scores
 
 
@@ -29,7 +29,7 @@ class Settings:
 
 
 @dataclass
-class Told:
+class LayerRecord:
     """What happened to one layer, for people and for recipe.json. Errors are shares of the teacher's energy, held back."""
 
     layer: str
@@ -47,11 +47,11 @@ class Told:
 
 @dataclass
 class View:
-    """What the teacher's layer showed on one batch: `inputs` [B, T, E] of the projections, `given` [B, T, E] by o_proj,
+    """What the teacher's layer showed on one batch: `inputs` [B, T, E] of the projections, `attended` [B, T, E] by o_proj,
     `output` [B, T, E] after the layer, `values` [B, T, K, V]."""
 
     inputs: Tensor
-    given: Tensor
+    attended: Tensor
     output: Tensor
     values: Tensor
     scaling: float
@@ -59,7 +59,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPair:
     """The layer at hand, in both models."""
 
     index: int
@@ -79,8 +79,8 @@ class Place:
 
 @dataclass
 class Merged:
-    """The layer being changed. q [H, D, E'], k [G, D, E'] in `Facts.order`, v [G, V, E'] (= `down` [G, V, g·V] of the old
-    ones), o [E, H, V]; E' is E, or one more where the projections have biases (the last column). Query heads stand in the
+    """The layer being changed. q [H, D, E'], k [G, D, E'] in `AttentionTraits.order`, v [G, V, E'] (= `down` [G, V, g·V] of the
+    old ones), o [E, H, V]; E' is E, or one more where the projections have biases (the last column). Query heads stand in the
     order of their groups: `heads` lists the old ones."""
 
     q: Tensor
@@ -97,21 +97,21 @@ class Merged:
 
 
 def watch_teacher(
-    place: Place, facts: Facts, attention: Attention, lanes: list[Lane], settings: Settings
+    pair: LayerPair, traits: AttentionTraits, attention: Attention, batches: list[PairedBatch], settings: Settings
 ) -> tuple[list[View], dict[str, Tensor]]:
     """The teacher's layer over every batch, and the statistics of the batches that are fitted."""
     views, sums = [], dict[str, Tensor]()
-    for number, lane in enumerate(lanes):
-        watched = watch(place.block, lane.teacher, lane.calls[place.index], (place.path("q"), place.path("o")))
-        rows = sample_rows(lane.tokens, settings.rows, place.index, number, lane.teacher.device)
-        if not lane.held:
-            add(sums, observe(watched.seen, facts, rows))
-        given, output = watched.taps[place.path("o")][1], watched.output
+    for number, batch in enumerate(batches):
+        watched = watch(pair.block, batch.teacher, batch.calls[pair.index], (pair.path("q"), pair.path("o")))
+        rows = sample_rows(batch.tokens, settings.rows, pair.index, number, batch.teacher.device)
+        if not batch.held:
+            add(sums, observe(watched.seen, traits, rows))
+        attended, output = watched.taps[pair.path("o")][1], watched.output
         assert output is not None
-        weight = token_weights(lane.middle(given, facts.residual), 2.0)
-        targets = [_target(watched.seen, some.at, some.keys, attention, weight, settings) for some in rows]
+        weight = token_weights(batch.middle(attended, traits.residual), 2.0)
+        targets = [_target(watched.seen, sampled.at, sampled.keys, attention, weight, settings) for sampled in rows]
         shared = watched.seen.v.transpose(1, 2)
-        views.append(View(watched.taps[place.path("q")][0], given, output, shared, watched.seen.scaling, targets))
+        views.append(View(watched.taps[pair.path("q")][0], attended, output, shared, watched.seen.scaling, targets))
     return views, sums
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def merge(attention: Attention, kv_heads: int, method: str, seed: int, initializer_range: float) -> Attention:
+def pool_heads(attention: Attention, kv_heads: int, method: str, seed: int, initializer_range: float) -> Attention:
     """The layer with `kv_heads` key/value heads. k [K, D, E] → [kv_heads, D, E], and so on for v, biases and per-head norms.
 
     `method`: "mean" of the group, its "first" head, or "random" (projections drawn from a normal distribution of width

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from upfit.checkpoint.plan import Plan, Rule
-from upfit.convert.recipe import Bench, Fit, Recipe, outline_of
+from upfit.convert.recipe import Fit, FitContext, Recipe, outline_of
 from upfit.errors import UpfitError
 from upfit.options import flag, option
 from upfit.provenance import BLIND, METHOD_RAN, NOT_ALIGNED, STATE
@@ -66,9 +66,9 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
         return _repeated(architecture, options.kv_heads)
     changed = [layer for layer in architecture.layers if layer.geometry.kv_heads > options.kv_heads]
     notes = []
-    kept = len(architecture.layers) - len(changed)
-    if changed and kept:
-        notes.append(f"{kept} layers already have {options.kv_heads} key/value heads or fewer and stay as they are")
+    unchanged = len(architecture.layers) - len(changed)
+    if changed and unchanged:
+        notes.append(f"{unchanged} layers already have {options.kv_heads} key/value heads or fewer and stay as they are")
     config = architecture.with_kv_heads(options.kv_heads)
     method = "mean" if options.method == "auto" else options.method
     aligned = options.method in ("auto", "aligned")
@@ -114,15 +114,15 @@ def _fit(options: Options, outline: Plan, fallback: "Callable[[str], Plan] | Non
         sizes = (options.calibration_tokens, options.calibration_length)
         return Choice(options.kv_heads, options.refit, options.calibration, *sizes)
 
-    def run(bench: Bench) -> Plan:
+    def run(context: FitContext) -> Plan:
         from upfit.convert.gqa.fit import fit
 
-        return fit(bench, choice(), outline)
+        return fit(context, choice(), outline)
 
-    def preview(bench: Bench) -> dict[str, Any]:
+    def preview(context: FitContext) -> dict[str, Any]:
         from upfit.convert.gqa.sensitivity import predict
 
-        return predict(bench, choice())
+        return predict(context, choice())
 
     shown = preview if options.calibration is not None else None
     return Fit(outline, run, fallback, shown, otherwise="--method mean")
@@ -148,10 +148,10 @@ def check_kv_heads(kv_heads: int, architecture: "Architecture") -> None:
 
 
 def _rule(layer: "Layer", options: Options, initializer_range: float) -> Rule:
-    from upfit.convert.gqa.pooling import merge
+    from upfit.convert.gqa.pooling import pool_heads
 
     def change(attention: "Attention") -> "Attention":
-        return merge(attention, options.kv_heads, options.method, options.seed + layer.index, initializer_range)
+        return pool_heads(attention, options.kv_heads, options.method, options.seed + layer.index, initializer_range)
 
     return layer.rule(PARTS, change, f"{layer.geometry.kv_heads} → {options.kv_heads} key/value heads, {options.method}")
 

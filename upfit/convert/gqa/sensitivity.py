@@ -11,48 +11,52 @@ from torch import Tensor
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
 from upfit.architecture.loading import pick_device
 from upfit.calibration.gather import gather_layer
-from upfit.calibration.layerwise import Stream
+from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.sample import sample_for
-from upfit.calibration.traits import Facts
+from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.merge_layer import choose_groups
 
 if TYPE_CHECKING:
-    from upfit.convert.recipe import Bench
+    from upfit.convert.recipe import FitContext
 
 CUT = 0.6  # share of the pairs merged as rotated: the prediction cannot choose it, for it takes slow rotations for none
 
 
-def predict(bench: "Bench", choice: Choice) -> dict[str, Any]:
+def predict(context: "FitContext", choice: Choice) -> dict[str, Any]:
     """For each attention layer and each possible number of key/value heads: `attention_error`, the lost share of the scores'
     variance under the attention, and `output_error`, the lost share of what the values bring to the output; and the bytes a
     token takes in the layer's cache. Raises Opaque when the model cannot be run on text."""
-    architecture = bench.architecture
+    architecture = context.architecture
     counts = architecture.allowed_kv_heads()
-    kept = statistics_for(bench, choice)
+    statistics = statistics_for(context, choice)
     layers = {layer.path: layer for layer in architecture.layers}
     rows = []
-    if kept is not None:
-        found = [(path, kept.layer(path)) for path in layers]
-        rows = [_row(bench, layers[path], one, counts) for path, one in found]
+    if statistics is not None:
+        stored = [(path, statistics.layer(path)) for path in layers]
+        rows = [_row(context, layers[path], known, counts) for path, known in stored]
     else:
-        sample = sample_for(bench.folder, bench.checkpoint, choice.calibration, choice.tokens, choice.length, bench.output)
+        sample = sample_for(
+            context.folder, context.checkpoint, choice.calibration, choice.tokens, choice.length, context.output
+        )
         pieces, held = sample.batches()
-        stream = Stream(bench.checkpoint, architecture, pieces, pick_device())
-        with bench.output.progress("watching", len(stream.blocks)) as meter:
-            for index in range(len(stream.blocks)):
-                gathered = gather_layer(stream, architecture, index, held)
+        model = LayerwiseModel(context.checkpoint, architecture, pieces, pick_device())
+        with context.output.progress("watching", len(model.blocks)) as meter:
+            for index in range(len(model.blocks)):
+                gathered = gather_layer(model, architecture, index, held)
                 meter.advance(1)
                 if gathered is not None:
-                    known = None if isinstance(gathered.facts, str) else (gathered.facts, gathered.sums)
-                    rows.append(_row(bench, layers[gathered.path], known, counts))
+                    known = None if isinstance(gathered.traits, str) else (gathered.traits, gathered.sums)
+                    rows.append(_row(context, layers[gathered.path], known, counts))
     return {"kv_heads": counts, "layers": rows, "totals": totals(counts, rows)}
 
 
-def _row(bench: "Bench", layer: Layer, known: tuple[Facts, dict[str, Tensor]] | None, counts: list[int]) -> dict[str, Any]:
+def _row(
+    context: "FitContext", layer: Layer, known: tuple[AttentionTraits, dict[str, Tensor]] | None, counts: list[int]
+) -> dict[str, Any]:
     row: dict[str, Any] = {"layer": layer.path, "kv_heads": layer.geometry.kv_heads, "choices": []}
-    parts = {part: bench.checkpoint.read(name) for part, name in layer.names.items() if part.startswith("o.")}
+    parts = {part: context.checkpoint.read(name) for part, name in layer.names.items() if part.startswith("o.")}
     attention = LAYOUTS[layer.layout].unpack(parts, layer.geometry)
     for count in counts:
         if count > layer.geometry.kv_heads:
@@ -66,32 +70,32 @@ def _row(bench: "Bench", layer: Layer, known: tuple[Facts, dict[str, Tensor]] | 
 
 
 def _errors(
-    known: tuple[Facts, dict[str, Tensor]], attention: Attention, layer: Layer, count: int
+    known: tuple[AttentionTraits, dict[str, Tensor]], attention: Attention, layer: Layer, count: int
 ) -> tuple[float | None, float | None]:
     if count == layer.geometry.kv_heads:
         return 0.0, 0.0
-    facts, sums = known[0], {name: tensor.double() for name, tensor in known[1].items()}
+    traits, sums = known[0], {name: tensor.double() for name, tensor in known[1].items()}
     assert attention.o is not None
     outputs = attention.o.double()
     old, heads = layer.geometry.kv_heads, layer.geometry.heads
     per = heads // old
-    groups = choose_groups(facts, sums, outputs, old, count)
+    groups = choose_groups(traits, sums, outputs, old, count)
     lost = {"keys": 0.0, "values": 0.0}
-    total = {"keys": 1e-30, "values": 1e-30}
+    total = {"keys": 1e-30, "values": 1e-30}  # no division by 0
     for group in groups:
         own = [h for j in group for h in range(j * per, (j + 1) * per)]
         owners = torch.arange(len(group)).repeat_interleave(per)
-        if facts.keys:
+        if traits.keys:
             width = layer.geometry.head_dim
             joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
             pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
-            some = pairs[own][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(own), 0, 1, 1)
+            group_pairs = pairs[own][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(own), 0, 1, 1)
             keys, queries = sums["keys"][joint][:, joint], sums["queries"][own]
-            merged = closed_form.merge_keys(facts, keys, some, queries, owners, round(CUT * facts.pairs))
-            one, all_of_it = closed_form.key_error(facts, merged, keys, queries, owners)
-            lost["keys"] += one
+            merged = closed_form.merge_keys(traits, keys, group_pairs, queries, owners, round(CUT * traits.pairs))
+            part_lost, all_of_it = closed_form.key_error(traits, merged, keys, queries, owners)
+            lost["keys"] += part_lost
             total["keys"] += all_of_it
-        if facts.values:
+        if traits.values:
             width = layer.geometry.v_head_dim
             joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
             metric = closed_form.output_metric(outputs[:, own].transpose(0, 1), owners, len(group))
@@ -99,8 +103,8 @@ def _errors(
             power = float((moment * metric).sum())
             lost["values"] += closed_form.reduce(moment, metric, width)[2] * power
             total["values"] += power
-    attention_error = lost["keys"] / total["keys"] if facts.keys else None
-    return attention_error, lost["values"] / total["values"] if facts.values else None
+    attention_error = lost["keys"] / total["keys"] if traits.keys else None
+    return attention_error, lost["values"] / total["values"] if traits.values else None
 
 
 def totals(counts: list[int], layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -108,10 +112,12 @@ def totals(counts: list[int], layers: list[dict[str, Any]]) -> list[dict[str, An
     layer that has fewer heads stays as it is)."""
     rows = []
     for count in counts:
-        some = [max((c for c in layer["choices"] if c["kv_heads"] <= count), key=lambda c: c["kv_heads"]) for layer in layers]
-        row: dict[str, Any] = {"kv_heads": count, "kv_bytes_per_token": sum(choice["kv_bytes_per_token"] for choice in some)}
+        choices = [
+            max((c for c in layer["choices"] if c["kv_heads"] <= count), key=lambda c: c["kv_heads"]) for layer in layers
+        ]
+        row: dict[str, Any] = {"kv_heads": count, "kv_bytes_per_token": sum(choice["kv_bytes_per_token"] for choice in choices)}
         for name in ("attention_error", "output_error"):
-            values = [choice[name] for choice in some if choice[name] is not None]
+            values = [choice[name] for choice in choices if choice[name] is not None]
             row[name] = sum(values) / len(values) if values else None
             row[f"largest_{name}"] = max(values) if values else None
         rows.append(row)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from upfit.calibration.ridge import Moments, ridge
-from upfit.calibration.traits import Facts, Turns
+from upfit.calibration.traits import AttentionTraits, Turns
 from upfit.convert.gqa import closed_form, fit_scores, fit_values
 from upfit.convert.gqa.grouping import partition
 
@@ -17,9 +17,9 @@ HEADS, OLD, PAIRS, FREE, HIDDEN = 6, 3, 4, 2, 20
 WIDTH = 2 * PAIRS + FREE
 
 
-def facts(normed: bool = False, factors: bool = True) -> Facts:
+def traits(normed: bool = False, factors: bool = True) -> AttentionTraits:
     speeds = tuple(0.5**pair for pair in range(PAIRS))
-    return Facts(True, True, normed, factors, True, PAIRS, tuple(range(WIDTH)), speeds, None)
+    return AttentionTraits(True, True, normed, factors, True, PAIRS, tuple(range(WIDTH)), speeds, None)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -48,7 +48,7 @@ def test_keys_in_different_bases_merge_exactly(cut: int) -> None:
     factors = [torch.complex(drawn(PAIRS, seed=j), drawn(PAIRS, seed=j + 9)) for j in range(OLD)]
     keys = [factored(base, factor) for factor in factors]
     queries = [drawn(50, WIDTH, seed=20 + h) for h in range(HEADS)]
-    merged = closed_form.merge_keys(facts(), *moments(keys, queries), cut)
+    merged = closed_form.merge_keys(traits(), *moments(keys, queries), cut)
     new_key = torch.cat(keys, 1) @ merged.keys.T
     for head in range(HEADS):
         old = queries[head] @ keys[head * OLD // HEADS].T
@@ -59,7 +59,7 @@ def test_keys_in_different_bases_merge_exactly(cut: int) -> None:
 def test_fast_pairs_are_only_multiplied() -> None:
     """What is done to a rotated pair commutes with its rotation: a complex factor, for keys and for queries."""
     keys, queries = [drawn(99, WIDTH, seed=j) for j in range(OLD)], [drawn(50, WIDTH, seed=9 + h) for h in range(HEADS)]
-    merged = closed_form.merge_keys(facts(), *moments(keys, queries), 2)
+    merged = closed_form.merge_keys(traits(), *moments(keys, queries), 2)
     for matrix in (*merged.queries, *merged.keys.split(WIDTH, 1)):
         for pair in range(2):
             block = matrix[[pair, PAIRS + pair]][:, [pair, PAIRS + pair]]
@@ -70,10 +70,10 @@ def test_fast_pairs_are_only_multiplied() -> None:
 
 def test_norms_allow_only_turns() -> None:
     keys, queries = [drawn(99, WIDTH, seed=j) for j in range(OLD)], [drawn(50, WIDTH, seed=9 + h) for h in range(HEADS)]
-    turned = closed_form.merge_keys(facts(normed=True), *moments(keys, queries), 2)
+    turned = closed_form.merge_keys(traits(normed=True), *moments(keys, queries), 2)
     for matrix in turned.queries:
         torch.testing.assert_close(matrix @ matrix.T, torch.eye(WIDTH, dtype=torch.float64))
-    plain = closed_form.merge_keys(facts(normed=True, factors=False), *moments(keys, queries), 2)
+    plain = closed_form.merge_keys(traits(normed=True, factors=False), *moments(keys, queries), 2)
     torch.testing.assert_close(torch.cat(keys, 1) @ plain.keys.T, torch.stack(keys).mean(0))
 
 
@@ -87,8 +87,8 @@ def test_key_merge_beats_the_mean_and_the_first() -> None:
         closed_form.KeyMerge(same.repeat(1, OLD) / OLD, plain),
         closed_form.KeyMerge(torch.cat([same, 0 * same, 0 * same], 1), plain),
     ]
-    ours = closed_form.merge_keys(facts(), covariance, pairs, of_queries, owners, PAIRS)
-    errors = [closed_form.key_error(facts(), one, covariance, of_queries, owners)[0] for one in (ours, *rivals)]
+    ours = closed_form.merge_keys(traits(), covariance, pairs, of_queries, owners, PAIRS)
+    errors = [closed_form.key_error(traits(), merged, covariance, of_queries, owners)[0] for merged in (ours, *rivals)]
     assert errors[0] < min(errors[1:])
 
 
@@ -150,7 +150,7 @@ def test_gradient_and_curvature_are_those_of_the_error(norm: bool) -> None:
     """Hand-written products equal autograd in float64: the gradient of the error, and JᵀMJ of its Gauss–Newton form."""
     fit, point, _, _ = problem(norm)
     sides = list(fit.sides(point))
-    found = fit.gradient(sides)
+    gradient = fit.gradient(sides)
     q, k = point.q.clone().requires_grad_(), point.k.clone().requires_grad_()
 
     def scored(q: Tensor, k: Tensor) -> list[Tensor]:
@@ -161,8 +161,8 @@ def test_gradient_and_curvature_are_those_of_the_error(norm: bool) -> None:
     error = sum(((t.seen(s - t.scores)) * (s - t.scores)).sum() for t, s in zip(targets, scored(q, k), strict=True))
     assert isinstance(error, Tensor)
     by_q, by_k = torch.autograd.grad(error, (q, k))
-    torch.testing.assert_close(found.q, -by_q / 2)
-    torch.testing.assert_close(found.k, -by_k / 2)
+    torch.testing.assert_close(gradient.q, -by_q / 2)
+    torch.testing.assert_close(gradient.k, -by_k / 2)
     change = fit_scores.Weights(drawn(*point.q.shape, seed=4), drawn(*point.k.shape, seed=5))
     moved = torch.func.jvp(lambda *w: tuple(scored(*w)), (point.q, point.k), (change.q, change.k))[1]
     expected = sum((t.seen(m) * m).sum() for t, m in zip(targets, moved, strict=True))
@@ -193,9 +193,9 @@ def test_fitting_scores_reaches_what_can_be_reached() -> None:
     done = fit_scores.fit_scores(single, single, small, begin, moment, moment, fit_scores.Effort(8, 30))
     assert done.after[0] < 1e-3 * done.before[0]
     against = [fit_scores.Batch(b.inputs, [replace(t, scores=-t.scores) for t in b.targets]) for b in single]
-    kept = fit_scores.fit_scores(single, against, small, begin, moment, moment, fit_scores.Effort(8, 30))
-    assert kept.after == kept.before
-    for stays, was in ((kept.weights.q, begin.q), (kept.weights.k, begin.k)):
+    result = fit_scores.fit_scores(single, against, small, begin, moment, moment, fit_scores.Effort(8, 30))
+    assert result.after == result.before
+    for stays, was in ((result.weights.q, begin.q), (result.weights.k, begin.k)):
         torch.testing.assert_close(stays, was, rtol=1e-4, atol=1e-4)
 
 
@@ -206,14 +206,14 @@ def test_ridge_keeps_what_is_good() -> None:
     fit, held = Moments(), Moments()
     fit.add(z[:400], z[:400] @ truth.T, ones[:400])
     held.add(z[400:], z[400:] @ truth.T, ones[400:])
-    found, strength = ridge(fit, held, prior, (1e-6, 1.0))
-    torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-4)
+    solution, strength = ridge(fit, held, prior, (1e-6, 1.0))
+    torch.testing.assert_close(solution.double(), truth, rtol=0, atol=1e-4)
     assert strength == 1e-6
-    kept, strength = ridge(fit, held, truth, (1e-6, 1.0))
-    assert strength == float("inf") and torch.equal(kept, truth.float())
+    solution, strength = ridge(fit, held, truth, (1e-6, 1.0))
+    assert strength == float("inf") and torch.equal(solution, truth.float())
     noise = Moments()
     noise.add(z[:4], drawn(4, 3, seed=3) * 100, ones[:4])
-    kept, strength = ridge(noise, held, truth + 1e-2, (1e-6,))
+    solution, strength = ridge(noise, held, truth + 1e-2, (1e-6,))
     assert strength == float("inf")
 
 
@@ -221,10 +221,13 @@ def test_refined_values_lower_the_held_back_error() -> None:
     """Two groups of three heads; targets that two shared values can make only with other output weights."""
     mixed, target = drawn(300, 2, 3, 8).float(), drawn(300, HIDDEN, seed=1).float()
     target = target * 0.1 + torch.einsum("xgnm,egnm->xe", mixed, drawn(HIDDEN, 2, 3, 8, seed=2).float())
-    rows = [fit_values.Mixed(mixed[some], target[some], torch.ones(300)[some]) for some in (slice(0, 250), slice(250, 300))]
+    rows = [
+        fit_values.Mixed(mixed[rows_of], target[rows_of], torch.ones(300)[rows_of])
+        for rows_of in (slice(0, 250), slice(250, 300))
+    ]
     down, outputs = drawn(2, 4, 8, seed=3).float(), drawn(HIDDEN, 2, 3, 4, seed=4).float()
-    found = fit_values.refine_values(rows[0], rows[1], down, outputs)
-    assert fit_values._error(rows[1], *found) < 0.7 * fit_values._error(rows[1], down, outputs)
+    refined = fit_values.refine_values(rows[0], rows[1], down, outputs)
+    assert fit_values._error(rows[1], *refined) < 0.7 * fit_values._error(rows[1], down, outputs)
     content = fit_values.Mixed(rows[1].values, 1.01 * fit_values._given(rows[1], down, outputs), rows[1].weight)
-    kept = fit_values.refine_values(rows[0], content, down, outputs)
-    assert torch.equal(kept[0], down) and torch.equal(kept[1], outputs), "held-back rows that want what was there"
+    unchanged = fit_values.refine_values(rows[0], content, down, outputs)
+    assert torch.equal(unchanged[0], down) and torch.equal(unchanged[1], outputs), "held-back rows that want what was there"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.folders import letter_tokenizer
 from tests.tiny import tiny_model
 from upfit.calibration.observe import Seen
-from upfit.calibration.teacher_student import Lane, MlpEnd, refit_mlp
+from upfit.calibration.teacher_student import MlpEnd, PairedBatch, refit_mlp
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.convert_layers import _drift
 from upfit.convert.gqa.layer_state import View, _spread
@@ -19,8 +19,8 @@ from upfit.convert.recipe import get_recipe
 from upfit.output import Output
 
 
-def lane(held: bool, hidden: Tensor) -> Lane:
-    return Lane(held, [], [], hidden, hidden, hidden.shape[1])
+def batch(held: bool, hidden: Tensor) -> PairedBatch:
+    return PairedBatch(held, [], [], hidden, hidden, hidden.shape[1])
 
 
 def view(inputs: Tensor) -> View:
@@ -32,10 +32,10 @@ def test_drift_brings_the_students_inputs_back() -> None:
     teacher = [drawn(2, 40, 6, seed=seed).float() for seed in (1, 2, 3)]
     away = torch.eye(6) + 0.3 * drawn(6, 6).float()
     student = [x @ away.T for x in teacher[:2]] + [drawn(2, 40, 6, seed=9).float()]
-    lanes = [lane(held, x) for held, x in zip((False, False, True), student, strict=True)]
-    drift = _drift(student, [view(x) for x in teacher], lanes)
+    batches = [batch(held, x) for held, x in zip((False, False, True), student, strict=True)]
+    drift = _drift(student, [view(x) for x in teacher], batches)
     torch.testing.assert_close(student[0] @ drift.T, teacher[0], rtol=0, atol=0.02)
-    same = _drift(teacher, [view(x) for x in teacher], lanes)
+    same = _drift(teacher, [view(x) for x in teacher], batches)
     assert torch.equal(same, torch.eye(6))
 
 
@@ -60,13 +60,13 @@ def test_scores_matter_where_values_differ() -> None:
     v, outputs = drawn(1, kv_heads, tokens, width), drawn(hidden, heads, width, seed=1)
     weights = drawn(1, heads, 2, tokens, seed=2).softmax(-1)
     seen = Seen(nn.Identity(), drawn(1, heads, tokens, width), v, v, None, 1.0, None, None, v)
-    found = _spread(seen, weights, tokens, outputs)
+    spread = _spread(seen, weights, tokens, outputs)
     for h in range(heads):
-        given = v[0, h // 2] @ outputs[:, h].T  # [tokens, hidden]
+        outs = v[0, h // 2] @ outputs[:, h].T  # [tokens, hidden]
         for row in range(2):
             p = weights[0, h, row]
-            wanted = (p * (given - p @ given).square().sum(1)).sum()
-            torch.testing.assert_close(found[0, h, row, 0], wanted)
+            wanted = (p * (outs - p @ outs).square().sum(1)).sum()
+            torch.testing.assert_close(spread[0, h, row, 0], wanted)
     same = Seen(nn.Identity(), seen.q, v, v[:, :, :1].expand_as(v), None, 1.0, None, None, v)
     assert float(_spread(same, weights, tokens, outputs).max()) < 1e-12
 
@@ -86,16 +86,16 @@ def test_the_mlp_is_fitted_on_fitted_windows_and_chosen_on_held_back_ones() -> N
     before = module.down.weight.clone()
     inputs = [drawn(1, count, 8, seed=count).float() for count in (300, 5)]
     without = [drawn(1, len(x[0]), 3).float() for x in inputs]
-    lanes = [lane(held, x) for held, x in zip((False, True), without, strict=True)]
+    batches = [batch(held, x) for held, x in zip((False, True), without, strict=True)]
 
-    def rest(number: int, _: Lane) -> tuple[Tensor, Tensor]:
+    def rest(number: int, _: PairedBatch) -> tuple[Tensor, Tensor]:
         return inputs[number], without[number]
 
     for sign in (1.0, -1.0):
         wanted = [inputs[0] @ truth.T + 2, sign * (inputs[1] @ truth.T + 2)]
         outputs = [0.5 * y + rest for y, rest in zip(wanted, without, strict=True)]
         module.down.weight.copy_(before)
-        new = refit_mlp(module, MlpEnd("down", ("w", "b")), 0.5, lanes, outputs, rest, 0.0)
+        new = refit_mlp(module, MlpEnd("down", ("w", "b")), 0.5, batches, outputs, rest, 0.0)
         assert torch.equal(new["w"], module.down.weight) and torch.equal(new["b"], module.down.bias)
         if sign > 0:
             torch.testing.assert_close(new["w"], truth, rtol=0, atol=5e-3)

@@ -13,7 +13,7 @@ from upfit.architecture.attention import Attention
 from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.gqa.pooling import first, mean, merge
+from upfit.convert.gqa.pooling import first, mean, pool_heads
 from upfit.convert.recipe import get_recipe
 from upfit.errors import UpfitError
 from upfit.output import Output
@@ -22,8 +22,8 @@ QUIET = Output(quiet=True)
 
 
 def run(recipe: str, source: Path, out: Path, **options: object) -> dict:
-    found = get_recipe(recipe)
-    return convert(found, str(source), out, found.options(**{"method": "mean", **options}), Settings(), QUIET)
+    chosen = get_recipe(recipe)
+    return convert(chosen, str(source), out, chosen.options(**{"method": "mean", **options}), Settings(), QUIET)
 
 
 def test_mean_is_the_papers() -> None:
@@ -43,7 +43,7 @@ def test_mean_is_taken_in_float32() -> None:
 
 def test_random_is_drawn_anew_and_repeatable() -> None:
     layer = Attention(k=torch.ones(4, 64, 64), v=torch.ones(4, 64, 64), k_bias=torch.ones(4, 64))
-    one, two, other = (merge(layer, 2, "random", seed, 0.02) for seed in (1, 1, 2))
+    one, two, other = (pool_heads(layer, 2, "random", seed, 0.02) for seed in (1, 1, 2))
     assert one.k is not None and two.k is not None and other.k is not None and one.k_bias is not None
     assert torch.equal(one.k, two.k) and not torch.equal(one.k, other.k)
     assert abs(one.k.std().item() - 0.02) < 0.001
@@ -116,8 +116,8 @@ def test_a_config_without_the_key_gets_it(tmp_path: Path) -> None:
 )
 def test_more_heads_compute_the_same(model_type: str, changes: dict, tmp_path: Path) -> None:
     """Back to multi-head attention: biases, a norm over all heads, fused, a norm for each head, a flag instead of a count."""
-    given = changes if "multi_query" in changes else {"num_key_value_heads": 2, **changes}
-    model = tiny_model(model_type, **given)
+    settings = changes if "multi_query" in changes else {"num_key_value_heads": 2, **changes}
+    model = tiny_model(model_type, **settings)
     model.save_pretrained(tmp_path / "source")
     answer = run("gqa", tmp_path / "source", tmp_path / "out", kv_heads=4)
     assert answer["kv_heads"][1] == 4 and answer["verify"]["max_difference"] < 1e-5

@@ -13,9 +13,9 @@ from upfit.architecture.attention import Attention
 from upfit.calibration.observe import Seen
 from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.grouping import pair_costs
-from upfit.convert.gqa.layer_state import Settings, Told, _spread, _target
+from upfit.convert.gqa.layer_state import LayerRecord, Settings, _spread, _target
 from upfit.convert.gqa.merge_layer import choose_groups, merge_layer
-from upfit.convert.gqa.test_closed_form import FREE, OLD, PAIRS, WIDTH, drawn, facts, moments
+from upfit.convert.gqa.test_closed_form import FREE, OLD, PAIRS, WIDTH, drawn, moments, traits
 
 VALUE, HIDDEN, SAMPLES = 4, 12, 60
 LOUDNESS = (0.01, 1.0, 30.0)  # of the heads' queries or outputs: far from equal, so that weights matter
@@ -33,11 +33,11 @@ def test_shared_values_lose_least_of_what_is_given_out() -> None:
     q, k = drawn(OLD, WIDTH, HIDDEN, seed=2), drawn(OLD, WIDTH, HIDDEN, seed=3)
     x = drawn(SAMPLES, HIDDEN, seed=4)
     before = torch.einsum("xe,jve->xjv", x, v)
-    given = torch.einsum("xjv,ejv->xje", before, o)
+    outs = torch.einsum("xjv,ejv->xje", before, o)
     sums = {"values": before.flatten(1).T @ before.flatten(1)}
-    [merged] = merge_layer(replace(facts(), keys=False), Attention(q=q, k=k, v=v, o=o), sums, 1, Told("")).values()
+    [merged] = merge_layer(replace(traits(), keys=False), Attention(q=q, k=k, v=v, o=o), sums, 1, LayerRecord("")).values()
     after = torch.einsum("xv,ejv->xje", x @ merged.v[0].double().T, merged.o.double())
-    lost, least = (given - after).square().sum(), tail(given.flatten(1), VALUE)
+    lost, least = (outs - after).square().sum(), tail(outs.flatten(1), VALUE)
     torch.testing.assert_close(lost, least, rtol=1e-4, atol=0)
 
 
@@ -48,7 +48,7 @@ def test_shared_keys_lose_least_where_queries_are_loud(cut: int) -> None:
     keys = [drawn(SAMPLES, WIDTH, seed=j) for j in range(OLD)]
     queries = [drawn(SAMPLES, WIDTH, seed=20 + j) * loud for j, loud in enumerate(LOUDNESS)]
     joint, pairs, of_queries, owners = moments(keys, queries)
-    merged = closed_form.merge_keys(facts(), joint, pairs, of_queries, owners, cut)
+    merged = closed_form.merge_keys(traits(), joint, pairs, of_queries, owners, cut)
     shared = torch.cat(keys, 1) @ merged.keys.T
     gaps = [own - shared @ turn for own, turn in zip(keys, merged.queries, strict=True)]
     if cut:
@@ -70,8 +70,8 @@ def test_shared_keys_lose_least_where_queries_are_loud(cut: int) -> None:
 def statistics(keys: list[Tensor], values: list[Tensor], queries: list[Tensor]) -> dict[str, Tensor]:
     joint, pairs, of_queries, _ = moments(keys, queries)
     mixed = torch.cat(values, 1)
-    found = {"keys": joint, "key_pairs": torch.view_as_real(pairs.contiguous()), "queries": of_queries}
-    return found | {"values": mixed.T @ mixed}
+    sums = {"keys": joint, "key_pairs": torch.view_as_real(pairs.contiguous()), "queries": of_queries}
+    return sums | {"values": mixed.T @ mixed}
 
 
 def test_the_cost_of_two_heads_is_what_their_merge_loses() -> None:
@@ -80,17 +80,17 @@ def test_the_cost_of_two_heads_is_what_their_merge_loses() -> None:
     outputs = drawn(HIDDEN, OLD, VALUE, seed=9) * torch.tensor(LOUDNESS, dtype=torch.float64)[:, None]
     sums = statistics(keys, values, queries)
     metric = torch.stack([closed_form.output_gram(outputs, [j]) for j in range(OLD)])
-    found = pair_costs(facts(), torch.view_as_complex(sums["key_pairs"]), sums["queries"], sums["values"], metric)
+    costs = pair_costs(traits(), torch.view_as_complex(sums["key_pairs"]), sums["queries"], sums["values"], metric)
     turned = [torch.complex(own[:, :PAIRS], own[:, PAIRS : 2 * PAIRS]) for own in keys]
     energy = [query[:, :PAIRS].square().sum(0) + query[:, PAIRS : 2 * PAIRS].square().sum(0) for query in queries]
     loud = torch.stack(energy).sum(0)  # [P]
-    given = [own @ outputs[:, j].T for j, own in enumerate(values)]
+    outs = [own @ outputs[:, j].T for j, own in enumerate(values)]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         lost = sum(e * tail(torch.stack([turned[a][:, p], turned[b][:, p]], 1), 1) for p, e in enumerate(loud))
         of_keys = lost / sum(e * own[:, p].abs().square().sum() for own in turned for p, e in enumerate(loud))
-        of_values = tail(torch.cat([given[a], given[b]], 1), VALUE) / sum(one.square().sum() for one in given)
-        torch.testing.assert_close(found[a, b], of_keys + of_values, rtol=1e-5, atol=1e-9)
-        assert found[a, b] == found[b, a]
+        of_values = tail(torch.cat([outs[a], outs[b]], 1), VALUE) / sum(one.square().sum() for one in outs)
+        torch.testing.assert_close(costs[a, b], of_keys + of_values, rtol=1e-5, atol=1e-9)
+        assert costs[a, b] == costs[b, a]
 
 
 @pytest.mark.parametrize("alike", ["keys", "values"])
@@ -101,7 +101,7 @@ def test_heads_that_are_alike_share_a_new_one(alike: str) -> None:
     values = [drawn(SAMPLES, VALUE, seed=40 + (twins[j] if alike == "values" else j)) for j in range(4)]
     sums = statistics(keys, values, [drawn(SAMPLES, WIDTH, seed=20 + h) for h in range(8)])
     outputs = drawn(HIDDEN, 8, VALUE, seed=9)
-    assert choose_groups(facts(), sums, outputs, 4, 2) == [[0, 2], [1, 3]]
+    assert choose_groups(traits(), sums, outputs, 4, 2) == [[0, 2], [1, 3]]
 
 
 def test_rows_are_fitted_as_they_matter() -> None:
@@ -110,12 +110,12 @@ def test_rows_are_fitted_as_they_matter() -> None:
     seen = Seen(nn.Identity(), drawn(2, heads, tokens, WIDTH), drawn(2, 2, tokens, WIDTH, seed=3), v, None, 0.5, None, None, v)
     outputs, of_tokens = drawn(HIDDEN, heads, VALUE, seed=4), drawn(2, tokens, seed=5).abs() + 0.1
     at = torch.tensor([1, 4])
-    found = _target(seen, at, tokens, Attention(o=outputs), of_tokens, Settings(1)).importance
+    importance = _target(seen, at, tokens, Attention(o=outputs), of_tokens, Settings(1)).importance
     wanted = _spread(seen, seen.scores(at, tokens)[1], tokens, outputs) * of_tokens[:, at][:, None, :, None]
-    torch.testing.assert_close(found, wanted / wanted.mean(), rtol=1e-3, atol=1e-3)
-    assert float(found.max()) > 2 * float(found.min()), "they are not all alike"
+    torch.testing.assert_close(importance, wanted / wanted.mean(), rtol=1e-3, atol=1e-3)
+    assert float(importance.max()) > 2 * float(importance.min()), "they are not all alike"
     halved = _target(seen, at, tokens, Attention(o=outputs), of_tokens, Settings(1, importance=0.5)).importance
-    torch.testing.assert_close(halved, found.sqrt() / found.sqrt().mean(), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(halved, importance.sqrt() / importance.sqrt().mean(), rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(halved.mean(), torch.ones((), dtype=halved.dtype))
     alike = _target(seen, at, tokens, Attention(o=outputs), of_tokens, Settings(1, importance=0.0)).importance
     assert torch.equal(alike, torch.ones_like(alike))

@@ -33,11 +33,11 @@ class Answers:
     def __init__(self, path: Path) -> None:
         self.path = path
         content = read_bytes(path, DATA_BYTES) if path.exists() else b""
-        kept = content[: content.rfind(b"\n") + 1]
-        if len(kept) != len(content):
-            path.write_bytes(kept)
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) != len(content):
+            path.write_bytes(whole)
         with shaped(f"{path} does not hold answers that were kept; remove it to ask again"):
-            rows = [json.loads(line) for line in kept.decode("utf-8").split("\n") if line]
+            rows = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
             self.texts: dict[int, str] = {row["index"]: row["text"] for row in rows}
             self.tokens = sum(row.get("tokens", 0) for row in rows)
 
@@ -63,24 +63,24 @@ def ask_server(requests: list[Request], answers: Answers, options: Options, mete
         async with AsyncOpenAI(base_url=options.base_url, api_key=key, max_retries=RETRIES, timeout=patience) as client:
             with open(answers.path, "a", encoding="utf-8") as file:
 
-                async def one(request: Request) -> None:
+                async def ask(request: Request) -> None:
                     async with gate:
                         if options.budget_tokens is not None and answers.tokens >= options.budget_tokens:
                             return
-                        told = await client.chat.completions.create(
+                        completion = await client.chat.completions.create(
                             model=str(options.model),
                             messages=[{"role": "user", "content": request.prompt}],
                             max_tokens=MOST_TOKENS,
                             temperature=options.temperature,
                             seed=options.seed + request.index,
                         )
-                        used = told.usage.total_tokens if told.usage else 0
-                        answers.keep(file, request.index, told.choices[0].message.content or "", used)
+                        used = completion.usage.total_tokens if completion.usage else 0
+                        answers.keep(file, request.index, completion.choices[0].message.content or "", used)
                         meter.advance(1, f"{answers.tokens:,} tokens")
 
                 async with asyncio.TaskGroup() as group:
                     for request in requests:
-                        group.create_task(one(request))
+                        group.create_task(ask(request))
 
     try:
         asyncio.run(run())
@@ -88,9 +88,9 @@ def ask_server(requests: list[Request], answers: Answers, options: Options, mete
         failed = group.subgroup(APIError)
         if failed is None:
             raise
-        said = " ".join(str(failed.exceptions[0]).split())
+        complaint = " ".join(str(failed.exceptions[0]).split())
         server = public(options.base_url) if options.base_url else "the server"
-        raise UpfitError(f"{server} does not answer ({redacted(said)}); the same command goes on") from group
+        raise UpfitError(f"{server} does not answer ({redacted(complaint)}); the same command goes on") from group
 
 
 def ask_here(requests: list[Request], answers: Answers, options: Options, meter: Meter) -> None:
@@ -111,27 +111,27 @@ def ask_here(requests: list[Request], answers: Answers, options: Options, meter:
     chance = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     with open(answers.path, "a", encoding="utf-8") as file:
         for at in range(0, len(requests), BATCH):
-            some = requests[at : at + BATCH]
+            batch = requests[at : at + BATCH]
             inputs = encode_texts(
                 tokenizer,
-                [_as_prompt(tokenizer, one.prompt) for one in some],
+                [_as_prompt(tokenizer, request.prompt) for request in batch],
                 return_tensors="pt",
                 padding=True,
                 add_special_tokens=not tokenizer.chat_template,
             ).to(model.device)
-            torch.manual_seed(options.seed + some[0].index)
+            torch.manual_seed(options.seed + batch[0].index)
             with torch.inference_mode():
                 written = model.generate(**inputs, max_new_tokens=MOST_TOKENS, pad_token_id=tokenizer.pad_token_id, **chance)
-            for one, ids in zip(some, written[:, inputs["input_ids"].shape[1] :], strict=True):
-                answers.keep(file, one.index, str(tokenizer.decode(ids, skip_special_tokens=True)), len(ids))
+            for request, ids in zip(batch, written[:, inputs["input_ids"].shape[1] :], strict=True):
+                answers.keep(file, request.index, str(tokenizer.decode(ids, skip_special_tokens=True)), len(ids))
                 meter.advance(1)
 
 
 def _as_prompt(tokenizer: Any, text: str) -> str:
     if not tokenizer.chat_template:
         return text + "\n\nQuestion:"
-    said = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+    messages = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def write_requests(requests: list[Request], path: Path, options: Options) -> None:

@@ -10,16 +10,16 @@ FUNCTION = re.compile(r"^([ \t]*)def (\w+)\((?:.|\n)*?\)[^\n]*:\n((?:\1[ \t]+[^\
 DOCSTRING = re.compile(r'^\s*r?"""([^"\n]+)')
 LEAST_LINE = 16  # characters of a line that is asked about
 COMMON = re.compile(r"^(return|pass|else|try|except|raise|break|continue|import|#|\"|')")
-Found = tuple[str, str, tuple[str, ...]]
+Question = tuple[str, str, tuple[str, ...]]
 
 
 def functions(text: str) -> list[tuple[str, str]]:
     """Name and body of the functions that are whole in a text; names that it defines twice are left out."""
-    found = [(match.group(2), match.group(3)) for match in FUNCTION.finditer(text + "\n")]
-    return [(name, body) for name, body in found if text.count(f"def {name}(") == 1]
+    matches = [(match.group(2), match.group(3)) for match in FUNCTION.finditer(text + "\n")]
+    return [(name, body) for name, body in matches if text.count(f"def {name}(") == 1]
 
 
-def line_to_function(segments: Segments, index: int, rng: np.random.Generator) -> Found | None:
+def line_to_function(segments: Segments, index: int, rng: np.random.Generator) -> Question | None:
     """Backward: the line is given, the name that stands before it is asked for."""
     text = segments.text(index)
     choices = []
@@ -33,11 +33,11 @@ def line_to_function(segments: Segments, index: int, rng: np.random.Generator) -
     return f"In the body of which function does this line stand: `{line}`", name, (line, f"def {name}(")
 
 
-def documented(segments: Segments, index: int, rng: np.random.Generator) -> Found | None:
+def documented(segments: Segments, index: int, rng: np.random.Generator) -> Question | None:
     """Forward and backward: from a function's name to the first line of its docstring, or from that to the name."""
     text = segments.text(index)
-    found = [(name, match.group(1).strip()) for name, body in functions(text) if (match := DOCSTRING.match(body))]
-    choices = [(name, line) for name, line in found if len(line) >= LEAST_LINE and text.count(line) == 1 and name not in line]
+    lines = [(name, match.group(1).strip()) for name, body in functions(text) if (match := DOCSTRING.match(body))]
+    choices = [(name, line) for name, line in lines if len(line) >= LEAST_LINE and text.count(line) == 1 and name not in line]
     if not choices:
         return None
     name, line = choices[int(rng.integers(len(choices)))]

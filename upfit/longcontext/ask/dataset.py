@@ -13,17 +13,17 @@ from upfit.bounded import DATA_BYTES, MISSHAPEN, read_json, reason
 from upfit.errors import UpfitError
 from upfit.longcontext.items import Item
 
-MOST_DECOYS = 8
+MOST_DECOYS = 8  # as many as HotpotQA has beside its two pieces
 
 
 def read(names: list[str]) -> list[Item]:
     """All questions of the files, in order. Raises UpfitError for a file of another shape, or when there is no question."""
-    found = [entry for name in names for entry in _entries(Path(name).expanduser())]
-    if not found:
+    entries = [entry for name in names for entry in _entries(Path(name).expanduser())]
+    if not entries:
         raise UpfitError(f"{', '.join(names)} hold no question with an answer; give SQuAD or HotpotQA files")
     return [
         Item(index, "dataset", pattern, question, answer, pieces, keys, decoys, generator=f"dataset/{name}")
-        for index, (name, pattern, question, answer, pieces, keys, decoys) in enumerate(found)
+        for index, (name, pattern, question, answer, pieces, keys, decoys) in enumerate(entries)
     ]
 
 
@@ -32,16 +32,16 @@ Entry = tuple[str, str, str, str, tuple[str, ...], tuple[str, ...], tuple[str, .
 
 def _entries(path: Path) -> Iterator[Entry]:
     try:
-        told = read_json(path, DATA_BYTES)
-        yield from (_squad(path.name, told) if isinstance(told, dict) else _hotpot(path.name, told))
+        content = read_json(path, DATA_BYTES)
+        yield from (_squad(path.name, content) if isinstance(content, dict) else _hotpot(path.name, content))
     except UpfitError:
         raise
     except MISSHAPEN as error:
         raise UpfitError(f"{path} is not shaped like SQuAD or HotpotQA ({reason(error)}); see docs/synth.md") from error
 
 
-def _squad(name: str, told: dict[str, Any]) -> Iterator[Entry]:
-    for article in told["data"]:
+def _squad(name: str, content: dict[str, Any]) -> Iterator[Entry]:
+    for article in content["data"]:
         for paragraph in article["paragraphs"]:
             context = " ".join(paragraph["context"].split())
             for asked in paragraph["qas"]:
@@ -49,8 +49,8 @@ def _squad(name: str, told: dict[str, Any]) -> Iterator[Entry]:
                     yield name, "question on text", asked["question"], asked["answers"][0]["text"], (context,), (context,), ()
 
 
-def _hotpot(name: str, told: list[Any]) -> Iterator[Entry]:
-    for row in told:
+def _hotpot(name: str, rows: list[Any]) -> Iterator[Entry]:
+    for row in rows:
         wanted = {title for title, _ in row["supporting_facts"]}
         texts = {title: " ".join([f"{title}:", *(part.strip() for part in parts)]) for title, parts in row["context"]}
         pieces = tuple(text for title, text in texts.items() if title in wanted)

@@ -27,7 +27,7 @@ PLACES = (
 )
 THINGS = ("compass", "lantern", "ledger", "medal", "mirror", "parcel", "teapot", "thermos", "violin", "whistle")
 COLOURS = ("bronze", "crimson", "golden", "purple", "silver", "teal")
-DECOYS = range(6, 25)
+DECOYS = range(6, 25)  # made-up records beside the one asked for
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ def _code(rng: np.random.Generator) -> str:
 
 def new_words(rng: np.random.Generator, count: int) -> list[str]:
     """Distinct words that no language has."""
-    found: dict[str, None] = {}
-    while len(found) < count:
+    words: dict[str, None] = {}
+    while len(words) < count:
         parts = [str(rng.choice(LETTERS)).lower() + str(rng.choice(VOWELS)) for _ in range(4)]
-        found["".join(parts).capitalize()] = None
-    return list(found)
+        words["".join(parts).capitalize()] = None
+    return list(words)
 
 
 def _some(rng: np.random.Generator, counts: range) -> int:
@@ -76,12 +76,12 @@ def chain(rng: np.random.Generator) -> Fact:
     ours, other = names[: hops + 1], names[hops + 1 :]
     first, second = (str(number) for number in rng.choice(90_000, 2, replace=False) + 10_000)
 
-    def told(links: list[str], number: str) -> tuple[str, ...]:
+    def stated(links: list[str], number: str) -> tuple[str, ...]:
         copies = [f"The value of {b} is the value of {a}." for a, b in zip(links, links[1:], strict=False)]
         return (f"The value of {links[0]} is {number}.", *copies)
 
     question = f"What number is the value of {ours[-1]}?"
-    return Fact(question, first, told(ours, first), tuple(ours), told(other, second))
+    return Fact(question, first, stated(ours, first), tuple(ours), stated(other, second))
 
 
 def world(rng: np.random.Generator) -> Fact:

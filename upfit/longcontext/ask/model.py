@@ -52,7 +52,7 @@ def request(segments: Segments, seed: int, index: int, several_share: float) -> 
     if rng.random() < several_share:
         wanted = int(rng.integers(SEVERAL.start, SEVERAL.stop))
         run = range(place, min(place + wanted, len(segments)))
-        pieces = [one for one in run if segments.document(one) == segments.document(place)]
+        pieces = [near for near in run if segments.document(near) == segments.document(place)]
     texts = [segments.text(piece) for piece in pieces]
     if len(pieces) == 1:
         return Request(index, ONE.format(text=texts[0]), (place,))
@@ -62,18 +62,18 @@ def request(segments: Segments, seed: int, index: int, several_share: float) -> 
 
 def read(asked: Request, answer: str, segments: Segments, name: str) -> Item | str:
     """The item that a model's answer makes, or why it makes none. `name`: of the model, kept with the item."""
-    found = ANSWERED.search(answer)
-    if not found:
+    match = ANSWERED.search(answer)
+    if not match:
         return "not in two lines"
-    question = " ".join(found["question"].strip("*_ ").split())
-    said = " ".join(found["answer"].strip("*_ ").split())
-    reason = refused(question, said, [segments.text(piece) for piece in asked.pieces])
+    question = " ".join(match["question"].strip("*_ ").split())
+    reply = " ".join(match["answer"].strip("*_ ").split())
+    reason = refused(question, reply, [segments.text(piece) for piece in asked.pieces])
     if reason:
         return reason
     several = len(asked.pieces) > 1
     pattern = "question on several texts" if several else "question on text"
     family = "several" if several else "single"
-    return Item(asked.index, family, pattern, question, said, asked.pieces, (), generator=name)
+    return Item(asked.index, family, pattern, question, reply, asked.pieces, (), generator=name)
 
 
 def refused(question: str, answer: str, pieces: list[str]) -> str | None:

@@ -10,16 +10,16 @@ SENTENCE = re.compile(r"[^.!?\n]*[^.!?\n\s][.!?](?=\s|$)")
 NAME = re.compile(r"(?<=[a-z,] )(?:[A-Z][a-z]+(?: [A-Z][a-z]+)*|[A-Z]{2,6}|\d[\d,.]*\d)(?=[ ,.;!?])")
 WORDS = range(8, 41)  # of a sentence that is asked about
 LEAST_KEY = 24  # characters
-Found = tuple[str, str, tuple[str, ...]]  # question, answer, keys
+Question = tuple[str, str, tuple[str, ...]]  # question, answer, keys
 
 
 def sentences(text: str) -> list[str]:
     """Whole sentences of a text, in order; those that stand in it twice are left out."""
-    found = [" ".join(match.group().split()) for match in SENTENCE.finditer(text)]
-    return [sentence for sentence in found if len(sentence.split()) in WORDS and text.count(sentence) == 1]
+    candidates = [" ".join(match.group().split()) for match in SENTENCE.finditer(text)]
+    return [sentence for sentence in candidates if len(sentence.split()) in WORDS and text.count(sentence) == 1]
 
 
-def cloze(segments: Segments, index: int, rng: np.random.Generator) -> Found | None:
+def cloze(segments: Segments, index: int, rng: np.random.Generator) -> Question | None:
     """A name or number is taken out of a sentence."""
     gaps = [(sentence, match) for sentence in sentences(segments.text(index)) for match in NAME.finditer(sentence)]
     gaps = [(sentence, match) for sentence, match in gaps if sentence.count(match.group()) == 1]
@@ -33,12 +33,12 @@ def cloze(segments: Segments, index: int, rng: np.random.Generator) -> Found | N
     return f'One sentence of the text reads, with a gap: "{gapped}" What fills the gap?', match.group(), (key,)
 
 
-def neighbour(segments: Segments, index: int, rng: np.random.Generator) -> Found | None:
+def neighbour(segments: Segments, index: int, rng: np.random.Generator) -> Question | None:
     """The sentence after, or before, a sentence of the text."""
     text = segments.text(index)
-    kept = sentences(text)
+    lines = sentences(text)
     flat = " ".join(text.split())
-    pairs = [(a, b) for a, b in zip(kept, kept[1:], strict=False) if f"{a} {b}" in flat and text.count(b) == 1]
+    pairs = [(a, b) for a, b in zip(lines, lines[1:], strict=False) if f"{a} {b}" in flat and text.count(b) == 1]
     if not pairs:
         return None
     first, second = pairs[int(rng.integers(len(pairs)))]

@@ -14,23 +14,23 @@ TRIES = 64  # segments that are looked at for one question
 
 @dataclass(frozen=True)
 class Family:
-    """`found` asks about a segment, `made` invents facts; one of them is there. `pattern`: see Item."""
+    """`from_text` asks about a segment, `invent` invents facts; one of them is there. `pattern`: see Item."""
 
     pattern: str
-    found: Callable[[Segments, int, np.random.Generator], tuple[str, str, tuple[str, ...]] | None] | None = None
-    made: Callable[[np.random.Generator], invented.Fact] | None = None
+    from_text: Callable[[Segments, int, np.random.Generator], tuple[str, str, tuple[str, ...]] | None] | None = None
+    invent: Callable[[np.random.Generator], invented.Fact] | None = None
 
 
 FAMILIES = {
-    "cloze": Family("gap in a sentence", found=prose.cloze),
-    "neighbour": Family("neighbouring sentence", found=prose.neighbour),
-    "code-line": Family("code, backward", found=code.line_to_function),
-    "code-doc": Family("code, both ways", found=code.documented),
-    "record": Family("key and value, both ways", made=invented.record),
-    "chain": Family("variable tracking", made=invented.chain),
-    "world": Family("moving things", made=invented.world),
-    "compare": Family("comparison", made=invented.compare),
-    "count": Family("counting", made=invented.count),
+    "cloze": Family("gap in a sentence", from_text=prose.cloze),
+    "neighbour": Family("neighbouring sentence", from_text=prose.neighbour),
+    "code-line": Family("code, backward", from_text=code.line_to_function),
+    "code-doc": Family("code, both ways", from_text=code.documented),
+    "record": Family("key and value, both ways", invent=invented.record),
+    "chain": Family("variable tracking", invent=invented.chain),
+    "world": Family("moving things", invent=invented.world),
+    "compare": Family("comparison", invent=invented.compare),
+    "count": Family("counting", invent=invented.count),
 }
 
 
@@ -41,16 +41,16 @@ def ask(segments: Segments, families: list[str], seed: int, index: int) -> Item 
     """
     name = families[index % len(families)]
     family, rng = FAMILIES[name], generator(seed, name, index)
-    if family.made is not None:
-        fact = family.made(rng)
+    if family.invent is not None:
+        fact = family.invent(rng)
         return Item(index, name, family.pattern, fact.question, fact.answer, fact.pieces, fact.keys, fact.decoys, fact.ordered)
-    assert family.found is not None
+    assert family.from_text is not None
     turn = index // len(families)
     for attempt in range(TRIES):
         place = _shuffled(turn + attempt * 7919, len(segments), generator(seed, name, -1 - attempt))
-        found = family.found(segments, place, rng)
-        if found is not None:
-            question, answer, keys = found
+        asked = family.from_text(segments, place, rng)
+        if asked is not None:
+            question, answer, keys = asked
             return Item(index, name, family.pattern, question, answer, (place,), keys)
     return None
 

@@ -104,15 +104,15 @@ def _supply(name: str, wordings: list[Wording], documents: list[Document], most:
     if settings.folder is not None and name in pools.FILM_FILES:
         read = _of_pieces("pieces", pools.read_film(settings.folder, name), wordings)
         return _enough(read, most, f"--probe-pieces: the file for {name}", "give a smaller --probe-length")
-    if family.found is not None:
-        found = _of_pieces("text", family.found(documents, rng), wordings)
-        if found.tokens.sum() >= most:
-            return found
+    if family.from_text is not None:
+        supply = _of_pieces("text", family.from_text(documents, rng), wordings)
+        if supply.tokens.sum() >= most:
+            return supply
     assert family.invented is not None
-    made, source = list[Piece](), pools.endless(family.invented, rng)
-    while not made or _of_pieces("invented", made, wordings).tokens.sum() < 2 * most:  # contexts are to differ
-        made += [next(source) for _ in range(len(made) or 64)]
-    return _of_pieces("invented", made, wordings)
+    drawn, source = list[Piece](), pools.endless(family.invented, rng)
+    while not drawn or _of_pieces("invented", drawn, wordings).tokens.sum() < 2 * most:  # contexts are to differ
+        drawn += [next(source) for _ in range(len(drawn) or 64)]
+    return _of_pieces("invented", drawn, wordings)
 
 
 def _of_pieces(source: str, pieces: list[Piece], wordings: list[Wording]) -> Supply:
@@ -141,7 +141,7 @@ def _fitted(name: str, supply: Supply, wordings: list[Wording], length: int, num
         if drawn is None:
             break
         laid = [_lay(name, length, supply.source, wording, *drawn) for wording in wordings]
-        over = max(_longest(one) for one in laid) - length
+        over = max(_longest(item) for item in laid) - length
         if over <= 0:
             return laid
         room -= over
@@ -162,9 +162,9 @@ def _drawn(name: str, supply: Supply, room: int, purpose: str, number: int, sett
     """A context of about `room` tokens, its questions and the example; None when none of several has unambiguous ones."""
     draw = _of_statements if FAMILIES[name].hide is not None else _of_stretches
     for attempt in range(TRIES):
-        found = draw(FAMILIES[name], supply, room, generator(settings.seed, f"{purpose} {attempt}", number), settings)
-        if found is not None:
-            return found
+        drawn = draw(FAMILIES[name], supply, room, generator(settings.seed, f"{purpose} {attempt}", number), settings)
+        if drawn is not None:
+            return drawn
     return None
 
 
@@ -205,8 +205,8 @@ def _of_statements(family: Family, supply: Supply, room: int, rng: np.random.Gen
     for place, statement in reversed(sorted(inserts, key=lambda insert: insert[0])):  # those in front stay where they are
         texts.insert(place, statement)
     text, starts = JOIN.join(texts), _starts(texts)
-    told = "\n".join(statement for fact in facts for statement in fact.statements)
-    if any(text.count(key) != told.count(key) for fact in facts for key in fact.once):
+    statements = "\n".join(statement for fact in facts for statement in fact.statements)
+    if any(text.count(key) != statements.count(key) for fact in facts for key in fact.once):
         return None
     positions = [texts.index(fact.statements[0]) for fact in facts]
     *questions, example = [
@@ -239,7 +239,7 @@ def _lay(
     head, _, tail = wording.after.partition(QUESTION)
     shown = f"{family.lead.format(key=example.key)} {example.answer}"
     read = text + JOIN + head + EXAMPLE.format(question=family.question.format(key=example.key), answer=shown)
-    befores = [family.question.format(key=one.key) + tail + family.lead.format(key=one.key) for one in questions]
+    befores = [family.question.format(key=hidden.key) + tail + family.lead.format(key=hidden.key) for hidden in questions]
     whole = [f"{before} {question.answer}" for before, question in zip(befores, questions, strict=True)]
     asks, answers = [], []
     for before, (ids, ends) in zip(befores, encode(wording.tokenizer, whole), strict=True):

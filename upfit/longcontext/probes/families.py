@@ -19,15 +19,15 @@ Generator = np.random.Generator
 
 @dataclass(frozen=True)
 class Family:
-    """Contexts are of pieces, `found` in the text where there are enough and else `invented`, or running text with statements
-    that `hide` gives (generator, how many, how many are asked together). `question` and the answer's beginning `lead` quote the
-    key. `relaxed` (key, parts, what is said) is the score told as average, `film` FILM's own."""
+    """Contexts are of pieces, `from_text` in the text where there are enough and else `invented`, or running text with
+    statements that `hide` gives (generator, how many, how many are asked together). `question` and the answer's beginning
+    `lead` quote the key. `relaxed` (key, parts, what is said) is the score told as average, `film` FILM's own."""
 
     pattern: str
     question: str
     lead: str
     relaxed: Callable[[str, Sequence[str], str], float] = scores.share_said
-    found: Callable[[list[Document], Generator], list[Piece]] | None = None
+    from_text: Callable[[list[Document], Generator], list[Piece]] | None = None
     invented: Callable[[Generator], Piece] | None = None
     hide: Callable[[Generator, int, int], list[Hidden]] | None = None
     film: scores.FilmScore | None = None
@@ -47,7 +47,7 @@ FAMILIES = {
         "code, backward",
         "In the body of which function does this line stand: `{key}`",
         "The function with this line is named",
-        found=pieces.found_functions,
+        from_text=pieces.found_functions,
         invented=pieces.invented_function,
         film=scores.film_substring,
     ),

@@ -30,25 +30,25 @@ class Hidden:
 def needles(rng: np.random.Generator, count: int, asked: int) -> list[Hidden]:
     """`count` codes; each is asked for with `asked` - 1 others, itself first."""
     names, codes = invented.new_words(rng, count), _numbers(rng, count)
-    found = []
+    hidden = []
     for own in range(count):
         others = [int(other) for other in rng.permutation(count) if other != own][: asked - 1]
-        parts = tuple(codes[one] for one in (own, *others))
+        parts = tuple(codes[at] for at in (own, *others))
         statement = f"The code of {names[own]} is {codes[own]}."
-        key = _and([names[one] for one in (own, *others)])
-        found.append(Hidden((statement,), key, _and(list(parts)), parts, (names[own], codes[own])))
-    return found
+        key = _and([names[at] for at in (own, *others)])
+        hidden.append(Hidden((statement,), key, _and(list(parts)), parts, (names[own], codes[own])))
+    return hidden
 
 
 def chains(rng: np.random.Generator, count: int, _asked: int) -> list[Hidden]:
     """`count` chains: a number is given to a variable and handed on, HOPS times."""
     names, numbers = invented.new_words(rng, count * (HOPS + 1)), _numbers(rng, count)
-    found = []
+    hidden = []
     for chain, number in enumerate(numbers):
         own = tuple(names[chain * (HOPS + 1) : (chain + 1) * (HOPS + 1)])
         statements = [f"Let {own[0]} be {number}.", *(f"Let {b} be what {a} is." for a, b in zip(own, own[1:], strict=False))]
-        found.append(Hidden(tuple(statements), number, _and(list(own)), own, (number, *(f"Let {name} be" for name in own))))
-    return found
+        hidden.append(Hidden(tuple(statements), number, _and(list(own)), own, (number, *(f"Let {name} be" for name in own))))
+    return hidden
 
 
 def _numbers(rng: np.random.Generator, count: int) -> list[str]:

@@ -24,7 +24,7 @@ from upfit.text.packed import opened
 KEY_WORDS = 8  # of a sentence, quoted in the question, as in FILM
 LEAST_WORDS = 14  # of a sentence: enough beyond the key to tell an answer from an echo
 FUNCTION_LINES = range(3, 16)
-FUNCTION_CHARACTERS = 700
+FUNCTION_CHARACTERS = 700  # so that several stand in a short context
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def pair(key: str, value: str) -> Piece:
 
 def found_sentences(documents: list[Document], rng: np.random.Generator) -> list[Piece]:
     """The sentences of all texts but code, lines joined to paragraphs; each once."""
-    found: dict[str, None] = {}
+    unique: dict[str, None] = {}
     for document in documents:
         if document.kind != "code":
             flat = re.sub(r"(?<!\n)\n(?!\n)[ \t]*", " ", document.text)
-            found |= dict.fromkeys(one for one in prose.sentences(flat) if _reads_well(one))
-    return [sentence(one, _some_words(one, rng)) for one in found]
+            unique |= dict.fromkeys(text for text in prose.sentences(flat) if _reads_well(text))
+    return [sentence(text, _some_words(text, rng)) for text in unique]
 
 
 def _reads_well(text: str) -> bool:
@@ -81,7 +81,7 @@ def _some_words(text: str, rng: np.random.Generator) -> str:
 
 def found_functions(documents: list[Document], rng: np.random.Generator) -> list[Piece]:
     """Short Python functions of all texts, each name once, with one of their telling lines."""
-    found: dict[str, Piece] = {}
+    functions: dict[str, Piece] = {}
     for document in documents:
         for match in code.FUNCTION.finditer(document.text + "\n"):
             name, source = match.group(2), textwrap.dedent(match.group(0)).rstrip()
@@ -89,9 +89,9 @@ def found_functions(documents: list[Document], rng: np.random.Generator) -> list
             telling = [line for line in lines if len(line) >= code.LEAST_LINE and not code.COMMON.match(line)]
             telling = [line for line in telling if name not in line and source.count(line) == 1]
             fits = len(source) <= FUNCTION_CHARACTERS and len(source.split("\n")) in FUNCTION_LINES
-            if telling and fits and name not in found:
-                found[name] = function(source, name, telling[int(rng.integers(len(telling)))])
-    return list(found.values())
+            if telling and fits and name not in functions:
+                functions[name] = function(source, name, telling[int(rng.integers(len(telling)))])
+    return list(functions.values())
 
 
 def invented_sentence(rng: np.random.Generator) -> Piece:
@@ -144,16 +144,16 @@ def read_film(folder: Path, name: str) -> list[Piece]:
 
     Raises UpfitError when the file is not there or not of that shape.
     """
-    file, made = FILM_FILES[name]
+    file, read = FILM_FILES[name]
     path = folder / file
     try:
         with opened(path) as (content, _):
-            pieces = [_tidy(made(parsed(entry))) for entry in line_entries(content, path)]
+            pieces = [_tidy(read(parsed(entry))) for entry in line_entries(content, path)]
     except UpfitError as error:
         raise UpfitError(f"--probe-pieces: {error}; see docs/evaluate.md") from error
     except MISSHAPEN as error:
-        told = f"--probe-pieces: {path} does not read as FILM's pieces ({reason(error)}); see docs/evaluate.md"
-        raise UpfitError(told) from error
+        complaint = f"--probe-pieces: {path} does not read as FILM's pieces ({reason(error)}); see docs/evaluate.md"
+        raise UpfitError(complaint) from error
     if not pieces:
         raise UpfitError(f"--probe-pieces: {path} is empty; see docs/evaluate.md")
     return list({piece.key: piece for piece in pieces}.values())

@@ -35,7 +35,7 @@ class AnswerRows(ShuffledRows):
 
     def arranged(self, rows: list[int]) -> list[int]:
         """Longest first: rows of like length share a micro-batch and are given to the processes in turn."""
-        return sorted(rows, key=lambda row: -self.contexts.recipe(row).tokens)
+        return sorted(rows, key=lambda row: -self.contexts.plan(row).tokens)
 
     @property
     def longest(self) -> int:

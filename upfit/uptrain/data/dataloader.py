@@ -15,7 +15,7 @@ MOST_PASSES = 4  # up to which repeated text is worth almost as much as new text
 
 
 @dataclass(frozen=True)
-class Part:
+class RowGroup:
     """Rows of one kind in a step, of this process. `weight` is that of their mean loss in the loss of the step.
 
     `source` where all of them are of one of several sources.
@@ -37,7 +37,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Feed:
+class StepSampler:
     """`rows` rows of `main` a step, and `mix_rows` of `mix` where there is one.
 
     Answers are a few tokens of thousands and general text is all labels: each part's loss is a mean over its own labels, so
@@ -54,57 +54,59 @@ class Feed:
     def names(self) -> list[str]:
         return [MAIN] if self.mix is None else [MAIN, MIX]
 
-    def of_step(self, step: int, rank: int, world: int) -> list[Part]:
+    def of_step(self, step: int, rank: int, world: int) -> list[RowGroup]:
         """Process `rank`'s share of step `step`."""
-        parts = [Part(MAIN, self.main.of_step(step, self.rows, rank, world))]
+        parts = [RowGroup(MAIN, self.main.of_step(step, self.rows, rank, world))]
         if self.mix is not None:
-            parts.append(Part(MIX, self.mix.of_step(step, self.mix_rows, rank, world), self.mix_weight))
+            parts.append(RowGroup(MIX, self.mix.of_step(step, self.mix_rows, rank, world), self.mix_weight))
         return parts
 
-    def held_out(self, rank: int, world: int) -> list[Part]:
+    def held_out(self, rank: int, world: int) -> list[RowGroup]:
         """Process `rank`'s share of the rows that are never trained on; those of each source are a part."""
         kinds = [(MAIN, self.main), *([(MIX, self.mix)] if self.mix is not None else [])]
         return [
-            Part(name, rows.share(held, rank, world), source=source)
+            RowGroup(name, rows.share(held, rank, world), source=source)
             for name, rows in kinds
             for source, held in rows.held_out().items()
         ]
 
     def passes(self, steps: int) -> str:
         """How often `steps` steps go over the data, in words."""
-        told = self.main.passes(steps * self.rows)
-        if len(told) == 1:
-            return f"{next(iter(told.values())):.2f} passes over the data"
-        return "passes over the data: " + ", ".join(f"{name} {count:.2f}" for name, count in told.items())
+        passes = self.main.passes(steps * self.rows)
+        if len(passes) == 1:
+            return f"{next(iter(passes.values())):.2f} passes over the data"
+        return "passes over the data: " + ", ".join(f"{name} {count:.2f}" for name, count in passes.items())
 
     def repeated(self, steps: int) -> list[str]:
         """What to say of data that `steps` steps go over too often."""
-        told = {name or "the data": count for name, count in self.main.passes(steps * self.rows).items()}
+        passes = {name or "the data": count for name, count in self.main.passes(steps * self.rows).items()}
         mixed = {} if self.mix is None else self.mix.passes(steps * self.mix_rows)
-        told |= {f"{name or 'the text'} mixed in": count for name, count in mixed.items()}
+        passes |= {f"{name or 'the text'} mixed in": count for name, count in mixed.items()}
         return [
             f"{name} is gone over {count:.1f} times; after {MOST_PASSES} the same text teaches ever less (arXiv 2305.16264)"
-            for name, count in told.items()
+            for name, count in passes.items()
             if count > MOST_PASSES
         ]
 
 
-def averages(parts: list[Part], sums: list[list[float]], told: Callable[[list[float]], dict[str, Any]]) -> dict[str, Any]:
-    """What is `told` of the means over the rows of each name, and of each source as `code/ce`; the last sum of a part is that
-    of its labels."""
+def averages(
+    parts: list[RowGroup], sums: list[list[float]], measure: Callable[[list[float]], dict[str, Any]]
+) -> dict[str, Any]:
+    """What is `measure` of the means over the rows of each name, and of each source as `code/ce`; the last sum of a part is
+    that of its labels."""
     groups: dict[str, np.ndarray] = {}
     for part, row in zip(parts, sums, strict=True):
         for name in (part.name, f"{part.name}{part.source}/") if part.source else (part.name,):
             groups[name] = groups.get(name, np.zeros(len(row))) + row
-    found = {name: told((group[:-1] / group[-1]).tolist()) for name, group in groups.items() if group[-1]}
-    return {f"{name}{what}": value for name, values in found.items() for what, value in values.items()}
+    means = {name: measure((group[:-1] / group[-1]).tolist()) for name, group in groups.items() if group[-1]}
+    return {f"{name}{what}": value for name, values in means.items() for what, value in values.items()}
 
 
 def micro_batches(rows: list[Row], most: int | None, tokens: int) -> Iterator[list[Row]]:
     """Neighbours together: `most` rows at a time, or (None) as many as have at most `tokens` tokens, padding counted."""
     batch: list[Row] = []
     for row in rows:
-        longest = max(len(one.input_ids) for one in (*batch, row))
+        longest = max(len(each.input_ids) for each in (*batch, row))
         if batch and (len(batch) == most if most is not None else (len(batch) + 1) * longest > tokens):
             yield batch
             batch = []

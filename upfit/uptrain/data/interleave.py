@@ -57,8 +57,8 @@ class InterleavedRows(Rows):
         return [turns * weight + int((self.order[:rest] == number).sum()) for number, weight in enumerate(self.weights)]
 
     def passes(self, samples: int) -> dict[str, float]:
-        given = zip(self.sources.items(), self.given(samples), strict=True)
-        return {name: rows.passes(count)[""] for (name, rows), count in given}
+        shares = zip(self.sources.items(), self.given(samples), strict=True)
+        return {name: rows.passes(count)[""] for (name, rows), count in shares}
 
     def held_out(self) -> dict[str, list[int]]:
         starts = zip(self.sources.items(), self.starts.tolist(), strict=False)

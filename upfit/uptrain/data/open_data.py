@@ -15,7 +15,7 @@ from upfit.text.tokenizer import identity, load_tokenizer
 from upfit.uptrain.config import OF_ANSWERS, OF_TEXT, Config, default
 from upfit.uptrain.data import spans
 from upfit.uptrain.data.answers import AnswerRows, fingerprint
-from upfit.uptrain.data.dataloader import Feed
+from upfit.uptrain.data.dataloader import StepSampler
 from upfit.uptrain.data.shards import Shards
 from upfit.uptrain.data.sources import Sources
 from upfit.uptrain.data.spans import Vocabulary
@@ -51,30 +51,30 @@ class Data:
     @property
     def fingerprint(self) -> str:
         """Equal for equal data, in equal shares."""
-        found = [sources.fingerprint for sources in (self.text, self.mix) if sources is not None]
-        return " ".join([*found, *([fingerprint(self.contexts)] if self.contexts else [])])
+        prints = [sources.fingerprint for sources in (self.text, self.mix) if sources is not None]
+        return " ".join([*prints, *([fingerprint(self.contexts)] if self.contexts else [])])
 
     def record(self) -> dict[str, Any]:
         """As recipe.json keeps it: `patterns` are what was asked, so that a probe of the same kind is known for one."""
-        told: dict[str, Any] = {"folder": self.argument, "fingerprint": self.fingerprint}
+        record: dict[str, Any] = {"folder": self.argument, "fingerprint": self.fingerprint}
         if self.contexts is not None:
-            told |= {"items": len(self.contexts), "patterns": sorted(set(self.contexts.settings["patterns"].values()))}
+            record |= {"items": len(self.contexts), "patterns": sorted(set(self.contexts.settings["patterns"].values()))}
         if self.mix is not None:
-            told |= {"mix": self.mix.argument}
+            record |= {"mix": self.mix.argument}
         several = self.text or self.mix
-        return told | ({"sources": several.record()} if several is not None and len(several.shards) > 1 else {})
+        return record | ({"sources": several.record()} if several is not None and len(several.shards) > 1 else {})
 
 
-def open_data(given: str, source: Source, config: Config) -> Data:
-    """The data that `given` names (a folder, or several of text with weights) and `config.mix`, for the model in `source`.
+def open_data(argument: str, source: Source, config: Config) -> Data:
+    """The data that `argument` names (a folder, or several of text with weights) and `config.mix`, for the model in `source`.
 
     Raises UpfitError when there is none, it was made with another tokenizer, or a setting would mean nothing for it.
     """
     mix = None if config.mix is None else Sources.open(config.mix)
-    folder = Path(given).expanduser().resolve()
+    folder = Path(argument).expanduser().resolve()
     if not (folder / CONTEXTS).exists():
-        _refuse_changed(config, OF_ANSWERS, f"goes with answers, and {given} holds text")
-        data = Data(Sources.open(given), None, None)
+        _refuse_changed(config, OF_ANSWERS, f"goes with answers, and {argument} holds text")
+        data = Data(Sources.open(argument), None, None)
     else:
         if mix is None:
             _refuse_changed(config, (*OF_TEXT, *OF_ANSWERS), "is for text, which --mix adds to answers")
@@ -108,7 +108,7 @@ def _refuse_changed(config: Config, names: Iterable[str], reason: str) -> None:
             raise UpfitError(f"{shown(config, name)} {reason}; leave it out")
 
 
-def lay_out(data: Data, config: Config, longest: int | None, vocabulary: Vocabulary | None) -> tuple[Plan, Feed]:
+def lay_out(data: Data, config: Config, longest: int | None, vocabulary: Vocabulary | None) -> tuple[Plan, StepSampler]:
     """How many steps of which rows, for a model that takes `longest` tokens (None: no limit known); with `vocabulary`, an
     encoder-decoder, whose rows have spans left out.
 
@@ -125,11 +125,11 @@ def lay_out(data: Data, config: Config, longest: int | None, vocabulary: Vocabul
         mix = None
         if data.mix is not None:
             mix = data.mix.rows(plan.mix_length, plan.mix_rows, config.holdout, config.seed, config.document_mask)
-        return plan, Feed(answers, plan.rows, mix, plan.mix_rows, config.mix_weight)
+        return plan, StepSampler(answers, plan.rows, mix, plan.mix_rows, config.mix_weight)
     assert data.text is not None
     sizes = None if vocabulary is None else spans.fitting(config.length or spans.DEFAULT_LENGTH)
     plan = make_plan(config if sizes is None else replace(config, length=sizes.text), longest)
     rows = data.text.rows(plan.length, plan.rows, config.holdout, config.seed, config.document_mask)
     if vocabulary is not None and sizes is not None:
         rows = spans.SpanRows(rows, sizes, vocabulary, config.seed)
-    return plan, Feed(rows, plan.rows)
+    return plan, StepSampler(rows, plan.rows)

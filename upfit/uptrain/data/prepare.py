@@ -110,8 +110,8 @@ def _written(
         meter.advance(writer.tokens if limit else passed, f"{human_count(writer.tokens)} tokens")
         known, start = writer.tokens, time.monotonic()
         _write(work, writer, texts, read, tokenizer, limit, workers, meter)
-    made, seconds = writer.tokens - known, max(time.monotonic() - start, 1e-9)
-    output.note(f"tokenised {human_count(made)} tokens in {seconds:.1f} s, {human_count(made / seconds)} tokens/s")
+    written, seconds = writer.tokens - known, max(time.monotonic() - start, 1e-9)
+    output.note(f"tokenised {human_count(written)} tokens in {seconds:.1f} s, {human_count(written / seconds)} tokens/s")
     return writer
 
 
@@ -138,8 +138,8 @@ def _write(
     """Write the tokens of `texts` up to `limit`, and every few seconds down how far it is: `read` documents so far."""
     saved = start = time.monotonic()
     known = writer.tokens
-    with closing(tokenised(batches(texts), tokenizer, writer.dtype, workers)) as found:
-        for batch, ids, lengths in found:
+    with closing(tokenised(batches(texts), tokenizer, writer.dtype, workers)) as token_batches:
+        for batch, ids, lengths in token_batches:
             before = writer.tokens
             if limit is not None:
                 lengths = lengths[before + lengths.cumsum() - lengths < limit]

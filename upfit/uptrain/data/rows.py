@@ -92,9 +92,9 @@ class ShuffledRows(Rows):
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:  # a step may begin in one epoch and end in the next, so two are kept
-            kept = {known: order for known, order in self._orders.items() if known == epoch - 1}
+            last = {known: order for known, order in self._orders.items() if known == epoch - 1}
             generator = np.random.default_rng([self.seed, epoch, self.number])
-            self._orders = kept | {epoch: generator.permutation(self.training)}
+            self._orders = last | {epoch: generator.permutation(self.training)}
         return self._orders[epoch]
 
     def passes(self, samples: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ from upfit.durable import sync_path
 from upfit.errors import UpfitError
 from upfit.uptrain.data.shards import BLOCK_BYTES, DOCUMENTS, FORMAT, MANIFEST, OFFSET_DTYPE, READ_BYTES, TOKEN_DTYPES
 
-SHARD_TOKENS = 2**28
+SHARD_TOKENS = 2**28  # half a gigabyte, or one with ids of 4 bytes
 
 
 def token_dtype(vocab_size: int) -> str:

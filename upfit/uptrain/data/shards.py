@@ -26,7 +26,7 @@ FORMAT = 2
 BLOCK_BYTES = 2**18
 TOKEN_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 OFFSET_DTYPE = np.dtype("<i8")
-READ_BYTES = 2**24
+READ_BYTES = 2**24  # at a time, where a checksum is taken
 MANIFEST_BYTES = 256 * 2**20  # checksums of 6 TB of tokens
 HEX = re.compile(r"[0-9a-f]*")
 
@@ -96,11 +96,11 @@ class Shards:
     @property
     def tokenizer(self) -> tuple[str, str]:
         """Hash and name of the tokenizer that made the tokens. Raises UpfitError where the manifest does not tell them."""
-        told = self.manifest.get("tokenizer")
-        found = [told.get(key) for key in ("sha256", "name")] if isinstance(told, dict) else []
-        if len(found) != 2 or not all(isinstance(one, str) for one in found):
+        tokenizer = self.manifest.get("tokenizer")
+        parts = [tokenizer.get(key) for key in ("sha256", "name")] if isinstance(tokenizer, dict) else []
+        if len(parts) != 2 or not all(isinstance(part, str) for part in parts):
             raise UpfitError(f"{self.folder / MANIFEST} does not name the tokenizer; run upfit prepare again")
-        return str(found[0]), str(found[1])
+        return str(parts[0]), str(parts[1])
 
     @property
     def fingerprint(self) -> str:

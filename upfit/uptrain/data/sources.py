@@ -27,24 +27,24 @@ def parse(text: str) -> list[tuple[Path, Fraction]]:
     whole = Path(text).expanduser()
     if "=" not in text or whole.is_dir():
         return [(whole.resolve(), Fraction(1))]
-    found: list[tuple[Path, Fraction]] = []
+    weighted: list[tuple[Path, Fraction]] = []
     rest = ""
     for piece in text.split(","):  # a folder's name may hold "," and "=" too
         rest = f"{rest},{piece}" if rest else piece
         name, _, weight = rest.rpartition("=")
         if WEIGHT.fullmatch(weight) and Path(name).expanduser().is_dir():
-            found.append((Path(name).expanduser().resolve(), Fraction(weight)))
+            weighted.append((Path(name).expanduser().resolve(), Fraction(weight)))
             rest = ""
     if rest:
         raise UpfitError(_trouble(rest.split(",")[0], text))
-    twice = [folder for folder, count in Counter(folder for folder, _ in found).items() if count > 1]
+    twice = [folder for folder, count in Counter(folder for folder, _ in weighted).items() if count > 1]
     if twice:
         raise UpfitError(f"{text} names {twice[0]} twice; add up its weights")
-    if zero := [folder for folder, weight in found if not weight]:
+    if zero := [folder for folder, weight in weighted if not weight]:
         raise UpfitError(f"{text} gives {zero[0]} the weight 0; give a number above 0, or leave the folder out")
-    if sum(whole_weights([weight for _, weight in found])) > MOST_ROWS:
+    if sum(whole_weights([weight for _, weight in weighted])) > MOST_ROWS:
         raise UpfitError(f"the weights in {text} have too many digits; round them to five, such as 0.33333")
-    return found
+    return weighted
 
 
 def _trouble(piece: str, text: str) -> str:
@@ -71,8 +71,8 @@ class Sources:
     @classmethod
     def open(cls, text: str) -> "Sources":
         """Raises UpfitError for what `parse` and Shards do not take."""
-        told = parse(text)
-        return cls([Shards(folder) for folder, _ in told], [weight for _, weight in told])
+        weighted = parse(text)
+        return cls([Shards(folder) for folder, _ in weighted], [weight for _, weight in weighted])
 
     @property
     def names(self) -> list[str]:
@@ -107,7 +107,7 @@ class Sources:
         least one. Raises UpfitError when a source has fewer rows than a step takes of it."""
         weights = whole_weights(self.weights)
         total = sum(weights)
-        found: list[TextRows] = []
+        each: list[TextRows] = []
         for number, (shards, weight) in enumerate(zip(self.shards, weights, strict=True)):
             held = -(-holdout * weight // total)
             rows = TextRows(shards, length, held, seed, document_mask, number)
@@ -117,7 +117,7 @@ class Sources:
                     f"{shards.folder} has {len(rows.training)} rows of {length} tokens to train on, "
                     f"a step takes {needed}; add text or lower --batch-tokens"
                 )
-            found.append(rows)
-        if len(found) == 1:
-            return found[0]
-        return InterleavedRows(dict(zip(self.names, found, strict=True)), weights)
+            each.append(rows)
+        if len(each) == 1:
+            return each[0]
+        return InterleavedRows(dict(zip(self.names, each, strict=True)), weights)

@@ -35,16 +35,16 @@ class Vocabulary:
 
 def find_vocabulary(tokenizer: Any) -> Vocabulary:
     """Raises UpfitError for a tokenizer without sentinels: its model was not trained on spans."""
-    found: list[int] = []
+    sentinels: list[int] = []
     known = tokenizer.get_vocab()
-    while (name := SENTINEL.format(len(found))) in known:
-        found.append(known[name])
-    if not found:
+    while (name := SENTINEL.format(len(sentinels))) in known:
+        sentinels.append(known[name])
+    if not sentinels:
         raise UpfitError(
             f"the tokenizer has no {SENTINEL.format(0)}, and encoder-decoders are trained on spans that sentinels stand "
             "for, as T5 is; a model that was pretrained on something else is not supported"
         )
-    return Vocabulary(tuple(found), int(tokenizer.eos_token_id))
+    return Vocabulary(tuple(sentinels), int(tokenizer.eos_token_id))
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ def corrupt(
     text: np.ndarray, sizes: Sizes, vocabulary: Vocabulary, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Input and labels, int64, of the tokens `text`. What is kept comes first and what is left out last, as in T5."""
-    kept = cut(sizes.text - sizes.noise, sizes.spans, random)
+    text_lengths = cut(sizes.text - sizes.noise, sizes.spans, random)
     lost = cut(sizes.noise, sizes.spans, random)
     inputs: list[Any] = []
     labels: list[Any] = []
     at = 0
-    for sentinel, before, gone in zip(vocabulary.sentinels, kept, lost, strict=False):
+    for sentinel, before, gone in zip(vocabulary.sentinels, text_lengths, lost, strict=False):
         inputs += [text[at : at + before], [sentinel]]
         labels += [[sentinel], text[at + before : at + before + gone]]
         at += before + gone

@@ -22,7 +22,7 @@ from upfit.uptrain.data.shards import TOKEN_DTYPES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_CHARACTERS = 500_000
+BATCH_CHARACTERS = 500_000  # sent to a process at once: the sending costs little beside the work
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
@@ -51,7 +51,7 @@ def batches(texts: Iterator[tuple[str, int]]) -> Iterator[Batch]:
 
 
 def tokenised(
-    given: Iterator[Batch], tokenizer: "PreTrainedTokenizerBase", dtype: str, workers: int
+    text_batches: Iterator[Batch], tokenizer: "PreTrainedTokenizerBase", dtype: str, workers: int
 ) -> Generator[tuple[Batch, np.ndarray, np.ndarray]]:
     """Each batch in turn with the ids of its documents, one after the other, and their lengths.
 
@@ -69,7 +69,7 @@ def tokenised(
     with one_core_a_call():
         pool = ThreadPoolExecutor(workers, initializer=begin)
         try:
-            for batch in given:
+            for batch in text_batches:
                 waiting.append(pool.submit(encode, batch))
                 if len(waiting) == 2 * workers:
                     yield waiting.popleft().result()
@@ -85,11 +85,11 @@ def token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", dtype: str
         return np.zeros(0, dtype=TOKEN_DTYPES[dtype]), np.zeros(0, dtype=np.int64)
     first, last = begin_token(tokenizer), tokenizer.eos_token_id  # once: each lookup takes 2 µs
     before = 0 if first is None else 1
-    found = encode_texts(tokenizer, texts, return_attention_mask=False)["input_ids"]
-    lengths = np.array([before + len(ids) + 1 for ids in found])
+    all_ids = encode_texts(tokenizer, texts, return_attention_mask=False)["input_ids"]
+    lengths = np.array([before + len(ids) + 1 for ids in all_ids])
     joined = np.empty(lengths.sum(), dtype=TOKEN_DTYPES[dtype])
     at = 0
-    for ids, length in zip(found, lengths.tolist(), strict=True):
+    for ids, length in zip(all_ids, lengths.tolist(), strict=True):
         if first is not None:
             joined[at] = first
         joined[at + before : at + length - 1] = ids

@@ -31,13 +31,13 @@ def repeated(learner: Distiller | Layerwise) -> list[nn.Module]:
     if isinstance(learner, Layerwise):  # hooks listen to the teacher's attention, which is inside its layers
         return [learner.student.get_submodule(path) for path in learner.paths]
     models = [learner.student, *([learner.teacher.student] if learner.teacher is not None else [])]
-    found = []
+    layers = []
     for model in models:
         names = layer_classes(model)
         if not names:
             raise UpfitError(f"compile: {type(model).__name__} does not name the class of its layers; leave it out")
-        found += [module for module in model.modules() if type(module).__name__ in names]
-    return found
+        layers += [module for module in model.modules() if type(module).__name__ in names]
+    return layers
 
 
 def check() -> None:
@@ -46,5 +46,5 @@ def check() -> None:
     try:
         torch.compile(lambda tensor: tensor.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # inductor, Triton and the compilers below them raise anything
-        told = str(error).strip().partition("\n")[0]
-        raise UpfitError(f"compile: torch.compile does not work here ({type(error).__name__}: {told}); leave it out") from error
+        line = str(error).strip().partition("\n")[0]
+        raise UpfitError(f"compile: torch.compile does not work here ({type(error).__name__}: {line}); leave it out") from error

@@ -25,13 +25,13 @@ def converted(model: nn.Module, whole: bool = False) -> Iterator[Any]:
 
 def rates(model: nn.Module, added_rate: float, query_rate: float) -> dict[int, float]:
     """id of a parameter → its learning rate in units of the peak, for those that have one of their own."""
-    found: dict[int, float] = {}
+    by_parameter: dict[int, float] = {}
     for module in converted(model):
         for name, parameter in module.named_parameters():
             if name in module.upfit_added:
-                found[id(parameter)] = added_rate * module.upfit_rates.get(name, 1.0)
-        found |= {id(p): query_rate for name in module.upfit_paired for p in module.get_submodule(name).parameters()}
-    return found
+                by_parameter[id(parameter)] = added_rate * module.upfit_rates.get(name, 1.0)
+        by_parameter |= {id(p): query_rate for name in module.upfit_paired for p in module.get_submodule(name).parameters()}
+    return by_parameter
 
 
 def added(model: nn.Module) -> set[int]:
@@ -48,10 +48,10 @@ def set_progress(model: nn.Module, step: int, steps: int) -> None:
 @torch.no_grad()
 def measures(model: nn.Module) -> dict[str, list[float]]:
     """Each measure, one number a layer."""
-    told: dict[str, list[float]] = {}
+    measured: dict[str, list[float]] = {}
     if not list(converted(model)):
-        return told
+        return measured
     for module in converted(model, whole=True):
         for name, value in module.upfit_measures().items():
-            told.setdefault(name, []).append(round(value, 6))
-    return told
+            measured.setdefault(name, []).append(round(value, 6))
+    return measured

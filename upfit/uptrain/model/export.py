@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from upfit.architecture.meta_model import quiet_transformers
-from upfit.architecture.names import Names
+from upfit.architecture.names import NameMap
 from upfit.checkpoint.reader import INDEX, Checkpoint, open_checkpoint, read_config, torch_dtype
 from upfit.checkpoint.safetensors_header import TensorInfo
 from upfit.checkpoint.side_files import copy_code, copy_side_files
@@ -29,9 +29,9 @@ def layout_of(student: PreTrainedModel, source: Path) -> dict[str, str]:
     Raises UpfitError where a stored tensor could not be written from the trained ones: that is known before the first step.
     """
     described = {name: torch.empty_like(tensor, device="meta") for name, tensor in student.state_dict().items()}
-    made, names = as_saved(student, described), Names(student)
+    saved, names = as_saved(student, described), NameMap(student)
     by_parameter: dict[str, list[str]] = {}
-    for name in made:
+    for name in saved:
         by_parameter.setdefault(names.module_name(name), []).append(name)
     layout = {}
     with open_checkpoint(source) as checkpoint:
@@ -40,7 +40,7 @@ def layout_of(student: PreTrainedModel, source: Path) -> dict[str, str]:
             if parameter not in names.shapes:
                 continue
             near = namesakes(name, by_parameter.get(parameter, []))
-            trouble = hindrance(info, near, made)
+            trouble = hindrance(info, near, saved)
             if trouble is not None:
                 raise UpfitError(
                     f"{source} stores {parameter} as {name}, {trouble}: it could not be written once it is trained"
@@ -49,11 +49,11 @@ def layout_of(student: PreTrainedModel, source: Path) -> dict[str, str]:
     return layout
 
 
-def hindrance(info: TensorInfo, near: list[str], made: dict[str, Tensor]) -> str | None:
+def hindrance(info: TensorInfo, near: list[str], saved: dict[str, Tensor]) -> str | None:
     """Why the stored tensor `info` cannot hold what transformers saves under the names `near`; None where it can."""
-    if len(near) != 1 or tuple(made[near[0]].shape) != tuple(info.shape):
+    if len(near) != 1 or tuple(saved[near[0]].shape) != tuple(info.shape):
         return f"and transformers as {', '.join(near[:3]) or 'nothing'} (load it with transformers and save it anew)"
-    if made[near[0]].is_floating_point() and not torch_dtype(info.dtype).is_floating_point:
+    if saved[near[0]].is_floating_point() and not torch_dtype(info.dtype).is_floating_point:
         return f"in {info.dtype}, which holds no fractions (give a model in a floating type)"
     return None
 
@@ -63,7 +63,9 @@ def namesakes(name: str, candidates: list[str]) -> list[str]:
     that of the same name but for a prefix."""
     if name in candidates or len(candidates) < 2:
         return [name] if name in candidates else candidates
-    return [one for one in candidates if f".{one}".endswith(f".{name}") or f".{name}".endswith(f".{one}")]
+    return [
+        candidate for candidate in candidates if f".{candidate}".endswith(f".{name}") or f".{name}".endswith(f".{candidate}")
+    ]
 
 
 def as_saved(student: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,12 +90,12 @@ def export(
 
     The folder is loaded again afterwards and compared with the weights: every one must be the trained one, rounded.
     """
-    made = as_saved(student, weights)
+    saved = as_saved(student, weights)
     with open_checkpoint(source) as old:
         for path in old.files:
             names = [info.name for info in old.tensors.values() if info.file == path]
             shard = {
-                name: trained(made[layout[name]], old, name, dtype) if name in layout else old.read(name) for name in names
+                name: trained(saved[layout[name]], old, name, dtype) if name in layout else old.read(name) for name in names
             }
             save_file(shard, folder / path.name, metadata=metadata_of(path))
             as_new_file(folder / path.name)
@@ -125,7 +127,7 @@ def check_export(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype | 
     with open_checkpoint(folder) as checkpoint:
         dtypes = {torch_dtype(info.dtype) for info in checkpoint.tensors.values()}
     finfo = max((torch.finfo(dtype) for dtype in dtypes if dtype.is_floating_point), key=lambda info: info.eps)
-    for name, found in written.items():
+    for name, tensor in written.items():
         wanted = weights[name]
-        close = (found.float() - wanted).abs() <= finfo.eps * wanted.abs() + finfo.smallest_normal
+        close = (tensor.float() - wanted).abs() <= finfo.eps * wanted.abs() + finfo.smallest_normal
         assert bool(close.all()), f"{name} was not written as it was trained"

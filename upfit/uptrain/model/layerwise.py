@@ -21,7 +21,7 @@ from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.uptrain.data.rows import IGNORE
-from upfit.uptrain.model.model_traits import Traits, hidden_states
+from upfit.uptrain.model.model_traits import ModelTraits, hidden_states
 
 
 def attention_paths(source: Source) -> list[str]:
@@ -59,13 +59,13 @@ def converted_paths(student: PreTrainedModel, tutor: PreTrainedModel, paths: lis
     return changed
 
 
-def same(one: nn.Module, other: nn.Module) -> bool:
-    first, second = dict(one.named_parameters()), dict(other.named_parameters())
+def same(module: nn.Module, other: nn.Module) -> bool:
+    first, second = dict(module.named_parameters()), dict(other.named_parameters())
     return first.keys() == second.keys() and all(equal(first[name], second[name]) for name in first)
 
 
-def equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.float(), other.float())
+def equal(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.shape == other.shape and torch.equal(tensor.float(), other.float())
 
 
 def freeze_all_but(student: PreTrainedModel, tutor: PreTrainedModel | None, paths: list[str]) -> None:
@@ -89,7 +89,7 @@ class Layerwise(nn.Module):
         self,
         student: PreTrainedModel,
         teacher: PreTrainedModel,
-        traits: Traits,
+        traits: ModelTraits,
         paths: list[str],
         autocast: torch.dtype | None = None,
     ) -> None:
@@ -109,8 +109,8 @@ class Layerwise(nn.Module):
         return {"attention_error": sum(means) / len(means), "attention_errors": [round(mean, 6) for mean in means]}
 
     def forward(self, ids: Tensor, positions: Tensor, labels: Tensor, name: str = "") -> tuple[Tensor, ...]:
-        kept = labels != IGNORE
-        errors = [pair[kept].sum() / unit for pair, unit in zip(self._distances(ids, positions), self.units, strict=True)]
+        counted = labels != IGNORE
+        errors = [pair[counted].sum() / unit for pair, unit in zip(self._distances(ids, positions), self.units, strict=True)]
         return (torch.stack(errors).mean(), *(error.detach() for error in errors))
 
     @torch.no_grad()
@@ -137,9 +137,9 @@ class Layerwise(nn.Module):
         grads, outputs = torch.is_grad_enabled(), []
 
         def beside(path: str) -> Any:
-            def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
                 with torch.set_grad_enabled(grads):
-                    outputs.append((_first(output), _first(self._modules_of_student[path](*given, **named))))
+                    outputs.append((_first(output), _first(self._modules_of_student[path](*arguments, **named))))
 
             return hook
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from upfit.errors import UpfitError
-from upfit.uptrain.model.model_traits import Traits, alike, embedding, hidden_states, probe
+from upfit.uptrain.model.model_traits import ModelTraits, alike, embedding, hidden_states, probe
 
 LEFT_OUT = ("rope", "cross_entropy", "fused_linear_cross_entropy")
 
 
-def fuse(model: PreTrainedModel, traits: Traits) -> None:
+def fuse(model: PreTrainedModel, traits: ModelTraits) -> None:
     """Let `model` use Liger's kernels, in place.
 
     Raises UpfitError where Liger is not installed, has none for the family, or where they do not run or compute something else:
@@ -40,32 +40,32 @@ def fuse(model: PreTrainedModel, traits: Traits) -> None:
             change(model=model, **{name: False for name in LEFT_OUT if name in taken})
         same = all(alike(new, old, model.dtype) for new, old in zip(_computed(model, traits), before, strict=True))
     except Exception as error:  # Triton, the compilers below it and the driver raise anything
-        told = str(error).strip().partition("\n")[0]
+        line = str(error).strip().partition("\n")[0]
         raise UpfitError(
-            f"liger: its kernels do not run here ({type(error).__name__}: {told}); they need a GPU, leave it out"
+            f"liger: its kernels do not run here ({type(error).__name__}: {line}); they need a GPU, leave it out"
         ) from error
     if not same:
         raise UpfitError(f"liger: with its kernels {type(model).__name__} computes something else; leave it out")
 
 
-def _computed(model: PreTrainedModel, traits: Traits) -> list[Tensor]:
+def _computed(model: PreTrainedModel, traits: ModelTraits) -> list[Tensor]:
     ids, positions, _ = probe(model)
     weight, was_training = embedding(model), model.training
     model.eval()  # dropout would compare nothing
     with torch.set_grad_enabled(weight.requires_grad):
         states = hidden_states(model, ids, positions, traits)
-        found = [states.detach().clone()]
+        results = [states.detach().clone()]
         if weight.requires_grad:
-            found += torch.autograd.grad(states.square().mean(), weight)
+            results += torch.autograd.grad(states.square().mean(), weight)
     model.train(was_training)
-    return found
+    return results
 
 
 @contextmanager
 def _family_kept(model: PreTrainedModel) -> Iterator[None]:
     """Liger also puts its classes in the place of the family's, for models to come; here those are to be what they were."""
     families = {kind.__module__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")}
-    kept = {name: dict(vars(sys.modules[name])) for name in families}
+    contents = {name: dict(vars(sys.modules[name])) for name in families}
     yield
-    for name, names in kept.items():
+    for name, names in contents.items():
         vars(sys.modules[name]).update(names)

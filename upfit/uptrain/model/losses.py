@@ -52,10 +52,10 @@ def chunk_terms(
     d CE / d logits = softmax − onehot;  d (T² KL) / d logits = T · (softmax(student / T) − softmax(teacher / T)).
     The gradient is that of all rows; those whose label is IGNORE are left out of the products made of it, which are smaller.
     """
-    kept = labels != IGNORE
+    counted = labels != IGNORE
     targets = labels.clamp_min(0)[:, None]
     log_p = student.log_softmax(-1)  # [C, V]
-    ce = -(log_p.gather(1, targets)[:, 0] * kept).sum()
+    ce = -(log_p.gather(1, targets)[:, 0] * counted).sum()
     kl = torch.zeros_like(ce)
     grad = None
     if want_grad and objective.ce_weight:
@@ -68,7 +68,7 @@ def chunk_terms(
         log_p = log_p if heat == 1.0 else (student / heat).log_softmax(-1)
         log_q = (teacher if heat == 1.0 else teacher / heat).log_softmax(-1)
         q = log_q.exp()
-        kl = torch.linalg.vecdot(q, log_q.sub_(log_p)).mul(kept).sum() * heat**2
+        kl = torch.linalg.vecdot(q, log_q.sub_(log_p)).mul(counted).sum() * heat**2
         if want_grad and objective.kl_weight:
             part = log_p.exp_().sub_(q)
             if objective.kl_weight * heat != 1.0:
@@ -113,11 +113,11 @@ class _ChunkedLoss(torch.autograd.Function):
             kl += chunk_kl
             if grad is None:
                 continue
-            grad_c, kept = head.backward(grad, student).to(compute), (labels[rows] != IGNORE)[:, None]
+            grad_c, counted = head.backward(grad, student).to(compute), (labels[rows] != IGNORE)[:, None]
             if d_hidden is not None:
-                d_hidden[rows] = (grad_c @ weight_c).to(hidden.dtype) * kept
+                d_hidden[rows] = (grad_c @ weight_c).to(hidden.dtype) * counted
             if d_weight is not None:
-                d_weight += grad_c.t() @ (hidden_c * kept)
+                d_weight += grad_c.t() @ (hidden_c * counted)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         ctx.mark_non_differentiable(ce, kl)
         return objective.ce_weight * ce + objective.kl_weight * kl, ce, kl

@@ -21,12 +21,12 @@ from upfit.errors import UpfitError
 from upfit.uptrain.model import packed
 from upfit.uptrain.model.losses import Head
 
-PROBE_TOKENS = 16
+PROBE_TOKENS = 16  # random ones, two documents of 8
 EXACT, ROUNDED = 1e-4, 2e-2  # largest relative difference of two ways to the same numbers, in float32 and in shorter types
 
 
 @dataclass(frozen=True)
-class Traits:
+class ModelTraits:
     """What trying a model on a few tokens has shown.
 
     `head` is None where its logits are not a plain product with the head's weight (scaled and capped as its config tells).
@@ -75,19 +75,21 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, traits: Traits) -> Tensor:
+def hidden_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, traits: ModelTraits) -> Tensor:
     """Last hidden states [B, T, H]. Three things keep packed documents apart: positions, no mask, no cache."""
-    given = {POSITIONS: positions} if traits.takes_positions else {}
-    return model.base_model(input_ids=ids, use_cache=False, **given).last_hidden_state
+    extra = {POSITIONS: positions} if traits.takes_positions else {}
+    return model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state
 
 
-def full_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, traits: Traits, places: Tensor | None = None) -> Tensor:
+def full_logits(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, traits: ModelTraits, places: Tensor | None = None
+) -> Tensor:
     """The model's own logits [B, T, V], or [B, P, V] at the `places` [P] of every row."""
-    given = {POSITIONS: positions} if traits.takes_positions else {}
+    extra = {POSITIONS: positions} if traits.takes_positions else {}
     if places is not None and takes(model.forward, LOGITS_TO_KEEP):
-        given[LOGITS_TO_KEEP] = places
-        return model(input_ids=ids, use_cache=False, **given).logits
-    logits = model(input_ids=ids, use_cache=False, **given).logits
+        extra[LOGITS_TO_KEEP] = places
+        return model(input_ids=ids, use_cache=False, **extra).logits
+    logits = model(input_ids=ids, use_cache=False, **extra).logits
     return logits if places is None else logits[:, places]
 
 
@@ -102,7 +104,7 @@ def head_weight(model: PreTrainedModel) -> Tensor | None:
     return head.weight if isinstance(head, nn.Linear) and head.bias is None else None
 
 
-def plain_head(model: PreTrainedModel, traits: Traits) -> tuple[Tensor, Head]:
+def plain_head(model: PreTrainedModel, traits: ModelTraits) -> tuple[Tensor, Head]:
     weight = head_weight(model)
     assert weight is not None and traits.head is not None, "only asked for when examining the model has found a plain head"
     return weight, traits.head
@@ -120,17 +122,17 @@ def configured_head(model: PreTrainedModel) -> Head:
 
 
 @torch.no_grad()
-def examine(model: PreTrainedModel) -> Traits:
+def examine(model: PreTrainedModel) -> ModelTraits:
     """Run `model` on a row of two documents, whole and apart, and compare its head with ours.
 
     Of an encoder-decoder nothing is asked: it counts positions itself, and all its logits are made.
     """
     if model.config.is_encoder_decoder:
-        return Traits(False, False, None)
+        return ModelTraits(False, False, None)
     was_training = model.training
     model.eval()
     takes_positions = takes(model.base_model.forward, POSITIONS)
-    traits = Traits(takes_positions, takes_positions, None)
+    traits = ModelTraits(takes_positions, takes_positions, None)
     ids, positions, half = probe(model)
     whole = hidden_states(model, ids, positions, traits)
     alone = hidden_states(model, ids[:, half:], positions[:, half:], traits)
@@ -141,7 +143,7 @@ def examine(model: PreTrainedModel) -> Traits:
         ours = head.logits((whole @ weight.t()).float())
         plain = ours.shape == logits.shape and alike(ours, logits.float(), model.dtype)
     model.train(was_training)
-    return Traits(takes_positions, takes_positions and alike(whole[:, half:], alone, model.dtype), head if plain else None)
+    return ModelTraits(takes_positions, takes_positions and alike(whole[:, half:], alone, model.dtype), head if plain else None)
 
 
 def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor, int]:
@@ -153,7 +155,7 @@ def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor, int]:
 
 
 @torch.no_grad()
-def pack(model: PreTrainedModel, traits: Traits, dtype: torch.dtype | None = None) -> Traits | None:
+def pack(model: PreTrainedModel, traits: ModelTraits, dtype: torch.dtype | None = None) -> ModelTraits | None:
     """Let `model` attend to packed documents one by one (packed.py), as it will be run (autocast to `dtype`).
 
     None where its class cannot, or says anything else than of the documents apart; it is then left as it was. A model that is

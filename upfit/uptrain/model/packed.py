@@ -46,15 +46,15 @@ def documents(positions: Tensor) -> Documents:
 
     Kept as long as the tensor, which all layers are given: one synchronisation with the device a batch.
     """
-    found: Documents | None = _DOCUMENTS.get(positions)
-    if found is None:
+    known: Documents | None = _DOCUMENTS.get(positions)
+    if known is None:
         starts = torch.ones_like(positions, dtype=torch.bool)
         starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
         bounds = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=positions.numel()).to(torch.int32)
         ends = bounds.tolist()
-        found = Documents(bounds, ends, max(end - start for start, end in zip(ends, ends[1:], strict=False)))
-        _DOCUMENTS[positions] = found
-    return found
+        known = Documents(bounds, ends, max(end - start for start, end in zip(ends, ends[1:], strict=False)))
+        _DOCUMENTS[positions] = known
+    return known
 
 
 @torch.compiler.disable
@@ -69,7 +69,7 @@ def packed_attention(
     sliding_window: int | None = None,
     position_ids: Tensor | None = None,
     softcap: float | None = None,
-    **given: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """`query` [B, H, T, D], `key` and `value` [B, K, T, D] → [B, T, H, D]. Raises NotImplementedError for what it cannot do."""
     if position_ids is None or position_ids.shape != query.shape[::2][:2] or key.shape[2] != query.shape[2]:
@@ -78,23 +78,23 @@ def packed_attention(
     more = {"dropout_p": dropout, "softcap": softcap or 0.0}
     beyond_torch = any(more.values())
     flash = _flash_attn() if on_cuda and beyond_torch else None
-    known = getattr(module, "is_causal", True) and given.get("is_causal") is not False
-    known = known and not any(given.get(name) is not None for name in UNKNOWN)
+    known = getattr(module, "is_causal", True) and others.get("is_causal") is not False
+    known = known and not any(others.get(name) is not None for name in UNKNOWN)
     if attention_mask is not None or not known or (beyond_torch and flash is None):
         raise NotImplementedError("this attention is more than causal")
-    found = documents(position_ids)
-    window = sliding_window if sliding_window and sliding_window < found.longest else None
+    packed = documents(position_ids)
+    window = sliding_window if sliding_window and sliding_window < packed.longest else None
     if flash is not None:
-        return _flash(flash, query, key, value, found, scaling, window, more), None
+        return _flash(flash, query, key, value, packed, scaling, window, more), None
     if on_cuda:
-        return _varlen(query, key, value, found, scaling, window), None
-    return _one_by_one(query, key, value, found, scaling, window, position_ids), None
+        return _varlen(query, key, value, packed, scaling, window), None
+    return _one_by_one(query, key, value, packed, scaling, window, position_ids), None
 
 
 UNKNOWN = ("s_aux", "sinks", "position_bias", "cache")
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, found: Documents, scaling: float | None, window: int | None) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Documents, scaling: float | None, window: int | None) -> Tensor:
     rows, heads, length, _ = q.shape
     more: dict[str, Any] = {}
     if k.shape[1] != heads:
@@ -103,7 +103,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, found: Documents, scaling: float | 
         else:
             more["enable_gqa"] = True
     q, k, v = map(_end_to_end, (q, k, v))
-    bounds, longest, sides = found.bounds, found.longest, _sides(window)
+    bounds, longest, sides = packed.bounds, packed.longest, _sides(window)
     output = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sides, **more)
     assert isinstance(output, Tensor), "nothing else was asked for"
     return output.view(rows, length, heads, -1)
@@ -114,15 +114,15 @@ def _flash(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    found: Documents,
+    packed: Documents,
     scaling: float | None,
     window: int | None,
     more: dict[str, Any],
 ) -> Tensor:
     rows, heads, length, _ = q.shape
-    bounds, longest = found.bounds, found.longest
-    told: dict[str, Any] = {"softmax_scale": scaling, "causal": True, "window_size": _sides(window), **more}
-    output = attention(*map(_end_to_end, (q, k, v)), bounds, bounds, longest, longest, **told)
+    bounds, longest = packed.bounds, packed.longest
+    settings: dict[str, Any] = {"softmax_scale": scaling, "causal": True, "window_size": _sides(window), **more}
+    output = attention(*map(_end_to_end, (q, k, v)), bounds, bounds, longest, longest, **settings)
     return output.view(rows, length, heads, -1)
 
 
@@ -146,17 +146,17 @@ def _sides(window: int | None) -> tuple[int, int]:
 
 
 def _one_by_one(
-    q: Tensor, k: Tensor, v: Tensor, found: Documents, scaling: float | None, window: int | None, positions: Tensor
+    q: Tensor, k: Tensor, v: Tensor, packed: Documents, scaling: float | None, window: int | None, positions: Tensor
 ) -> Tensor:
     rows, heads, length, _ = q.shape
     more: dict[str, Any] = {"scale": scaling, "enable_gqa": k.shape[1] != heads}
-    if len(found.ends) - 1 == rows and window is None:  # each row is one
+    if len(packed.ends) - 1 == rows and window is None:  # each row is one
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **more).transpose(1, 2)
-    if len(found.ends) - 1 > 2 * rows + rows * length / SHORT:
+    if len(packed.ends) - 1 > 2 * rows + rows * length / SHORT:
         mask = _mask(positions, window)
         return F.scaled_dot_product_attention(q, k, v, mask, **more).transpose(1, 2)
     outputs = []
-    for start, end in zip(found.ends, found.ends[1:], strict=False):
+    for start, end in zip(packed.ends, packed.ends[1:], strict=False):
         row, first = divmod(start, length)
         queries, keys, values = (tensor[row : row + 1, :, first : first + end - start] for tensor in (q, k, v))
         place = torch.arange(end - start, device=q.device)

@@ -63,7 +63,7 @@ def mesh_of(config: Config) -> Mesh:
     return Mesh(world // shards, shards)
 
 
-def accelerator_for(mesh: Mesh, dtype: torch.dtype, **given: Any) -> Accelerator:
+def accelerator_for(mesh: Mesh, dtype: torch.dtype, **settings: Any) -> Accelerator:
     """accelerate's engine: products in `dtype`, gradients added up over processes in float32.
 
     accelerate would add them up in `dtype`, and it makes DDP of FSDP on CPUs without a word. There it is told afterwards: the
@@ -71,7 +71,7 @@ def accelerator_for(mesh: Mesh, dtype: torch.dtype, **given: Any) -> Accelerator
     """
     cpu = not torch.accelerator.is_available()
     if not mesh.shards:
-        return Accelerator(cpu=cpu, mixed_precision="no", **given)
+        return Accelerator(cpu=cpu, mixed_precision="no", **settings)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=True,
@@ -83,9 +83,9 @@ def accelerator_for(mesh: Mesh, dtype: torch.dtype, **given: Any) -> Accelerator
     )
     layout = ParallelismConfig(dp_replicate_size=mesh.copies, dp_shard_size=mesh.shards) if mesh.copies > 1 else None
     if not cpu:
-        return Accelerator(fsdp_plugin=plugin, parallelism_config=layout, mixed_precision="no", **given)
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision="no", **given)
-    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        return Accelerator(fsdp_plugin=plugin, parallelism_config=layout, mixed_precision="no", **settings)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision="no", **settings)
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # one state for all that ask
     accelerator.state.fsdp_plugin = plugin
     if layout is not None:
         accelerator.state.parallelism_config, accelerator.state.device_mesh = layout, layout.get_device_mesh("cpu")

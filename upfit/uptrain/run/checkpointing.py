@@ -109,8 +109,8 @@ def one_line(run: "Run", what: str) -> Iterator[None]:
 
 
 def newest(run: "Run") -> str:
-    found = run.workspace.newest()
-    return f"the newest checkpoint in {run.workspace.path} is {found.name}" if found else "there is no checkpoint yet"
+    checkpoint = run.workspace.newest()
+    return f"the newest checkpoint in {run.workspace.path} is {checkpoint.name}" if checkpoint else "there is no checkpoint yet"
 
 
 def roll_back(run: "Run") -> None:
@@ -122,10 +122,10 @@ def roll_back(run: "Run") -> None:
     counters, began = run.counters, run.progress.sound.step
     finish(run)
     checkpoint = broadcast_object_list([run.workspace.newest() if run.accelerator.is_main_process else None])[0]
-    told = f"{counters.bad} steps in a row, from step {began + 1} on, had a loss or gradient that is not finite"
+    trouble = f"{counters.bad} steps in a row, from step {began + 1} on, had a loss or gradient that is not finite"
     if checkpoint is None or len(counters.rollbacks) >= run.config.max_rollbacks:
         why = "there is no checkpoint to go back to" if checkpoint is None else f"it went back {len(counters.rollbacks)} times"
-        raise UpfitError(f"{told}, and {why}; lower --learning-rate and start anew with --overwrite")
+        raise UpfitError(f"{trouble}, and {why}; lower --learning-rate and start anew with --overwrite")
     first = data_step(began, counters.rollbacks)
     restored = run.saver.restore(checkpoint, run.learner.student, run.optimizer, run.identity)
     restored.rollbacks = [*counters.rollbacks, [began, first, first + counters.bad]]
@@ -135,7 +135,7 @@ def roll_back(run: "Run") -> None:
         run.journal.waiting = b""  # lines of steps before a checkpoint are on the disk before it
         with one_line(run, "metrics.jsonl"):
             run.workspace.truncate_metrics(run.counters.step)
-    run.output.note(f"{told}: back to step {run.counters.step}, and on without the data of those steps")
+    run.output.note(f"{trouble}: back to step {run.counters.step}, and on without the data of those steps")
 
 
 def data_step(step: int, rollbacks: list[list[int]]) -> int:

@@ -10,13 +10,13 @@ from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.uptrain.config import Config
-from upfit.uptrain.data.dataloader import MAIN, MIX, Feed, tensors
+from upfit.uptrain.data.dataloader import MAIN, MIX, StepSampler, tensors
 from upfit.uptrain.data.open_data import Data
 from upfit.uptrain.model import converted_modules, liger, model_traits
 from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.layerwise import Layerwise, attention_paths, converted_paths
 from upfit.uptrain.model.losses import Objective
-from upfit.uptrain.model.model_traits import Traits
+from upfit.uptrain.model.model_traits import ModelTraits
 from upfit.uptrain.model.seq2seq import Seq2Seq
 from upfit.uptrain.schedule import ADAM_BETAS
 from upfit.uptrain.stages import check_unsharded
@@ -37,7 +37,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def load_models(
     source: Source, teacher: Source | None, dtype: torch.dtype, device: torch.device, config: Config, output: Output
-) -> tuple[PreTrainedModel, Traits, tuple[PreTrainedModel, Traits] | None]:
+) -> tuple[PreTrainedModel, ModelTraits, tuple[PreTrainedModel, ModelTraits] | None]:
     """The student in float32 and the teacher, frozen, in the type it is stored in (float32 where that is computed in)."""
     student = model_traits.load(source.path, torch.float32, device)
     traits = model_traits.examine(student)
@@ -62,15 +62,15 @@ def load_models(
 
 
 def pack_all(
-    student: PreTrainedModel, traits: Traits, pair: tuple[PreTrainedModel, Traits] | None, dtype: torch.dtype
-) -> tuple[Traits, tuple[PreTrainedModel, Traits] | None]:
+    student: PreTrainedModel, traits: ModelTraits, pair: tuple[PreTrainedModel, ModelTraits] | None, dtype: torch.dtype
+) -> tuple[ModelTraits, tuple[PreTrainedModel, ModelTraits] | None]:
     """Both models attend to packed documents one by one, or none: attention of the one may be run beside the other's."""
     autocast = None if dtype == torch.float32 else dtype
     models_and_traits = [(student, traits), *([pair] if pair else [])]
     implementations = [model.config._attn_implementation for model, _ in models_and_traits]
-    found = [seen for seen in (model_traits.pack(model, known, autocast) for model, known in models_and_traits) if seen]
-    if len(found) == len(models_and_traits):
-        return found[0], (pair[0], found[1]) if pair else None
+    packings = [seen for seen in (model_traits.pack(model, known, autocast) for model, known in models_and_traits) if seen]
+    if len(packings) == len(models_and_traits):
+        return packings[0], (pair[0], packings[1]) if pair else None
     for (model, _), implementation in zip(models_and_traits, implementations, strict=True):
         model.set_attn_implementation(implementation)
     return traits, pair
@@ -107,8 +107,8 @@ def make_objectives(config: Config, data: Data, with_teacher: bool) -> dict[str,
 
 def make_distiller(
     student: PreTrainedModel,
-    traits: Traits,
-    pair: tuple[PreTrainedModel, Traits] | None,
+    traits: ModelTraits,
+    pair: tuple[PreTrainedModel, ModelTraits] | None,
     config: Config,
     data: Data,
     autocast: torch.dtype | None,
@@ -124,9 +124,9 @@ def make_distiller(
 
 def make_layerwise(
     student: PreTrainedModel,
-    pair: tuple[PreTrainedModel, Traits],
+    pair: tuple[PreTrainedModel, ModelTraits],
     teacher: Source,
-    feed: Feed,
+    feed: StepSampler,
     accelerator: Accelerator,
     autocast: torch.dtype | None,
 ) -> Layerwise:

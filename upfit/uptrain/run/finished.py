@@ -14,7 +14,7 @@ from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.uptrain.data.open_data import Data
 from upfit.uptrain.model.model_traits import fingerprint
-from upfit.uptrain.run.stage_folders import Place
+from upfit.uptrain.run.stage_folders import StageFolder
 from upfit.uptrain.stages import Stage
 
 SAME_OR_ANEW = "resume with the same, or start anew with --overwrite"
@@ -25,7 +25,7 @@ def finished_run(out: Path, stages: list[Stage], opened: list[Data], source: Sou
 
     A signal's mark in the work folder tells that a later run was stopped: that one is not finished.
     """
-    if Place(out, stages, 1).mark.exists():
+    if StageFolder(out, stages, 1).mark.exists():
         return None
     try:
         with open_checkpoint(out):
@@ -38,7 +38,7 @@ def finished_run(out: Path, stages: list[Stage], opened: list[Data], source: Sou
     return together(list(map(_report, entries)), len(stages))
 
 
-def finished_stage(place: Place, stage: Stage, data: Data, start: Source) -> dict[str, Any] | None:
+def finished_stage(place: StageFolder, stage: Stage, data: Data, start: Source) -> dict[str, Any] | None:
     """The report of a stage whose folder stands, None where it does not; `start` is the model that it starts from.
 
     Raises UpfitError when it was made with other settings, on other data, or from other models.
@@ -76,7 +76,7 @@ def _learned(entries: list[dict[str, Any]], source: Source) -> bool:
     still are, where they still are."""
     known = [entry.get("fingerprints") or {} for entry in entries]
     places = [(entry.get("teacher") or {}).get("path") for entry in entries]
-    teachers = [(told.get("teacher"), Path(place)) for told, place in zip(known, places, strict=True) if place]
+    teachers = [(prints.get("teacher"), Path(place)) for prints, place in zip(known, places, strict=True) if place]
     if known[0].get("model") != fingerprint(source.path):
         return False
-    return all(fingerprint(place) == told for told, place in teachers if place.is_dir())
+    return all(fingerprint(place) == expected for expected, place in teachers if place.is_dir())

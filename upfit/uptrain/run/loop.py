@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from upfit.errors import UpfitError
-from upfit.uptrain.data.dataloader import Part, averages, tensors
+from upfit.uptrain.data.dataloader import RowGroup, averages, tensors
 from upfit.uptrain.model import converted_modules
 from upfit.uptrain.model.parallel import full
 from upfit.uptrain.run import checkpointing
@@ -67,16 +67,16 @@ def train(run: Run) -> bool:
     return True
 
 
-def take(run: Run) -> tuple[list[Part], UpfitError | None]:
+def take(run: Run) -> tuple[list[RowGroup], UpfitError | None]:
     """This process's share of the step at hand, or why it cannot be read: then all processes save and end together."""
     data = checkpointing.data_step(run.counters.step, run.counters.rollbacks)
     try:
         return run.feed.of_step(data, run.accelerator.process_index, run.world), None
     except UpfitError as error:
-        return [Part(name, []) for name in run.feed.names], error
+        return [RowGroup(name, []) for name in run.feed.names], error
 
 
-def one_step(run: Run, parts: list[Part], labels: list[float]) -> dict[str, Any]:
+def one_step(run: Run, parts: list[RowGroup], labels: list[float]) -> dict[str, Any]:
     """Gradients of this process's rows, summed over all, and one update; the step's line for metrics.jsonl.
 
     The loss of a part is the sum over all its `labels` in the step divided by their number, whatever the processes and
@@ -123,7 +123,7 @@ def one_step(run: Run, parts: list[Part], labels: list[float]) -> dict[str, Any]
     }
 
 
-def by_name(learner: Learner, parts: list[Part], means: list[list[float]]) -> dict[str, Any]:
+def by_name(learner: Learner, parts: list[RowGroup], means: list[list[float]]) -> dict[str, Any]:
     """What the learner measured of each part, by the part's name."""
     return {
         f"{part.name}{key}": value for part, mean in zip(parts, means, strict=True) for key, value in learner.told(mean).items()

@@ -20,8 +20,8 @@ def record(run: "Run", line: dict[str, Any]) -> None:
         run.journal.append(json.dumps({name: finite(value) for name, value in line.items()}))
     except OSError as error:
         if not waited:
-            told = f"{run.journal.path} could not be written ({error.strerror})"
-            run.output.note(f"{told}; its lines wait in memory, and the run goes on")
+            trouble = f"{run.journal.path} could not be written ({error.strerror})"
+            run.output.note(f"{trouble}; its lines wait in memory, and the run goes on")
     if run.config.track is not None:
         layers = {name: value for name, value in line.items() if isinstance(value, list)}
         told_of = {name: value for name, value in line.items() if name not in ("step", *layers)}
@@ -31,7 +31,7 @@ def record(run: "Run", line: dict[str, Any]) -> None:
 
 def finite(value: Any) -> Any:
     if isinstance(value, list):
-        return [finite(one) for one in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-class Journal:
+class MetricsFile:
     """The file `path`, to which whole lines are appended; None (every process but the first) keeps nothing.
 
     Lines that do not fit on a full disk wait in memory. The file is opened for each line, so that it may be replaced in

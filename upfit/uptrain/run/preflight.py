@@ -17,7 +17,7 @@ from upfit.errors import UpfitError
 from upfit.output import Output, human_bytes
 from upfit.uptrain.config import Config
 from upfit.uptrain.data.answers import AnswerRows
-from upfit.uptrain.data.dataloader import Feed
+from upfit.uptrain.data.dataloader import StepSampler
 from upfit.uptrain.data.rows import IGNORE
 from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.model_traits import vocabulary_size
@@ -27,7 +27,7 @@ TRIED = 256  # tokens of the longest row that is tried
 SUPERVISED = 8  # labels of such a row
 
 
-def preflight(distiller: Distiller, feed: Feed, config: Config, accelerator: Accelerator, output: Output) -> None:
+def preflight(distiller: Distiller, feed: StepSampler, config: Config, accelerator: Accelerator, output: Output) -> None:
     """Look at windows, rotary base and memory for the longest example of answers; text is cut to what the model takes anyway.
 
     Turns gradient checkpointing on where it is asked for. Raises UpfitError where the memory does not suffice.
@@ -116,12 +116,12 @@ def kept_bytes(distiller: Distiller, longest: int) -> float:
 def _kept(distiller: Distiller, length: int) -> int:
     """Bytes kept for one row of `length` tokens; parameters are there anyway."""
     known = {tensor.untyped_storage().data_ptr() for tensor in distiller.parameters()}
-    found: dict[int, int] = {}
+    storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
+            storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     device = next(distiller.parameters()).device
@@ -131,7 +131,7 @@ def _kept(distiller: Distiller, length: int) -> int:
     labels[:, -SUPERVISED:] = ids[:, -SUPERVISED:]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         distiller(ids, torch.arange(length, device=device)[None], labels)  # the graph goes with the result
-    return sum(found.values())
+    return sum(storages.values())
 
 
 def free_bytes(device: torch.device) -> int:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from upfit.output import Output
 from upfit.uptrain.config import Config
-from upfit.uptrain.data.dataloader import Feed, micro_batches
+from upfit.uptrain.data.dataloader import StepSampler, micro_batches
 from upfit.uptrain.data.rows import Row
 from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.layerwise import Layerwise
-from upfit.uptrain.run.metrics_file import Journal
+from upfit.uptrain.run.metrics_file import MetricsFile
 from upfit.uptrain.run.saver import Saver
 from upfit.uptrain.run.state import Counters, Workspace
 from upfit.uptrain.schedule import Plan
@@ -49,7 +49,7 @@ class Run:
     learner: Learner
     module: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    feed: Feed
+    feed: StepSampler
     plan: Plan
     peak: float
     micro_tokens: int
@@ -61,7 +61,7 @@ class Run:
     stage: str
     mark: Path  # that a signal has ended the run
     layout: dict[str, str]  # of the result's tensors, see export.layout_of
-    journal: Journal
+    journal: MetricsFile
     stop: threading.Event
     progress: Progress = field(default_factory=Progress)
 

@@ -23,7 +23,7 @@ from upfit.output import Output, human_count
 from upfit.text.tokenizer import load_tokenizer
 from upfit.uptrain.config import FREE, Config, default
 from upfit.uptrain.data.answers import AnswerRows
-from upfit.uptrain.data.dataloader import Feed
+from upfit.uptrain.data.dataloader import StepSampler
 from upfit.uptrain.data.open_data import Data, lay_out
 from upfit.uptrain.data.spans import Vocabulary, find_vocabulary
 from upfit.uptrain.default_stages import wants_care
@@ -33,11 +33,11 @@ from upfit.uptrain.model.export import layout_of
 from upfit.uptrain.model.layerwise import attention_paths, freeze_all_but
 from upfit.uptrain.model.parallel import accelerator_for, mesh_of, prepare
 from upfit.uptrain.run.components import compute_dtype, load_models, make_distiller, make_layerwise, make_optimizer
-from upfit.uptrain.run.metrics_file import Journal
+from upfit.uptrain.run.metrics_file import MetricsFile
 from upfit.uptrain.run.preflight import preflight
 from upfit.uptrain.run.run import Learner, Run
 from upfit.uptrain.run.saver import Saver
-from upfit.uptrain.run.stage_folders import Place
+from upfit.uptrain.run.stage_folders import StageFolder
 from upfit.uptrain.run.state import METRICS
 from upfit.uptrain.schedule import MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_CPU, Plan, peak_rate
 from upfit.uptrain.stages import Stage
@@ -166,7 +166,7 @@ def set_up(
     source: Source,
     data: Data,
     teacher: Source | None,
-    place: Place,
+    place: StageFolder,
     accelerator: Accelerator,
     output: Output,
     stop: threading.Event,
@@ -225,7 +225,7 @@ def set_up(
         stage=name,
         mark=place.mark,
         layout=layout,
-        journal=Journal(workspace.path / METRICS if accelerator.is_main_process else None),
+        journal=MetricsFile(workspace.path / METRICS if accelerator.is_main_process else None),
         stop=stop,
     )
 
@@ -257,7 +257,13 @@ def run_identity(
 
 
 def announce(
-    plan: Plan, feed: Feed, peak: float, student: PreTrainedModel, teacher: Source | None, dtype: torch.dtype, output: Output
+    plan: Plan,
+    feed: StepSampler,
+    peak: float,
+    student: PreTrainedModel,
+    teacher: Source | None,
+    dtype: torch.dtype,
+    output: Output,
 ) -> None:
     what = f"{plan.rows} rows of {plan.length} tokens"
     if isinstance(feed.main, AnswerRows):

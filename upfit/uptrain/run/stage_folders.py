@@ -18,7 +18,7 @@ FOLDER = re.compile(r"stage-\d+-[a-z]+(\.steps|\.partial)?")
 
 
 @dataclass(frozen=True)
-class Place:
+class StageFolder:
     """Stage `number` (from 1) of `stages` of a run that writes `out`, an absolute path."""
 
     out: Path
@@ -45,7 +45,7 @@ class Place:
     @property
     def before(self) -> Path | None:
         """The model folder that it starts from; None for the first stage, which starts from what the user gave."""
-        return None if self.number == 1 else Place(self.out, self.stages, self.number - 1).folder
+        return None if self.number == 1 else StageFolder(self.out, self.stages, self.number - 1).folder
 
     @property
     def workspace(self) -> Workspace:

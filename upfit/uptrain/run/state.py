@@ -62,11 +62,11 @@ class Workspace:
         """
         self.path.mkdir(exist_ok=True)
         self.sweep()
-        found = self.newest()
-        if found and resume:
-            return found
-        if found and not overwrite:
-            at = f"{self.path} holds a run stopped at step {_step_of(found)}"
+        newest = self.newest()
+        if newest and resume:
+            return newest
+        if newest and not overwrite:
+            at = f"{self.path} holds a run stopped at step {_step_of(newest)}"
             raise UpfitError(f"{at}; go on with --resume or start anew with --overwrite")
         self.clear()
         return None
@@ -113,10 +113,10 @@ class Workspace:
         if target.exists():  # damaged, or of steps that were undone
             discard(target)
         rename_new(partial, target)
-        kept = list(islice(self.checkpoints(), keep))
-        if len(kept) == keep:
+        staying = list(islice(self.checkpoints(), keep))
+        if len(staying) == keep:
             for old in self._named():
-                if _step_of(old) < _step_of(kept[-1]):
+                if _step_of(old) < _step_of(staying[-1]):
                     discard(old)
         return target
 
@@ -125,8 +125,8 @@ class Workspace:
         path = self.path / METRICS
         if not path.exists():
             return
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_until(line, step)]
-        write_whole(path, "".join(kept))
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_until(line, step)]
+        write_whole(path, "".join(lines))
 
 
 def discard(checkpoint: Path) -> None:
@@ -153,7 +153,7 @@ def is_complete(path: Path) -> bool:
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
             return False
-        return all([(path / name).stat().st_size, digest(path / name)] == told for name, told in facts["files"].items())
+        return all([(path / name).stat().st_size, digest(path / name)] == expected for name, expected in facts["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -173,11 +173,11 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All that training changes: weights as `weight/NAME`, the optimiser's tensors as `exp_avg/NAME` and so on."""
-    found = {f"{WEIGHT}/{name}": tensor for name, tensor in weights_of(model).items()}
+    tensors = {f"{WEIGHT}/{name}": tensor for name, tensor in weights_of(model).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            found[f"{key}/{plain(name)}"] = value.detach()
-    return found
+            tensors[f"{key}/{plain(name)}"] = value.detach()
+    return tensors
 
 
 def restore(
@@ -192,18 +192,18 @@ def restore(
     Every process loads what it holds of them: shards with those of `group`, whole tensors (None) for itself.
     """
     facts = json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
-    told, now = facts["identity"], json.loads(json.dumps(identity))
-    for name in now | told:
-        if told.get(name) != now.get(name):
+    before, now = facts["identity"], json.loads(json.dumps(identity))
+    for name in now | before:
+        if before.get(name) != now.get(name):
             raise UpfitError(
-                f"the run in {checkpoint.parent} had {name} = {told.get(name)!r}, now it is {now.get(name)!r}; "
+                f"the run in {checkpoint.parent} had {name} = {before.get(name)!r}, now it is {now.get(name)!r}; "
                 "resume with the same, or start anew with --overwrite"
             )
     wanted = {f"{WEIGHT}/{name}": tensor for name, tensor in weights_of(model).items()}
-    kept = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    assert {name for name in kept if name.startswith(WEIGHT)} == set(wanted), "the identity agrees, so the names must"
+    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    assert {name for name in stored if name.startswith(WEIGHT)} == set(wanted), "the identity agrees, so the names must"
     parameters = {plain(name): parameter for name, parameter in model.named_parameters()}
-    for entry, known in kept.items():
+    for entry, known in stored.items():
         key, _, name = entry.partition("/")
         if key != WEIGHT:
             assert isinstance(known, TensorStorageMetadata), entry
