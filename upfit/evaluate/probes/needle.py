@@ -21,6 +21,7 @@ from torch import Tensor
 from upfit.calibration.observe import Seen
 from upfit.errors import UpfitError
 from upfit.evaluate.intervals import difference_interval, mean_interval
+from upfit.evaluate.measures import Needle
 from upfit.evaluate.probes.attention_maps import MAP_TOKENS, record_by_head, shares, watching
 from upfit.output import Meter
 from upfit.text import Document
@@ -142,25 +143,22 @@ def mass(seen: Seen, sample: Sample) -> Tensor:
     return torch.stack([answer, first, 1 - answer - first], -1).cpu()
 
 
-def record(found: Found, samples: list[Sample]) -> dict[str, Any]:
-    """As JSON can hold it: means with 95 % intervals over samples, and the share found at each depth."""
+def summary(found: Found, samples: list[Sample]) -> Needle:
+    """Means with 95 % intervals over samples, and the share found at each depth."""
     ones = np.ones(len(samples))
-    told: dict[str, Any] = {
-        "accuracy": mean_interval(np.array(found.right), ones).record(),
-        "answer_nats_per_token": mean_interval(np.array(found.loss), ones).record(),
-        "accuracy_by_depth": {
-            str(depth): float(np.mean([r for r, s in zip(found.right, samples, strict=True) if s.depth == depth]))
-            for depth in DEPTHS
-            if any(s.depth == depth for s in samples)
-        },
-        "largest_logit": found.logit or None,
-        "largest_hidden": found.hidden,
-    }
-    if found.mass:
-        for name, column in zip(("answer", "first_token", "rest"), np.array(found.mass).T, strict=True):
-            told[f"attention_on_{name}"] = mean_interval(column, ones).record()
-        told["attention_by_head"] = record_by_head(found.heads)
-    return told
+    at_depth = {depth: [r for r, s in zip(found.right, samples, strict=True) if s.depth == depth] for depth in DEPTHS}
+    masses = [mean_interval(column, ones) for column in np.array(found.mass).T] if found.mass else [None, None, None]
+    return Needle(
+        accuracy=mean_interval(np.array(found.right), ones),
+        answer_nats_per_token=mean_interval(np.array(found.loss), ones),
+        accuracy_by_depth={str(depth): float(np.mean(right)) for depth, right in at_depth.items() if right},
+        largest_logit=found.logit or None,
+        largest_hidden=found.hidden,
+        attention_on_answer=masses[0],
+        attention_on_first_token=masses[1],
+        attention_on_rest=masses[2],
+        attention_by_head=record_by_head(found.heads) if found.mass else None,
+    )
 
 
 def record_shown(sample: Sample, tokenizer: Any) -> dict[str, Any]:

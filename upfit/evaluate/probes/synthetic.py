@@ -24,6 +24,7 @@ import torch
 
 from upfit.errors import UpfitError
 from upfit.evaluate.intervals import difference_interval, mean_interval
+from upfit.evaluate.measures import Split, SyntheticTask
 from upfit.evaluate.synthetic import counting, flipflop, selective_copy
 from upfit.evaluate.synthetic.items import Item
 from upfit.output import Meter
@@ -155,22 +156,22 @@ def probe(model: Any, questions: list[Question], meter: Meter) -> list[Answered]
     return found
 
 
-def record(found: list[Answered], questions: list[Question]) -> dict[str, Any]:
-    """As JSON can hold it: for each split means with 95 % intervals over items, and the share of its commonest answer."""
+def summary(found: list[Answered], questions: list[Question]) -> SyntheticTask:
+    """For each split means with 95 % intervals over items, and the share of its commonest answer."""
     splits = {}
     for split in dict.fromkeys(question.split for question in questions):
         own = [question for question in questions if question.split == split]
-        said = Counter(symbol for question in own for symbol in question.said)
+        symbols = Counter(symbol for question in own for symbol in question.said)
         answers, right, nats = _columns(found, split)
-        splits[split] = {
-            "accuracy": mean_interval(right, answers).record(),
-            "nats_per_answer": mean_interval(nats, answers).record(),
-            "commonest_answer": max(said.values()) / said.total(),
-            "answers": said.total(),
-            "items": len(own),
-            "tokens": sum(len(question.ids) for question in own),
-        }
-    return {"size": questions[0].size, "unit": questions[0].unit, "splits": splits}
+        splits[split] = Split(
+            accuracy=mean_interval(right, answers),
+            nats_per_answer=mean_interval(nats, answers),
+            commonest_answer=max(symbols.values()) / symbols.total(),
+            answers=symbols.total(),
+            items=len(own),
+            tokens=sum(len(question.ids) for question in own),
+        )
+    return SyntheticTask(questions[0].size, questions[0].unit, splits)
 
 
 def compared(first: list[Answered], second: list[Answered]) -> dict[str, Any]:
