@@ -199,7 +199,7 @@ def head_order(entry: dict[str, Any], heads: list[int]) -> list[list[int]]:
         return same
     if HEAD_ORDER not in measured:
         orders = [_of_groups(row, count) for row, count in zip(orders, heads, strict=True)]
-    return [order if _same_numbers(order, kept) else kept for order, kept in zip(orders, same, strict=True)]
+    return [order if _same_numbers(order, unchanged) else unchanged for order, unchanged in zip(orders, same, strict=True)]
 
 
 def _same_numbers(order: Any, numbers: list[int]) -> bool:

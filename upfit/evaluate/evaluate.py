@@ -46,7 +46,7 @@ class Subject:
     ablated: Losses | None = None
     cache: CacheGrowth | None = None
     samples: dict[str, list[Any]] = field(default_factory=dict)  # of each probe
-    found: dict[str, Any] = field(default_factory=dict)
+    probed: dict[str, Any] = field(default_factory=dict)
     asked: list[harness.Asked] = field(default_factory=list)
     scores: dict[str, harness_scores.Scores] = field(default_factory=dict)
     short: needle.Sample | None = None  # the text whose attention maps are kept
@@ -63,14 +63,16 @@ class Subject:
             **self.facts,
             "loss": self.losses.record(),
             "cache": None if self.cache is None else self.cache.record(),
-            "probes": {name: self._probe(name) for name in self.found} or None,
+            "probes": {name: self._probe(name) for name in self.probed} or None,
             "tasks": {label: scores.record() for label, scores in self.scores.items()} or None,
         }
 
     def _probe(self, name: str) -> dict[str, Any]:
         """What a probe found, and whether the model's recipe says that it was trained on the probe's pattern."""
-        told = PROBES[name].record(self.found[name], self.samples[name])
-        return told | ({"trained_on": told["pattern"] in provenance.patterns(self.source.path)} if "pattern" in told else {})
+        record = PROBES[name].record(self.probed[name], self.samples[name])
+        return record | (
+            {"trained_on": record["pattern"] in provenance.patterns(self.source.path)} if "pattern" in record else {}
+        )
 
 
 def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
     speed = _measure(subjects, options, lengths, device, output)
     first, second = subjects[0], subjects[1] if len(subjects) > 1 else None
     records = [subject.record() for subject in subjects]
-    if "needle" in first.found:
+    if "needle" in first.probed:
         _tell_heads(subjects, records, options.attention_maps)
     if second and first.facts["dtype"] != second.facts["dtype"]:
         output.note(
@@ -110,8 +112,8 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
         "model": records[0],
         "against": records[1] if second else None,
         "difference": difference(_losses(first), _losses(second), same) if second else None,
-        "probe_differences": {name: PROBES[name].compared(first.found[name], second.found[name]) for name in first.found}
-        if second and first.found
+        "probe_differences": {name: PROBES[name].compared(first.probed[name], second.probed[name]) for name in first.probed}
+        if second and first.probed
         else None,
         "task_differences": harness_scores.differences(first.scores, second.scores) if second and first.scores else None,
         "ablation": None if first.ablated is None else difference(first.ablated, _losses(first), True) | {"part": first.ablate},
@@ -130,18 +132,18 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
 def _tell_heads(subjects: list[Subject], records: list[dict[str, Any]], count: int) -> None:
     """Number the heads in the needle's records as in the source, and keep the maps of the `count` that look at the answer most
     there (in the last of the subjects), the same heads of every model."""
-    watched = [(s, r["probes"]["needle"]) for s, r in zip(subjects, records, strict=True) if s.found["needle"].heads]
-    found = []
-    for subject, told in watched:
-        own = told["attention_by_head"]
+    watched = [(s, r["probes"]["needle"]) for s, r in zip(subjects, records, strict=True) if s.probed["needle"].heads]
+    numbered = []
+    for subject, record in watched:
+        own = record["attention_by_head"]
         now = attention_maps.places(provenance.read(subject.source.path), own)
-        told["attention_by_head"] = [[layer[at] for at in places] for layer, places in zip(own, now, strict=True)]
-        found.append((subject, told, now))
-    for subject, told, now in found:
+        record["attention_by_head"] = [[layer[at] for at in places] for layer, places in zip(own, now, strict=True)]
+        numbered.append((subject, record, now))
+    for subject, record, now in numbered:
         if subject.short is not None:
-            chosen = attention_maps.choose(found[-1][1]["attention_by_head"], count)
+            chosen = attention_maps.choose(numbered[-1][1]["attention_by_head"], count)
             shown = needle.record_shown(subject.short, subject.tokenizer)
-            told["maps"] = shown | {"heads": attention_maps.record_maps(subject.maps, chosen, now)}
+            record["maps"] = shown | {"heads": attention_maps.record_maps(subject.maps, chosen, now)}
 
 
 def _check_recordable(source: Source) -> None:
@@ -258,7 +260,7 @@ def _measure_one(subject: Subject, model: Any, options: Options, output: Output)
     subject.cache = measure_cache(model, ids, subject.most)
     for probe, samples in subject.samples.items():
         with output.progress(f"{probe} of {name}", len(samples)) as meter:
-            subject.found[probe] = PROBES[probe].ask(model, samples, meter)
+            subject.probed[probe] = PROBES[probe].ask(model, samples, meter)
     if subject.asked:
         subject.scores = harness.ask(model, subject.tokenizer, subject.most, subject.asked, options, name, output)
     if subject.short is not None:

@@ -103,7 +103,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on."""
-    found: dict[str, Any] = {
+    machine: dict[str, Any] = {
         "device": str(device),
         "machine": platform.machine(),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
@@ -112,5 +112,5 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {"accelerator": properties.name, "accelerator_memory_bytes": properties.total_memory}
-    return found
+        machine |= {"accelerator": properties.name, "accelerator_memory_bytes": properties.total_memory}
+    return machine
