@@ -26,7 +26,10 @@ def table_of_doors() -> str:
     for room, others in ROOMS.items():
         allowed = ", ".join(f"`{other}`" for other in ROOMS if other in others)
         rows.append(f"| `upfit/{room}/` | {purpose(room)} | {allowed or 'no other room'} |")
-    return "\n".join([*rows, f"| `upfit/cli/` | {purpose('cli')} | every room |\n"])
+    above = f"| `upfit/cli/` | {purpose('cli')} | every room |\n"
+    return "\n".join(
+        [*rows, "| `upfit/api.py` | Every command as a function, for notebooks and scripts. | every room but `cli` |", above]
+    )
 
 
 def list_of_rooms() -> str:

@@ -33,7 +33,7 @@ TIMED = {"seconds", "tokens_per_second", "date", "median", "low", "high"}
 BUDGET: dict[str, Any] = {"tokens": 512, "length": 32, "batch_tokens": 128, "holdout": 4, "dtype": "float32"}
 MEASURE: dict[str, Any] = {"length": 32, "windows": 4, "dtype": "float32"}
 PROBES = ["needle", "position", "counting", "key-value"]
-SLOW = {"uptrain: stages", "convert"}
+SLOW = {"uptrain", "uptrain: stages", "convert"}
 ASK: dict[str, Any] = {"probe": PROBES, "probe_samples": 4, "probe_depths": 2, "attention_maps": 1}
 
 
@@ -43,6 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     make_workshop(folder)
     (folder / "text.txt").write_text(" ".join(text(seed) for seed in range(40)), encoding="utf-8")
+    (folder / "run.toml").write_text('holdout = 4\ndtype = "float32"\n', encoding="utf-8")
     silent: dict[str, Any] = {"progress": False}
     api.convert(folder / "teacher", folder / "dex", to="diff", variant="dex", **silent)
     api.convert(folder / "teacher", folder / "small", to="gqa", kv_heads=2, method="mean", **silent)
@@ -116,11 +117,11 @@ CASES: dict[str, Case] = {  # the words of a command, and the same as a call
         ),
     ),
     "uptrain": (
-        "uptrain P/student P/data out --tokens 512 --length 32 --batch-tokens 128 --holdout 4 --dtype float32",
+        "uptrain P/student P/data out --tokens 512 --length 32 --batch-tokens 128 --config P/run.toml",
         lambda p: api.uptrain(p / "student", p / "data", "out", progress=False, **BUDGET),
     ),
     "uptrain: stages": (
-        "uptrain P/student P/data out --tokens 512 --length 32 --batch-tokens 128 --holdout 4 --dtype float32 "
+        "uptrain P/student P/data out --tokens 512 --length 32 --batch-tokens 128 --config P/run.toml "
         "--stages layerwise=50%,distill",
         lambda p: api.uptrain(p / "student", p / "data", "out", stages="layerwise=50%,distill", progress=False, **BUDGET),
     ),

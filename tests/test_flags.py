@@ -20,7 +20,8 @@ from tests.uptraining import Workshop, make_workshop, one_thread, weights
 from upfit import provenance
 from upfit.cli import app
 from upfit.errors import UpfitError
-from upfit.options import as_flags, check, needs_a_file, option, range_words, same_option, shown
+from upfit.options import as_flags, as_keys, check, option, range_words, same_option, shown
+from upfit.provenance import config_lines
 from upfit.uptrain.config import Config, resolve
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +73,7 @@ def run(*words: Any) -> tuple[int, str]:
 EARLY = {
     "a flag of uptrain": (["uptrain", "M", "D", "O", "--length", 1], "--length got 1; it takes 2 or more"),
     "a key": (["uptrain", "M", "D", "O", "--config", "FILE"], "clip got 0; it takes a number above 0"),
+    "a stage's table": (["uptrain", "M", "D", "O", "--config", "TABLE"], "keep got 0; it takes 1 or more"),
     "plan": (["plan", "M", "--tokens", "1M", "--mfu", "1.5"], "--mfu got 1.5; it takes a number above 0 and at most 1"),
     "plan, as uptrain": (["plan", "M", "--length", 1], "--length got 1; it takes 2 or more"),
     "evaluate": (["evaluate", "M", "--windows", 0], "--windows got 0; it takes 1 or more"),
@@ -90,8 +92,9 @@ EARLY = {
 
 @pytest.mark.parametrize(("words", "line"), EARLY.values(), ids=EARLY)
 def test_a_value_out_of_range_is_refused_before_torch_is_imported(tmp_path: Path, words: list[Any], line: str) -> None:
-    (tmp_path / "config.toml").write_text('tokens = "1M"\nclip = 0\n')
-    status, told = run(*(tmp_path / "config.toml" if word == "FILE" else word for word in words))
+    (tmp_path / "FILE").write_text('tokens = "1M"\nclip = 0\n')
+    (tmp_path / "TABLE").write_text('tokens = "1M"\nstages = "lm"\n[lm]\nkeep = 0\n')
+    status, told = run(*(tmp_path / word if word in ("FILE", "TABLE") else word for word in words))
     assert status == 1 and told.startswith(f"upfit: {line}") and told.count("\n") == 1
 
 
@@ -134,11 +137,25 @@ def test_the_command_that_a_run_records_gives_it_again(shop: Workshop, tmp_path:
     shop.run(tmp_path / "out", **{"tokens": "256", "holdout": Config().holdout, **changes})
     step, before = provenance.read(tmp_path / "out")[-1], weights(tmp_path / "out")
     words = shlex.split(step["command"])
-    assert ("--config" in words) == bool(changes)
+    assert ("--config" in words) == bool(changes) and step.get("config", {}) == changes
+    assert "\n".join(config_lines(step)) == ("clip = 0.01\ndocument_mask = false" if changes else "")
     done = CliRunner().invoke(app, [*words[1:], "--overwrite", "--quiet"])
     assert done.exception is None, done.exception
     again = provenance.read(tmp_path / "out")[-1]
     assert weights(tmp_path / "out") == before and again["options"] == step["options"] and again["command"] == step["command"]
+
+
+def test_report_and_card_tell_what_the_config_file_said() -> None:
+    from upfit.publish import card
+    from upfit.report import sections
+
+    told = {"command": "upfit uptrain m d o --config o/uptrain.toml", "config": {"clip": 0.1, "lm": {"teacher": "a_b"}}}
+    step = {"verb": "convert gqa", "source": {}, "date": "2026-11-30", "versions": {}, "measurements": {}, **told}
+    said = 'In its config file: `clip = 0.1`, <code>[lm]</code>, <code>teacher = "a_b"</code>.'
+    assert str(card._step(step, 1)["texts"][1]) == said
+    (line,) = sections._history([step, step]).texts
+    assert line == 'In the config file of convert gqa: clip = 0.1, [lm], teacher = "a_b".'
+    assert sections._history([{**step, "config": {}}]).texts == []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +196,7 @@ def test_ranges(name: str, good: list[Any], bad: list[Any], words: str) -> None:
 def test_keys_are_no_flags() -> None:
     assert shown(Ranges, "count") == "--count" and shown(Ranges, "depth") == "depth"
     assert as_flags(Ranges(count=2, depth=3)) == ["--count", "2"]
-    assert needs_a_file(Ranges(depth=3)) and not needs_a_file(Ranges(count=2))
+    assert as_keys(Ranges(count=2, depth=3, mode="b")) == {"depth": 3, "mode": "b"} and as_keys(Ranges(count=2)) == {}
 
 
 def test_an_option_of_another_verb_is_the_same_and_a_flag() -> None:

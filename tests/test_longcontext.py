@@ -205,6 +205,16 @@ def test_a_chat_template_is_filled_in(tmp_path: Path) -> None:
     assert prompt.startswith("<|user|>Read") and prompt.endswith("Why?<|assistant|>") and "CONTEXT" in prompt
 
 
+def test_the_same_examples_with_other_words_around_them(contexts: Contexts) -> None:
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+    chat = Wording(tokenizer, "chat")
+    worded, opened = contexts.worded(chat), Contexts(contexts.folder, chat)
+    assert len(worded) == len(opened) == len(contexts) and worded.text(3) == contexts.text(3)
+    assert all(np.array_equal(*pair) for pair in zip(worded[3], opened[3], strict=True))
+    assert not np.array_equal(worded[3][0], contexts[3][0]), "and those that were there keep theirs"
+
+
 def test_segments_are_whole_lines_of_enough_tokens() -> None:
     lines = ["a", "b", "c", "d", "e"]
     assert cut(lines, [3, 3, 3, 3, 1], 5) == ["a\nb", "c\nd\ne"]

@@ -100,11 +100,12 @@ def test_the_commands_of_the_page_run(checkout: Checkout) -> None:
         command = re.sub(r"\$[A-Z]+", lambda name: places[name[0]], line)
         said[line] = checkout.upfit(command)
         assert (checkout.folder / "sharper").exists() != (len(said) < 4), "a dry run writes nothing"
-    listed, shown, planned, converted, *_, evaluated = said.values()
+    listed, shown, planned, converted, *_, evaluated, _ = said.values()
     assert re.search(r"\btemperature\b", listed) and "temperature --temperature T" in shown
     assert "queries / 0.8" in planned and "Would write" in planned
     assert "Wrote sharper" in converted and "Verified" in converted
     assert "Difference (paired)" in evaluated
+    assert "Conversion: convert temperature" in (checkout.folder / "better.html").read_text(encoding="utf-8")
     steps = json.loads((checkout.folder / "better" / "recipe.json").read_text())["steps"]
     assert [step["verb"] for step in steps] == ["convert temperature", "uptrain"]
     assert steps[0]["options"]["temperature"] == 0.8 and steps[0]["measurements"]["leaves"] == "fitted"
@@ -122,8 +123,10 @@ def test_its_own_test_and_the_laws_hold(checkout: Checkout) -> None:
 
 
 def test_it_is_what_it_says(checkout: Checkout) -> None:
-    """At temperature 1 nothing changes, and a setting that cannot be is one line that says what can."""
-    model = checkout.folder / "home" / "model"
+    """Python knows it, at temperature 1 nothing changes, and a setting that cannot be is one line that says what can."""
+    model, script = checkout.folder / "home" / "model", checkout.folder / "home" / "notebook.py"
+    script.write_text(f"from upfit import api\nprint(api.convert({str(model)!r}, 'flat', to='temperature', temperature=2.0))\n")
+    assert "Wrote flat" in checkout.run(checkout.python, str(script))
     assert "equal" in checkout.upfit(f"upfit convert temperature {model} same --temperature 1")
     command = [checkout.python, "-m", *f"upfit convert temperature {model} none --temperature 0".split()]
     done = subprocess.run(command, cwd=checkout.folder, capture_output=True, text=True, env=checkout.environment)

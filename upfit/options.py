@@ -109,11 +109,10 @@ def as_kind(value: Any, annotation: Any) -> Any:
     return Path(value) if Path in kinds and isinstance(value, str) else value
 
 
-def needs_a_file(settings: Any) -> bool:
-    """Whether flags alone cannot give `settings` again: a key of a config file is not at its default."""
-    return any(
-        getattr(settings, field.name) != field.default and not field.metadata["flag"] for field in dataclasses.fields(settings)
-    )
+def as_keys(settings: Any) -> dict[str, Any]:
+    """What `as_flags` leaves out, since it is a key of a config file alone: each that is not at its default."""
+    values = {field: getattr(settings, field.name) for field in dataclasses.fields(settings) if not field.metadata["flag"]}
+    return {field.name: value for field, value in values.items() if value != field.default}
 
 
 def choices(annotation: Any) -> tuple[Any, ...] | None:

@@ -6,6 +6,7 @@ file and the uptrainer finds its teacher in it.
 
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -78,7 +79,15 @@ def _check_step(entry: Any) -> None:
     """Raise TypeError for a step without a verb, or where what every verb takes for granted is of another type."""
     if not isinstance(entry, dict) or not isinstance(entry.get("verb"), str):
         raise TypeError("a step has no verb")
-    kinds = {"date": str, "command": str, "source": dict, "options": dict, "versions": dict, "measurements": dict}
+    kinds = {
+        "date": str,
+        "command": str,
+        "config": dict,
+        "source": dict,
+        "options": dict,
+        "versions": dict,
+        "measurements": dict,
+    }
     for key, kind in kinds.items():
         if key in entry and not isinstance(entry[key], kind):
             raise TypeError(f"{key!r} of a step is of another type")
@@ -102,6 +111,14 @@ def step(
         "versions": versions(),
         "measurements": measurements or {},
     }
+
+
+def config_lines(step: dict[str, Any]) -> list[str]:
+    """What the config file that a step's command names has to say, where no flag says it, as lines of TOML."""
+    told = step.get("config") or {}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in told.items() if not isinstance(value, dict)]
+    tables = [(name, table) for name, table in told.items() if isinstance(table, dict)]
+    return lines + [line for name, table in tables for line in (f"[{name}]", *config_lines({"config": table}))]
 
 
 def _public(value: Any) -> Any:

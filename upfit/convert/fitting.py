@@ -119,8 +119,7 @@ def read_calibration(context: "FitContext", texts: list[str] | None, tokens: str
 
 
 def fit_layers(context: "FitContext", calibration: Calibration, task: Task) -> Fitted:
-    """Fit every layer of the task; those that an earlier run of the same fit has finished are taken from the context's scratch
-    folder.
+    """Fit every layer of the task; those that an earlier run of the same fit has finished are taken from the folder of the fit.
 
     Raises Opaque for a model that cannot be run on text.
     """

@@ -39,9 +39,12 @@ class Fit:
     """A plan that has to be found by running the model on text.
 
     `outline` tells what will be written: names, shapes and the config; its rules run on meta tensors alone. `run(context)`
-    gives the plan to be written. `fallback(why)` gives the plan for a model that cannot be watched on text; None: that is an
-    error. `otherwise` is a setting that needs no text, as words of a command line. `preview(context)` tells, for a dry run,
-    what calibration predicts, as tables that JSON can hold; None where nothing can be predicted.
+    returns the plan to be written. `fallback(why)` returns the plan for a model that cannot be watched on text; None: that is
+    an error. `otherwise` is a setting that needs no text, as words of a command line.
+
+    `preview(context)` predicts, for a dry run, what each number of key/value heads would cost; None where nothing can be
+    predicted. Its keys are `kv_heads` (the numbers), `layers` (with `choices` for each of them) and `totals`. A choice has
+    `kv_heads`, `attention_error` and `output_error`; a total also `largest_...` of the two and `kv_bytes_per_token`.
     """
 
     outline: Plan

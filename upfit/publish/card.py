@@ -13,7 +13,7 @@ from upfit import __version__
 from upfit.convert.recipe import find_recipes
 from upfit.modeling.registry import code_files
 from upfit.output import cache_change, human_bytes, human_count
-from upfit.provenance import method_ran
+from upfit.provenance import config_lines, method_ran
 from upfit.publish import front
 from upfit.publish.markdown import REPO, code, harmless, model_link, plain, unmarked
 from upfit.publish.portable import commit_of, known_places, portable, settings, words
@@ -211,6 +211,8 @@ def _shape(facts: dict[str, Any]) -> list[str]:
 def _step(step: dict[str, Any], parameters: int) -> dict[str, Any]:
     told, versions = step["measurements"], step["versions"]
     texts: list[str] = [code(step["command"])] if "command" in step else []
+    if step.get("config"):
+        texts.append(Markup("In its config file: {}.").format(Markup(", ").join(map(code, config_lines(step)))))
     before, after = told.get("kv_bytes_per_token", (0, 0))
     if before != after:
         texts.append(f"{cache_change(before, after)}.")

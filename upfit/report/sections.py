@@ -4,7 +4,7 @@ from typing import Any
 
 from upfit.convert.result import as_rows
 from upfit.output import cache_change, human_bytes, human_count
-from upfit.provenance import method_ran
+from upfit.provenance import config_lines, method_ran
 from upfit.report import figures
 from upfit.report.measured import measured, summary
 from upfit.report.page import Plot, Section, Table, file_name
@@ -41,7 +41,8 @@ def _history(steps: list[dict[str, Any]]) -> Section:
     rows = [[step["verb"], str(step["source"].get("name", "")), step["date"][:10], _versions(step)] for step in steps]
     commands = [step["command"] for step in steps if "command" in step]
     table = Table("", ["step", "from", "date", "versions"], rows)
-    return Section("What was done", commands=commands, tables=[table])
+    files = [f"In the config file of {step['verb']}: {', '.join(config_lines(step))}." for step in steps if step.get("config")]
+    return Section("What was done", list(dict.fromkeys(files)), commands=commands, tables=[table])
 
 
 def _versions(step: dict[str, Any]) -> str:

@@ -231,6 +231,8 @@ def write(
     entry = provenance.step("uptrain", job.source.record(), options, measurements)
     entry |= {"stage": run.stage, "teacher": teacher.record() if teacher else None, "data": data.record()}
     entry["command"] = job.command
+    if job.beside_flags:
+        entry["config"] = job.beside_flags
     entry["fingerprints"] = {name: run.identity[f"{name}'s fingerprint"] for name in ("model", "teacher")}
     run.journal.flush()
     before = place.before or job.source.path

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def fit(context: "FitContext", choice: Choice, plan: Plan) -> Plan:
-    """Fit every layer and give `plan` rules that read the results, which stand in the context's scratch folder.
+    """Fit every layer and give `plan` rules that read the results, which stand in the folder of the fit.
 
     Raises UpfitError for calibration text that cannot be used, Opaque for a model that cannot be run on text.
     """

@@ -85,7 +85,7 @@ def accelerator_for(mesh: Mesh, dtype: torch.dtype, **settings: Any) -> Accelera
     if not cpu:
         return Accelerator(fsdp_plugin=plugin, parallelism_config=layout, mixed_precision="no", **settings)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision="no", **settings)
-    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # one state for all that ask
     accelerator.state.fsdp_plugin = plugin
     if layout is not None:
         accelerator.state.parallelism_config, accelerator.state.device_mesh = layout, layout.get_device_mesh("cpu")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit.checkpoint.source import Source
-from upfit.options import as_flags, needs_a_file
+from upfit.options import as_flags, as_keys
 from upfit.uptrain.config import Config
 
 CONFIG_FILE = "uptrain.toml"
@@ -28,6 +28,11 @@ class Job:
     def command(self) -> str:
         """What gives the same again; what is no flag, and what stages have of their own, is in the config beside the result."""
         words = ["upfit", "uptrain", self.source.name, self.data, str(self.out), *as_flags(self.config)]
-        if self.tables or needs_a_file(self.config):
+        if self.beside_flags:
             words += ["--config", str(self.out / CONFIG_FILE)]
         return shlex.join(words)
+
+    @property
+    def beside_flags(self) -> dict[str, Any]:
+        """What of the config beside the result no flag says: keys that are not at their defaults, and tables of stages."""
+        return as_keys(self.config) | self.tables
