@@ -130,7 +130,7 @@ def _measured(args: argparse.Namespace, folder: Path, name: str) -> dict[str, An
             probe_samples=args.samples,
             probe_depths=8,
         )
-        kept.write_text(json.dumps(evaluate(str(folder), options, QUIET)), encoding="utf-8")
+        kept.write_text(json.dumps(evaluate(str(folder), options, QUIET).record()), encoding="utf-8")
     told = json.loads(kept.read_text(encoding="utf-8"))["model"]
     probes = {}
     for probe, found in told["probes"].items():

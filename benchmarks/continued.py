@@ -140,7 +140,7 @@ def _measured(args: argparse.Namespace, folder: Path, kept: Path, ablate: str | 
             dtype="float32",
             ablate=ablate,
         )
-        told = evaluate(str(folder), options, QUIET)
+        told = evaluate(str(folder), options, QUIET).record()
         content = {
             "loss": told["model"]["loss"]["nats_per_token"],
             "difference": told["difference"]["nats_per_token"],

@@ -74,7 +74,7 @@ def _measure(args: argparse.Namespace, windowed: Path, probe: str, length: int, 
         probe_samples=args.samples,
         probe_depths=args.depths,
     )
-    result = evaluate(str(args.model), options, Output(quiet=True))
+    result = evaluate(str(args.model), options, Output(quiet=True)).record()
     for key, subject in (("model", result["model"]), ("window", result["against"])):
         new = subject["probes"][probe]
         kept = told[key]["probes"].setdefault(probe, {**new, "lengths": {}})

@@ -48,7 +48,7 @@ def main() -> None:
     rows: dict[str, Any] = {}
     for name, folder in (("converted", converted), ("uptrained", trained)):
         options = Options(against=args.model, length=args.length, windows=args.windows)
-        told = evaluate(str(folder), options, output)
+        told = evaluate(str(folder), options, output).record()
         rows["source"] = _row(told["against"], None)
         rows[name] = _row(told["model"], told["difference"])
         rows["text"] = told["data"]

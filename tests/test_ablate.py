@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.records import evaluate
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.demo import embedded_model
 from upfit.errors import UpfitError
 from upfit.evaluate.ablate import ablated
-from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.load import load_model
 from upfit.evaluate.options import Options
 from upfit.output import Output

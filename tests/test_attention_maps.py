@@ -11,12 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.folders import save_tiny
+from tests.records import evaluate
 from tests.tiny import tiny_model
 from upfit import provenance
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
-from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options
 from upfit.evaluate.probes.attention_maps import all_maps, choose, places, record_by_head, record_maps
 from upfit.output import Output, to_json

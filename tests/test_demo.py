@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.records import evaluate
 from upfit import provenance
 from upfit.convert.describe import describe
 from upfit.demo import embedded_model, run
@@ -12,7 +13,6 @@ from upfit.demo.run import CONVERSIONS, check_free, run_demo
 from upfit.demo.show import show
 from upfit.demo.text import standard_library
 from upfit.errors import UpfitError
-from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options
 from upfit.output import Output
 

@@ -25,10 +25,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.records import evaluate
 from upfit import text as texts
 from upfit.errors import UpfitError
 from upfit.evaluate.cache import measure_cache
-from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.intervals import difference_interval, mean_interval
 from upfit.evaluate.loss import by_position, token_losses, window_losses
 from upfit.evaluate.options import Options
@@ -118,7 +118,7 @@ def test_loss_equals_float64_reference() -> None:
         wanted = -log_p[torch.arange(len(ids) - 1), ids[1:]].sum().item()
         assert found.tokens[index].sum() == len(ids) - 1
         assert found.nats[index].sum() == pytest.approx(wanted, rel=FLOAT32)
-    assert found.per_token().value == pytest.approx(found.nats.sum() / sum(len(w.ids) - 1 for w in windows), rel=1e-12)
+    assert found.per_token().mean == pytest.approx(found.nats.sum() / sum(len(w.ids) - 1 for w in windows), rel=1e-12)
 
 
 def test_loss_does_not_depend_on_the_batch_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

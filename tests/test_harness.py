@@ -14,12 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.folders import letter_tokenizer, save_tiny, tiny_llama
+from tests.records import evaluate
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
-from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.harness import harness
 from upfit.evaluate.harness.scores import MEANS, Metric, Scores, differences, metric
+from upfit.evaluate.measures import Interval
 from upfit.evaluate.options import Options, check_options
 from upfit.evaluate.result import Evaluation
 from upfit.output import Meter, Output
@@ -221,7 +222,7 @@ def test_a_model_differs_from_itself_by_nothing(models: dict[str, Path], tasks: 
     model, found, options = asked(models["llama"], tasks, ["pick", "say"])
     scores = harness.ask(model, letter_tokenizer(), POSITIONS, found, options, "tiny", QUIET)
     told = differences(scores, harness.ask(model, letter_tokenizer(), POSITIONS, found, options, "tiny", QUIET))
-    assert all(value == {"mean": 0.0, "low": 0.0, "high": 0.0} for task in told.values() for value in task.values())
+    assert all(value == Interval(0.0, 0.0, 0.0) for task in told.values() for value in task.values())
 
 
 LIKE_RULER = """
@@ -271,7 +272,7 @@ def test_ruler_is_run_length_by_length(
     assert "making the texts of ruler_vt, 600 tokens long" in said.err and said.out == "", "--json stands there"
     for name, score in (("ruler_vt", 0.5), ("ruler_qa_squad", 1.0)):
         for length in (600, 1000):
-            record = told[f"{name}, {length} tokens"].record()
+            record = told[f"{name}, {length} tokens"].summary().record()
             assert (record["length"], record["documents"]) == (length, 2), "a limit is one of each length"
             assert {key: value["mean"] for key, value in record["metrics"].items()} == {"string_match": score}
 
@@ -284,15 +285,15 @@ def test_intervals_belong_to_what_the_harness_tells() -> None:
     for name in MEANS:
         values = plain if name in ("mean", "perplexity") else weighted
         found = metric(values, name, getattr(agg, name)(values)).estimate()
-        assert math.isclose(found.value, getattr(agg, name)(values)), name
-        assert found.low is not None and found.high is not None and found.low < found.value < found.high
+        assert math.isclose(found.mean, getattr(agg, name)(values)), name
+        assert found.low is not None and found.high is not None and found.low < found.mean < found.high
 
 
 def test_other_aggregations_have_a_value_and_no_interval() -> None:
     one, two = (Metric(value) for value in (0.75, 0.5))
     assert metric([(0, 1), (1, 1)], "f1", 0.75) == one and metric(["a"], "mean", 0.5) == two
     scores = [{"t": Scores("0", "t", None, 1, 0, ["x"], {"f1": found})} for found in (one, two)]
-    assert differences(*scores) == {"t": {"f1": {"mean": 0.25, "low": None, "high": None}}}
+    assert differences(*scores) == {"t": {"f1": Interval(0.25, None, None)}}
 
 
 def test_without_the_harness_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from tests.records import evaluate
 from upfit.calibration.observe import Seen
 from upfit.demo import embedded_model
 from upfit.errors import UpfitError
-from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options
-from upfit.evaluate.probes.needle import DEPTHS, Sample, compared, largest_logit, make_samples, mass, probe, record
+from upfit.evaluate.probes.needle import DEPTHS, Sample, compared, largest_logit, make_samples, mass, probe, summary
 from upfit.output import Output
 from upfit.text import python_documents
 
@@ -89,7 +89,7 @@ def test_who_finds_it_is_told_apart(tokenizer: Any) -> None:
     samples = make_samples(python_documents(), tokenizer, 10, 128)
     with Output(quiet=True).progress("", 20) as meter:
         good, half = probe(Copier(samples, 0), samples, meter), probe(Copier(samples, 1), samples, meter)
-    told, other = record(good, samples), record(half, samples)
+    told, other = summary(good, samples).record(), summary(half, samples).record()
     assert told["accuracy"]["mean"] == 1.0 and other["accuracy"]["mean"] == 0.5
     assert told["largest_hidden"] == 7.0 and told["largest_logit"] is None
     difference = compared(good, half)["accuracy"]

@@ -9,12 +9,12 @@ import pytest
 
 from tests.folders import save_tiny
 from tests.hub import Hub
+from tests.records import evaluate
 from tests.test_push import REPO, hub  # noqa: F401 - the fixture
 from tests.uptraining import QUIET, config, text
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
-from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options as EvaluateOptions
 from upfit.portable import known_places, portable
 from upfit.publish.options import Options

@@ -10,12 +10,12 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 
+from tests.records import evaluate
 from tests.uptraining import QUIET, Workshop, make_workshop
 from upfit import provenance
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
-from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options as EvaluateOptions
 from upfit.publish import front
 from upfit.publish.card import BEGIN, END

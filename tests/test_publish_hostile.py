@@ -10,6 +10,7 @@ from markdown_it import MarkdownIt
 
 from benchmarks.fuzz_convert import damaged
 from tests.folders import save_tiny
+from tests.records import evaluate
 from tests.test_publish import card, copied
 from tests.uptraining import QUIET
 from upfit import provenance
@@ -17,7 +18,6 @@ from upfit.checkpoint.source import teacher_source
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
-from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options as EvaluateOptions
 from upfit.publish import front
 from upfit.publish.card import BEGIN, END

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.records import evaluate
 from tests.uptraining import QUIET, Workshop, config, make_workshop
 from upfit import provenance
 from upfit.errors import UpfitError
-from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options
 from upfit.report import figures
 from upfit.report.run import report

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from tests.folders import letter_tokenizer, save_tiny, tiny_llama
+from tests.records import evaluate
 from upfit import provenance
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.demo import embedded_model
 from upfit.errors import UpfitError
-from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.loss import window_losses
 from upfit.evaluate.options import Options
 from upfit.evaluate.probes import position, retrieval
@@ -125,13 +125,13 @@ def test_the_curve_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(position, "CHUNK", 24)
     model, tokenizer = windowed(), letter_tokenizer()
     ((samples),) = position.make_samples([tokenizer], python_documents()[:40], 3, [64, 100])
-    told = position.record(position.probe(model, samples, meter()), samples)["lengths"]
+    told = position.summary(position.probe(model, samples, meter()), samples).record()["lengths"]
     for length in (64, 100):
         windows = [w for w in make_windows(python_documents()[:40], tokenizer, length, 10**9) if len(w.ids) == length]
         chosen = [w for w in windows if any(np.array_equal(w.ids, sample.ids) for sample in samples)]
         plain = window_losses(model, chosen, 1, "m", meter()).per_token()
         assert len(chosen) == told[str(length)]["windows"] == 3
-        assert told[str(length)]["nats_per_token"]["mean"] == pytest.approx(plain.value, abs=FLOAT32)
+        assert told[str(length)]["nats_per_token"]["mean"] == pytest.approx(plain.mean, abs=FLOAT32)
         assert len(told[str(length)]["nats"]) == len(told[str(length)]["depths"]) == position.PARTS
     with pytest.raises(UpfitError, match="no text is 10000000 tokens long"):
         position.make_samples([tokenizer], python_documents()[:2], 3, [10_000_000])
@@ -185,7 +185,7 @@ def test_who_cannot_look_back_shows_the_gap_it_must(tokenizer: Any) -> None:
     told = {}
     for reach in (250, 10_000):
         found = retrieval.probe(Copier(reach, len(tokenizer)), samples, meter())
-        told[reach] = retrieval.record(found, samples)["lengths"]["700"]
+        told[reach] = retrieval.summary(found, samples).record()["lengths"]["700"]
     near, all_of_it = told[250], told[10_000]
     assert all_of_it["scores"] == [1.0] * 4 and all_of_it["gap"]["mean"] == 0.0 and all_of_it["p_value"] == 1.0
     assert all_of_it["average"] == {"mean": 1.0, "low": 1.0, "high": 1.0} == all_of_it["strict"]

@@ -16,13 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from benchmarks.cope_tasks import POSITIONS, Attention, Decoder, parsed, run, summary, task_of
+from tests.records import evaluate
 from upfit.cli import app
 from upfit.demo import embedded_model
 from upfit.errors import UpfitError
-from upfit.evaluate.evaluate import PROBES, evaluate
+from upfit.evaluate.evaluate import PROBES
 from upfit.evaluate.options import PROBES as NAMES
 from upfit.evaluate.options import Options
-from upfit.evaluate.probes.synthetic import TASKS, Question, compared, make_questions, probe, record
+from upfit.evaluate.probes.synthetic import TASKS, Question, compared, make_questions, probe
+from upfit.evaluate.probes.synthetic import summary as answered
 from upfit.evaluate.synthetic import counting, flipflop, selective_copy
 from upfit.evaluate.synthetic.items import Item
 from upfit.output import Output
@@ -199,7 +201,7 @@ class Says(nn.Module):
 
 def told(model: nn.Module, questions: list[Question]) -> dict[str, Any]:
     with Output(quiet=True).progress("", 1) as meter:
-        return record(probe(model, questions, meter), questions)["splits"]
+        return answered(probe(model, questions, meter), questions).record()["splits"]
 
 
 @pytest.mark.parametrize("name", TASKS)

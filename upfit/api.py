@@ -233,10 +233,9 @@ def uptrain(
 def evaluate(model: Place, *, progress: bool = True, **settings: Any) -> "Evaluation":
     """Loss and perplexity with intervals, KV-cache bytes and speed; with `against` also of another model on the same text."""
     from upfit.evaluate.evaluate import evaluate as run
-    from upfit.evaluate.result import Evaluation
 
     options = EvaluateOptions(**from_keywords(EvaluateOptions, settings, "api.evaluate", ["progress"]))
-    return Evaluation.read(run(str(model), options, Output(quiet=not progress)))
+    return run(str(model), options, Output(quiet=not progress))
 
 
 def report(

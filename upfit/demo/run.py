@@ -135,7 +135,7 @@ class _Measure:
 
     def __call__(self, folder: Path, against: Path | None) -> dict[str, Any]:
         options = Options(against=str(against) if against else None, data=self.held_out, length=LENGTH, windows=WINDOWS)
-        result = evaluate(str(folder), options, Output(quiet=True))
+        result = evaluate(str(folder), options, Output(quiet=True)).record()
         return {
             "folder": str(folder),
             "loss": result["model"]["loss"]["nats_per_token"],

@@ -2,7 +2,6 @@
 
 import functools
 import sys
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,29 +10,11 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from upfit.architecture.forwards import ADVICE, LOGITS_TO_KEEP, cache_name, cache_of, takes
 from upfit.errors import UpfitError
+from upfit.evaluate.measures import CacheGrowth
 
 NO_CACHE = "the model returns no cache"
 LONG = 48  # tokens of the longer of the two runs that give the slope
 LONGEST_WINDOW = 16384  # a sliding window above this is not filled: the run would take too long
-
-
-@dataclass(frozen=True)
-class CacheGrowth:
-    """Cache of one sequence, in bytes.
-
-    `bytes_per_token` is the growth while no sliding window is full. `window` is the largest sliding window in tokens and
-    `bytes_per_token_beyond` the growth once all are full (None: the model has none, or too large a one to fill here).
-    `fixed_bytes` does not depend on the length: states of convolutions and recurrences.
-    """
-
-    bytes_per_token: float
-    fixed_bytes: float
-    window: int | None
-    bytes_per_token_beyond: float | None
-    dtypes: list[str]
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class CachedModel:

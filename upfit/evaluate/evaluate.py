@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 from upfit import provenance
 from upfit.checkpoint.source import Source, find_source
 from upfit.errors import UpfitError
+from upfit.evaluate import measures
 from upfit.evaluate.ablate import ablated
-from upfit.evaluate.cache import CacheGrowth, measure_cache
+from upfit.evaluate.cache import measure_cache
 from upfit.evaluate.harness import harness
 from upfit.evaluate.harness import scores as harness_scores
 from upfit.evaluate.load import check_model, free, load_config, load_model, load_tokenizer, most_positions, pick_device
@@ -20,6 +21,7 @@ from upfit.evaluate.loss import Losses, difference, window_losses
 from upfit.evaluate.options import Options, check_options
 from upfit.evaluate.probes import attention_maps, needle
 from upfit.evaluate.probes.registry import PROBES, make_samples
+from upfit.evaluate.result import ABOUT, Evaluation
 from upfit.evaluate.speed import hardware, measure_speed, settle_lengths
 from upfit.options import as_flags
 from upfit.output import Output
@@ -44,7 +46,7 @@ class Subject:
     ablate: str | None = None  # the part to do without, once
     losses: Losses | None = None
     ablated: Losses | None = None
-    cache: CacheGrowth | None = None
+    cache: measures.CacheGrowth | None = None
     samples: dict[str, list[Any]] = field(default_factory=dict)  # of each probe
     probed: dict[str, Any] = field(default_factory=dict)
     asked: list[harness.Asked] = field(default_factory=list)
@@ -56,30 +58,28 @@ class Subject:
         """The text of all windows, as one row of tokens [tokens]."""
         return torch.from_numpy(np.concatenate([window.ids for window in self.windows]))
 
-    def record(self) -> dict[str, Any]:
-        assert self.losses is not None
-        return {
+    def summary(self) -> measures.Subject:
+        return measures.Subject(
             **self.source.record(),
             **self.facts,
-            "loss": self.losses.record(),
-            "cache": None if self.cache is None else self.cache.record(),
-            "probes": {name: self._probe(name) for name in self.probed} or None,
-            "tasks": {label: scores.record() for label, scores in self.scores.items()} or None,
-        }
-
-    def _probe(self, name: str) -> dict[str, Any]:
-        """What a probe found, and whether the model's recipe says that it was trained on the probe's pattern."""
-        record = PROBES[name].record(self.probed[name], self.samples[name])
-        return record | (
-            {"trained_on": record["pattern"] in provenance.patterns(self.source.path)} if "pattern" in record else {}
+            loss=_losses(self).summary(),
+            cache=self.cache,
+            probes={name: self._probe(name) for name in self.probed} or None,
+            tasks={label: scores.summary() for label, scores in self.scores.items()} or None,
         )
 
+    def _probe(self, name: str) -> measures.ProbeSummary:
+        """What a probe found, and whether the model's recipe says that it was trained on the probe's pattern."""
+        summary = PROBES[name].summary(self.probed[name], self.samples[name])
+        if not isinstance(summary, measures.Depths):
+            return summary
+        return replace(summary, trained_on=summary.pattern in provenance.patterns(self.source.path))
 
-def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
+
+def evaluate(model: str, options: Options, output: Output) -> Evaluation:
     """Measure `model` (folder, hub id or id@revision), and with `options.against` a second one on the same text.
 
-    Returns a dictionary that JSON can hold: `model` and `against` (each with `loss` and `cache`), `difference`, `ablation`,
-    `speed`, `data`, `hardware`, `versions`, `options` and `date`; what was not asked for is None. Progress goes to `output`.
+    What was not asked for is None. Progress goes to `output`.
     Raises UpfitError for whatever the user can mend: no tokenizer, no text, not a causal model, too long a window.
     """
     check_options(options)
@@ -101,49 +101,76 @@ def evaluate(model: str, options: Options, output: Output) -> dict[str, Any]:
             subject.asked = asked
     speed = _measure(subjects, options, lengths, device, output)
     first, second = subjects[0], subjects[1] if len(subjects) > 1 else None
-    records = [subject.record() for subject in subjects]
+    summaries = [subject.summary() for subject in subjects]
     if "needle" in first.probed:
-        _tell_heads(subjects, records, options.attention_maps)
+        summaries = _number_heads(subjects, summaries, options.attention_maps)
     if second and first.facts["dtype"] != second.facts["dtype"]:
         output.note(
             f"the models run in {first.facts['dtype']} and {second.facts['dtype']}; give --dtype to compare in one type"
         )
-    result = {
-        "model": records[0],
-        "against": records[1] if second else None,
-        "difference": difference(_losses(first), _losses(second), same) if second else None,
-        "probe_differences": {name: PROBES[name].compared(first.probed[name], second.probed[name]) for name in first.probed}
+    result = Evaluation(
+        model=summaries[0],
+        against=summaries[1] if second else None,
+        difference=difference(_losses(first), _losses(second), same) if second else None,
+        probe_differences={name: PROBES[name].compared(first.probed[name], second.probed[name]) for name in first.probed}
         if second and first.probed
         else None,
-        "task_differences": harness_scores.differences(first.scores, second.scores) if second and first.scores else None,
-        "ablation": None if first.ablated is None else difference(first.ablated, _losses(first), True) | {"part": first.ablate},
-        "speed": speed,
-        "data": data,
-        "hardware": hardware(device),
-    }
-    entry = provenance.step("evaluate", second.source.record() if second else {}, asdict(options), result)
-    entry["command"] = shlex.join(["upfit", "evaluate", model, *as_flags(options)])
+        task_differences=harness_scores.differences(first.scores, second.scores) if second and first.scores else None,
+        ablation=_ablation(first),
+        speed=speed,
+        data=data,
+        hardware=hardware(device),
+        command=shlex.join(["upfit", "evaluate", model, *as_flags(options)]),
+        options={},
+        versions={},
+        date="",
+    )
+    measurements = {key: value for key, value in result.record().items() if key not in ABOUT}
+    entry = provenance.step("evaluate", second.source.record() if second else {}, asdict(options), measurements)
+    entry["command"] = result.command
     if options.record:
         provenance.append(source.path, entry)
         output.note(f"kept in {source.path / provenance.FILE}")
-    return result | {key: entry[key] for key in ("command", "options", "versions", "date")}
+    return replace(result, options=entry["options"], versions=entry["versions"], date=entry["date"])
 
 
-def _tell_heads(subjects: list[Subject], records: list[dict[str, Any]], count: int) -> None:
-    """Number the heads in the needle's records as in the source, and keep the maps of the `count` that look at the answer most
-    there (in the last of the subjects), the same heads of every model."""
-    watched = [(s, r["probes"]["needle"]) for s, r in zip(subjects, records, strict=True) if s.probed["needle"].heads]
-    numbered = []
-    for subject, record in watched:
-        own = record["attention_by_head"]
-        now = attention_maps.places(provenance.read(subject.source.path), own)
-        record["attention_by_head"] = [[layer[at] for at in places] for layer, places in zip(own, now, strict=True)]
-        numbered.append((subject, record, now))
-    for subject, record, now in numbered:
-        if subject.short is not None:
-            chosen = attention_maps.choose(numbered[-1][1]["attention_by_head"], count)
-            shown = needle.record_shown(subject.short, subject.tokenizer)
-            record["maps"] = shown | {"heads": attention_maps.record_maps(subject.maps, chosen, now)}
+def _ablation(subject: Subject) -> measures.Ablation | None:
+    if subject.ablated is None or subject.ablate is None:
+        return None
+    return measures.Ablation(**vars(difference(subject.ablated, _losses(subject), True)), part=subject.ablate)
+
+
+def _number_heads(subjects: list[Subject], summaries: list[measures.Subject], count: int) -> list[measures.Subject]:
+    """The summaries with the needle's heads numbered as in the source, and with the maps of the `count` that look at the answer
+    most there (in the last of the subjects), the same heads of every model."""
+    numbered = [_numbered(subject, summary) for subject, summary in zip(subjects, summaries, strict=True)]
+    watched = [by_head for by_head, _ in numbered if by_head]
+    heads = attention_maps.choose(watched[-1], count) if watched else []
+    shown = []
+    for subject, summary, (by_head, places) in zip(subjects, summaries, numbered, strict=True):
+        maps = None
+        if by_head and subject.short is not None:
+            maps = needle.record_shown(subject.short, subject.tokenizer)
+            maps |= {"heads": attention_maps.record_maps(subject.maps, heads, places)}
+        shown.append(_with_needle(summary, attention_by_head=by_head, maps=maps) if by_head else summary)
+    return shown
+
+
+def _numbered(subject: Subject, summary: measures.Subject) -> tuple[list[list[float]], list[list[int]]]:
+    """Attention on the needle's answer, and where each head is now, [layer][head of the source]; empty without any."""
+    by_head = _needle(summary).attention_by_head or []
+    places = attention_maps.places(provenance.read(subject.source.path), by_head)
+    return [[layer[at] for at in heads] for layer, heads in zip(by_head, places, strict=True)], places
+
+
+def _needle(summary: measures.Subject) -> measures.Needle:
+    needle = (summary.probes or {})["needle"]
+    assert isinstance(needle, measures.Needle)
+    return needle
+
+
+def _with_needle(summary: measures.Subject, **changes: Any) -> measures.Subject:
+    return replace(summary, probes={**(summary.probes or {}), "needle": replace(_needle(summary), **changes)})
 
 
 def _check_recordable(source: Source) -> None:
@@ -176,7 +203,7 @@ def _losses(subject: Subject) -> Losses:
     return subject.losses
 
 
-def _lay_windows(subjects: list[Subject], options: Options, output: Output) -> tuple[bool, dict[str, Any]]:
+def _lay_windows(subjects: list[Subject], options: Options, output: Output) -> tuple[bool, measures.Text]:
     """Give every subject the same text as windows. Returns whether the tokens are the same, and what the text was."""
     least, length = _least(subjects), options.length
     if length is None:
@@ -217,20 +244,20 @@ def _documents(options: Options, length: int, output: Output) -> list[Document]:
     return python_documents()
 
 
-def _describe(windows: list[Window], options: Options, length: int) -> dict[str, Any]:
-    return {
-        "source": options.data or "python",
-        "documents": len({window.document for window in windows}),
-        "windows": len(windows),
-        "length": length,
-        "tokens": sum(len(window.ids) for window in windows),
-        "sha256": digest(windows),
-    }
+def _describe(windows: list[Window], options: Options, length: int) -> measures.Text:
+    return measures.Text(
+        source=options.data or "python",
+        documents=len({window.document for window in windows}),
+        windows=len(windows),
+        length=length,
+        tokens=sum(len(window.ids) for window in windows),
+        sha256=digest(windows),
+    )
 
 
 def _measure(
     subjects: list[Subject], options: Options, lengths: list[int], device: torch.device, output: Output
-) -> dict[str, Any] | None:
+) -> measures.Speed | None:
     """Losses and caches into the subjects, and the timings returned. Two models are in memory only while they take turns."""
     if not options.speed:
         for subject in subjects:
@@ -245,7 +272,7 @@ def _measure(
     total = (options.speed_repeats + 1) * len(models) * sum(length + options.speed_steps for length in lengths)
     with output.progress("speed", total) as meter:
         rows = measure_speed(loaded, lengths, options.speed_batch, options.speed_steps, options.speed_repeats, meter)
-    return {"batch": options.speed_batch, "steps": options.speed_steps, "repeats": options.speed_repeats, "rows": rows}
+    return measures.Speed(options.speed_batch, options.speed_steps, options.speed_repeats, rows)
 
 
 def _measure_one(subject: Subject, model: Any, options: Options, output: Output) -> None:

@@ -6,46 +6,22 @@ Techniques, 3rd ed., section 6.4), which for windows of equal weight is the text
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
+from upfit.evaluate.measures import Interval
+
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value with the ends of its interval; None where a single window gives none."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    def record(self) -> dict[str, float | None]:
-        return {"mean": self.value, "low": self.low, "high": self.high}
-
-    def exp(self) -> "Estimate":
-        """The perplexity of a loss: exp is monotone, so the ends of the interval stay ends of an interval."""
-        low, high = (None if end is None else _exp(end) for end in (self.low, self.high))
-        return Estimate(_exp(self.value), low, high)
-
-
-def _exp(value: float) -> float:
-    """e ** value; the largest float where that is too large for one (a broken model), so that JSON can hold it."""
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return float(np.finfo(np.float64).max)
-
-
-def mean_interval(costs: np.ndarray, weights: np.ndarray) -> Estimate:
+def mean_interval(costs: np.ndarray, weights: np.ndarray) -> Interval:
     """Sum of `costs` [windows] over sum of `weights` [windows], with its t-interval over windows."""
     value = float(costs.sum() / weights.sum())
     return _t_interval(value, (costs - value * weights) / weights.sum())
 
 
-def difference_interval(costs: np.ndarray, weights: np.ndarray, other_costs: np.ndarray, other_weights: np.ndarray) -> Estimate:
+def difference_interval(costs: np.ndarray, weights: np.ndarray, other_costs: np.ndarray, other_weights: np.ndarray) -> Interval:
     """First mean minus second mean, paired: entry i of all four arrays [windows] belongs to the same text."""
     mean, other = costs.sum() / weights.sum(), other_costs.sum() / other_weights.sum()
     residuals = (costs - mean * weights) / weights.sum()
@@ -53,11 +29,11 @@ def difference_interval(costs: np.ndarray, weights: np.ndarray, other_costs: np.
     return _t_interval(float(mean - other), residuals - other_residuals)
 
 
-def _t_interval(value: float, residuals: np.ndarray) -> Estimate:
+def _t_interval(value: float, residuals: np.ndarray) -> Interval:
     """`residuals` [windows] are the windows' shares in the error of `value`; they sum to 0."""
     count = len(residuals)
     if count < 2:
-        return Estimate(value, None, None)
+        return Interval(value, None, None)
     error = math.sqrt(count / (count - 1) * float((residuals**2).sum()))
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1)) * error
-    return Estimate(value, value - half, value + half)
+    return Interval(value, value - half, value + half)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from upfit.errors import UpfitError
-from upfit.evaluate.intervals import Estimate, difference_interval, mean_interval
+from upfit.evaluate.intervals import difference_interval, mean_interval
+from upfit.evaluate.measures import Difference, Interval, Loss
 from upfit.output import Meter
 from upfit.text.windows import Window
 
@@ -25,42 +26,37 @@ class Losses:
     tokens: np.ndarray
     bytes: np.ndarray
 
-    def per_token(self) -> Estimate:
+    def per_token(self) -> Interval:
         """Mean loss in nats per scored token."""
         return mean_interval(self.nats.sum(1), self.tokens.sum(1))
 
-    def per_byte(self) -> Estimate:
+    def per_byte(self) -> Interval:
         """Mean loss in bits per byte of the scored text."""
         return mean_interval(self.nats.sum(1) / math.log(2), self.bytes)
 
-    def record(self) -> dict[str, Any]:
+    def summary(self) -> Loss:
         loss = self.per_token()
         parts = self.nats.sum(0) / np.maximum(self.tokens.sum(0), 1)
-        return {
-            "nats_per_token": loss.record(),
-            "perplexity": loss.exp().record(),
-            "bits_per_byte": self.per_byte().record(),
-            "nats_per_token_by_position": [float(part) for part in parts],
-            "scored_tokens": int(self.tokens.sum()),
-            "scored_bytes": int(self.bytes.sum()),
-        }
+        return Loss(
+            nats_per_token=loss,
+            perplexity=loss.exp(),
+            bits_per_byte=self.per_byte(),
+            nats_per_token_by_position=[float(part) for part in parts],
+            scored_tokens=int(self.tokens.sum()),
+            scored_bytes=int(self.bytes.sum()),
+        )
 
 
-def difference(losses: Losses, other: Losses, same_tokens: bool) -> dict[str, Any]:
+def difference(losses: Losses, other: Losses, same_tokens: bool) -> Difference:
     """`losses` minus `other` on the same texts, paired by window: above 0 means the first is worse.
 
     In nats per token (with the ratio of perplexities) only where both were given the same tokens; in bits per byte always.
     """
     bits = difference_interval(losses.nats.sum(1) / math.log(2), losses.bytes, other.nats.sum(1) / math.log(2), other.bytes)
-    result: dict[str, Any] = {"unit": "bits per byte", "bits_per_byte": bits.record()}
-    if same_tokens:
-        nats = difference_interval(losses.nats.sum(1), losses.tokens.sum(1), other.nats.sum(1), other.tokens.sum(1))
-        result |= {
-            "unit": "nats per token",
-            "nats_per_token": nats.record(),
-            "perplexity_ratio": nats.exp().record(),
-        }
-    return result
+    if not same_tokens:
+        return Difference("bits per byte", bits)
+    nats = difference_interval(losses.nats.sum(1), losses.tokens.sum(1), other.nats.sum(1), other.tokens.sum(1))
+    return Difference("nats per token", bits, nats, nats.exp())
 
 
 def window_losses(model: Any, windows: list[Window], batch: int, name: str, meter: Meter) -> Losses:

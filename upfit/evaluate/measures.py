@@ -1,5 +1,7 @@
 """The parts of what `upfit evaluate` answers. Intervals are of 95 %, over windows, samples, contexts or documents."""
 
+import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,11 @@ class Interval(Part):
     low: float | None
     high: float | None
 
+    def exp(self) -> "Interval":
+        """The perplexity of a loss: exp is monotone, so the ends of the interval stay ends of an interval."""
+        low, high = (None if end is None else _exp(end) for end in (self.low, self.high))
+        return Interval(_exp(self.mean), low, high)
+
     def ends(self, digits: int) -> str:
         """`36.87 [31.93, 42.58]`, no decimals from 1000 on; without the brackets where there is no interval."""
         digits = digits if self.mean < 1000 else 0
@@ -27,6 +34,14 @@ class Interval(Part):
     def half_width(self, digits: int) -> str:
         """`3.6074 ± 0.1440`, for an interval that is symmetric."""
         return f"{self.mean:.{digits}f}" + ("" if self.low is None else f" ± {self.mean - self.low:.{digits}f}")
+
+
+def _exp(value: float) -> float:
+    """e ** value; the largest float where that is too large for one (a broken model), so that JSON can hold it."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,7 @@ class Loss(Part):
 
 
 @dataclass(frozen=True)
-class Cache(Part):
+class CacheGrowth(Part):
     """Cache of one sequence.
 
     bytes_per_token: growth while no sliding window is full, bytes a token
@@ -245,6 +260,9 @@ class SyntheticTask(Part):
     splits: dict[str, Split]
 
 
+ProbeSummary = Needle | Depths | Position | SyntheticTask  # what a probe may find
+
+
 @dataclass(frozen=True)
 class TaskScores(Part):
     """A task of lm-evaluation-harness.
@@ -290,8 +308,8 @@ class Subject(Part):
     dtype: str
     parameters: int
     loss: Loss
-    cache: Cache | None
-    probes: dict[str, Needle | Depths | Position | SyntheticTask] | None
+    cache: CacheGrowth | None
+    probes: dict[str, ProbeSummary] | None
     tasks: dict[str, TaskScores] | None
 
 

@@ -8,6 +8,8 @@ from upfit.evaluate.measures import Ablation, Depths, Difference, Hardware, Inte
 from upfit.output import Output
 from upfit.results import Result
 
+ABOUT = ("command", "options", "versions", "date")  # the fields that are not measurements
+
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Result):

@@ -13,6 +13,7 @@ import torch
 
 from upfit.errors import UpfitError
 from upfit.evaluate.cache import NO_CACHE, CachedModel, cache_bytes
+from upfit.evaluate.measures import Hardware, Ratio, SpeedRow, Spread, Timing
 from upfit.output import Meter
 
 DEFAULT_LENGTHS = (128, 512, 2048)
@@ -37,7 +38,7 @@ def settle_lengths(wanted: list[int] | None, steps: int, most: int | None) -> li
 
 def measure_speed(
     models: dict[str, tuple[Any, torch.Tensor]], lengths: list[int], batch: int, steps: int, repeats: int, meter: Meter
-) -> list[dict[str, Any]]:
+) -> list[SpeedRow]:
     """One row a context length, with each model's tokens per second and cache bytes, keyed as in `models`.
 
     Each model comes with its text, ids [tokens], repeated as needed. With two models a row also has `ratio`: first over
@@ -79,38 +80,39 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _row(length: int, batch: int, steps: int, timings: dict[str, list[tuple[float, float, int]]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"context": length}
-    for key, taken in timings.items():
-        row[key] = {
-            "prefill_tokens_per_s": _spread([batch * length / prefill for prefill, _, _ in taken]),
-            "decode_tokens_per_s": _spread([batch * steps / decode for _, decode, _ in taken]),
-            "cache_bytes": taken[-1][2],
-        }
+def _row(length: int, batch: int, steps: int, timings: dict[str, list[tuple[float, float, int]]]) -> SpeedRow:
+    rates = {
+        key: Timing(
+            prefill_tokens_per_s=_spread([batch * length / prefill for prefill, _, _ in taken]),
+            decode_tokens_per_s=_spread([batch * steps / decode for _, decode, _ in taken]),
+            cache_bytes=taken[-1][2],
+        )
+        for key, taken in timings.items()
+    }
+    ratio = None
     if len(timings) == 2:
         first, second = timings.values()
         pairs = list(zip(first, second, strict=True))
-        row["ratio"] = {
-            "prefill": _spread([theirs[0] / ours[0] for ours, theirs in pairs]),
-            "decode": _spread([theirs[1] / ours[1] for ours, theirs in pairs]),
-        }
-    return row
+        ratio = Ratio(
+            prefill=_spread([theirs[0] / ours[0] for ours, theirs in pairs]),
+            decode=_spread([theirs[1] / ours[1] for ours, theirs in pairs]),
+        )
+    return SpeedRow(length, rates["model"], rates.get("against"), ratio)
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+def _spread(values: list[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
+def hardware(device: torch.device) -> Hardware:
     """What the numbers were measured on."""
-    machine: dict[str, Any] = {
-        "device": str(device),
-        "machine": platform.machine(),
-        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "memory_bytes": psutil.virtual_memory().total,
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine |= {"accelerator": properties.name, "accelerator_memory_bytes": properties.total_memory}
-    return machine
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return Hardware(
+        device=str(device),
+        machine=platform.machine(),
+        cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+        torch_threads=torch.get_num_threads(),
+        memory_bytes=psutil.virtual_memory().total,
+        accelerator=properties.name if properties else None,
+        accelerator_memory_bytes=properties.total_memory if properties else None,
+    )

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from upfit.evaluate.intervals import Estimate, difference_interval, mean_interval
+from upfit.evaluate.intervals import difference_interval, mean_interval
+from upfit.evaluate.measures import Interval, TaskScores
 
 # How the harness's aggregations make one number of the documents' values: (sign and scale of a value, e ** the mean?).
 # Values are numbers, or (number, weight). Others (F1, BLEU, a task's own) have no interval here.
@@ -27,9 +28,9 @@ class Metric:
     weights: np.ndarray | None = None
     exp: bool = False
 
-    def estimate(self) -> Estimate:
+    def estimate(self) -> Interval:
         if self.costs is None or self.weights is None:
-            return Estimate(self.value, None, None)
+            return Interval(self.value, None, None)
         mean = mean_interval(self.costs, self.weights)
         return mean.exp() if self.exp else mean
 
@@ -46,17 +47,16 @@ class Scores:
     documents: list[str]
     metrics: dict[str, Metric]
 
-    def record(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return {
-            "harness": self.harness,
-            "task": self.task,
-            "length": self.length,
-            "version": self.version,
-            "few_shot": self.shots,
-            "documents": len(self.documents),
-            "metrics": {name: metric.estimate().record() for name, metric in self.metrics.items()},
-        }
+    def summary(self) -> TaskScores:
+        return TaskScores(
+            harness=self.harness,
+            task=self.task,
+            length=self.length,
+            version=self.version,
+            few_shot=self.shots,
+            documents=len(self.documents),
+            metrics={name: metric.estimate() for name, metric in self.metrics.items()},
+        )
 
 
 def metric(values: list[Any], aggregation: str, value: float) -> Metric:
@@ -75,19 +75,19 @@ def _countable(value: Any) -> bool:
     return all(isinstance(part, bool | int | float | np.number) and math.isfinite(part) for part in parts)
 
 
-def differences(first: dict[str, Scores], second: dict[str, Scores]) -> dict[str, dict[str, Any]]:
+def differences(first: dict[str, Scores], second: dict[str, Scores]) -> dict[str, dict[str, Interval]]:
     """Of each task: first minus second for each metric, paired by document; of perplexities the ratio."""
     return {label: _compared(scores, second[label]) for label, scores in first.items()}
 
 
-def _compared(first: Scores, second: Scores) -> dict[str, Any]:
+def _compared(first: Scores, second: Scores) -> dict[str, Interval]:
     assert first.documents == second.documents
     differences: dict[str, Any] = {}
     for name, ours in first.metrics.items():
         other = second.metrics[name]
         if ours.costs is None or ours.weights is None or other.costs is None or other.weights is None:
-            differences[name] = Estimate(ours.value - other.value, None, None).record()
+            differences[name] = Interval(ours.value - other.value, None, None)
             continue
         apart = difference_interval(ours.costs, ours.weights, other.costs, other.weights)
-        differences[f"{name}_ratio" if ours.exp else name] = (apart.exp() if ours.exp else apart).record()
+        differences[f"{name}_ratio" if ours.exp else name] = apart.exp() if ours.exp else apart
     return differences

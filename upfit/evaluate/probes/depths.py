@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from upfit.evaluate.intervals import CONFIDENCE, Estimate, difference_interval, mean_interval
+from upfit.evaluate.intervals import CONFIDENCE, difference_interval, mean_interval
+from upfit.evaluate.measures import Interval, NullGap
 
 ROUNDS = 2000
 SEED = 20240426
@@ -18,20 +19,15 @@ SEED = 20240426
 
 @dataclass(frozen=True)
 class Gap:
-    """`value` with the ends of its interval, and what no effect of depth would give: mean, 95th percentile, and how likely a
-    gap as large as this one is then."""
+    """`value` with the ends of its interval, what no effect of depth would give, and how likely a gap as large as this one is
+    then."""
 
-    value: Estimate
-    null_mean: float
-    null_p95: float
+    value: Interval
+    null: NullGap
     p_value: float
 
-    def record(self, prefix: str = "") -> dict[str, Any]:
-        null = {"mean": self.null_mean, "p95": self.null_p95}
-        return {f"{prefix}gap": self.value.record(), f"{prefix}null_gap": null, f"{prefix}p_value": self.p_value}
 
-
-def average(values_CD: np.ndarray) -> Estimate:
+def average(values_CD: np.ndarray) -> Interval:
     """Mean over all questions, with its t-interval over contexts."""
     return mean_interval(values_CD.mean(1), np.ones(len(values_CD)))
 
@@ -43,7 +39,7 @@ def gap(values_CD: np.ndarray) -> Gap:
     null = np.array([np.ptp(draw.permuted(values_CD, axis=1).mean(0)) for _ in range(ROUNDS)])
     p_value = (1 + int((null >= value - 1e-12).sum())) / (1 + ROUNDS)  # the sample is one of the deals
     drawn = np.ptp(_redrawn(len(values_CD)) @ values_CD, axis=1)
-    return Gap(_percentiles(value, drawn, len(values_CD)), float(null.mean()), float(np.quantile(null, 0.95)), p_value)
+    return Gap(_percentiles(value, drawn, len(values_CD)), NullGap(float(null.mean()), float(np.quantile(null, 0.95))), p_value)
 
 
 def compared(first_CD: np.ndarray, second_CD: np.ndarray) -> dict[str, Any]:
@@ -62,9 +58,9 @@ def _redrawn(contexts: int) -> np.ndarray:
     return np.random.default_rng(SEED).multinomial(contexts, np.full(contexts, 1 / contexts), ROUNDS) / contexts
 
 
-def _percentiles(value: float, drawn: np.ndarray, contexts: int) -> Estimate:
+def _percentiles(value: float, drawn: np.ndarray, contexts: int) -> Interval:
     """One context says nothing of others."""
     if contexts < 2:
-        return Estimate(value, None, None)
+        return Interval(value, None, None)
     low, high = np.quantile(drawn, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
-    return Estimate(value, float(low), float(high))
+    return Interval(value, float(low), float(high))

@@ -21,6 +21,7 @@ from torch import Tensor
 from upfit.calibration.observe import Seen
 from upfit.errors import UpfitError
 from upfit.evaluate.intervals import difference_interval, mean_interval
+from upfit.evaluate.measures import Needle
 from upfit.evaluate.probes.attention_maps import MAP_TOKENS, record_by_head, shares, watching
 from upfit.output import Meter
 from upfit.text import Document
@@ -142,25 +143,22 @@ def mass(seen: Seen, sample: Sample) -> Tensor:
     return torch.stack([answer, first, 1 - answer - first], -1).cpu()
 
 
-def record(watched: Watched, samples: list[Sample]) -> dict[str, Any]:
-    """As JSON can hold it: means with 95 % intervals over samples, and the share found at each depth."""
+def summary(watched: Watched, samples: list[Sample]) -> Needle:
+    """Means with 95 % intervals over samples, and the share found at each depth."""
     ones = np.ones(len(samples))
-    numbers: dict[str, Any] = {
-        "accuracy": mean_interval(np.array(watched.right), ones).record(),
-        "answer_nats_per_token": mean_interval(np.array(watched.loss), ones).record(),
-        "accuracy_by_depth": {
-            str(depth): float(np.mean([r for r, s in zip(watched.right, samples, strict=True) if s.depth == depth]))
-            for depth in DEPTHS
-            if any(s.depth == depth for s in samples)
-        },
-        "largest_logit": watched.logit or None,
-        "largest_hidden": watched.hidden,
-    }
-    if watched.mass:
-        for name, column in zip(("answer", "first_token", "rest"), np.array(watched.mass).T, strict=True):
-            numbers[f"attention_on_{name}"] = mean_interval(column, ones).record()
-        numbers["attention_by_head"] = record_by_head(watched.heads)
-    return numbers
+    at_depth = {depth: [r for r, s in zip(watched.right, samples, strict=True) if s.depth == depth] for depth in DEPTHS}
+    masses = [mean_interval(column, ones) for column in np.array(watched.mass).T] if watched.mass else [None, None, None]
+    return Needle(
+        accuracy=mean_interval(np.array(watched.right), ones),
+        answer_nats_per_token=mean_interval(np.array(watched.loss), ones),
+        accuracy_by_depth={str(depth): float(np.mean(right)) for depth, right in at_depth.items() if right},
+        largest_logit=watched.logit or None,
+        largest_hidden=watched.hidden,
+        attention_on_answer=masses[0],
+        attention_on_first_token=masses[1],
+        attention_on_rest=masses[2],
+        attention_by_head=record_by_head(watched.heads) if watched.mass else None,
+    )
 
 
 def record_shown(sample: Sample, tokenizer: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from upfit.errors import UpfitError
 from upfit.evaluate.cache import CachedModel
 from upfit.evaluate.intervals import difference_interval, mean_interval
 from upfit.evaluate.loss import by_position
+from upfit.evaluate.measures import Position, PositionRow
 from upfit.evaluate.probes.reader import CHUNK, check_goes_on
 from upfit.output import Meter
 from upfit.text import Document
@@ -77,21 +78,22 @@ def probe(model: Any, samples: list[Sample], meter: Meter) -> list[Read]:
     return reads
 
 
-def record(reads: list[Read], samples: list[Sample]) -> dict[str, Any]:
+def summary(reads: list[Read], samples: list[Sample]) -> Position:
     """For each length the curve: the middle of each part as a share of the window, and its nats a token with intervals."""
-    lengths = {}
-    for length in dict.fromkeys(read.length for read in reads):
-        nats, tokens = _columns(reads, length)
-        parts = [mean_interval(nats[:, part], tokens[:, part]) for part in range(PARTS)]
-        lengths[str(length)] = {
-            "windows": len(nats),
-            "nats_per_token": mean_interval(nats.sum(1), tokens.sum(1)).record(),
-            "depths": [(part + 0.5) / PARTS for part in range(PARTS)],
-            "nats": [part.value for part in parts],
-            "intervals": [part.record() for part in parts],
-            "perplexities": [part.exp().value for part in parts],
-        }
-    return {"lengths": lengths}
+    return Position({str(length): _curve(reads, length) for length in dict.fromkeys(read.length for read in reads)})
+
+
+def _curve(reads: list[Read], length: int) -> PositionRow:
+    nats, tokens = _columns(reads, length)
+    parts = [mean_interval(nats[:, part], tokens[:, part]) for part in range(PARTS)]
+    return PositionRow(
+        windows=len(nats),
+        nats_per_token=mean_interval(nats.sum(1), tokens.sum(1)),
+        depths=[(part + 0.5) / PARTS for part in range(PARTS)],
+        nats=[part.mean for part in parts],
+        intervals=parts,
+        perplexities=[part.exp().mean for part in parts],
+    )
 
 
 def compared(first: list[Read], second: list[Read]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit.errors import UpfitError
+from upfit.evaluate.measures import ProbeSummary
 from upfit.evaluate.options import Options
 from upfit.evaluate.probes import needle, position, retrieval, synthetic
 from upfit.longcontext.probes import contexts
@@ -18,11 +19,12 @@ from upfit.text import Document
 @dataclass(frozen=True)
 class Probe:
     """One `--probe`. `make` (tokenizers, documents, options, lengths): samples for each tokenizer, each with its tokens `ids`;
-    `ask`: what a model does with them; `record`: both as JSON can hold them; `compared`: a first model's minus a second's."""
+    `ask`: what a model does with them; `summary`: what both tell; `compared`: a first model's minus a second's, as JSON
+    can hold it."""
 
     make: Callable[[list[Any], list[Document], Options, list[int]], list[list[Any]]]
     ask: Callable[[Any, list[Any], Meter], Any]
-    record: Callable[[Any, list[Any]], dict[str, Any]]
+    summary: Callable[[Any, list[Any]], ProbeSummary]
     compared: Callable[[Any, Any], dict[str, Any]]
 
 
@@ -47,11 +49,11 @@ def _windows(tokenizers: list[Any], documents: list[Document], options: Options,
     return position.make_samples(tokenizers, documents, options.probe_samples, lengths)
 
 
-PROBES = {name: Probe(partial(_contexts, name), retrieval.probe, retrieval.record, retrieval.compared) for name in FAMILIES}
-PROBES["position"] = Probe(_windows, position.probe, position.record, position.compared)
-PROBES["needle"] = Probe(_needles, needle.probe, needle.record, needle.compared)
+PROBES = {name: Probe(partial(_contexts, name), retrieval.probe, retrieval.summary, retrieval.compared) for name in FAMILIES}
+PROBES["position"] = Probe(_windows, position.probe, position.summary, position.compared)
+PROBES["needle"] = Probe(_needles, needle.probe, needle.summary, needle.compared)
 PROBES |= {
-    name: Probe(partial(_questions, name), synthetic.probe, synthetic.record, synthetic.compared) for name in synthetic.TASKS
+    name: Probe(partial(_questions, name), synthetic.probe, synthetic.summary, synthetic.compared) for name in synthetic.TASKS
 }
 
 

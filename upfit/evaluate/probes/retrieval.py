@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from upfit.evaluate.measures import DepthRow, Depths, FilmScore
 from upfit.evaluate.probes import depths
 from upfit.evaluate.probes.reader import Reader
 from upfit.longcontext.probes import scores
@@ -58,37 +59,41 @@ def _scored(laid: Laid, texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]
     return np.array(relaxed), np.array(strict)
 
 
-def record(replies: list[Answered], samples: list[Laid]) -> dict[str, Any]:
-    """As JSON can hold it, for each length: averages, gaps with their null, floors, and everything by depth."""
-    first = samples[0]
-    lengths = {}
+def summary(replies: list[Answered], samples: list[Laid]) -> Depths:
+    """For each length: averages, gaps with their null, floors, and everything by depth. What the model was trained on is not
+    known here."""
+    rows = {}
     for length in dict.fromkeys(laid.length for laid in samples):
         pairs = [(answered, laid) for answered, laid in zip(replies, samples, strict=True) if laid.length == length]
-        lengths[str(length)] = _one_length([answered for answered, _ in pairs], [laid for _, laid in pairs])
-    return {"pattern": FAMILIES[first.name].pattern, "pieces": first.source, "lengths": lengths}
+        rows[str(length)] = _one_length([answered for answered, _ in pairs], [laid for _, laid in pairs])
+    return Depths(FAMILIES[samples[0].name].pattern, samples[0].source, rows, trained_on=False)
 
 
-def _one_length(answered: list[Answered], samples: list[Laid]) -> dict[str, Any]:
+def _one_length(answered: list[Answered], samples: list[Laid]) -> DepthRow:
     relaxed, strict, nats = (np.array([getattr(each, name) for each in answered]) for name in ("relaxed", "strict", "nats"))
     average, lowest = depths.average(relaxed), floor(samples)
+    gap, nats_gap = depths.gap(relaxed), depths.gap(nats)
     at = np.array([[question.depth for question in laid.questions] for laid in samples])
-    numbers = {
-        "contexts": len(samples),
-        "tokens": float(np.mean([len(laid.ids) for laid in samples])),
-        "average": average.record(),
-        **depths.gap(relaxed).record(),
-        "floor": lowest,
-        "normalised": (average.value - lowest) / (1 - lowest),
-        "strict": depths.average(strict).record(),
-        "answer_nats_per_token": depths.average(nats).record(),
-        **depths.gap(nats).record("nats_"),
-        "depths": at.mean(0).tolist(),
-        "scores": relaxed.mean(0).tolist(),
-        "strict_scores": strict.mean(0).tolist(),
-        "nats": nats.mean(0).tolist(),
-    }
-    film = _film(answered, samples)
-    return numbers | ({} if film is None else {"film": film})
+    return DepthRow(
+        contexts=len(samples),
+        tokens=float(np.mean([len(laid.ids) for laid in samples])),
+        average=average,
+        gap=gap.value,
+        null_gap=gap.null,
+        p_value=gap.p_value,
+        floor=lowest,
+        normalised=(average.mean - lowest) / (1 - lowest),
+        strict=depths.average(strict),
+        answer_nats_per_token=depths.average(nats),
+        nats_gap=nats_gap.value,
+        nats_null_gap=nats_gap.null,
+        nats_p_value=nats_gap.p_value,
+        depths=at.mean(0).tolist(),
+        scores=relaxed.mean(0).tolist(),
+        strict_scores=strict.mean(0).tolist(),
+        nats=nats.mean(0).tolist(),
+        film=_film(answered, samples),
+    )
 
 
 def floor(samples: list[Laid]) -> float:
@@ -104,7 +109,7 @@ def floor(samples: list[Laid]) -> float:
     return float(max(np.mean(echo), np.mean(other)))
 
 
-def _film(answered: list[Answered], samples: list[Laid]) -> dict[str, Any] | None:
+def _film(answered: list[Answered], samples: list[Laid]) -> FilmScore | None:
     """The same answers as FILM scores and bins them, contexts as its sets; None for a probe that FILM has not."""
     score = FAMILIES[samples[0].name].film
     if score is None:
@@ -117,7 +122,7 @@ def _film(answered: list[Answered], samples: list[Laid]) -> dict[str, Any] | Non
     bins = scores.film_bins(positions, np.array(rows))
     means = [float(values.mean()) for values in bins]
     gap = max(means) - min(means) if len(means) > 1 else None
-    return {"average": float(np.mean(means)), "gap": gap, "bins": means} if means else None
+    return FilmScore(float(np.mean(means)), gap, means) if means else None
 
 
 def compared(first: list[Answered], second: list[Answered]) -> dict[str, Any]:

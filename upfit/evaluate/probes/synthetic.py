@@ -24,6 +24,7 @@ import torch
 
 from upfit.errors import UpfitError
 from upfit.evaluate.intervals import difference_interval, mean_interval
+from upfit.evaluate.measures import Split, SyntheticTask
 from upfit.evaluate.synthetic import counting, flipflop, selective_copy
 from upfit.evaluate.synthetic.items import Item
 from upfit.output import Meter
@@ -81,7 +82,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Question:
-    """One item in tokens: `ids` [T]; `answers` are stretches of them (first, last + 1), of the `symbols`."""
+    """One item in tokens: `ids` [T]; `answers` are stretches of them (first, last + 1), of the symbols `symbols`."""
 
     split: str
     size: int
@@ -155,22 +156,22 @@ def probe(model: Any, questions: list[Question], meter: Meter) -> list[Answered]
     return answered
 
 
-def record(answered: list[Answered], questions: list[Question]) -> dict[str, Any]:
-    """As JSON can hold it: for each split means with 95 % intervals over items, and the share of its commonest answer."""
+def summary(answered: list[Answered], questions: list[Question]) -> SyntheticTask:
+    """For each split means with 95 % intervals over items, and the share of its commonest answer."""
     splits = {}
     for split in dict.fromkeys(question.split for question in questions):
         own = [question for question in questions if question.split == split]
         symbols = Counter(symbol for question in own for symbol in question.symbols)
         answers, right, nats = _columns(answered, split)
-        splits[split] = {
-            "accuracy": mean_interval(right, answers).record(),
-            "nats_per_answer": mean_interval(nats, answers).record(),
-            "commonest_answer": max(symbols.values()) / symbols.total(),
-            "answers": symbols.total(),
-            "items": len(own),
-            "tokens": sum(len(question.ids) for question in own),
-        }
-    return {"size": questions[0].size, "unit": questions[0].unit, "splits": splits}
+        splits[split] = Split(
+            accuracy=mean_interval(right, answers),
+            nats_per_answer=mean_interval(nats, answers),
+            commonest_answer=max(symbols.values()) / symbols.total(),
+            answers=symbols.total(),
+            items=len(own),
+            tokens=sum(len(question.ids) for question in own),
+        )
+    return SyntheticTask(questions[0].size, questions[0].unit, splits)
 
 
 def compared(first: list[Answered], second: list[Answered]) -> dict[str, Any]:
