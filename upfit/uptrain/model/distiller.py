@@ -3,6 +3,8 @@
 Legend: B rows, T tokens a row, H hidden size, V vocabulary.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +14,21 @@ from transformers import PreTrainedModel
 from upfit.uptrain.data.rows import IGNORE
 from upfit.uptrain.model.losses import Head, Objective, chunked_loss, dense_loss
 from upfit.uptrain.model.model_traits import ModelTraits, full_logits, hidden_states, plain_head
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a step. ids and positions [B, T]; labels [B, T], IGNORE where nothing is learned. An encoder-decoder's ids have a
+    length of their own."""
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[P]: where the label of any row counts."""
+        return (self.labels != IGNORE).any(0).nonzero()[:, 0]
 
 
 class Distiller(nn.Module):
@@ -45,38 +62,37 @@ class Distiller(nn.Module):
         return {"ce": means[0], "kl": means[1]}
 
     def forward(self, ids: Tensor, positions: Tensor, labels: Tensor, name: str = "") -> tuple[Tensor, Tensor, Tensor]:
-        objective = self.objectives[name]
+        objective, batch = self.objectives[name], Batch(ids, positions, labels)
         teacher = self.teacher if objective.kl_weight else None
         with torch.autocast(ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            compute = self._dense if self.whole_logits else self._chunked
-            return compute(ids, positions, labels, teacher, objective)
+            return (self._dense if self.whole_logits else self._chunked)(batch, teacher, objective)
 
-    def states(self, ids: Tensor, positions: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Head]:
+    def states(self, batch: Batch, counted: Tensor) -> tuple[Tensor, Tensor, Head]:
         """Hidden states [N, H] at the places `counted` [N] of all B·T, and the plain head that makes logits of them."""
-        hidden = hidden_states(self.student, ids, positions, self.traits).flatten(0, 1)[counted]
+        hidden = hidden_states(self.student, batch.ids, batch.positions, self.traits).flatten(0, 1)[counted]
         return hidden, *plain_head(self.student, self.traits)
 
-    def logits(self, ids: Tensor, positions: Tensor, places: Tensor) -> Tensor:
-        """Logits [B·P, V] at the `places` [P] of every row."""
-        return full_logits(self.student, ids, positions, self.traits, places).flatten(0, 1)
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits [B·P, V] at the places of every row."""
+        return full_logits(self.student, batch.ids, batch.positions, self.traits, batch.places).flatten(0, 1)
 
-    def _chunked(
-        self, ids: Tensor, positions: Tensor, labels: Tensor, teacher: "Distiller | None", objective: Objective
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        counted = (labels.flatten() != IGNORE).nonzero()[:, 0]
-        learned = None
+    def labels(self, batch: Batch) -> Tensor:
+        """What `logits` are held against [B·P]."""
+        return batch.labels[:, batch.places].flatten()
+
+    def _chunked(self, batch: Batch, teacher: "Distiller | None", objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+        labels = batch.labels.flatten()
+        counted = (labels != IGNORE).nonzero()[:, 0]
+        target = None
         if teacher is not None:
             with torch.no_grad():
-                learned = teacher.states(ids, positions, counted)
-        hidden, weight, head = self.states(ids, positions, counted)
-        return chunked_loss(hidden, weight, labels.flatten()[counted], head, learned, objective)
+                target = teacher.states(batch, counted)
+        hidden, weight, head = self.states(batch, counted)
+        return chunked_loss(hidden, weight, labels[counted], head, target, objective)
 
-    def _dense(
-        self, ids: Tensor, positions: Tensor, labels: Tensor, teacher: "Distiller | None", objective: Objective
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        places = (labels != IGNORE).any(0).nonzero()[:, 0]
-        learned = None
+    def _dense(self, batch: Batch, teacher: "Distiller | None", objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+        target = None
         if teacher is not None:
             with torch.no_grad():
-                learned = teacher.logits(ids, positions, places)
-        return dense_loss(self.logits(ids, positions, places), learned, labels[:, places].flatten(), objective)
+                target = teacher.logits(batch)
+        return dense_loss(self.logits(batch), target, self.labels(batch), objective)

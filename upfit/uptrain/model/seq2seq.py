@@ -5,11 +5,9 @@ Legend: B rows, S tokens of the input, T labels, V vocabulary.
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
-from upfit.uptrain.model.distiller import Distiller
-from upfit.uptrain.model.losses import Objective, dense_loss
+from upfit.uptrain.model.distiller import Batch, Distiller
 
 
 class Seq2Seq(Distiller):
@@ -19,18 +17,11 @@ class Seq2Seq(Distiller):
     of S.
     """
 
-    def logits(self, ids: Tensor, positions: Tensor, places: Tensor) -> Tensor:
-        """Logits [B · T, V] of what the decoder is to write: the labels `places` [B, T], of which those that do not count are
-        read as token 0."""
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits [B · T, V] of what the decoder is to write; labels that do not count are read as token 0."""
         student = cast(Any, self.student)
-        shifted = student.prepare_decoder_input_ids_from_labels(labels=places.clamp_min(0))
-        return student(input_ids=ids, decoder_input_ids=shifted, use_cache=False).logits.flatten(0, 1)
+        shifted = student.prepare_decoder_input_ids_from_labels(labels=batch.labels.clamp_min(0))
+        return student(input_ids=batch.ids, decoder_input_ids=shifted, use_cache=False).logits.flatten(0, 1)
 
-    def _dense(
-        self, ids: Tensor, positions: Tensor, labels: Tensor, teacher: Distiller | None, objective: Objective
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        learned = None
-        if teacher is not None:
-            with torch.no_grad():
-                learned = teacher.logits(ids, positions, labels)
-        return dense_loss(self.logits(ids, positions, labels), learned, labels.flatten(), objective)
+    def labels(self, batch: Batch) -> Tensor:
+        return batch.labels.flatten()
