@@ -115,9 +115,9 @@ def step(
 
 def config_lines(step: dict[str, Any]) -> list[str]:
     """What the config file that a step's command names has to say, where no flag says it, as lines of TOML."""
-    told = step.get("config") or {}
-    lines = [f"{key} = {json.dumps(value)}" for key, value in told.items() if not isinstance(value, dict)]
-    tables = [(name, table) for name, table in told.items() if isinstance(table, dict)]
+    config = step.get("config") or {}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in config.items() if not isinstance(value, dict)]
+    tables = [(name, table) for name, table in config.items() if isinstance(table, dict)]
     return lines + [line for name, table in tables for line in (f"[{name}]", *config_lines({"config": table}))]
 
 
