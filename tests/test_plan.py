@@ -56,7 +56,7 @@ def test_kept_bytes_are_those_that_training_keeps(folder: Path, length: int) -> 
     model = tiny_llama().train()
     distiller = Distiller(model, examine(model), None, {"": Objective(1.0, 0.0)})
     head = 4 * 8 * 32 + 4 * 100 * 32 + 4 * length * 32  # its gradients, for the eight labels that are looked at
-    assert trace(config(folder), length, "float32").kept == pytest.approx(_kept(distiller, length) - head, rel=0.05)
+    assert trace(config(folder), length, "float32").saved == pytest.approx(_kept(distiller, length) - head, rel=0.05)
 
 
 def test_a_share_of_the_compute_pays_for_the_teacher(folder: Path) -> None:
@@ -129,7 +129,7 @@ def test_stages_are_told_one_by_one(folder: Path) -> None:
 def test_what_is_kept_where_attention_alone_learns(folder: Path, trained: Any) -> None:
     student, teacher = tiny_llama(num_key_value_heads=1).train(), tiny_llama()
     paths = [f"model.layers.{number}.self_attn" for number in range(2)]
-    told = trace(config(folder, num_key_value_heads=1), 64, "float32", trained).kept
+    told = trace(config(folder, num_key_value_heads=1), 64, "float32", trained).saved
     if trained == "layerwise":
         learner: Any = Layerwise(student, teacher, examine(teacher), paths)
         outputs = 2 * 4 * 64 * 32  # the errors, of two layers

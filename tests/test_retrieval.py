@@ -93,7 +93,7 @@ def test_asked_after_the_cache_is_asked_of_the_whole_text(model: Any, monkeypatc
         half_right = np.array([*true[:2], *answer[2:]])
         for wanted in (answer, half_right):
             reply = reader.answer(cache, asks, wanted)
-            assert reply.said == true
+            assert reply.generated == true
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([[*whole, *wanted]]), use_cache=False).logits[0]
             rows = logits[len(whole) - 1 : -1]
@@ -105,10 +105,10 @@ def test_answers_end_at_a_line_or_an_end_token() -> None:
     tokenizer, text = letter_tokenizer(), np.arange(3, 60)
     reader = reader_room.Reader(model, tokenizer, text)
     asks = np.array([5, 6, 7])
-    free = reader.answer(reader.read(text), asks, np.array([4] * 6)).said
+    free = reader.answer(reader.read(text), asks, np.array([4] * 6)).generated
     assert len(free) > 3
     reader.ends = {free[2]}
-    assert reader.answer(reader.read(text), asks, np.array([4] * 6)).said == free[: free.index(free[2])]
+    assert reader.answer(reader.read(text), asks, np.array([4] * 6)).generated == free[: free.index(free[2])]
 
 
 def test_a_model_that_forgets_its_cache_is_refused() -> None:

@@ -211,8 +211,8 @@ def test_who_knows_the_answers_has_them_all_right(name: str, tokenizer: Any) -> 
     for question in questions:
         assert len(question.ids) <= 200
         words = tokenizer.decode(question.ids).split()
-        assert [tokenizer.decode(question.ids[a:b]).strip() for a, b in question.answers] == list(question.said)
-        assert words[-1] == question.said[-1]
+        assert [tokenizer.decode(question.ids[a:b]).strip() for a, b in question.answers] == list(question.symbols)
+        assert words[-1] == question.symbols[-1]
     for split in told(Says(lambda ids: ids.roll(-1)), questions).values():
         assert split["accuracy"]["mean"] == 1.0 and split["nats_per_answer"]["mean"] < 1e-6
     for split in told(Says(lambda ids: ids.roll(-1) + 1), questions).values():
@@ -225,7 +225,7 @@ def test_who_always_says_the_same_is_right_as_often_as_that(tokenizer: Any) -> N
     (questions,) = make_questions("flipflop", [tokenizer], 20, 256)
     one = tokenizer(" 1", add_special_tokens=False)["input_ids"][-1]
     for name, split in told(Says(lambda ids: torch.full_like(ids, one)), questions).items():
-        said = Counter(symbol for question in questions if question.split == name for symbol in question.said)
+        said = Counter(symbol for question in questions if question.split == name for symbol in question.symbols)
         assert split["answers"] == said.total() and split["items"] == 20
         assert split["accuracy"]["mean"] == pytest.approx(said["1"] / said.total())
         assert split["commonest_answer"] == pytest.approx(max(said.values()) / said.total())
@@ -238,7 +238,7 @@ def test_an_answer_of_two_tokens_needs_both() -> None:
     (questions,) = make_questions("counting", [digits], 12, 1200)
     ten = digits("10")["input_ids"]
     assert len(ten) == 2
-    share = sum(question.said == ("10",) for question in questions) / len(questions)
+    share = sum(question.symbols == ("10",) for question in questions) / len(questions)
     assert share > 0.1
 
     def never_a_zero_after_a_one(ids: torch.Tensor) -> torch.Tensor:
@@ -252,7 +252,7 @@ def test_an_answer_of_two_tokens_needs_both() -> None:
 def test_models_with_other_tokens_get_the_same_items(tokenizer: Any) -> None:
     letters = spelled("".join(counting.vocabulary(5)) + " ", [])
     ours, theirs = make_questions("counting", [tokenizer, letters], 5, 300)
-    assert [question.said for question in ours] == [question.said for question in theirs]
+    assert [question.symbols for question in ours] == [question.symbols for question in theirs]
     assert {question.size for question in ours} == {question.size for question in theirs}
     assert max(len(question.ids) for question in [*ours, *theirs]) <= 300
     assert any(len(a.ids) != len(b.ids) for a, b in zip(ours, theirs, strict=True))

@@ -98,10 +98,10 @@ def convert(
     from upfit.convert.result import Conversion
 
     recipe = get_recipe(to)
-    given = from_keywords(recipe.options, options, f"api.convert to {to!r}", _keywords(convert))
+    values = from_keywords(recipe.options, options, f"api.convert to {to!r}", _keywords(convert))
     size = None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size")
     settings = Settings(dry_run, dtype, revision, size, verify, overwrite, stream, verify_bytes)
-    return Conversion.read(run(recipe, str(model), Path(out), recipe.options(**given), settings, Output(quiet=not progress)))
+    return Conversion.read(run(recipe, str(model), Path(out), recipe.options(**values), settings, Output(quiet=not progress)))
 
 
 def merge(
@@ -219,9 +219,9 @@ def uptrain(
     from upfit.uptrain.config import resolve, tables
     from upfit.uptrain.run.result import Uptraining
 
-    given = from_keywords(UptrainConfig, settings, "api.uptrain", _keywords(uptrain))
+    values = from_keywords(UptrainConfig, settings, "api.uptrain", _keywords(uptrain))
     file = None if config is None else Path(config)
-    resolved, output = resolve(file, given), Output(quiet=not progress)
+    resolved, output = resolve(file, values), Output(quiet=not progress)
     from upfit.uptrain.train import uptrain as run  # imports torch: what is wrong with settings is told before
 
     answer = run(str(model), str(data), Path(out), resolved, resume, overwrite, output, tables(file))
@@ -289,8 +289,8 @@ def describe(model: Place, *, revision: str | None = None) -> "Description":
 
 
 def _texts(texts: Texts) -> list[str]:
-    found: list[str] = as_kind(texts, list[str])
-    return found
+    paths: list[str] = as_kind(texts, list[str])
+    return paths
 
 
 def _keywords(function: Callable[..., Any]) -> list[str]:

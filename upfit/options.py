@@ -91,7 +91,7 @@ def as_flags(settings: Any) -> list[str]:
     return words
 
 
-def from_keywords(settings: type, given: Mapping[str, Any], whose: str, beside: Iterable[str] = ()) -> dict[str, Any]:
+def from_keywords(settings: type, keywords: Mapping[str, Any], whose: str, beside: Iterable[str] = ()) -> dict[str, Any]:
     """What a caller in Python gave for the fields of an options dataclass, as their types want it.
 
     `whose` takes them, and the keywords `beside` too. Raises UpfitError for a name that is none of all these, and for a field
@@ -99,15 +99,15 @@ def from_keywords(settings: type, given: Mapping[str, Any], whose: str, beside: 
     """
     fields, hints = dataclasses.fields(settings), typing.get_type_hints(settings)
     allowed = [*(field.name for field in fields), *beside]
-    for name in given:
+    for name in keywords:
         if name not in hints:
             near = difflib.get_close_matches(name, allowed, 1)
             meant = f"; did you mean {near[0]}?" if near else ";"
             raise UpfitError(f"{whose} got an unknown keyword {name!r}{meant} allowed are {', '.join(allowed)}")
     for field in fields:
-        if field.default is dataclasses.MISSING and field.name not in given:
+        if field.default is dataclasses.MISSING and field.name not in keywords:
             raise UpfitError(f"{whose} needs the keyword {field.name}: {field.metadata['help']}")
-    return {name: as_kind(value, hints[name]) for name, value in given.items()}
+    return {name: as_kind(value, hints[name]) for name, value in keywords.items()}
 
 
 def as_kind(value: Any, annotation: Any) -> Any:
@@ -116,7 +116,7 @@ def as_kind(value: Any, annotation: Any) -> Any:
     lists = [kind for kind in kinds if get_origin(kind) is list]
     if lists and value is not None:
         single = isinstance(value, str | Path | numbers.Number)
-        return [as_kind(one, get_args(lists[0])[0]) for one in ([value] if single else value)]
+        return [as_kind(item, get_args(lists[0])[0]) for item in ([value] if single else value)]
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         value = int(value)  # numpy's too
     if str in kinds and isinstance(value, Path | int | float) and not isinstance(value, bool):
@@ -185,7 +185,7 @@ def in_range(value: Any, limits: Mapping[str, Any]) -> bool:
     if not any(name in limits for name in RANGE):
         return True
     if isinstance(value, list):
-        return bool(value) and all(in_range(one, limits) for one in value)
+        return bool(value) and all(in_range(item, limits) for item in value)
     return (
         limits.get("at_least", value) <= value <= limits.get("at_most", value)
         and not value <= limits.get("above", -math.inf)

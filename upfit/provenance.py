@@ -115,9 +115,9 @@ def step(
 
 def config_lines(step: dict[str, Any]) -> list[str]:
     """What the config file that a step's command names has to say, where no flag says it, as lines of TOML."""
-    told = step.get("config") or {}
-    lines = [f"{key} = {json.dumps(value)}" for key, value in told.items() if not isinstance(value, dict)]
-    tables = [(name, table) for name, table in told.items() if isinstance(table, dict)]
+    config = step.get("config") or {}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in config.items() if not isinstance(value, dict)]
+    tables = [(name, table) for name, table in config.items() if isinstance(table, dict)]
     return lines + [line for name, table in tables for line in (f"[{name}]", *config_lines({"config": table}))]
 
 
@@ -216,7 +216,7 @@ def head_order(entry: dict[str, Any], heads: list[int]) -> list[list[int]]:
         return same
     if HEAD_ORDER not in measured:
         orders = [_of_groups(row, count) for row, count in zip(orders, heads, strict=True)]
-    return [order if _same_numbers(order, kept) else kept for order, kept in zip(orders, same, strict=True)]
+    return [order if _same_numbers(order, unchanged) else unchanged for order, unchanged in zip(orders, same, strict=True)]
 
 
 def _same_numbers(order: Any, numbers: list[int]) -> bool:

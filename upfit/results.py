@@ -96,9 +96,9 @@ def _built(kind: Any, value: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _built(next(part for part in parts if _fits(part, value)), value)
     if origin is list:
-        return [_built(parts[0], one) for one in value]
+        return [_built(parts[0], item) for item in value]
     if origin is dict:
-        return {key: _built(parts[1], one) for key, one in value.items()}
+        return {key: _built(parts[1], item) for key, item in value.items()}
     return kind.read(value) if _is_part(kind) else value
 
 

@@ -135,12 +135,12 @@ class _Measure:
 
     def __call__(self, folder: Path, against: Path | None) -> dict[str, Any]:
         options = Options(against=str(against) if against else None, data=self.held_out, length=LENGTH, windows=WINDOWS)
-        told = evaluate(str(folder), options, Output(quiet=True)).record()
+        result = evaluate(str(folder), options, Output(quiet=True)).record()
         return {
             "folder": str(folder),
-            "loss": told["model"]["loss"]["nats_per_token"],
-            "difference": told["difference"]["nats_per_token"] if against else None,
-            "kv_bytes_per_token": told["model"]["cache"]["bytes_per_token"],
+            "loss": result["model"]["loss"]["nats_per_token"],
+            "difference": result["difference"]["nats_per_token"] if against else None,
+            "kv_bytes_per_token": result["model"]["cache"]["bytes_per_token"],
         }
 
 

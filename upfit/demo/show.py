@@ -12,21 +12,23 @@ def show(result: dict[str, Any], output: Output) -> None:
     rows = [["source", f"{source['kv_bytes_per_token']:.0f}", _loss(source), ""]]
     for row in result["conversions"]:
         for stage in ("converted", "uptrained"):
-            told = row[stage]
-            rows.append([f"{row['name']} {stage}", f"{told['kv_bytes_per_token']:.0f}", _loss(told), _difference(told)])
+            numbers = row[stage]
+            rows.append(
+                [f"{row['name']} {stage}", f"{numbers['kv_bytes_per_token']:.0f}", _loss(numbers), _difference(numbers)]
+            )
     title = "KV bytes and loss (nats) a token, held-out standard library, 95 % intervals, differences paired"
     output.table(["model", "KV bytes", "loss", "against source"], rows, title)
     plot(result, Path(result["plot"]))
     output.line(f"{result['seconds']:.0f} s. Plot: {result['plot']}")
 
 
-def _loss(told: dict[str, Any]) -> str:
-    loss = told["loss"]
+def _loss(numbers: dict[str, Any]) -> str:
+    loss = numbers["loss"]
     return f"{loss['mean']:.3f} ± {loss['mean'] - loss['low']:.3f}"
 
 
-def _difference(told: dict[str, Any]) -> str:
-    difference = told["difference"]
+def _difference(numbers: dict[str, Any]) -> str:
+    difference = numbers["difference"]
     return f"{difference['mean']:+.3f} ± {difference['mean'] - difference['low']:.3f}"
 
 
@@ -43,8 +45,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for index, row in enumerate(result["conversions"]):
         before, after = row["converted"]["loss"], row["uptrained"]["loss"]
         errors = [
-            [told["mean"] - told["low"] for told in (before, after)],
-            [told["high"] - told["mean"] for told in (before, after)],
+            [numbers["mean"] - numbers["low"] for numbers in (before, after)],
+            [numbers["high"] - numbers["mean"] for numbers in (before, after)],
         ]
         stages.errorbar([index, index], [before["mean"], after["mean"]], yerr=errors, fmt="none", ecolor="0.6", capsize=3)
         stages.annotate("", (index, after["mean"]), (index, before["mean"]), arrowprops={"arrowstyle": "->", "color": "0.4"})

@@ -19,18 +19,18 @@ def ablated(model: Any, what: str, name: str) -> Iterator[None]:
     """Inside the block, the parameters that `what` stands for are zero. Raises UpfitError for what `name` does not have."""
     if what not in known(model):
         raise UpfitError(f"--ablate {what}: {name} has no such part; it has {', '.join(sorted(known(model))) or 'none'}")
-    found = [
+    parameters = [
         module.get_parameter(parameter)
         for module in model.modules()
         for parameter in getattr(module, "upfit_ablations", {}).get(what, ())
     ]
-    kept = [parameter.detach().clone() for parameter in found]
+    originals = [parameter.detach().clone() for parameter in parameters]
     try:
         with torch.no_grad():
-            for parameter in found:
+            for parameter in parameters:
                 parameter.zero_()
         yield
     finally:
         with torch.no_grad():
-            for parameter, before in zip(found, kept, strict=True):
+            for parameter, before in zip(parameters, originals, strict=True):
                 parameter.copy_(before)

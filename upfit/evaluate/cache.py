@@ -42,10 +42,10 @@ class CachedModel:
     def logits(self, ids_BT: torch.Tensor, cache: Any, last: int) -> tuple[torch.Tensor, Any]:
         """The same with the logits of the `last` tokens [B, last, V]. A cache that is given is changed."""
         before = tokens_held(cache)
-        given: dict[str, Any] = {} if cache is None else {self.cache_name: cache}
+        extra: dict[str, Any] = {} if cache is None else {self.cache_name: cache}
         if self.keeps:
-            given[LOGITS_TO_KEEP] = last
-        result = self.model(input_ids=ids_BT, use_cache=True, **given)
+            extra[LOGITS_TO_KEEP] = last
+        result = self.model(input_ids=ids_BT, use_cache=True, **extra)
         after = cache_of(result)
         if cache is not None:
             self._check_used(cache, before, after, ids_BT.shape[1])
@@ -71,7 +71,7 @@ def tokens_held(cache: Any) -> int | None:
 
 def cache_tensors(cache: Any) -> list[torch.Tensor]:
     """Every tensor that a cache of any class holds, counters left out."""
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
     seen: set[int] = set()
 
     def walk(value: Any) -> None:
@@ -80,7 +80,7 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
             if value.dim() > 0:
-                found.append(value)
+                tensors.append(value)
         elif isinstance(value, dict):
             for item in value.values():
                 walk(item)
@@ -91,7 +91,7 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
             walk(vars(value))
 
     walk(cache)
-    return found
+    return tensors
 
 
 def cache_bytes(cache: Any) -> int:

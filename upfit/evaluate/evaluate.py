@@ -48,7 +48,7 @@ class Subject:
     ablated: Losses | None = None
     cache: measures.CacheGrowth | None = None
     samples: dict[str, list[Any]] = field(default_factory=dict)  # of each probe
-    found: dict[str, Any] = field(default_factory=dict)
+    probed: dict[str, Any] = field(default_factory=dict)
     asked: list[harness.Asked] = field(default_factory=list)
     scores: dict[str, harness_scores.Scores] = field(default_factory=dict)
     short: needle.Sample | None = None  # the text whose attention maps are kept
@@ -64,16 +64,16 @@ class Subject:
             **self.facts,
             loss=_losses(self).summary(),
             cache=self.cache,
-            probes={name: self._probe(name) for name in self.found} or None,
+            probes={name: self._probe(name) for name in self.probed} or None,
             tasks={label: scores.summary() for label, scores in self.scores.items()} or None,
         )
 
-    def _probe(self, name: str) -> measures.Found:
+    def _probe(self, name: str) -> measures.ProbeSummary:
         """What a probe found, and whether the model's recipe says that it was trained on the probe's pattern."""
-        found = PROBES[name].summary(self.found[name], self.samples[name])
-        if not isinstance(found, measures.Depths):
-            return found
-        return replace(found, trained_on=found.pattern in provenance.patterns(self.source.path))
+        summary = PROBES[name].summary(self.probed[name], self.samples[name])
+        if not isinstance(summary, measures.Depths):
+            return summary
+        return replace(summary, trained_on=summary.pattern in provenance.patterns(self.source.path))
 
 
 def evaluate(model: str, options: Options, output: Output) -> Evaluation:
@@ -102,7 +102,7 @@ def evaluate(model: str, options: Options, output: Output) -> Evaluation:
     speed = _measure(subjects, options, lengths, device, output)
     first, second = subjects[0], subjects[1] if len(subjects) > 1 else None
     summaries = [subject.summary() for subject in subjects]
-    if "needle" in first.found:
+    if "needle" in first.probed:
         summaries = _number_heads(subjects, summaries, options.attention_maps)
     if second and first.facts["dtype"] != second.facts["dtype"]:
         output.note(
@@ -112,8 +112,8 @@ def evaluate(model: str, options: Options, output: Output) -> Evaluation:
         model=summaries[0],
         against=summaries[1] if second else None,
         difference=difference(_losses(first), _losses(second), same) if second else None,
-        probe_differences={name: PROBES[name].compared(first.found[name], second.found[name]) for name in first.found}
-        if second and first.found
+        probe_differences={name: PROBES[name].compared(first.probed[name], second.probed[name]) for name in first.probed}
+        if second and first.probed
         else None,
         task_differences=harness_scores.differences(first.scores, second.scores) if second and first.scores else None,
         ablation=_ablation(first),
@@ -164,9 +164,9 @@ def _numbered(subject: Subject, summary: measures.Subject) -> tuple[list[list[fl
 
 
 def _needle(summary: measures.Subject) -> measures.Needle:
-    found = (summary.probes or {})["needle"]
-    assert isinstance(found, measures.Needle)
-    return found
+    needle = (summary.probes or {})["needle"]
+    assert isinstance(needle, measures.Needle)
+    return needle
 
 
 def _with_needle(summary: measures.Subject, **changes: Any) -> measures.Subject:
@@ -287,7 +287,7 @@ def _measure_one(subject: Subject, model: Any, options: Options, output: Output)
     subject.cache = measure_cache(model, ids, subject.most)
     for probe, samples in subject.samples.items():
         with output.progress(f"{probe} of {name}", len(samples)) as meter:
-            subject.found[probe] = PROBES[probe].ask(model, samples, meter)
+            subject.probed[probe] = PROBES[probe].ask(model, samples, meter)
     if subject.asked:
         subject.scores = harness.ask(model, subject.tokenizer, subject.most, subject.asked, options, name, output)
     if subject.short is not None:

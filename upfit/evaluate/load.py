@@ -46,11 +46,15 @@ def most_positions(config: Any) -> int | None:
 
 def load_tokenizer(source: Source) -> Any:
     """Raises UpfitError when the folder holds no tokenizer, or one that cannot tell where its tokens stand in the text."""
-    found = any(next(source.path.glob(name), None) for name in ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json"))
+    has_files = any(
+        next(source.path.glob(name), None) for name in ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+    )
     try:
         with no_panic(source.name):
             tokenizer = (
-                AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, local_files_only=True) if found else None
+                AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
+                if has_files
+                else None
             )
     except UpfitError:
         raise

@@ -70,14 +70,14 @@ def window_losses(model: Any, windows: list[Window], batch: int, name: str, mete
         alike[len(window.ids)].append(index)
     for indices in alike.values():
         for at in range(0, len(indices), batch):
-            some = indices[at : at + batch]
-            ids_BT = torch.from_numpy(np.stack([windows[i].ids for i in some])).to(model.device)
+            chosen = indices[at : at + batch]
+            ids_BT = torch.from_numpy(np.stack([windows[i].ids for i in chosen])).to(model.device)
             try:
                 losses_BT = token_losses(model, ids_BT)
             except torch.OutOfMemoryError as error:
                 raise UpfitError(f"{name} does not fit in memory with --batch {batch}; give a smaller one") from error
-            nats[some], tokens[some] = by_position(losses_BT)
-            meter.advance(len(some))
+            nats[chosen], tokens[chosen] = by_position(losses_BT)
+            meter.advance(len(chosen))
     bad = int((~np.isfinite(nats.sum(1))).sum())
     if bad:
         raise UpfitError(f"{name} gives a loss that is not finite in {bad} of {len(windows)} windows; try --dtype float32")
@@ -94,8 +94,8 @@ def token_losses(model: Any, ids_BT: torch.Tensor) -> np.ndarray:
     rows = logits_BTV[:, :-1].flatten(0, 1)
     targets = ids_BT[:, 1:].flatten()
     parts = [
-        torch.nn.functional.cross_entropy(some.float(), wanted, reduction="none")
-        for some, wanted in zip(rows.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
+        torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none")
+        for part, wanted in zip(rows.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
     ]
     return torch.cat(parts).cpu().double().numpy().reshape(ids_BT.shape[0], -1)
 

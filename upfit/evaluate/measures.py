@@ -260,7 +260,7 @@ class SyntheticTask(Part):
     splits: dict[str, Split]
 
 
-Found = Needle | Depths | Position | SyntheticTask  # what a probe may find
+ProbeSummary = Needle | Depths | Position | SyntheticTask  # what a probe may find
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ class Subject(Part):
     parameters: int
     loss: Loss
     cache: CacheGrowth | None
-    probes: dict[str, Found] | None
+    probes: dict[str, ProbeSummary] | None
     tasks: dict[str, TaskScores] | None
 
 

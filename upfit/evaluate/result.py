@@ -54,20 +54,20 @@ class Evaluation(Result):
             output.line(f"Without {self.ablation.part}: {worse} nats a token more (paired, 95 % interval)")
         tables.show_caches(subjects, output)
         for name in self.model.probes or ():
-            found = [(subject.name, (subject.probes or {})[name]) for subject in subjects]
-            self._show_probe(name, found, output)
+            probes = [(subject.name, (subject.probes or {})[name]) for subject in subjects]
+            self._show_probe(name, probes, output)
         if self.model.tasks:
             tables.show_harness(subjects, self.task_differences or {}, output)
         if self.speed:
             tables.show_speed(self.speed, output)
 
-    def _show_probe(self, name: str, found: list[tuple[str, Any]], output: Output) -> None:
-        kind = type(found[0][1])
+    def _show_probe(self, name: str, probes: list[tuple[str, Any]], output: Output) -> None:
+        kind = type(probes[0][1])
         if kind is Needle:
-            tables.show_needle(found, output)
+            tables.show_needle(probes, output)
         elif kind is Position:
-            tables.show_position(found, output)
+            tables.show_position(probes, output)
         elif kind is Depths:
-            tables.show_depths(name, found, output)
+            tables.show_depths(name, probes, output)
         else:
-            tables.show_task(name, found, output)
+            tables.show_task(name, probes, output)

@@ -91,9 +91,9 @@ def _ratio(spread: Spread) -> str:
     return f"{spread.median:.2f} x [{spread.low:.2f}, {spread.high:.2f}]"
 
 
-def show_needle(found: list[tuple[str, Needle]], output: Output) -> None:
+def show_needle(probes: list[tuple[str, Needle]], output: Output) -> None:
     rows = []
-    for model, needle in found:
+    for model, needle in probes:
         masses = [needle.attention_on_answer, needle.attention_on_first_token]
         shares = ["" if mass is None else mass.half_width(3) for mass in masses]
         logit = "" if needle.largest_logit is None else f"{needle.largest_logit:.1f}"
@@ -101,15 +101,15 @@ def show_needle(found: list[tuple[str, Needle]], output: Output) -> None:
         rows.append([model, *right, *shares, logit, f"{needle.largest_hidden:.0f}"])
     head = ["model", "found", "nats per answer token", "attention on answer", "on first token", "top logit", "top hidden"]
     output.table(head, rows, "A needle in text, 95 % intervals")
-    if any(needle.maps is not None for _, needle in found):
-        _show_heads(found, output)
+    if any(needle.maps is not None for _, needle in probes):
+        _show_heads(probes, output)
 
 
-def _show_heads(found: list[tuple[str, Needle]], output: Output) -> None:
+def _show_heads(probes: list[tuple[str, Needle]], output: Output) -> None:
     """The heads whose maps were kept, and what share of their attention the answer has in each model."""
-    heads = dict.fromkeys(place for _, needle in found for place in _kept(needle))
-    rows = [[f"layer {layer}, head {head}", *(_at(needle, layer, head) for _, needle in found)] for layer, head in heads]
-    output.table(["", *(model for model, _ in found)], rows, "Heads with most attention on the answer, mean share")
+    heads = dict.fromkeys(place for _, needle in probes for place in _kept(needle))
+    rows = [[f"layer {layer}, head {head}", *(_at(needle, layer, head) for _, needle in probes)] for layer, head in heads]
+    output.table(["", *(model for model, _ in probes)], rows, "Heads with most attention on the answer, mean share")
 
 
 def _kept(needle: Needle) -> list[tuple[int, int]]:
@@ -121,12 +121,12 @@ def _at(needle: Needle, layer: int, head: int) -> str:
     return f"{by_head[layer][head]:.3f}" if by_head is not None and (layer, head) in _kept(needle) else ""
 
 
-def show_depths(name: str, found: list[tuple[str, Depths]], output: Output) -> None:
+def show_depths(name: str, probes: list[tuple[str, Depths]], output: Output) -> None:
     """Scores and nats with the gaps between depths, each beside what no effect of depth would show."""
-    lengths = found[0][1].lengths
+    lengths = probes[0][1].lengths
     rows = []
     for length in lengths:
-        for model, probe in found:
+        for model, probe in probes:
             row = probe.lengths[length]
             measured = [row.average.half_width(3), f"{row.floor:.3f}", *_gap(row)]
             measured += [row.answer_nats_per_token.half_width(3), *_nats_gap(row)]
@@ -145,11 +145,11 @@ def _nats_gap(row: DepthRow) -> list[str]:
     return [f"{row.nats_gap.mean:.3f} ({row.nats_null_gap.p95:.3f})", f"{row.nats_p_value:.3f}"]
 
 
-def show_position(found: list[tuple[str, Position]], output: Output) -> None:
+def show_position(probes: list[tuple[str, Position]], output: Output) -> None:
     """The whole curve is in the JSON; here every fourth part of it."""
     rows = []
-    for length in found[0][1].lengths:
-        for model, position in found:
+    for length in probes[0][1].lengths:
+        for model, position in probes:
             row = position.lengths[length]
             parts = [part.half_width(3) for part in row.intervals[3::4]]
             rows.append([length, model, row.nats_per_token.half_width(4), *parts, str(row.windows)])
@@ -157,11 +157,11 @@ def show_position(found: list[tuple[str, Position]], output: Output) -> None:
     output.table(["length", "model", "nats per token", *shares, "windows"], rows, "Loss by position, 16 parts, every fourth")
 
 
-def show_task(name: str, found: list[tuple[str, SyntheticTask]], output: Output) -> None:
-    task = found[0][1]
+def show_task(name: str, probes: list[tuple[str, SyntheticTask]], output: Output) -> None:
+    task = probes[0][1]
     rows = []
     for split in task.splits:
-        for model, answered in found:
+        for model, answered in probes:
             row = answered.splits[split]
             measured = [row.accuracy.half_width(3), row.nats_per_answer.half_width(3)]
             rows.append([split, model, *measured, f"{row.commonest_answer:.3f}", str(row.answers)])

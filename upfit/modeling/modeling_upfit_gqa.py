@@ -135,7 +135,7 @@ class _Copying(Own):
         def lean(value: Any) -> Any:
             return Lean(value, self.times, self.closed) if isinstance(value, Cache) else value
 
-        return super().forward(*map(lean, args), **{name: lean(given) for name, given in kwargs.items()})  # type: ignore[misc]
+        return super().forward(*map(lean, args), **{name: lean(value) for name, value in kwargs.items()})  # type: ignore[misc]
 
 
 class _Closed(_Copying):

@@ -51,23 +51,23 @@ def plan(model: str, options: Options, revision: str | None = None) -> TrainingC
     length = row_length(options.length, most_positions(read_config(source.path)) or None)
     works = _works(source, length, options)
     flops = [flops_a_token(work, options) for work in works]
-    mean = {key: sum(work.share * one[key] for work, one in zip(works, flops, strict=True)) for key in flops[0]}
+    mean = {key: sum(work.share * counts[key] for work, counts in zip(works, flops, strict=True)) for key in flops[0]}
     original = next((work.teacher for work in works if work.teacher), works[0].student)
     tokens = _tokens(options, mean, original)
     memories = [memory_by_part(work, options, length) for work in works]
-    memory = max(memories, key=lambda one: one["peak"])
+    memory = max(memories, key=lambda parts: parts["peak"])
     if memory["peak"] > FREE_SHARE * gpu.memory:
         raise UpfitError(_too_large(gpu, memory, options))
     stages = [
         StageCost(
             stage=work.name,
             tokens=round(work.share * tokens),
-            flops_a_token=Flops(**one),
-            flops=one["total"] * work.share * tokens,
+            flops_a_token=Flops(**counts),
+            flops=counts["total"] * work.share * tokens,
             memory=Memory(**parts),
-            gpu_hours=hours(work, one, options, gpu) * work.share * tokens,
+            gpu_hours=hours(work, counts, options, gpu) * work.share * tokens,
         )
-        for work, one, parts in zip(works, flops, memories, strict=True)
+        for work, counts, parts in zip(works, flops, memories, strict=True)
     ]
     spent = sum(stage.gpu_hours for stage in stages)
     return TrainingCost(
@@ -168,10 +168,10 @@ def memory_by_part(work: Work, options: Options, length: int) -> dict[str, float
     part = work.layerwise or options.trainable == "attention"
     learning = student.attention_parameters if part else student.parameters
     frozen = 0 if teacher and shards == 1 else student.parameters - learning
-    kept = float(rows * student.kept)
-    layer = kept / student.layers  # gradients of about as many numbers, while a layer's backward pass runs
+    activations = float(rows * student.saved)
+    layer = activations / student.layers  # gradients of about as many numbers, while a layer's backward pass runs
     if options.gradient_checkpointing and not work.layerwise:
-        kept = layer + 4.0 * rows * length * student.hidden * student.layers
+        activations = layer + 4.0 * rows * length * student.hidden * student.layers
     width = 2.0 if short else 4.0
     beside = 0.0
     if shards > 1:
@@ -185,7 +185,7 @@ def memory_by_part(work: Work, options: Options, length: int) -> dict[str, float
         "weights_in_bfloat16": student.cast + 2.0 * short * frozen if shards == 1 else 0.0,
         "gathered": beside,
         "teacher": width * teacher.parameters / (shards if options.shard_teacher else 1) if teacher else 0.0,
-        "activations": kept,
+        "activations": activations,
         "one_layer_backward": layer,
         "mask": mask,  # keeps packed documents apart: as bool, and as it is added
         # the gradient of the head is made with the loss, and its weight is cast for it

@@ -27,7 +27,7 @@ NAME = "upfit_traced"  # of our function in transformers' attention interface
 @dataclass(frozen=True)
 class Trace:
     """Of one model and one row of `length` tokens. FLOPs are of a forward pass, a token: those of `matrices` without the head,
-    of the `attention` (causal), and of the `head`. `kept` are bytes that autograd keeps below the head, copies of weights in
+    of the `attention` (causal), and of the `head`. `saved` are bytes that autograd keeps below the head, copies of weights in
     the type of the computation not counted; those are `cast`. `hidden` and `vocabulary` are sizes, `attention_parameters` those
     inside attention modules. `packed`: attention is told positions, so that packed documents need no mask."""
 
@@ -40,7 +40,7 @@ class Trace:
     matrices: float
     attention: float
     head: float
-    kept: int
+    saved: int
     cast: int
     attention_parameters: int
     packed: bool
@@ -72,11 +72,11 @@ class _Counter:
         self.flops, self.modules, self.packed = 0.0, dict[int, nn.Module](), True
 
     def __call__(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, sliding_window: int | None = None, **given: Any
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, sliding_window: int | None = None, **others: Any
     ) -> tuple[Tensor, None]:
         self.modules[id(module)] = module
-        self.packed &= given.get("position_ids") is not None
-        self.packed &= all(given.get(name) is None for name in ("softcap", *UNKNOWN))  # without flash-attn
+        self.packed &= others.get("position_ids") is not None
+        self.packed &= all(others.get(name) is None for name in ("softcap", *UNKNOWN))  # without flash-attn
         rows, keys = q.shape[2], k.shape[2]
         window = min(keys, sliding_window or keys)
         pairs = rows * window - window * (window - 1) / 2  # what a causal map, cut to a window, looks at
@@ -100,13 +100,13 @@ def trace(config: dict[str, Any], length: int, dtype: str, trained: Trained = "a
             states = _run(model, length)
         attention, counted = list(counter.modules.values()), counter.flops
         _freeze(model, attention, trained)
-        with _kept(weights) as found, _weights_kept(model, dtype) as copies, _autocast(dtype):
+        with _kept(weights) as stored, _weights_kept(model, dtype) as copies, _autocast(dtype):
             _run(model, length)
         sizes = sum(parameter.numel() for parameter in weights.values())
         embedding = next(model.get_input_embeddings().parameters()).numel()
         vocabulary = _vocabulary(model)
         casts = _casts(model, dtype)
-    kept = max(0, sum(found.values()) - sum(copies.values()))
+    saved = max(0, sum(stored.values()) - sum(copies.values()))
     text = model.config.get_text_config()
     return Trace(
         length=length,
@@ -118,7 +118,7 @@ def trace(config: dict[str, Any], length: int, dtype: str, trained: Trained = "a
         matrices=flops.get_total_flops() / length,
         attention=counted / length,
         head=2.0 * states.shape[-1] * vocabulary,
-        kept=kept,
+        saved=saved,
         cast=casts,
         attention_parameters=sum({id(p): p.numel() for module in attention for p in module.parameters()}.values()),
         packed=counter.packed and bool(attention),
@@ -149,16 +149,16 @@ def _nothing(_: Any) -> None:
 def _weights_kept(model: PreTrainedModel, dtype: str) -> Iterator[dict[int, int]]:
     """Bytes of the copies of weights, in the type of the computation, that linear layers keep inside the block: those through
     which a gradient passes."""
-    found: dict[int, int] = {}
+    copies: dict[int, int] = {}
 
-    def seen(module: Any, given: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled() and given[0].requires_grad:
-            found[id(module.weight)] = 2 * module.weight.numel()
+    def seen(module: Any, arguments: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled() and arguments[0].requires_grad:
+            copies[id(module.weight)] = 2 * module.weight.numel()
 
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     hooks = [module.register_forward_pre_hook(seen) for module in linear if dtype != "float32"]
-    yield found
+    yield copies
     for hook in hooks:
         hook.remove()
 
@@ -183,18 +183,18 @@ def _run(model: PreTrainedModel, length: int) -> Tensor:
 @contextmanager
 def _kept(weights: dict[int, Any]) -> Iterator[dict[int, int]]:
     """Sizes of the storages that autograd keeps inside the block, weights themselves aside."""
-    found: dict[int, int] = {}
+    stored: dict[int, int] = {}
     alive = []  # else one that is let go of would give its address, which it is known by, to the next
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            found[storage._cdata] = storage.nbytes()
+            stored[storage._cdata] = storage.nbytes()
             alive.append(storage)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield found
+        yield stored
 
 
 def _casts(model: PreTrainedModel, dtype: str) -> int:

@@ -48,7 +48,7 @@ class Card:
     @property
     def text(self) -> str:
         """The whole README.md. Raises UpfitError when the folder's README has front matter that is not YAML."""
-        told, body = front.split(self.readme)
+        header, body = front.split(self.readme)
         inherited, places = is_inherited(self.readme, self.story.steps), known_places(self.story.steps, self.places)
         block = f"{BEGIN}\n{self._block()}\n{END}"
         before, ours, after = _parted(words(harmless(body) if inherited else body, places))
@@ -59,12 +59,12 @@ class Card:
             body = f"{block}\n\n{title}{before.strip()}\n"
         else:
             body = block + "\n"
-        return front.dump(front.merge(settings(told, places), self._facts(), inherited)) + body
+        return front.dump(front.merge(settings(header, places), self._facts(), inherited)) + body
 
     def _facts(self) -> dict[str, Any]:
         """What the hub is to know; what is not known is None."""
         verbs = [name for name, _ in conversions(self.story.steps)]
-        tags = ["upfit", *verbs, *(["custom_code"] if self._own() else []), *(f"arxiv:{found}" for found in self._arxiv())]
+        tags = ["upfit", *verbs, *(["custom_code"] if self._own() else []), *(f"arxiv:{number}" for number in self._arxiv())]
         generates = self.story.facts["class"].endswith(("ForCausalLM", "LMHeadModel"))
         return {
             "base_model": self.base_model or origin(self.story.steps),
@@ -139,7 +139,7 @@ class Card:
         return Markup(f"{named} with another attention ({what}){after}.")
 
     def _evaluations(self) -> list[tuple[str, dict[str, Any]]]:
-        return [(label, portable(told, self.places)) for label, told in self.story.evaluations]
+        return [(label, portable(answer, self.places)) for label, answer in self.story.evaluations]
 
     def _limits(self) -> list[str]:
         facts = self.story.facts
@@ -167,7 +167,7 @@ class Card:
         return self.story.facts["model_type"] in code_files()
 
     def _arxiv(self) -> list[str]:
-        return [found for _, recipe in conversions(self.story.steps) for found in ARXIV.findall(recipe.paper)]
+        return [number for _, recipe in conversions(self.story.steps) for number in ARXIV.findall(recipe.paper)]
 
 
 def conversions(steps: list[dict[str, Any]]) -> list[tuple[str, Any]]:
@@ -209,19 +209,19 @@ def _shape(facts: dict[str, Any]) -> list[str]:
 
 
 def _step(step: dict[str, Any], parameters: int) -> dict[str, Any]:
-    told, versions = step["measurements"], step["versions"]
+    measured, versions = step["measurements"], step["versions"]
     texts: list[str] = [code(step["command"])] if "command" in step else []
     if step.get("config"):
         texts.append(Markup("In its config file: {}.").format(Markup(", ").join(map(code, config_lines(step)))))
-    before, after = told.get("kv_bytes_per_token", (0, 0))
+    before, after = measured.get("kv_bytes_per_token", (0, 0))
     if before != after:
         texts.append(f"{cache_change(before, after)}.")
     if method_ran(step):
         texts.append(f"Heads merged: {method_ran(step)}.")
-    if told.get("calibration"):
-        texts.append(f"Calibrated on {told['calibration']['tokens']:,} tokens.")
-    if told.get("verify"):
-        texts.append(f"Verified: {told['verify']['structure']}; {told['verify']['numbers']}.")
+    if measured.get("calibration"):
+        texts.append(f"Calibrated on {measured['calibration']['tokens']:,} tokens.")
+    if measured.get("verify"):
+        texts.append(f"Verified: {measured['verify']['structure']}; {measured['verify']['numbers']}.")
     if step["verb"] == "uptrain":
         texts.append(_training(step, parameters))
     packages = ", ".join(f"{name} {versions[name]}" for name in ("upfit", "torch", "transformers") if name in versions)
@@ -229,23 +229,25 @@ def _step(step: dict[str, Any], parameters: int) -> dict[str, Any]:
 
 
 def _training(step: dict[str, Any], parameters: int) -> str:
-    told, options = step["measurements"], step["options"]
+    measured, options = step["measurements"], step["options"]
     teacher = (step.get("teacher") or {}).get("name")
     learns = (
         f"from {teacher} (KL weight {options['kl_weight']:g}, CE weight {options['ce_weight']:g})"
         if teacher
         else "from the text"
     )
-    seconds, processes = told["seconds"], options["resolved"]["processes"]
+    seconds, processes = measured["seconds"], options["resolved"]["processes"]
     took = f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds:.0f} s"
-    text = f"{human_count(told['tokens'])} tokens in {told['steps']:,} steps, {took} on {processes} process(es), {learns}."
+    text = (
+        f"{human_count(measured['tokens'])} tokens in {measured['steps']:,} steps, {took} on {processes} process(es), {learns}."
+    )
     if step.get("stage") == "layerwise":
-        errors = [told["holdout"].get(when, {}).get("attention_error") for when in ("before", "after")]
+        errors = [measured["holdout"].get(when, {}).get("attention_error") for when in ("before", "after")]
         text += " Each converted attention learned the teacher's outputs on the teacher's inputs; nothing else was trained."
         return text + (f" Error on held-out rows: {errors[0]:.4f} → {errors[1]:.4f}." if None not in errors else "")
     factor = 8 if teacher else 6
-    text += f" About {factor * parameters * told['tokens']:.1e} FLOPs ({factor} for each parameter and token)."
-    before, after = told["holdout"]["before"], told["holdout"]["after"]
+    text += f" About {factor * parameters * measured['tokens']:.1e} FLOPs ({factor} for each parameter and token)."
+    before, after = measured["holdout"]["before"], measured["holdout"]["after"]
     return text + (f" Held-out rows: {before['ce']:.3f} → {after['ce']:.3f} nats a token." if before else "")
 
 

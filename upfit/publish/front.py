@@ -14,32 +14,32 @@ ABOUT_THE_SOURCE = ("base_model", "base_model_relation", "model-index", "model_n
 
 def split(text: str) -> tuple[dict[str, Any], str]:
     """Front matter and body of a README. Raises UpfitError when the front matter is not a YAML mapping."""
-    found = FRONT.match(text)
-    if found and len(found[1]) > MOST:
-        raise UpfitError(f"the front matter of README.md has {len(found[1])} characters; at most {MOST} are read")
-    if not found:
+    match = FRONT.match(text)
+    if match and len(match[1]) > MOST:
+        raise UpfitError(f"the front matter of README.md has {len(match[1])} characters; at most {MOST} are read")
+    if not match:
         return {}, text
     try:
-        told = yaml.safe_load(found[1]) or {}
-        if not isinstance(told, dict):
+        settings = yaml.safe_load(match[1]) or {}
+        if not isinstance(settings, dict):
             raise ValueError("not a mapping")
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UpfitError(f"the front matter of README.md is not YAML ({reason}); mend it or remove the README") from error
-    return told, text[found.end() :]
+    return settings, text[match.end() :]
 
 
-def merge(told: dict[str, Any], facts: dict[str, Any], from_source: bool) -> dict[str, Any]:
+def merge(settings: dict[str, Any], facts: dict[str, Any], from_source: bool) -> dict[str, Any]:
     """The user's front matter with ours. `from_source`: it is the source's, so what it says of its own origin and results goes.
 
     `facts` win, except `license`, which fills a gap, and `tags`, which are added.
     """
-    kept = {key: value for key, value in told.items() if not (from_source and key in ABOUT_THE_SOURCE)}
-    tags = kept.get("tags") or []
+    inherited = {key: value for key, value in settings.items() if not (from_source and key in ABOUT_THE_SOURCE)}
+    tags = inherited.get("tags") or []
     tags = [str(tag) for tag in tags] if isinstance(tags, list) else [str(tags)]
-    merged = kept | {key: value for key, value in facts.items() if value is not None and key not in ("tags", "license")}
+    merged = inherited | {key: value for key, value in facts.items() if value is not None and key not in ("tags", "license")}
     merged["tags"] = list(dict.fromkeys([*tags, *facts.get("tags", [])]))
-    if facts.get("license") and not kept.get("license"):
+    if facts.get("license") and not inherited.get("license"):
         merged["license"] = facts["license"]
     return merged
 

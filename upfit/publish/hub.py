@@ -122,12 +122,12 @@ def files_of(api: HfApi, repo: str, revision: str | None) -> dict[str, Any] | No
     """Name → what the hub knows of the file; None when there is no such repository or branch."""
     with refusals(f"the hub does not show {repo}; look whether the name is yours"):
         try:
-            found = call(lambda: list(api.list_repo_tree(repo, revision=revision, recursive=True)), f"listing {repo}")
+            entries = call(lambda: list(api.list_repo_tree(repo, revision=revision, recursive=True)), f"listing {repo}")
         except HfHubHTTPError as error:
             if status(error) == 404:
                 return None
             raise
-    return {entry.path: entry for entry in found if hasattr(entry, "size")}
+    return {entry.path: entry for entry in entries if hasattr(entry, "size")}
 
 
 def make(api: HfApi, repo: str, private: bool, branch: str | None) -> None:
@@ -145,12 +145,12 @@ def _not_yours(repo: str) -> str:
 def send(api: HfApi, repo: str, additions: list[CommitOperationAdd], where: dict[str, Any], meter: Meter) -> None:
     """Large files, one after the other; what the hub has already is not sent again."""
     with refusals(_not_yours(repo)):
-        for one in additions:
+        for addition in additions:
             call(
-                lambda: api.preupload_lfs_files(repo, additions=[one], free_memory=False, **where),  # noqa: B023
-                f"sending {one.path_in_repo}",
+                lambda: api.preupload_lfs_files(repo, additions=[addition], free_memory=False, **where),  # noqa: B023
+                f"sending {addition.path_in_repo}",
             )
-            meter.advance(one.upload_info.size, one.path_in_repo)
+            meter.advance(addition.upload_info.size, addition.path_in_repo)
 
 
 def commit(api: HfApi, repo: str, operations: list[Any], message: str, where: dict[str, Any]) -> Any:
@@ -184,10 +184,10 @@ def deletion(name: str) -> CommitOperationDelete:
 def collect(api: HfApi, user: str, title: str, repos: list[str]) -> str:
     """A collection of the user's with these models in it, made where it is not there; its address."""
     with refusals(f"the hub refuses the collection {title!r}; the models are published"):
-        made = call(lambda: api.create_collection(title, namespace=user, exists_ok=True), "making the collection")
+        collection = call(lambda: api.create_collection(title, namespace=user, exists_ok=True), "making the collection")
         for repo in repos:
             call(
-                lambda: api.add_collection_item(made.slug, item_id=repo, item_type="model", exists_ok=True),  # noqa: B023
+                lambda: api.add_collection_item(collection.slug, item_id=repo, item_type="model", exists_ok=True),  # noqa: B023
                 f"adding {repo} to the collection",
             )
-    return str(made.url)
+    return str(collection.url)

@@ -13,16 +13,16 @@ CONDITIONS = (
 )
 
 
-def doubts(told: dict[str, Any], licence_files: bool) -> list[str]:
-    """Questions to be settled before publishing, of the front matter `told` of a card; empty when there are none.
+def doubts(settings: dict[str, Any], licence_files: bool) -> list[str]:
+    """Questions to be settled before publishing, of the front matter `settings` of a card; empty when there are none.
 
     `licence_files`: whether the folder carries the licence's text.
     """
-    licence = str(told.get("license") or "").lower()
+    licence = str(settings.get("license") or "").lower()
     if not licence:
         named = "its text is in the folder" if licence_files else "and there is no licence file"
         return [f"the card names no licence ({named}); name it with --license, if the source's allows publishing"]
     if licence in FORBIDDEN:
         return [f"the licence {licence} forbids publishing what is derived from the source"]
-    name = str(told.get("license_name") or licence).lower()
+    name = str(settings.get("license_name") or licence).lower()
     return [f"the licence {name} {what}; see that it is so" for begins, what in CONDITIONS if name.startswith(begins)]

@@ -45,10 +45,10 @@ def check_folder(folder: Path) -> list[dict[str, Any]]:
 
 def unverified(steps: list[dict[str, Any]]) -> list[str]:
     """A question when the weights are a conversion's that was never checked (an uptraining checks what it writes)."""
-    made = [step for step in steps if step["verb"] != "evaluate"]
-    if made and made[-1]["verb"] != "uptrain" and not made[-1]["measurements"].get("verify"):
+    changing = [step for step in steps if step["verb"] != "evaluate"]
+    if changing and changing[-1]["verb"] != "uptrain" and not changing[-1]["measurements"].get("verify"):
         return [
-            f"`{made[-1]['verb']}` was run with --no-verify, so nothing has checked these weights; convert again without it"
+            f"`{changing[-1]['verb']}` was run with --no-verify, so nothing has checked these weights; convert again without it"
         ]
     return []
 
@@ -60,8 +60,8 @@ def gather(folder: Path) -> Manifest:
         code = {path.name for path in shipped(checkpoint.config["model_type"])} if is_own(checkpoint.config) else set()
     names += [name for name in (INDEX, provenance.FILE, "metrics.jsonl", *sorted(code)) if (folder / name).exists()]
     for pattern in SIDE_FILES:
-        for found in sorted(folder.glob(pattern)):
-            inside = sorted(found.rglob("*")) if found.is_dir() else [found]
+        for match in sorted(folder.glob(pattern)):
+            inside = sorted(match.rglob("*")) if match.is_dir() else [match]
             names += [str(path.relative_to(folder)) for path in inside if path.is_file() and path.suffix not in NEVER_COPIED]
     files = {name: contained(folder / name, folder) for name in dict.fromkeys(names) if name != CARD}
     everything = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -36,8 +36,8 @@ def plain(value: Any) -> Markup:
     if isinstance(value, Markup):
         return value
     text = str(escape(" ".join(str(value).split()))).replace("&#39;", "'").replace("&#34;", '"')
-    text = MARKS.sub(lambda found: "".join(f"&#{ord(mark)};" for mark in found[0]), text)
-    return Markup(FIRST.sub(lambda found: f"&#{ord(found[0][0])};{found[0][1:]}", text))
+    text = MARKS.sub(lambda match: "".join(f"&#{ord(mark)};" for mark in match[0]), text)
+    return Markup(FIRST.sub(lambda match: f"&#{ord(match[0][0])};{match[0][1:]}", text))
 
 
 def unmarked(text: str) -> str:
@@ -63,9 +63,9 @@ def model_link(repo: str) -> Markup:
 def harmless(text: str) -> str:
     """Somebody's Markdown, in which nothing runs: code stays as it is, HTML too but for what loads or runs something."""
     parts, end = [], 0
-    for found in CODE.finditer(text):
-        parts += [_tamed(text[end : found.start()]), found[0]]
-        end = found.end()
+    for match in CODE.finditer(text):
+        parts += [_tamed(text[end : match.start()]), match[0]]
+        end = match.end()
     return "".join([*parts, _tamed(text[end:])])
 
 

@@ -37,10 +37,10 @@ VOCABULARIES = re.compile(r"(tokenizer\.json|added_tokens\.json|vocab.*|merges.*
 
 def words(text: str, places: list[str]) -> str:
     """Text that somebody wrote, without the places of a machine."""
-    text = FILE_ADDRESS.sub(lambda found: name_of(found[0]), without(text, places))
-    text = BELOW.sub(lambda found: name_of(found[0]), text)
-    text = BELOW_WINDOWS.sub(lambda found: name_of(found[0].replace("/", "\\")), text)
-    return AT_HOME.sub(lambda found: name_of(found[0]), text)
+    text = FILE_ADDRESS.sub(lambda match: name_of(match[0]), without(text, places))
+    text = BELOW.sub(lambda match: name_of(match[0]), text)
+    text = BELOW_WINDOWS.sub(lambda match: name_of(match[0].replace("/", "\\")), text)
+    return AT_HOME.sub(lambda match: name_of(match[0]), text)
 
 
 def settings(value: Any, places: list[str], key: str = "") -> Any:
@@ -67,10 +67,10 @@ def sent(name: str, path: Path, places: list[str]) -> bytes | None:
     if name == METRICS:
         return _metrics(path, places)
     if name.endswith((".safetensors.index.json", *SETTINGS)):
-        told = read_json(path, 2 * RECORD_BYTES)
+        content = read_json(path, 2 * RECORD_BYTES)
         index = name.endswith(".index.json")  # names of tensors are none of ours to change
-        made = told | {"metadata": settings(told.get("metadata"), places)} if index else settings(told, places)
-        return None if made == told else (to_json(made) + "\n").encode()
+        cleaned = content | {"metadata": settings(content.get("metadata"), places)} if index else settings(content, places)
+        return None if cleaned == content else (to_json(cleaned) + "\n").encode()
     if path.suffix in TEXTS and path.stat().st_size <= CARD_BYTES:
         text = read_text(path, CARD_BYTES)
         return None if words(text, places) == text else words(text, places).encode()
@@ -78,8 +78,8 @@ def sent(name: str, path: Path, places: list[str]) -> bytes | None:
 
 
 def _check_header(path: Path, places: list[str]) -> None:
-    for key, said in read_metadata(path).items():
-        if words(said, places) != said:
+    for key, value in read_metadata(path).items():
+        if words(value, places) != value:
             raise UpfitError(f"the header of {path.name} tells of a place on this machine ({key}); save the weights again")
 
 
@@ -87,14 +87,14 @@ def _metrics(path: Path, places: list[str]) -> bytes | None:
     """The lines of training, each as it is unless something in it is a path."""
     changed, lines = False, list[str]()
     for line in read_lines(path, LINES_BYTES):
-        made = line
+        cleaned = line
         if "/" in line or "\\" in line or "~" in line:
             try:
-                told = json.loads(line)
+                content = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UpfitError(f"{path} is not what `upfit uptrain` writes; remove it to publish without it") from error
-            cut = portable(told, places)
-            made = line if cut == told else json.dumps(cut, ensure_ascii=True)
-        changed = changed or made != line
-        lines.append(made)
+            cut = portable(content, places)
+            cleaned = line if cut == content else json.dumps(cut, ensure_ascii=True)
+        changed = changed or cleaned != line
+        lines.append(cleaned)
     return "".join(f"{line}\n" for line in lines).encode() if changed else None

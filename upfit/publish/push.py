@@ -72,10 +72,10 @@ def _places(model: Path, repo: str, options: Options) -> list[tuple[Path, str]]:
         return [(model, repo)]
     if not model.is_dir():
         raise UpfitError(f"no folder at {model}; give a folder of converted models with --all")
-    found = sorted(path for path in model.iterdir() if (path / provenance.FILE).exists() and (path / "config.json").exists())
-    if not found:
+    stages = sorted(path for path in model.iterdir() if (path / provenance.FILE).exists() and (path / "config.json").exists())
+    if not stages:
         raise UpfitError(f"{model} holds no folder that Upfit wrote; give the folder above the models with --all")
-    named = [(path, f"{repo}-{path.name}" if "/" in repo else f"{repo}/{path.name}") for path in found]
+    named = [(path, f"{repo}-{path.name}" if "/" in repo else f"{repo}/{path.name}") for path in stages]
     for _, name in named:
         check_name(name)
     return named
@@ -90,8 +90,8 @@ def pack(folder: Path, repo: str, options: Options) -> Parcel:
     card = Card(gather(str(folder), []), repo, readme, options.base_model, options.license, here)
     with shaped(provenance.not_ours(folder / provenance.FILE)):
         text = card.text
-        told, _ = front.split(text)
-        doubts = [*manifest.unverified(steps), *licence.doubts(told, manifest.has_licence(folder))]
+        settings, _ = front.split(text)
+        doubts = [*manifest.unverified(steps), *licence.doubts(settings, manifest.has_licence(folder))]
         record = {"format": provenance.FORMAT, "steps": portable(steps, here)}
         verbs = ", ".join(dict.fromkeys(step["verb"] for step in steps if step["verb"] != "evaluate"))
     places = known_places(steps, here)

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from upfit.report.page import Plot, Section
 from upfit.report.subjects import Measured
 
-Told = list[tuple[str, dict[str, Any]]]  # label of a model, its needle probe
+Needles = list[tuple[str, dict[str, Any]]]  # label of a model, its needle probe
 ACROSS = 3
 PANEL = 3.1  # inches
 TEXT = "In the maps below, models read: “{}” The dashed lines stand at the answer in the needle and at the position that asks."
@@ -22,19 +22,19 @@ TEXT = "In the maps below, models read: “{}” The dashed lines stand at the a
 def sections(models: list[Measured], number: int) -> list[Section]:
     """A section where a model tells of its heads; else none."""
     needles = [(model.label, (model.subject.get("probes") or {}).get("needle") or {}) for model in models]
-    shares = [(label, told["attention_by_head"]) for label, told in needles if told.get("attention_by_head")]
-    kept = [(label, told["maps"]) for label, told in needles if (told.get("maps") or {}).get("heads")]
+    shares = [(label, probe["attention_by_head"]) for label, probe in needles if probe.get("attention_by_head")]
+    maps_of = [(label, probe["maps"]) for label, probe in needles if (probe.get("maps") or {}).get("heads")]
     plots, texts = [], list[str]()
     if shares:
         caption = "Share of each head's attention that goes to the needle's answer, from the position that has to say it"
         plots.append(Plot(f"heads-{number}", caption + "; one colour scale", _heads(shares)))
-    if kept:
-        texts.append(TEXT.format("".join(kept[0][1]["tokens"]).strip()))
+    if maps_of:
+        texts.append(TEXT.format("".join(maps_of[0][1]["tokens"]).strip()))
         caption = (
             "Attention maps of the heads that look at the answer most: rows read, columns are read; one colour scale, each "
         )
-        caption += "row as a share of its absolute sum" + (", below 0 where heads are subtracted" if _signed(kept) else "")
-        plots.append(Plot(f"maps-{number}", caption, _maps(kept)))
+        caption += "row as a share of its absolute sum" + (", below 0 where heads are subtracted" if _signed(maps_of) else "")
+        plots.append(Plot(f"maps-{number}", caption, _maps(maps_of)))
     return [Section("Attention", texts, plots=plots)] if plots else []
 
 
@@ -50,9 +50,9 @@ def _heads(models: list[tuple[str, list[list[float]]]]) -> Figure:
     deepest = max(len(layers) for _, layers in models)
     size = (max(5.0, PANEL * across), (1.1 + min(4.0, 0.2 * deepest + 0.6)) * down)
     figure = Figure(figsize=size, layout="constrained")
-    found = figure.subplots(down, across, squeeze=False).flatten().tolist()
+    panels = figure.subplots(down, across, squeeze=False).flatten().tolist()
     norm = _norm(0.0, high)
-    for axes, (label, layers) in zip(found, models, strict=False):
+    for axes, (label, layers) in zip(panels, models, strict=False):
         grid = np.full((len(layers), max(map(len, layers))), np.nan)
         for index, layer in enumerate(layers):
             grid[index, : len(layer)] = layer
@@ -65,24 +65,24 @@ def _heads(models: list[tuple[str, list[list[float]]]]) -> Figure:
         axes.set_title(label, fontsize=9)
         axes.set_xlabel("head, by the source's numbers")
         axes.set_ylabel("layer")
-    for axes in found[len(models) :]:
+    for axes in panels[len(models) :]:
         figure.delaxes(axes)
-    figure.colorbar(drawn, ax=found[: len(models)], label="share on the answer", ticks=_ticks(0.0, high))
+    figure.colorbar(drawn, ax=panels[: len(models)], label="share on the answer", ticks=_ticks(0.0, high))
     return figure
 
 
 def _count(axis: Any, count: int) -> None:
     """Numbers from 0 in the middle of the cells, about eight of them."""
     step = max(1, -(-count // 8))
-    axis.set_ticks(np.arange(0, count, step) + 0.5, [str(one) for one in range(0, count, step)])
+    axis.set_ticks(np.arange(0, count, step) + 0.5, [str(tick) for tick in range(0, count, step)])
 
 
 def _ticks(low: float, high: float) -> list[float]:
     return [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
 
 
-def _signed(kept: Told) -> bool:
-    return any(weight < 0 for _, maps in kept for one in maps["heads"] for row in one["weights"] for weight in row)
+def _signed(maps_of: Needles) -> bool:
+    return any(weight < 0 for _, maps in maps_of for head in maps["heads"] for row in head["weights"] for weight in row)
 
 
 def _square(weights: list[list[float]]) -> np.ndarray:
@@ -93,18 +93,20 @@ def _square(weights: list[list[float]]) -> np.ndarray:
     return square
 
 
-def _maps(kept: Told) -> Figure:
+def _maps(maps_of: Needles) -> Figure:
     """A row for each (layer, head), a column for each model."""
-    heads = list(dict.fromkeys((one["layer"], one["head"]) for _, maps in kept for one in maps["heads"]))
-    squares = {(label, one["layer"], one["head"]): _square(one["weights"]) for label, maps in kept for one in maps["heads"]}
-    signed = _signed(kept)
+    heads = list(dict.fromkeys((shown["layer"], shown["head"]) for _, maps in maps_of for shown in maps["heads"]))
+    squares = {
+        (label, shown["layer"], shown["head"]): _square(shown["weights"]) for label, maps in maps_of for shown in maps["heads"]
+    }
+    signed = _signed(maps_of)
     norm, colours = _norm(-1.0 if signed else 0.0, 1.0), "PuOr" if signed else "viridis"
-    figure = Figure(figsize=(max(5.0, PANEL * len(kept) + 0.8), PANEL * len(heads)), layout="constrained")
-    found = figure.subplots(len(heads), len(kept), squeeze=False)
+    figure = Figure(figsize=(max(5.0, PANEL * len(maps_of) + 0.8), PANEL * len(heads)), layout="constrained")
+    grid = figure.subplots(len(heads), len(maps_of), squeeze=False)
     for row, head in enumerate(heads):
-        for column, (label, maps) in enumerate(kept):
-            axes = found[row][column]
-            own = next((one.get("own_head") for one in maps["heads"] if (one["layer"], one["head"]) == head), None)
+        for column, (label, maps) in enumerate(maps_of):
+            axes = grid[row][column]
+            own = next((shown.get("own_head") for shown in maps["heads"] if (shown["layer"], shown["head"]) == head), None)
             moved = "" if own in (None, head[1]) else f" (here {own})"
             axes.set_title(f"{label}\nlayer {head[0]}, head {head[1]}{moved}", fontsize=9)
             if (label, *head) not in squares:
@@ -115,7 +117,7 @@ def _maps(kept: Told) -> Figure:
             drawn = axes.imshow(squares[label, *head], norm=norm, cmap=colours, interpolation="nearest")
             _mark(axes, maps)
     figure.colorbar(
-        drawn, ax=found.ravel().tolist(), label="share of the attention", shrink=0.6, ticks=_ticks(norm.vmin or 0, 1)
+        drawn, ax=grid.ravel().tolist(), label="share of the attention", shrink=0.6, ticks=_ticks(norm.vmin or 0, 1)
     )
     return figure
 

@@ -25,15 +25,15 @@ def curves(
 
 def by_length(models: list[tuple[str, Rows]], lengths: list[str], kind: str, what: str, labels: list[str]) -> Figure:
     """For each length a panel with a line for each model, its interval where it is told, and the floor of scores."""
-    figure, found = panels(len(lengths))
-    for axes, length in zip(found, lengths, strict=True):
+    figure, places = panels(len(lengths))
+    for axes, length in zip(places, lengths, strict=True):
         floors = set()
         for label, rows in models:
             if length not in rows:
                 continue
             row, style = rows[length], series(label, labels)
             axes.plot(row["depths"], row[kind], label=label, **style)
-            ends = [(one["low"], one["high"]) for one in row.get("intervals", ())]
+            ends = [(interval["low"], interval["high"]) for interval in row.get("intervals", ())]
             if ends and all(low is not None for low, _ in ends):
                 axes.fill_between(row["depths"], *zip(*ends, strict=True), color=style["color"], alpha=0.12, linewidth=0)
             floors |= {row["floor"]} if kind == "scores" and "floor" in row else set()
@@ -62,8 +62,8 @@ def heat_maps(models: list[tuple[str, Rows]], lengths: list[str], kind: str, wha
     scale = {"vmin": low, "vmax": high, "cmap": "viridis" if kind == "scores" else "viridis_r"}
     down, across = -(-len(models) // ACROSS), min(len(models), ACROSS)
     figure = Figure(figsize=(max(WIDTH, 3.3 * across), (1.3 + 0.42 * len(lengths)) * down), layout="constrained")
-    found = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten().tolist()
-    for axes, (label, rows) in zip(found, models, strict=False):
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten().tolist()
+    for axes, (label, rows) in zip(grid, models, strict=False):
         axes.set_facecolor("#cccccc")
         for place, length in enumerate(lengths):
             if length in rows:
@@ -76,17 +76,17 @@ def heat_maps(models: list[tuple[str, Rows]], lengths: list[str], kind: str, wha
         axes.set_ylim(len(lengths) - 0.5, -0.5)
         axes.set_yticks(range(len(lengths)), [f"{int(length):,}" for length in lengths])
         axes.set_xlabel("depth, 0 is the beginning", fontsize=9)
-    for axes in found[len(models) :]:
+    for axes in grid[len(models) :]:
         figure.delaxes(axes)
-    for axes in found[: len(models) : across]:
+    for axes in grid[: len(models) : across]:
         axes.set_ylabel("tokens")
-    figure.colorbar(drawn, ax=found[: len(models)], label=what)
+    figure.colorbar(drawn, ax=grid[: len(models)], label=what)
     return figure
 
 
 def _edges(depths: list[float]) -> list[float]:
     """Where the cells of these depths begin and end: half way to the neighbours, and at the ends of the text."""
-    return [0.0, *((one + other) / 2 for one, other in zip(depths, depths[1:], strict=False)), 1.0]
+    return [0.0, *((depth + other) / 2 for depth, other in zip(depths, depths[1:], strict=False)), 1.0]
 
 
 def _write(axes: Any, place: int, depths: list[float], values: list[float], drawn: Any) -> None:

@@ -36,9 +36,9 @@ def panels(count: int, columns: int = 2) -> tuple[Figure, list[Any]]:
     axes = figure.subplots(rows, across, squeeze=False).flatten().tolist()
     for extra in axes[count:]:
         figure.delaxes(extra)
-    for one in axes[:count]:
-        one.grid(alpha=0.3)
-        one.spines[["top", "right"]].set_visible(False)
+    for panel in axes[:count]:
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
     return figure, axes[:count]
 
 
@@ -83,11 +83,11 @@ def training(lines: list[dict[str, Any]], teacher: float | None, apart: float | 
     """
     if apart:
         lines = [line | {"recovery": 1 - line["kl"] / apart} if isinstance(line.get("kl"), float) else line for line in lines]
-    found = {key: points for key in STEPS if _says_something(points := _points(lines, key))}
-    if not found:
+    curves = {key: points for key in STEPS if _says_something(points := _points(lines, key))}
+    if not curves:
         return None
-    figure, drawn = panels(len(found))
-    for axes, (key, points) in zip(drawn, found.items(), strict=True):
+    figure, drawn = panels(len(curves))
+    for axes, (key, points) in zip(drawn, curves.items(), strict=True):
         axes.plot(*zip(*points, strict=True), linewidth=1)
         for source, measured in _held_out(lines, key).items():
             label = f"held-out rows of {source}" if source else "held-out rows"
@@ -133,9 +133,9 @@ def watched(lines: list[dict[str, Any]]) -> Figure | None:
         return None
     figure, drawn = panels(len(names))
     for axes, name in zip(drawn, names, strict=True):
-        told = [(line["tokens"], line[name]) for line in lines if name in line]
-        values = np.array([row for _, row in told], dtype=float).T
-        shown = axes.pcolormesh(np.array([at for at, _ in told]), np.arange(len(values)), values, shading="nearest")
+        measured = [(line["tokens"], line[name]) for line in lines if name in line]
+        values = np.array([row for _, row in measured], dtype=float).T
+        shown = axes.pcolormesh(np.array([at for at, _ in measured]), np.arange(len(values)), values, shading="nearest")
         figure.colorbar(shown, ax=axes, label={"position_content": "position/content"}.get(name, name.replace("_", " ")))
         axes.set_xlabel("tokens")
         axes.set_ylabel("layer")
@@ -173,17 +173,17 @@ def _varies(rows: list[dict[str, Any]], key: str) -> bool:
 
 
 def _numbers(value: Any) -> list[float]:
-    some = value if isinstance(value, list) else [value]
-    return some if all(isinstance(one, int | float) and not isinstance(one, bool) for one in some) else []
+    values = value if isinstance(value, list) else [value]
+    return values if all(isinstance(number, int | float) and not isinstance(number, bool) for number in values) else []
 
 
-def sensitivity(told: dict[str, Any]) -> Figure:
+def sensitivity(prediction: dict[str, Any]) -> Figure:
     """Predicted errors of attention and output, layers by numbers of key/value heads, beside the cache each number leaves."""
-    counts = [count for count in told["kv_heads"] if count < max(told["kv_heads"])] or told["kv_heads"]
-    figure = Figure(figsize=(2 * WIDTH, max(HEIGHT, 0.16 * len(told["layers"]) + 1.2)), layout="constrained")
+    counts = [count for count in prediction["kv_heads"] if count < max(prediction["kv_heads"])] or prediction["kv_heads"]
+    figure = Figure(figsize=(2 * WIDTH, max(HEIGHT, 0.16 * len(prediction["layers"]) + 1.2)), layout="constrained")
     panels = figure.subplots(1, 3, width_ratios=[1, 1, 0.8])
     for axes, name in zip(panels, ("attention_error", "output_error"), strict=False):
-        cells = [{c["kv_heads"]: c[name] for c in layer["choices"]} for layer in told["layers"]]
+        cells = [{c["kv_heads"]: c[name] for c in layer["choices"]} for layer in prediction["layers"]]
         values = np.array([[_or_nan(row.get(count)) for count in counts] for row in cells], dtype=float)
         shown = axes.imshow(values, aspect="auto", vmin=0, cmap="viridis")
         figure.colorbar(shown, ax=axes)
@@ -192,9 +192,11 @@ def sensitivity(told: dict[str, Any]) -> Figure:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(name.replace("_", " ") + ", share lost", fontsize=9)
     panels[0].set_ylabel("layer")
-    totals = {row["kv_heads"]: row for row in told["totals"]}
+    totals = {row["kv_heads"]: row for row in prediction["totals"]}
     for name in ("attention_error", "output_error"):
-        points = [(totals[c]["kv_bytes_per_token"], totals[c][name]) for c in told["kv_heads"] if totals[c][name] is not None]
+        points = [
+            (totals[c]["kv_bytes_per_token"], totals[c][name]) for c in prediction["kv_heads"] if totals[c][name] is not None
+        ]
         if points:
             panels[2].plot(*zip(*points, strict=True), "o-", markersize=4, label=name.replace("_", " "))
     panels[2].set_xlabel("KV cache, bytes a token")

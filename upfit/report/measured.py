@@ -36,11 +36,11 @@ def summary(evaluations: list[Evaluation], origin: dict[str, Any] | None = None)
 
 def measured(evaluations: list[Evaluation], origin: dict[str, Any] | None = None) -> list[Section]:
     """For each text a section of losses, cache and speed, one for each probe, and one of attention, models in their order."""
-    found = []
+    sections = []
     for index, text in enumerate(texts(evaluations, origin)):
         number = index + 1
-        found += [_losses(text, number), *probes.sections(text.models, number), *attention.sections(text.models, number)]
-    return found
+        sections += [_losses(text, number), *probes.sections(text.models, number), *attention.sections(text.models, number)]
+    return sections
 
 
 def _losses(text: Text, number: int) -> Section:
@@ -77,13 +77,13 @@ def _shown(text: Text) -> tuple[list[tuple[str, dict[str, Any]]], str]:
     """What the plot of losses is of: differences where any is paired, else the losses themselves."""
     if not any(model.difference and "nats_per_token" in model.difference for model in text.models):
         return [(model.label, model.subject["loss"]["nats_per_token"]) for model in text.models], "nats a token"
-    found = []
+    shown = []
     for model in text.models:
         if model.difference and "nats_per_token" in model.difference:
-            found.append((model.label + _beside(model, text), model.difference["nats_per_token"]))
+            shown.append((model.label + _beside(model, text), model.difference["nats_per_token"]))
         elif (far := _unpaired(model, text)) is not None:
-            found.append((f"{model.label} (not paired)", {"mean": far, "low": None, "high": None}))
-    return found, "nats a token above the source"
+            shown.append((f"{model.label} (not paired)", {"mean": far, "low": None, "high": None}))
+    return shown, "nats a token above the source"
 
 
 def _apart(model: Measured, text: Text) -> str:
@@ -91,10 +91,10 @@ def _apart(model: Measured, text: Text) -> str:
     if model.difference is None:
         far = _unpaired(model, text)
         return "" if far is None else f"{far:.4f}, not paired"
-    told = model.difference
-    if "nats_per_token" in told:
-        return half_width(told["nats_per_token"], 4) + _beside(model, text)
-    return f"{half_width(told['bits_per_byte'], 4)} bits a byte{_beside(model, text)}"
+    difference = model.difference
+    if "nats_per_token" in difference:
+        return half_width(difference["nats_per_token"], 4) + _beside(model, text)
+    return f"{half_width(difference['bits_per_byte'], 4)} bits a byte{_beside(model, text)}"
 
 
 def _beside(model: Measured, text: Text) -> str:
@@ -104,11 +104,11 @@ def _beside(model: Measured, text: Text) -> str:
 
 def _unpaired(model: Measured, text: Text) -> float | None:
     """Of a model that was measured alone: its mean less the source's, on the same windows; None where that means nothing."""
-    others_tokens = any(one.difference and "nats_per_token" not in one.difference for one in text.models)
+    others_tokens = any(each.difference and "nats_per_token" not in each.difference for each in text.models)
     if model.difference or text.source in (None, model.label) or others_tokens:
         return None
-    source = next(one for one in text.models if one.label == text.source)
-    mine, its = (one.subject["loss"]["nats_per_token"]["mean"] for one in (model, source))
+    source = next(each for each in text.models if each.label == text.source)
+    mine, its = (each.subject["loss"]["nats_per_token"]["mean"] for each in (model, source))
     return float(mine - its)
 
 
@@ -121,17 +121,17 @@ def _tasks(models: list[Measured]) -> list[Table]:
     """One table of all tasks of lm-evaluation-harness; evaluations of an older Upfit have none."""
     rows = []
     for model in models:
-        for task, told in (model.subject.get("tasks") or {}).items():
-            about = [str(told["documents"]), str(told["few_shot"] or 0), str(told["version"])]
-            rows += [[f"{model.label}: {task}", name, interval(value, 3), *about] for name, value in told["metrics"].items()]
+        for task, result in (model.subject.get("tasks") or {}).items():
+            about = [str(result["documents"]), str(result["few_shot"] or 0), str(result["version"])]
+            rows += [[f"{model.label}: {task}", name, interval(value, 3), *about] for name, value in result["metrics"].items()]
     columns = ["model: task", "metric", "value", "documents", "few-shot", "version"]
     return [Table("Tasks of lm-evaluation-harness", columns, rows)] if rows else []
 
 
 def _ablations(evaluations: list[Evaluation]) -> list[Table]:
     rows = [
-        [f"{label}, without {told['ablation']['part']}", half_width(told["ablation"]["nats_per_token"], 4)]
-        for label, told in evaluations
-        if told["ablation"]
+        [f"{label}, without {answer['ablation']['part']}", half_width(answer["ablation"]["nats_per_token"], 4)]
+        for label, answer in evaluations
+        if answer["ablation"]
     ]
     return [Table("What an added part is worth", ["", "nats a token more"], rows)] if rows else []

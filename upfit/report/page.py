@@ -73,8 +73,8 @@ def elsewhere(sections: list[Section], places: list[str]) -> list[Section]:
             texts=portable(section.texts, places),
             commands=[portable({"command": command}, places)["command"] for command in section.commands],
             tables=[
-                Table(portable(one.title, places), portable(one.columns, places), portable(one.rows, places))
-                for one in section.tables
+                Table(portable(table.title, places), portable(table.columns, places), portable(table.rows, places))
+                for table in section.tables
             ],
             plots=[replace(plot, caption=portable(plot.caption, places)) for plot in section.plots],
         )
@@ -84,7 +84,7 @@ def elsewhere(sections: list[Section], places: list[str]) -> list[Section]:
 
 def unbroken(cell: str) -> str:
     """No line break inside `1.5 ± 0.1`, `[1.4, 1.6]` or `8.2 kB`."""
-    return TOGETHER.sub(lambda found: found[0].replace(" ", "\u00a0"), cell)
+    return TOGETHER.sub(lambda match: match[0].replace(" ", "\u00a0"), cell)
 
 
 def is_page(path: Path) -> bool:

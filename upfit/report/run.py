@@ -39,15 +39,15 @@ def report(model: str, out: Path | None, results: list[Path], png: Path | None, 
         pictures = {f"{plot.name}.png": plot.png() for plot in plots} if png is not None else {}
     with ExitStack() as stack:
         work = stack.enter_context(work_folder(out, "report", overwrite, check=check_page))
-        made = work.path / RESULT
-        made.write_bytes(page)
+        written = work.path / RESULT
+        written.write_bytes(page)
         if png is not None:
             beside = stack.enter_context(work_folder(png, "report", overwrite, check=check_pictures))
             folder = beside.folder(RESULT, clear=True)
             for file, content in pictures.items():
                 (folder / file).write_bytes(content)
             beside.publish(folder, overwrite)
-        work.publish(made, overwrite)
+        work.publish(written, overwrite)
     names = [str(Path(png or "", file)) for file in pictures]
     return Report(str(out), [section.title for section in sections], names, png=None if png is None else str(png))
 

@@ -18,7 +18,7 @@ def tell(story: Story) -> list[Section]:
     sections.append(_facts(story.facts))
     if story.steps:
         sections.append(_history(story.steps))
-    sections += [_predicted(label, told) for label, told in story.predictions]
+    sections += [_predicted(label, prediction) for label, prediction in story.predictions]
     sections += measured(story.evaluations, origin)
     number = 0
     newest = next((step for step in reversed(story.steps) if step["verb"] == "uptrain"), None)
@@ -46,14 +46,14 @@ def _history(steps: list[dict[str, Any]]) -> Section:
 
 
 def _versions(step: dict[str, Any]) -> str:
-    told = step["versions"]
-    return ", ".join(f"{name} {told[name]}" for name in ("upfit", "torch", "transformers") if name in told)
+    versions = step["versions"]
+    return ", ".join(f"{name} {versions[name]}" for name in ("upfit", "torch", "transformers") if name in versions)
 
 
-def _predicted(label: str, told: dict[str, Any]) -> Section:
+def _predicted(label: str, prediction: dict[str, Any]) -> Section:
     rows = [
         [str(row["kv_heads"]), human_bytes(row["kv_bytes_per_token"]), *(_share(row[name]) for name in _ERRORS)]
-        for row in told["totals"]
+        for row in prediction["totals"]
     ]
     columns = ["key/value heads", "KV cache a token", *(name.replace("_", " ") for name in _ERRORS)]
     text = (
@@ -62,7 +62,7 @@ def _predicted(label: str, told: dict[str, Any]) -> Section:
         "nats are measured after a conversion."
     )
     caption = f"Predicted errors of each layer for each number of key/value heads ({label})"
-    plot = Plot(f"sensitivity-{file_name(label)}", caption, figures.sensitivity(told))
+    plot = Plot(f"sensitivity-{file_name(label)}", caption, figures.sensitivity(prediction))
     return Section("What fewer heads would cost", [text], tables=[Table("", columns, rows)], plots=[plot])
 
 
@@ -75,19 +75,19 @@ def _share(value: float | None) -> str:
 
 def _conversion(step: dict[str, Any], number: int) -> list[Section]:
     """What a conversion measured; nothing when it measured nothing."""
-    told, texts, plots, tables = step["measurements"], [], [], []
-    before, after = told.get("kv_bytes_per_token", (0, 0))
+    measured, texts, plots, tables = step["measurements"], [], [], []
+    before, after = measured.get("kv_bytes_per_token", (0, 0))
     if before != after:
         texts.append(f"{cache_change(before, after)}.")
     if method_ran(step):
         texts.append(f"Heads merged: {method_ran(step)}.")
-    verified = told.get("verify")
+    verified = measured.get("verify")
     if verified:
         texts.append(f"Verified: {verified['structure']}; {verified['numbers']}.")
-    calibration = told.get("calibration")
+    calibration = measured.get("calibration")
     if calibration:
         texts.append(f"Calibrated on {calibration['tokens']:,} tokens, windows of {calibration['length']}.")
-    rows = [row for row in told.get("layers") or [] if isinstance(row, dict)]
+    rows = [row for row in measured.get("layers") or [] if isinstance(row, dict)]
     left_out = [[row["layer"], "; ".join(row["reasons"])] for row in rows if row.get("reasons")]
     if left_out:
         tables.append(Table("Left out, because it would not be exact or could not be measured", ["layer", "what"], left_out))
@@ -100,10 +100,10 @@ def _conversion(step: dict[str, Any], number: int) -> list[Section]:
 
 
 def _uptraining(step: dict[str, Any], lines: list[dict[str, Any]]) -> Section:
-    told = step["measurements"]
+    measured = step["measurements"]
     texts = [
-        f"{human_count(told['tokens'])} tokens in {told['steps']:,} steps, {told['seconds']:,.0f} s, "
-        f"{told['tokens_per_second'] or 0:,.0f} tokens/s, {told['skipped']} steps skipped."
+        f"{human_count(measured['tokens'])} tokens in {measured['steps']:,} steps, {measured['seconds']:,.0f} s, "
+        f"{measured['tokens_per_second'] or 0:,.0f} tokens/s, {measured['skipped']} steps skipped."
     ]
     data = step.get("data") or {}
     if "items" in data:
@@ -111,13 +111,13 @@ def _uptraining(step: dict[str, Any], lines: list[dict[str, Any]]) -> Section:
     if data.get("patterns"):
         texts.append(f"Patterns trained on: {', '.join(data['patterns'])}. A probe of one of them asks what was taught.")
     tables, plots, teacher = [], [], None
-    holdout = told.get("holdout") or {}
+    holdout = measured.get("holdout") or {}
     before, after = holdout.get("before") or {}, holdout.get("after") or {}
     told_of = [key for key in sorted(before, key=_place) if key in after and _name(key) and (before[key] or after[key])]
     rows = [[_name(key), f"{before[key]:.4f}", f"{after[key]:.4f}"] for key in told_of]
     if rows:
         unit = "error" if "attention_error" in before else "loss, nats a token"
-        title = f"Held-out {unit}, {told['holdout_rows']} rows of the training data"
+        title = f"Held-out {unit}, {measured['holdout_rows']} rows of the training data"
         tables.append(Table(title, ["", "before", "after"], rows))
         teacher = before.get("teacher_ce")
     if teacher is not None and "ce" in after and before["ce"] > teacher:
@@ -151,8 +151,8 @@ _LOSSES = {
 def _name(key: str) -> str:
     """What is measured under `key`, as `ce` or, of the rows of one source alone, `code/ce`; "" for what no table shows."""
     source, _, kind = key.rpartition("/")
-    told = _LOSSES.get(kind, "")
-    return f"{told}, {source} alone" if told and source else told
+    loss = _LOSSES.get(kind, "")
+    return f"{loss}, {source} alone" if loss and source else loss
 
 
 def _place(key: str) -> tuple[int, str]:

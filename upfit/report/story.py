@@ -35,10 +35,10 @@ def gather(model: str, results: list[Path]) -> Story:
 
     Raises UpfitError for a file that none of the verbs wrote, or a folder that `upfit show` cannot tell of.
     """
-    kept = list(zip(_names(results), map(_result, results), strict=True))
+    answers = list(zip(_names(results), map(_result, results), strict=True))
     facts, folder = describe(model), find_source(model).path
     with misshapen(folder, results):
-        return _story(facts, folder, kept)
+        return _story(facts, folder, answers)
 
 
 def misshapen(folder: Path, results: list[Path]) -> AbstractContextManager[None]:
@@ -48,14 +48,14 @@ def misshapen(folder: Path, results: list[Path]) -> AbstractContextManager[None]
     return shaped(f"{' or '.join(files)} {what}")
 
 
-def _story(facts: dict[str, Any], folder: Path, kept: list[tuple[str, dict[str, Any]]]) -> Story:
+def _story(facts: dict[str, Any], folder: Path, answers: list[tuple[str, dict[str, Any]]]) -> Story:
     steps = provenance.read(folder)
-    given = [(label, answer) for label, answer in kept if "sensitivity" not in answer]
-    twice = [answer["model"] for _, answer in given]  # what is recorded and given too stands under the name that was given
-    told = [(_label(steps, index), step["measurements"]) for index, step in enumerate(steps) if step["verb"] == "evaluate"]
-    told = [(label, one) for label, one in told if one["model"] not in twice]
-    predictions = [(label, answer["sensitivity"]) for label, answer in kept if "sensitivity" in answer]
-    return Story(facts, steps, _training(folder / METRICS), told + given, predictions)
+    added = [(label, answer) for label, answer in answers if "sensitivity" not in answer]
+    twice = [answer["model"] for _, answer in added]  # what is recorded and given too stands under the name that was given
+    recorded = [(_label(steps, index), step["measurements"]) for index, step in enumerate(steps) if step["verb"] == "evaluate"]
+    recorded = [(label, measured) for label, measured in recorded if measured["model"] not in twice]
+    predictions = [(label, answer["sensitivity"]) for label, answer in answers if "sensitivity" in answer]
+    return Story(facts, steps, _training(folder / METRICS), recorded + added, predictions)
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -79,11 +79,11 @@ def _names(paths: list[Path]) -> list[str]:
 def _label(steps: list[dict[str, Any]], index: int) -> str:
     """`after uptrain`: the step that made what the evaluation at `index` measured; with a number from its second time on."""
     done = [step for step in steps[:index] if step["verb"] != "evaluate"]
-    made = [_what(step) for step, after in zip(done, [*done[1:], None], strict=True) if not same_run(step, after)]
-    if not made:
+    made_by = [_what(step) for step, after in zip(done, [*done[1:], None], strict=True) if not same_run(step, after)]
+    if not made_by:
         return "as it was"
-    times = made.count(made[-1])
-    return f"after {made[-1]}" + (f" {times}" if times > 1 else "")
+    times = made_by.count(made_by[-1])
+    return f"after {made_by[-1]}" + (f" {times}" if times > 1 else "")
 
 
 def same_run(step: dict[str, Any], other: dict[str, Any] | None) -> bool:
@@ -118,8 +118,8 @@ def _training(path: Path) -> list[dict[str, Any]]:
         return []
     apart = 1 + check_ordinary(path).st_size // KEPT_BYTES
     with shaped(f"{path} is not what `upfit uptrain` writes; remove it to report without it"):
-        kept = islice(read_lines(path, LINES_BYTES), 0, None, apart)
-        lines = [parse_json(line, path) for line in kept]
+        every = islice(read_lines(path, LINES_BYTES), 0, None, apart)
+        lines = [parse_json(line, path) for line in every]
         return [line for line in lines if isinstance(line["tokens"], int)]
 
 

@@ -37,22 +37,22 @@ class Text:
 
 def texts(evaluations: list[Evaluation], origin: dict[str, Any] | None = None) -> list[Text]:
     """The texts in the order in which they come up. `origin`: what the history remembers of the source, if anything."""
-    found: dict[str, list[Evaluation]] = {}
-    for label, told in evaluations:
-        found.setdefault(told["data"]["sha256"], []).append((label, told))
-    return [_text(some, origin) for some in found.values()]
+    by_text: dict[str, list[Evaluation]] = {}
+    for label, answer in evaluations:
+        by_text.setdefault(answer["data"]["sha256"], []).append((label, answer))
+    return [_text(of_text, origin) for of_text in by_text.values()]
 
 
 def _text(evaluations: list[Evaluation], origin: dict[str, Any] | None) -> Text:
     sources, others = _sources(evaluations, origin), dict[str, Measured]()
     names = {key: model.label for key, model in sources.items()}
-    names |= {key_of(told["model"]): label for label, told in evaluations if key_of(told["model"]) not in names}
-    for label, told in evaluations:
-        if key_of(told["model"]) in sources:
+    names |= {key_of(answer["model"]): label for label, answer in evaluations if key_of(answer["model"]) not in names}
+    for label, answer in evaluations:
+        if key_of(answer["model"]) in sources:
             continue
-        against = None if told["against"] is None else names[key_of(told["against"])]
-        made = Measured(label, told["model"], told["difference"], against)
-        others[label] = _joined(others[label], made) if label in others else made
+        against = None if answer["against"] is None else names[key_of(answer["against"])]
+        subject = Measured(label, answer["model"], answer["difference"], against)
+        others[label] = _joined(others[label], subject) if label in others else subject
     models = [*sources.values(), *others.values()]
     source = next(iter(sources.values())).label if len(sources) == 1 else None
     return Text(evaluations[0][1]["data"], models, evaluations, source)
@@ -60,32 +60,32 @@ def _text(evaluations: list[Evaluation], origin: dict[str, Any] | None) -> Text:
 
 def _sources(evaluations: list[Evaluation], origin: dict[str, Any] | None) -> dict[Key, Measured]:
     """Models that others were measured against, or that the history names, and that were measured against none themselves."""
-    measured = [(label, told["model"]) for label, told in evaluations if told["against"] is None]
-    compared = {key_of(told["model"]) for _, told in evaluations if told["against"] is not None}
-    found: dict[Key, Measured] = {}
-    for _, told in evaluations:
-        if told["against"] is not None and key_of(told["against"]) not in compared:
-            _put(found, Measured(f"source: {_short(told['against']['name'])}", told["against"]))
+    measured = [(label, answer["model"]) for label, answer in evaluations if answer["against"] is None]
+    compared = {key_of(answer["model"]) for _, answer in evaluations if answer["against"] is not None}
+    sources: dict[Key, Measured] = {}
+    for _, answer in evaluations:
+        if answer["against"] is not None and key_of(answer["against"]) not in compared:
+            _put(sources, Measured(f"source: {_short(answer['against']['name'])}", answer["against"]))
     for label, subject in measured:
-        if key_of(subject) in found or (_is(subject, origin) and key_of(subject) not in compared):
-            _put(found, Measured(label, subject))
-    labels = [model.label for model in found.values()]
+        if key_of(subject) in sources or (_is(subject, origin) and key_of(subject) not in compared):
+            _put(sources, Measured(label, subject))
+    labels = [model.label for model in sources.values()]
     return {
         key: model if labels.count(model.label) == 1 else replace(model, label=f"{model.label}, {model.subject.get('dtype')}")
-        for key, model in found.items()
+        for key, model in sources.items()
     }
 
 
-def _put(found: dict[Key, Measured], model: Measured) -> None:
+def _put(sources: dict[Key, Measured], model: Measured) -> None:
     key = key_of(model.subject)
-    found[key] = _joined(found[key], model) if key in found else model
+    sources[key] = _joined(sources[key], model) if key in sources else model
 
 
 def _joined(older: Measured, newer: Measured) -> Measured:
     """One model measured twice: what the newer says, and what only the older has."""
-    told = {name: value for name, value in newer.subject.items() if value is not None}
+    newest = {name: value for name, value in newer.subject.items() if value is not None}
     probes = {**(older.subject.get("probes") or {}), **(newer.subject.get("probes") or {})} or None
-    subject = {**older.subject, **told, "probes": probes}
+    subject = {**older.subject, **newest, "probes": probes}
     return Measured(newer.label, subject, newer.difference or older.difference, newer.against or older.against)
 
 

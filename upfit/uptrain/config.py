@@ -249,17 +249,17 @@ def check_sharding(settings: Any, sharded: bool) -> None:
         raise UpfitError(f"{options.shown(settings, 'shard_teacher')} goes with --parallel fsdp or hsdp; leave it out")
 
 
-def resolve(file: Path | None, given: dict[str, Any]) -> Config:
-    """The checked config: defaults, over them the TOML `file` (if any), over it the flags the user `given`.
+def resolve(file: Path | None, flags: dict[str, Any]) -> Config:
+    """The checked config: defaults, over them the TOML `file` (if any), over it the flags the user `flags`.
 
     `--tokens` on the command line replaces a `share` of the file, and the other way round.
     """
-    told = {name: value for name, value in (read(file) if file is not None else {}).items() if name not in NAMES}
-    if given.get("tokens") is not None:
-        told = {name: value for name, value in told.items() if name not in ("share", "original_tokens")}
-    elif given.get("share") is not None:
-        told.pop("tokens", None)
-    return check(Config(**{**told, **given}))
+    from_file = {name: value for name, value in (read(file) if file is not None else {}).items() if name not in NAMES}
+    if flags.get("tokens") is not None:
+        from_file = {name: value for name, value in from_file.items() if name not in ("share", "original_tokens")}
+    elif flags.get("share") is not None:
+        from_file.pop("tokens", None)
+    return check(Config(**{**from_file, **flags}))
 
 
 def tables(file: Path | None) -> dict[str, dict[str, Any]]:
@@ -273,7 +273,7 @@ def read(file: Path) -> dict[str, Any]:
     Raises UpfitError when it cannot be read or has a key that is no setting.
     """
     try:
-        told = tomllib.loads(read_text(file.expanduser(), SETTINGS_BYTES))
+        settings = tomllib.loads(read_text(file.expanduser(), SETTINGS_BYTES))
     except UpfitError as error:
         raise UpfitError(f"--config {error}; give a TOML file") from error
     except RecursionError as error:
@@ -281,14 +281,16 @@ def read(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UpfitError(f"--config {file} is not valid TOML: {error}") from error
     allowed = [field.name for field in dataclasses.fields(Config)]
-    of_stages = [(name, table) for name, table in told.items() if name in NAMES and isinstance(table, dict)]
-    keys = [name for name, _ in told.items() if name not in dict(of_stages)] + [key for _, table in of_stages for key in table]
+    of_stages = [(name, table) for name, table in settings.items() if name in NAMES and isinstance(table, dict)]
+    keys = [name for name, _ in settings.items() if name not in dict(of_stages)] + [
+        key for _, table in of_stages for key in table
+    ]
     for name in keys:
         if name not in allowed:
             raise UpfitError(f"--config {file} has an unknown key {name!r}; allowed are {', '.join(allowed)}")
-    for table in (told, *dict(of_stages).values()):
+    for table in (settings, *dict(of_stages).values()):
         options.check_values(Config, {key: value for key, value in table.items() if key in allowed})
-    return told
+    return settings
 
 
 def dump(config: Config, of_stages: dict[str, dict[str, Any]]) -> str:

@@ -74,8 +74,8 @@ def make_answers_plan(config: Config, examples: int, mean_length: int, longest: 
     """
     mixed = config.mix is not None
     share = config.mix_share if mixed else 0.0
-    told = config.tokens is not None or config.share is not None
-    tokens = budget(config) if told else round(examples * mean_length / (1 - share))
+    is_set = config.tokens is not None or config.share is not None
+    tokens = budget(config) if is_set else round(examples * mean_length / (1 - share))
     length = row_length(config.length, longest) if mixed else 0
     wanted = step_tokens(config, tokens)
     rows = min(examples, max(1, round(wanted * (1 - share) / mean_length)))

@@ -29,9 +29,9 @@ class Stage:
     config: Config
     data: str
 
-    def agrees(self, told: dict[str, Any]) -> bool:
+    def agrees(self, record: dict[str, Any]) -> bool:
         """Whether the options kept in a recipe are these, but for those that may change in a resumed run."""
-        return all(told.get(name) == value for name, value in asdict(self.config).items() if name not in FREE)
+        return all(record.get(name) == value for name, value in asdict(self.config).items() if name not in FREE)
 
 
 def split(config: Config, tables: dict[str, dict[str, Any]], data: str) -> list[Stage]:
@@ -46,11 +46,11 @@ def split(config: Config, tables: dict[str, dict[str, Any]], data: str) -> list[
     shares = parse(config.stages)
     _refuse(tables, list(shares), f"--stages {config.stages} does not name it")
     _check_questions(config, list(shares))
-    found = []
+    stages = []
     for name, share in shares.items():
         folder = config.questions if name == "answers" and config.questions is not None else data
-        found.append(Stage(name, _settings(config, name, share, tables.get(name, {}), len(shares)), folder))
-    return found
+        stages.append(Stage(name, _settings(config, name, share, tables.get(name, {}), len(shares)), folder))
+    return stages
 
 
 def parse(text: str) -> dict[str, float | None]:
@@ -58,21 +58,21 @@ def parse(text: str) -> dict[str, float | None]:
 
     What no share is given for divides the rest evenly; answers without one are gone through once (None).
     """
-    given: dict[str, float | None] = {}
+    shares: dict[str, float | None] = {}
     for part in text.split(","):
         name, _, share = (word.strip() for word in part.partition("="))
         if name not in NAMES:
             raise UpfitError(f"--stages got {name!r}; the stages are {', '.join(NAMES)}, in the order they are to run")
-        if name in given:
+        if name in shares:
             raise UpfitError(f"--stages names {name} twice; name each stage once")
-        given[name] = options.parse_share(share, f"--stages {name}") if share else None
-    open_ones = [name for name, share in given.items() if share is None and name != "answers"]
-    rest = 1 - sum(share for share in given.values() if share is not None)
+        shares[name] = options.parse_share(share, f"--stages {name}") if share else None
+    open_ones = [name for name, share in shares.items() if share is None and name != "answers"]
+    rest = 1 - sum(share for share in shares.values() if share is not None)
     if rest < -ENOUGH or (open_ones and rest < ENOUGH):
         raise UpfitError(f"--stages {text}: the shares leave {rest:.0%} for the other stages; let them add up to 100 %")
-    if not open_ones and rest > ENOUGH and any(share is not None for share in given.values()):
+    if not open_ones and rest > ENOUGH and any(share is not None for share in shares.values()):
         raise UpfitError(f"--stages {text}: the shares leave {rest:.0%} for nothing; let them add up to 100 %")
-    return given | {name: rest / len(open_ones) for name in open_ones}
+    return shares | {name: rest / len(open_ones) for name in open_ones}
 
 
 def _settings(config: Config, name: str, share: float | None, table: dict[str, Any], stages: int) -> Config:

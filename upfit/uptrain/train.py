@@ -151,8 +151,8 @@ def carry_out(
     """Start or go on, train, measure, and write the stage's folder unless a signal ended the run."""
     start(run, job.resume, job.overwrite)
     if job.config.track is not None and not run.accelerator.trackers:
-        told = {name: value for name, value in asdict(job.config).items() if value is not None}
-        run.accelerator.init_trackers("upfit", config=told)
+        settings = {name: value for name, value in asdict(job.config).items() if value is not None}
+        run.accelerator.init_trackers("upfit", config=settings)
     if run.counters.before is None:
         run.counters.before = losses_before(run)
     if not train(run):
@@ -170,12 +170,12 @@ def carry_out(
 
 def start(run: Run, resume: bool, overwrite: bool) -> None:
     """Load the newest checkpoint where there is one to resume; the first process decides for all."""
-    found: list[Path | None] = [None]
+    newest: list[Path | None] = [None]
     if run.accelerator.is_main_process:
-        found = [run.workspace.begin(resume, overwrite)]
-        if resume and found[0] is None:
+        newest = [run.workspace.begin(resume, overwrite)]
+        if resume and newest[0] is None:
             run.output.note(f"no checkpoint in {run.workspace.path}: starting anew")
-    checkpoint = broadcast_object_list(found)[0]
+    checkpoint = broadcast_object_list(newest)[0]
     if checkpoint is None:
         return
     run.progress.counters = run.saver.restore(checkpoint, run.learner.student, run.optimizer, run.identity)

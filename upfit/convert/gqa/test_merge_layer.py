@@ -59,7 +59,7 @@ def test_shared_keys_lose_least_where_queries_are_loud(cut: int) -> None:
             lost = sum(e * gap[:, both].square().sum() for e, gap in zip(energy, gaps, strict=True))
             seen = torch.stack([own[:, pair] for own in complex_keys], 1) * energy.sqrt()
             torch.testing.assert_close(lost, tail(seen, 1), rtol=1e-3, atol=0)
-        gaps, keys = ([one[:, -FREE:] for one in some] for some in (gaps, keys))
+        gaps, keys = ([one[:, -FREE:] for one in tensors] for tensors in (gaps, keys))
         queries = [query[:, -FREE:] for query in queries]
     roots = [closed_form.powers(query.T @ query)[0] for query in queries]
     lost = sum((gap @ root).square().sum() for gap, root in zip(gaps, roots, strict=True))

@@ -52,7 +52,7 @@ def load(options: Options, tokenizer: Any, most: int | None, output: Output) -> 
     own = [str(Path(options.task_path).expanduser())] if options.task_path else []
     with hushed():
         near = TaskManager(include_path=[ruler(), *own], include_defaults=False)
-    names = [one for name in options.tasks or () for one in (RULER_OFFLINE if name == OFFLINE else (name,))]
+    names = [item for name in options.tasks or () for item in (RULER_OFFLINE if name == OFFLINE else (name,))]
     manager = near if all(name in near.all_tasks for name in names) else _indexed(TaskManager, own, output)
     wanted = [(name, length) for name in dict.fromkeys(names) for length in _lengths(name, manager, options, most)]
     if options.task_lengths and not any(length for _, length in wanted):
@@ -64,10 +64,10 @@ def load(options: Options, tokenizer: Any, most: int | None, output: Output) -> 
                 asked += [Asked(label, task, None) for label, task in _tasks(name, manager).items()]
                 continue
             output.note(f"making the texts of {name}, {length} tokens long")
-            told = {"tokenizer": str(plain), "max_seq_lengths": [length]}
-            sized = TaskManager(include_path=[ruler()], include_defaults=False, metadata=told)
+            metadata = {"tokenizer": str(plain), "max_seq_lengths": [length]}
+            sized = TaskManager(include_path=[ruler()], include_defaults=False, metadata=metadata)
             asked += [Asked(f"{label}, {length} tokens", task, length) for label, task in _tasks(name, sized).items()]
-    return list({one.label: one for one in asked}.values())
+    return list({item.label: item for item in asked}.values())
 
 
 def harness_version() -> str:
@@ -135,9 +135,9 @@ def _plain(tokenizer: Any) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         path = Path(folder) / "tokenizer_config.json"
-        told = json.loads(path.read_text(encoding="utf-8"))
-        told.pop("auto_map", None)
-        path.write_text(json.dumps(told), encoding="utf-8")
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings.pop("auto_map", None)
+        path.write_text(json.dumps(settings), encoding="utf-8")
         yield Path(folder)
 
 
@@ -169,39 +169,43 @@ def ask(
         with contextlib.redirect_stderr(loud), output.progress(f"{label} of {name}", requests) as meter:
             yield meter
 
-    found = {}
+    scores = {}
     with hushed():
         asked = Model(model, tokenizer, options.batch, most, progress)
-        for one in tasks:
-            one.task.build_all_requests(limit=options.task_limit)
-            asked.refuse_long(one.task.instances)
-        for one in tasks:
-            label = one.label
-            told = evaluate(asked, {"tasks": {one.task.task_name: one.task}}, limit=options.task_limit, bootstrap_iters=0)
-            assert told is not None
-            found[label] = _scores(one, told)
-    return found
+        for asked_task in tasks:
+            asked_task.task.build_all_requests(limit=options.task_limit)
+            asked.refuse_long(asked_task.task.instances)
+        for asked_task in tasks:
+            label = asked_task.label
+            results = evaluate(
+                asked, {"tasks": {asked_task.task.task_name: asked_task.task}}, limit=options.task_limit, bootstrap_iters=0
+            )
+            assert results is not None
+            scores[label] = _scores(asked_task, results)
+    return scores
 
 
-def _scores(asked: Asked, told: dict[str, Any]) -> Scores:
+def _scores(asked: Asked, results: dict[str, Any]) -> Scores:
     """What the harness tells of the documents, as numbers of ours."""
     name = asked.task.task_name
-    samples = told["samples"][name]
+    samples = results["samples"][name]
     kinds = {key: getattr(function, "__name__", "") for key, function in asked.task.aggregation().items()}
     metrics: dict[str, Metric] = {}
-    for kept in dict.fromkeys(sample["filter"] for sample in samples):
-        rows = [sample for sample in samples if sample["filter"] == kept]
+    for filtered in dict.fromkeys(sample["filter"] for sample in samples):
+        rows = [sample for sample in samples if sample["filter"] == filtered]
         for key in rows[0]["metrics"]:
             values = [row[key] for row in rows]
-            said = key if kept == "none" else f"{key} ({kept})"
-            value = told["results"][name].get(f"{key},{kept}")
+            label = key if filtered == "none" else f"{key} ({filtered})"
+            value = results["results"][name].get(f"{key},{filtered}")
             if asked.length is None and isinstance(value, int | float):
-                metrics[said] = metric(values, kinds.get(key, "mean"), value)
+                metrics[label] = metric(values, kinds.get(key, "mean"), value)
             elif key == str(asked.length):  # RULER also tells the lengths that it has no texts of
                 hits = rescored(name, values)
                 metrics["string_match"] = metric(hits, "mean", float(np.mean(hits)))
     documents = [sample["doc_hash"] for sample in samples if sample["filter"] == samples[0]["filter"]]
-    return Scores(harness_version(), name, asked.length, told["versions"][name], told["n-shot"].get(name), documents, metrics)
+    return Scores(
+        harness_version(), name, asked.length, results["versions"][name], results["n-shot"].get(name), documents, metrics
+    )
 
 
 def rescored(name: str, values: list[float]) -> list[float]:

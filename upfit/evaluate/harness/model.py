@@ -117,19 +117,19 @@ class Model(HFLM):
                 raise UpfitError(f"--tasks {self.asked[index]}: an answer of no tokens cannot be scored; mend the task")
             alike[(*context, *continuation)[:-1]].append(index)
         rows = sorted(alike, key=lambda row: (-len(row), row))
-        found: dict[int, tuple[float, bool]] = {}
+        scored: dict[int, tuple[float, bool]] = {}
         for at in range(0, len(rows), self.batch_size):
-            some = rows[at : at + self.batch_size]
-            wanted = [[requests[index][2] for index in alike[row]] for row in some]
+            chosen = rows[at : at + self.batch_size]
+            wanted = [[requests[index][2] for index in alike[row]] for row in chosen]
             try:
-                told = self._scores(some, wanted)
+                scores_of_rows = self._scores(chosen, wanted)
             except torch.OutOfMemoryError as error:
                 raise self._out_of_memory() from error
-            for row, scores in zip(some, told, strict=True):
-                found.update(zip(alike[row], scores, strict=True))
+            for row, scores in zip(chosen, scores_of_rows, strict=True):
+                scored.update(zip(alike[row], scores, strict=True))
                 if self.meter is not None:
                     self.meter.advance(len(scores))
-        return [found[index] for index in range(len(requests))]
+        return [scored[index] for index in range(len(requests))]
 
     @torch.inference_mode()
     def _scores(self, rows: list[tuple[int, ...]], wanted: list[list[list[int]]]) -> list[list[tuple[float, bool]]]:
@@ -140,11 +140,11 @@ class Model(HFLM):
         stretches = [range(len(row) - max(map(len, ends)), len(row)) for row, ends in zip(rows, wanted, strict=True)]
         places = sorted({place for stretch in stretches for place in stretch})
         logits_BSV = self._logits(ids_BT.to(self.device), torch.tensor(places, device=self.device))
-        told = []
+        scores = []
         for logits_SV, row, ends in zip(logits_BSV, rows, wanted, strict=True):
             first = places.index(len(row) - max(map(len, ends)))
-            told.append([_score(logits_SV[first + max(map(len, ends)) - len(end) :], end) for end in ends])
-        return told
+            scores.append([_score(logits_SV[first + max(map(len, ends)) - len(end) :], end) for end in ends])
+        return scores
 
     def _logits(self, ids_BT: torch.Tensor, places_S: torch.Tensor) -> torch.Tensor:
         if not self.sparse:
@@ -156,7 +156,7 @@ def _score(logits_SV: torch.Tensor, continuation: list[int]) -> tuple[float, boo
     """The rows of `logits_SV` from the first on predict the tokens of `continuation`."""
     targets = torch.tensor(continuation, device=logits_SV.device)
     total, greedy = 0.0, True
-    for some, tokens in zip(logits_SV[: len(continuation)].split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
-        total -= float(torch.nn.functional.cross_entropy(some.float(), tokens, reduction="sum"))
-        greedy = greedy and bool((some.argmax(-1) == tokens).all())
+    for part, tokens in zip(logits_SV[: len(continuation)].split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
+        total -= float(torch.nn.functional.cross_entropy(part.float(), tokens, reduction="sum"))
+        greedy = greedy and bool((part.argmax(-1) == tokens).all())
     return total, greedy

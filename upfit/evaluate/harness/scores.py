@@ -64,7 +64,9 @@ def metric(values: list[Any], aggregation: str, value: float) -> Metric:
     if aggregation not in MEANS or not all(map(_countable, values)):
         return Metric(float(value))
     scale, exp = MEANS[aggregation]
-    pairs = np.array([one if isinstance(one, tuple | list) else (one, 1) for one in values], dtype=np.float64)
+    pairs = np.array(
+        [weighted if isinstance(weighted, tuple | list) else (weighted, 1) for weighted in values], dtype=np.float64
+    )
     return Metric(float(value), scale * pairs[:, 0], pairs[:, 1], exp)
 
 
@@ -80,12 +82,12 @@ def differences(first: dict[str, Scores], second: dict[str, Scores]) -> dict[str
 
 def _compared(first: Scores, second: Scores) -> dict[str, Interval]:
     assert first.documents == second.documents
-    told: dict[str, Any] = {}
-    for name, one in first.metrics.items():
+    differences: dict[str, Any] = {}
+    for name, ours in first.metrics.items():
         other = second.metrics[name]
-        if one.costs is None or one.weights is None or other.costs is None or other.weights is None:
-            told[name] = Interval(one.value - other.value, None, None)
+        if ours.costs is None or ours.weights is None or other.costs is None or other.weights is None:
+            differences[name] = Interval(ours.value - other.value, None, None)
             continue
-        apart = difference_interval(one.costs, one.weights, other.costs, other.weights)
-        told[f"{name}_ratio" if one.exp else name] = apart.exp() if one.exp else apart
-    return told
+        apart = difference_interval(ours.costs, ours.weights, other.costs, other.weights)
+        differences[f"{name}_ratio" if ours.exp else name] = apart.exp() if ours.exp else apart
+    return differences

@@ -87,7 +87,7 @@ def short_sample(documents: list[Document], tokenizer: Any, length: int) -> Samp
 
 
 @dataclass
-class Found:
+class Watched:
     """What one model did, a number a sample: `right` and `loss` (nats an answer token) [N], `mass` [N, 3] (answer, first token,
     the rest; means over heads), `heads` (mass on the answer) [N][layer][head], and the largest logit and hidden state."""
 
@@ -100,30 +100,30 @@ class Found:
 
 
 @torch.inference_mode()
-def probe(model: Any, samples: list[Sample], meter: Meter) -> Found:
+def probe(model: Any, samples: list[Sample], meter: Meter) -> Watched:
     """Run the samples one by one, with attention that can be watched."""
-    found, masses = Found(), list[Tensor]()
+    watched, masses = Watched(), list[Tensor]()
     for sample in samples:
         asks = sample.asks
         masses.clear()
 
         def watch(seen: Seen, sample: Sample = sample) -> None:
-            found.logit = max(found.logit, largest_logit(seen))
+            watched.logit = max(watched.logit, largest_logit(seen))
             masses.append(mass(seen, sample))
 
         ids = torch.from_numpy(sample.ids)[None].to(model.device)
         with watching(model, watch):
-            told = model(input_ids=ids, use_cache=False, output_hidden_states=True)
-        logits = told.logits[0, asks:-1].float()
+            outputs = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        logits = outputs.logits[0, asks:-1].float()
         wanted = ids[0, asks + 1 :]
-        found.right.append(float((logits.argmax(-1) == wanted).all()))
-        found.loss.append(float(torch.nn.functional.cross_entropy(logits, wanted)))
+        watched.right.append(float((logits.argmax(-1) == wanted).all()))
+        watched.loss.append(float(torch.nn.functional.cross_entropy(logits, wanted)))
         if masses:
-            found.mass.append(torch.stack([layer.mean(0) for layer in masses]).mean(0).tolist())
-            found.heads.append([layer[:, 0].tolist() for layer in masses])
-        found.hidden = max(found.hidden, *(float(state.abs().max()) for state in told.hidden_states))
+            watched.mass.append(torch.stack([layer.mean(0) for layer in masses]).mean(0).tolist())
+            watched.heads.append([layer[:, 0].tolist() for layer in masses])
+        watched.hidden = max(watched.hidden, *(float(state.abs().max()) for state in outputs.hidden_states))
         meter.advance(1)
-    return found
+    return watched
 
 
 def largest_logit(seen: Seen) -> float:
@@ -143,36 +143,36 @@ def mass(seen: Seen, sample: Sample) -> Tensor:
     return torch.stack([answer, first, 1 - answer - first], -1).cpu()
 
 
-def summary(found: Found, samples: list[Sample]) -> Needle:
+def summary(watched: Watched, samples: list[Sample]) -> Needle:
     """Means with 95 % intervals over samples, and the share found at each depth."""
     ones = np.ones(len(samples))
-    at_depth = {depth: [r for r, s in zip(found.right, samples, strict=True) if s.depth == depth] for depth in DEPTHS}
-    masses = [mean_interval(column, ones) for column in np.array(found.mass).T] if found.mass else [None, None, None]
+    at_depth = {depth: [r for r, s in zip(watched.right, samples, strict=True) if s.depth == depth] for depth in DEPTHS}
+    masses = [mean_interval(column, ones) for column in np.array(watched.mass).T] if watched.mass else [None, None, None]
     return Needle(
-        accuracy=mean_interval(np.array(found.right), ones),
-        answer_nats_per_token=mean_interval(np.array(found.loss), ones),
+        accuracy=mean_interval(np.array(watched.right), ones),
+        answer_nats_per_token=mean_interval(np.array(watched.loss), ones),
         accuracy_by_depth={str(depth): float(np.mean(right)) for depth, right in at_depth.items() if right},
-        largest_logit=found.logit or None,
-        largest_hidden=found.hidden,
+        largest_logit=watched.logit or None,
+        largest_hidden=watched.hidden,
         attention_on_answer=masses[0],
         attention_on_first_token=masses[1],
         attention_on_rest=masses[2],
-        attention_by_head=record_by_head(found.heads) if found.mass else None,
+        attention_by_head=record_by_head(watched.heads) if watched.mass else None,
     )
 
 
 def record_shown(sample: Sample, tokenizer: Any) -> dict[str, Any]:
     """The text whose maps are kept: its tokens, where the needle's answer stands (first, last + 1), which position asks."""
-    tokens = [tokenizer.decode([int(one)]) for one in sample.ids]
+    tokens = [tokenizer.decode([int(id)]) for id in sample.ids]
     return {"tokens": tokens, "needle": list(sample.needle), "asks": sample.asks}
 
 
-def compared(first: Found, second: Found) -> dict[str, Any]:
+def compared(first: Watched, second: Watched) -> dict[str, Any]:
     """First minus second, paired by sample."""
     ones = np.ones(len(first.right))
     pairs = {"accuracy": (first.right, second.right), "answer_nats_per_token": (first.loss, second.loss)}
-    told = {name: difference_interval(np.array(a), ones, np.array(b), ones).record() for name, (a, b) in pairs.items()}
+    differences = {name: difference_interval(np.array(a), ones, np.array(b), ones).record() for name, (a, b) in pairs.items()}
     if first.mass and second.mass:
         a, b = np.array(first.mass)[:, 0], np.array(second.mass)[:, 0]
-        told["attention_on_answer"] = difference_interval(a, ones, b, ones).record()
-    return told
+        differences["attention_on_answer"] = difference_interval(a, ones, b, ones).record()
+    return differences

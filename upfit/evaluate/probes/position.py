@@ -34,16 +34,16 @@ class Sample:
 
 def make_samples(tokenizers: list[Any], documents: list[Document], count: int, lengths: list[int]) -> list[list[Sample]]:
     """For each tokenizer the same texts, at most `count` of each length. Raises UpfitError when no document is long enough."""
-    made: list[list[Sample]] = [[] for _ in tokenizers]
+    samples: list[list[Sample]] = [[] for _ in tokenizers]
     for length in lengths:
         windows = [w for w in make_windows(documents, tokenizers[0], length, 10**9) if len(w.ids) == length]
         if not windows:
             raise UpfitError(f"--probe position: no text is {length} tokens long; give longer ones with --data")
         chosen = [windows[index] for index in spread(len(windows), count, SEED)]
-        for own, tokenizer in zip(made, tokenizers, strict=True):
+        for own, tokenizer in zip(samples, tokenizers, strict=True):
             laid = chosen if same_tokens(chosen, tokenizers[0], tokenizer) else retokenised(chosen, tokenizer)
             own += [Sample(length, window.ids, digest(laid)) for window in laid]
-    return made
+    return samples
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def probe(model: Any, samples: list[Sample], meter: Meter) -> list[Read]:
 
     Raises UpfitError when the model does not go on from its cache as if it had read everything at once.
     """
-    run, found = CachedModel(model), []
+    run, reads = CachedModel(model), []
     check_goes_on(run, torch.from_numpy(samples[0].ids)[None].to(model.device))
     for sample in samples:
         ids = torch.from_numpy(sample.ids).to(model.device)
@@ -73,18 +73,18 @@ def probe(model: Any, samples: list[Sample], meter: Meter) -> list[Read]:
             wanted = ids[start + 1 : start + 1 + len(fed)]
             losses.append(torch.nn.functional.cross_entropy(logits[0].float(), wanted, reduction="none"))
         nats, tokens = by_position(torch.cat(losses).double().cpu().numpy()[None], PARTS)
-        found.append(Read(sample.length, sample.digest, nats[0], tokens))
+        reads.append(Read(sample.length, sample.digest, nats[0], tokens))
         meter.advance(1)
-    return found
+    return reads
 
 
-def summary(found: list[Read], samples: list[Sample]) -> Position:
+def summary(reads: list[Read], samples: list[Sample]) -> Position:
     """For each length the curve: the middle of each part as a share of the window, and its nats a token with intervals."""
-    return Position({str(length): _curve(found, length) for length in dict.fromkeys(read.length for read in found)})
+    return Position({str(length): _curve(reads, length) for length in dict.fromkeys(read.length for read in reads)})
 
 
-def _curve(found: list[Read], length: int) -> PositionRow:
-    nats, tokens = _columns(found, length)
+def _curve(reads: list[Read], length: int) -> PositionRow:
+    nats, tokens = _columns(reads, length)
     parts = [mean_interval(nats[:, part], tokens[:, part]) for part in range(PARTS)]
     return PositionRow(
         windows=len(nats),
@@ -98,11 +98,11 @@ def _curve(found: list[Read], length: int) -> PositionRow:
 
 def compared(first: list[Read], second: list[Read]) -> dict[str, Any]:
     """First minus second by position, paired by window; None at a length where the tokens are not the same."""
-    told: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
     for length in dict.fromkeys(read.length for read in first):
         digests = [{read.digest for read in side if read.length == length} for side in (first, second)]
         (own, weights), (other, others) = (_columns(side, length) for side in (first, second))
-        told[str(length)] = (
+        differences[str(length)] = (
             {
                 "nats_per_token": difference_interval(own.sum(1), weights.sum(1), other.sum(1), others.sum(1)).record(),
                 "intervals": [
@@ -113,10 +113,10 @@ def compared(first: list[Read], second: list[Read]) -> dict[str, Any]:
             if digests[0] == digests[1]
             else None
         )
-    return {"lengths": told}
+    return {"lengths": differences}
 
 
-def _columns(found: list[Read], length: int) -> tuple[np.ndarray, np.ndarray]:
+def _columns(reads: list[Read], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Nats and tokens of the windows of a length [W, P]."""
-    some = [read for read in found if read.length == length]
-    return np.array([read.nats for read in some]), np.array([read.tokens for read in some])
+    of_length = [read for read in reads if read.length == length]
+    return np.array([read.nats for read in of_length]), np.array([read.tokens for read in of_length])

@@ -21,9 +21,9 @@ CHECKED = 48  # tokens that the check reads in one piece and in three
 
 @dataclass(frozen=True)
 class Reply:
-    """`said`: the tokens of the greedy answer, without what ended it. `nats`: loss of the true answer, a token."""
+    """`generated`: the tokens of the greedy answer, without what ended it. `nats`: loss of the true answer, a token."""
 
-    said: list[int]
+    generated: list[int]
     nats: float
 
 
@@ -51,8 +51,8 @@ class Reader:
 
     def __init__(self, model: Any, tokenizer: Any, ids: np.ndarray) -> None:
         self.run, self.device, self.tokenizer = CachedModel(model), model.device, tokenizer
-        told = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        self.ends = {tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])}
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         check_goes_on(self.run, self._row(ids))
 
     def _row(self, ids: np.ndarray | list[int]) -> torch.Tensor:
@@ -81,11 +81,13 @@ class Reader:
         agreed = next((index for index, (own, true) in enumerate(pairs) if own != true), len(answer))
         return Reply(self._go_on(asked, choices[: agreed + 1], len(answer) + SPARE), nats)
 
-    def _go_on(self, cache: Any, said: list[int], most: int) -> list[int]:
+    def _go_on(self, cache: Any, generated: list[int], most: int) -> list[int]:
         """Greedy from what is said on, up to an end token, the end of a line or `most` tokens; without the end token."""
-        following = self._row(said)
-        while len(said) < most and said[-1] not in self.ends and "\n" not in self.tokenizer.decode(said).lstrip():
+        following = self._row(generated)
+        while (
+            len(generated) < most and generated[-1] not in self.ends and "\n" not in self.tokenizer.decode(generated).lstrip()
+        ):
             logits, cache = self.run(following, cache)
             following = logits.argmax(-1, keepdim=True)
-            said = [*said, int(following)]
-        return said[:-1] if said[-1] in self.ends else said
+            generated = [*generated, int(following)]
+        return generated[:-1] if generated[-1] in self.ends else generated

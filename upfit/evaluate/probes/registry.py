@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit.errors import UpfitError
-from upfit.evaluate.measures import Found
+from upfit.evaluate.measures import ProbeSummary
 from upfit.evaluate.options import Options
 from upfit.evaluate.probes import needle, position, retrieval, synthetic
 from upfit.longcontext.probes import contexts
@@ -24,7 +24,7 @@ class Probe:
 
     make: Callable[[list[Any], list[Document], Options, list[int]], list[list[Any]]]
     ask: Callable[[Any, list[Any], Meter], Any]
-    summary: Callable[[Any, list[Any]], Found]
+    summary: Callable[[Any, list[Any]], ProbeSummary]
     compared: Callable[[Any, Any], dict[str, Any]]
 
 
@@ -67,11 +67,11 @@ def make_samples(
     least = min((most for _, _, most in readers if most is not None), default=None)
     if least is not None and max(lengths) > least:
         raise UpfitError(f"--probe-length {max(lengths)} is more than the {least} positions of the model; give at most {least}")
-    made = PROBES[name].make([tokenizer for _, tokenizer, _ in readers], documents, options, sorted(set(lengths)))
-    for (model, _, most), samples in zip(readers, made, strict=True):
+    samples_of_each = PROBES[name].make([tokenizer for _, tokenizer, _ in readers], documents, options, sorted(set(lengths)))
+    for (model, _, most), samples in zip(readers, samples_of_each, strict=True):
         longest = max(len(sample.ids) for sample in samples)
         if most is not None and longest > most:
             raise UpfitError(
                 f"a text of --probe {name} is {longest} tokens for {model}, which takes {most}; give a smaller --probe-length"
             )
-    return made
+    return samples_of_each

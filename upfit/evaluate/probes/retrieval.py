@@ -27,7 +27,7 @@ class Answered:
     """What a model made of one context: the text said at each depth, and its scores and nats a token of the true answer [D]."""
 
     length: int
-    said: tuple[str, ...]
+    texts: tuple[str, ...]
     relaxed: np.ndarray
     strict: np.ndarray
     nats: np.ndarray
@@ -37,14 +37,14 @@ class Answered:
 def probe(model: Any, samples: list[Laid], meter: Meter) -> list[Answered]:
     """Read each context once and ask its questions."""
     reader = Reader(model, samples[0].tokenizer, samples[0].ids)
-    found = []
+    answered = []
     for laid in samples:
         cache = reader.read(laid.ids)
         replies = [reader.answer(cache, asks, answer) for asks, answer in zip(laid.asks, laid.answers, strict=True)]
-        said = tuple(_line(laid.tokenizer.decode(reply.said)) for reply in replies)
-        found.append(Answered(laid.length, said, *_scored(laid, said), np.array([reply.nats for reply in replies])))
+        texts = tuple(_line(laid.tokenizer.decode(reply.generated)) for reply in replies)
+        answered.append(Answered(laid.length, texts, *_scored(laid, texts), np.array([reply.nats for reply in replies])))
         meter.advance(1)
-    return found
+    return answered
 
 
 def _line(text: str) -> str:
@@ -52,25 +52,25 @@ def _line(text: str) -> str:
     return text.strip().split("\n")[0].strip()
 
 
-def _scored(laid: Laid, said: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    family, pairs = FAMILIES[laid.name], list(zip(laid.questions, said, strict=True))
+def _scored(laid: Laid, texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    family, pairs = FAMILIES[laid.name], list(zip(laid.questions, texts, strict=True))
     relaxed = [family.relaxed(question.key, question.parts, text) for question, text in pairs]
     strict = [scores.strict(question.answer, text) for question, text in pairs]
     return np.array(relaxed), np.array(strict)
 
 
-def summary(found: list[Answered], samples: list[Laid]) -> Depths:
+def summary(replies: list[Answered], samples: list[Laid]) -> Depths:
     """For each length: averages, gaps with their null, floors, and everything by depth. What the model was trained on is not
     known here."""
     rows = {}
     for length in dict.fromkeys(laid.length for laid in samples):
-        pairs = [(answered, laid) for answered, laid in zip(found, samples, strict=True) if laid.length == length]
+        pairs = [(answered, laid) for answered, laid in zip(replies, samples, strict=True) if laid.length == length]
         rows[str(length)] = _one_length([answered for answered, _ in pairs], [laid for _, laid in pairs])
     return Depths(FAMILIES[samples[0].name].pattern, samples[0].source, rows, trained_on=False)
 
 
-def _one_length(found: list[Answered], samples: list[Laid]) -> DepthRow:
-    relaxed, strict, nats = (np.array([getattr(one, name) for one in found]) for name in ("relaxed", "strict", "nats"))
+def _one_length(answered: list[Answered], samples: list[Laid]) -> DepthRow:
+    relaxed, strict, nats = (np.array([getattr(each, name) for each in answered]) for name in ("relaxed", "strict", "nats"))
     average, lowest = depths.average(relaxed), floor(samples)
     gap, nats_gap = depths.gap(relaxed), depths.gap(nats)
     at = np.array([[question.depth for question in laid.questions] for laid in samples])
@@ -92,7 +92,7 @@ def _one_length(found: list[Answered], samples: list[Laid]) -> DepthRow:
         scores=relaxed.mean(0).tolist(),
         strict_scores=strict.mean(0).tolist(),
         nats=nats.mean(0).tolist(),
-        film=_film(found, samples),
+        film=_film(answered, samples),
     )
 
 
@@ -104,19 +104,19 @@ def floor(samples: list[Laid]) -> float:
     for laid in samples:
         for own in laid.questions:
             echo.append(relaxed(own.key, own.parts, own.key))
-            others = [one for one in (*laid.questions, laid.example) if one is not own]
-            other += [relaxed(own.key, own.parts, one.answer) for one in others]
+            others = [other_question for other_question in (*laid.questions, laid.example) if other_question is not own]
+            other += [relaxed(own.key, own.parts, other_question.answer) for other_question in others]
     return float(max(np.mean(echo), np.mean(other)))
 
 
-def _film(found: list[Answered], samples: list[Laid]) -> FilmScore | None:
+def _film(answered: list[Answered], samples: list[Laid]) -> FilmScore | None:
     """The same answers as FILM scores and bins them, contexts as its sets; None for a probe that FILM has not."""
     score = FAMILIES[samples[0].name].film
     if score is None:
         return None
     rows = [
-        [score(question.parts, text) for question, text in zip(laid.questions, one.said, strict=True)]
-        for laid, one in zip(samples, found, strict=True)
+        [score(question.parts, text) for question, text in zip(laid.questions, reply.texts, strict=True)]
+        for laid, reply in zip(samples, answered, strict=True)
     ]
     positions = np.array([[question.position for question in laid.questions] for laid in samples])
     bins = scores.film_bins(positions, np.array(rows))
@@ -127,11 +127,13 @@ def _film(found: list[Answered], samples: list[Laid]) -> FilmScore | None:
 
 def compared(first: list[Answered], second: list[Answered]) -> dict[str, Any]:
     """First minus second at each length, paired by context."""
-    told = {}
-    for length in dict.fromkeys(one.length for one in first):
+    differences = {}
+    for length in dict.fromkeys(answered.length for answered in first):
         pairs = [(a, b) for a, b in zip(first, second, strict=True) if a.length == length]
-        told[str(length)] = {
-            name: depths.compared(*(np.array([getattr(one, field) for one in side]) for side in zip(*pairs, strict=True)))
+        differences[str(length)] = {
+            name: depths.compared(
+                *(np.array([getattr(answered, field) for answered in side]) for side in zip(*pairs, strict=True))
+            )
             for name, field in (("score", "relaxed"), ("answer_nats_per_token", "nats"))
         }
-    return {"lengths": told}
+    return {"lengths": differences}

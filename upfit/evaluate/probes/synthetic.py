@@ -82,14 +82,14 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Question:
-    """One item in tokens: `ids` [T]; `answers` are stretches of them (first, last + 1), of the symbols `said`."""
+    """One item in tokens: `ids` [T]; `answers` are stretches of them (first, last + 1), of the symbols `symbols`."""
 
     split: str
     size: int
     unit: str
     ids: np.ndarray
     answers: tuple[tuple[int, int], ...]
-    said: tuple[str, ...]
+    symbols: tuple[str, ...]
 
 
 def make_questions(name: str, tokenizers: list[Any], count: int, length: int, seed: int = 0) -> list[list[Question]]:
@@ -126,8 +126,8 @@ def _question(name: str, tokenizer: Any, prefix: list[int], split: str, size: in
         if low == high or begins < first - 1 or ends[high - 1] != last:  # the space before it may be in its token, no more
             raise UpfitError(f"--probe {name} needs a tokenizer that keeps symbols with a space between apart")
         answers.append((low + len(prefix), high + len(prefix)))
-    said = tuple(item.tokens[at] for at in item.answers)
-    return Question(split, size, TASKS[name].unit, np.array([*prefix, *ids]), tuple(answers), said)
+    symbols = tuple(item.tokens[at] for at in item.answers)
+    return Question(split, size, TASKS[name].unit, np.array([*prefix, *ids]), tuple(answers), symbols)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Answered:
 @torch.inference_mode()
 def probe(model: Any, questions: list[Question], meter: Meter) -> list[Answered]:
     """Ask `model` one question after the other."""
-    found = []
+    answered = []
     for question in questions:
         ids = torch.from_numpy(question.ids).to(model.device)
         places = [at for first, last in question.answers for at in range(first, last)]
@@ -151,18 +151,18 @@ def probe(model: Any, questions: list[Question], meter: Meter) -> list[Answered]
         hits = dict(zip(places, (logits.argmax(-1) == ids[places]).tolist(), strict=True))
         nats = float(torch.nn.functional.cross_entropy(logits, ids[places], reduction="sum"))
         right = sum(all(hits[at] for at in range(first, last)) for first, last in question.answers)
-        found.append(Answered(question.split, len(question.answers), right, nats))
+        answered.append(Answered(question.split, len(question.answers), right, nats))
         meter.advance(1)
-    return found
+    return answered
 
 
-def summary(found: list[Answered], questions: list[Question]) -> SyntheticTask:
+def summary(answered: list[Answered], questions: list[Question]) -> SyntheticTask:
     """For each split means with 95 % intervals over items, and the share of its commonest answer."""
     splits = {}
     for split in dict.fromkeys(question.split for question in questions):
         own = [question for question in questions if question.split == split]
-        symbols = Counter(symbol for question in own for symbol in question.said)
-        answers, right, nats = _columns(found, split)
+        symbols = Counter(symbol for question in own for symbol in question.symbols)
+        answers, right, nats = _columns(answered, split)
         splits[split] = Split(
             accuracy=mean_interval(right, answers),
             nats_per_answer=mean_interval(nats, answers),
@@ -176,18 +176,18 @@ def summary(found: list[Answered], questions: list[Question]) -> SyntheticTask:
 
 def compared(first: list[Answered], second: list[Answered]) -> dict[str, Any]:
     """First minus second for each split, paired by item."""
-    told: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
     for split in dict.fromkeys(answered.split for answered in first):
         answers, *own = _columns(first, split)
         _, *other = _columns(second, split)
-        told[split] = {
+        differences[split] = {
             name: difference_interval(a, answers, b, answers).record()
             for name, a, b in zip(("accuracy", "nats_per_answer"), own, other, strict=True)
         }
-    return told
+    return differences
 
 
-def _columns(found: list[Answered], split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _columns(answered: list[Answered], split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Answers, right ones and nats of each item of a split."""
-    rows = np.array([(one.answers, one.right, one.nats) for one in found if one.split == split], dtype=np.float64)
+    rows = np.array([(item.answers, item.right, item.nats) for item in answered if item.split == split], dtype=np.float64)
     return rows[:, 0], rows[:, 1], rows[:, 2]

@@ -27,8 +27,8 @@ def make(draw: random.Random, ignore: float = 0.8, length: int = LENGTH) -> Item
     tokens: list[str] = []
     bit = ""
     for instruction in ("w", *middle, "r"):
-        told = bit if instruction == "r" else draw.choice("01")
+        shown = bit if instruction == "r" else draw.choice("01")
         if instruction == "w":
-            bit = told
-        tokens += [instruction, told]
+            bit = shown
+        tokens += [instruction, shown]
     return Item(tuple(tokens), tuple(at for at in range(1, length, 2) if tokens[at - 1] == "r"))

@@ -22,8 +22,8 @@ BLANKS = {"in distribution": 1.0, "dense": 0.5, "sparse": 2.0}  # blanks for eac
 
 def make(draw: random.Random, blanks: int = COPIED, copied: int = COPIED) -> Item:
     """`copied` tokens and `blanks` blanks in any order, followed by the tokens: `blanks` + 2 · `copied` symbols."""
-    kept = draw.choices(VOCABULARY[1:], k=copied)
+    symbols = draw.choices(VOCABULARY[1:], k=copied)
     places = set(draw.sample(range(blanks + copied), copied))
-    left = iter(kept)
+    left = iter(symbols)
     read = [next(left) if at in places else BLANK for at in range(blanks + copied)]
-    return Item((*read, *kept), tuple(range(blanks + copied, blanks + 2 * copied)))
+    return Item((*read, *symbols), tuple(range(blanks + copied, blanks + 2 * copied)))

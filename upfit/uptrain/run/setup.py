@@ -65,8 +65,8 @@ def find_teacher(stage: Stage, source: Source, data: Data, output: Output) -> So
         return find_source(config.teacher)
     teacher = teacher_source(source.path)
     if teacher is None and needed:
-        told = f"the stage {stage.name} learns from a teacher, and {source.name} has no recipe.json that names one"
-        raise UpfitError(f"{told}; give it with --teacher")
+        complaint = f"the stage {stage.name} learns from a teacher, and {source.name} has no recipe.json that names one"
+        raise UpfitError(f"{complaint}; give it with --teacher")
     if teacher is None:
         output.note(f"{source.name} has no recipe.json that names a source: training on the text alone (cross-entropy)")
     return teacher
