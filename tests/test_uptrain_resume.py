@@ -510,7 +510,9 @@ def test_two_nodes_find_each_other_and_stop_together(shop: Workshop, python: str
     with running(words, place, 0) as first, running(words, place, 2) as second:
         for node in (first, second):
             node.send_signal(signal.SIGUSR1)
-        assert [node.wait(PATIENCE) for node in (first, second)] == [1, 1]
+        assert first.wait(PATIENCE) == 1
+        # torch's launcher keeps its store in the first node, and a second one that outlives it by a moment is aborted.
+        assert second.wait(PATIENCE) in (1, -signal.SIGABRT)
     assert (place / "stopped").exists() and not (tmp_path / "out").exists()
     saved = next(Workspace(tmp_path / "out.upfit-work").checkpoints())
     assert int(saved.name[5:]) == len(metrics(place)) >= 2
