@@ -23,7 +23,7 @@ from upfit.cli import app
 from upfit.convert.recipe import find_recipes
 from upfit.demo import embedded_model
 from upfit.errors import UpfitError
-from upfit.evaluate.measures import Depths, Needle, Position, SyntheticTask
+from upfit.evaluate.probes.summaries import Depths, Needle, Position, SyntheticTask
 from upfit.options import as_kind
 from upfit.results import Part, Result
 

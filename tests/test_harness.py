@@ -20,7 +20,7 @@ from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.evaluate.harness import harness
 from upfit.evaluate.harness.scores import MEANS, Metric, Scores, differences, metric
-from upfit.evaluate.measures import Interval
+from upfit.evaluate.interval import Interval
 from upfit.evaluate.options import Options, check_options
 from upfit.evaluate.result import Evaluation
 from upfit.output import Meter, Output

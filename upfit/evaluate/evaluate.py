@@ -21,6 +21,7 @@ from upfit.evaluate.loss import Losses, difference, window_losses
 from upfit.evaluate.options import Options, check_options
 from upfit.evaluate.probes import attention_maps, needle
 from upfit.evaluate.probes.registry import PROBES, make_samples
+from upfit.evaluate.probes.summaries import Depths, Needle, ProbeSummary
 from upfit.evaluate.result import ABOUT, Evaluation
 from upfit.evaluate.speed import hardware, measure_speed, settle_lengths
 from upfit.options import as_flags
@@ -68,10 +69,10 @@ class Subject:
             tasks={label: scores.summary() for label, scores in self.scores.items()} or None,
         )
 
-    def _probe(self, name: str) -> measures.ProbeSummary:
+    def _probe(self, name: str) -> ProbeSummary:
         """What a probe found, and whether the model's recipe says that it was trained on the probe's pattern."""
         summary = PROBES[name].summary(self.probed[name], self.samples[name])
-        if not isinstance(summary, measures.Depths):
+        if not isinstance(summary, Depths):
             return summary
         return replace(summary, trained_on=summary.pattern in provenance.patterns(self.source.path))
 
@@ -163,9 +164,9 @@ def _numbered(subject: Subject, summary: measures.Subject) -> tuple[list[list[fl
     return [[layer[at] for at in heads] for layer, heads in zip(by_head, places, strict=True)], places
 
 
-def _needle(summary: measures.Subject) -> measures.Needle:
+def _needle(summary: measures.Subject) -> Needle:
     needle = (summary.probes or {})["needle"]
-    assert isinstance(needle, measures.Needle)
+    assert isinstance(needle, Needle)
     return needle
 
 

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from scipy import stats
 
-from upfit.evaluate.measures import Interval
+from upfit.evaluate.interval import Interval
 
 CONFIDENCE = 0.95
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from upfit.errors import UpfitError
+from upfit.evaluate.interval import Interval
 from upfit.evaluate.intervals import difference_interval, mean_interval
-from upfit.evaluate.measures import Difference, Interval, Loss
+from upfit.evaluate.measures import Difference, Loss
 from upfit.output import Meter
 from upfit.text.windows import Window
 

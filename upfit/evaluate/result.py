@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from upfit.evaluate import tables
-from upfit.evaluate.measures import Ablation, Depths, Difference, Hardware, Interval, Needle, Position, Speed, Subject, Text
+from upfit.evaluate.interval import Interval
+from upfit.evaluate.measures import Ablation, Difference, Hardware, Speed, Subject, Text
+from upfit.evaluate.probes.summaries import Depths, Needle, Position
 from upfit.output import Output
 from upfit.results import Result
 

@@ -2,19 +2,9 @@
 
 from typing import Any
 
-from upfit.evaluate.measures import (
-    DepthRow,
-    Depths,
-    Difference,
-    Interval,
-    Needle,
-    Position,
-    Speed,
-    Spread,
-    Subject,
-    SyntheticTask,
-    Text,
-)
+from upfit.evaluate.interval import Interval
+from upfit.evaluate.measures import Difference, Speed, Spread, Subject, Text
+from upfit.evaluate.probes.summaries import DepthRow, Depths, Needle, Position, SyntheticTask
 from upfit.output import Output, human_bytes, human_count
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from upfit.evaluate.interval import Interval
 from upfit.evaluate.intervals import difference_interval, mean_interval
-from upfit.evaluate.measures import Interval, TaskScores
+from upfit.evaluate.measures import TaskScores
 
 # How the harness's aggregations make one number of the documents' values: (sign and scale of a value, e ** the mean?).
 # Values are numbers, or (number, weight). Others (F1, BLEU, a task's own) have no interval here.

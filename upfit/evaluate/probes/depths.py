@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from upfit.evaluate.interval import Interval
 from upfit.evaluate.intervals import CONFIDENCE, difference_interval, mean_interval
-from upfit.evaluate.measures import Interval, NullGap
+from upfit.evaluate.probes.summaries import NullGap
 
 ROUNDS = 2000
 SEED = 20240426

@@ -21,8 +21,8 @@ from torch import Tensor
 from upfit.calibration.observe import Seen
 from upfit.errors import UpfitError
 from upfit.evaluate.intervals import difference_interval, mean_interval
-from upfit.evaluate.measures import Needle
 from upfit.evaluate.probes.attention_maps import MAP_TOKENS, record_by_head, shares, watching
+from upfit.evaluate.probes.summaries import Needle
 from upfit.output import Meter
 from upfit.text import Document
 from upfit.text.windows import encode, prefix_ids

@@ -14,8 +14,8 @@ from upfit.errors import UpfitError
 from upfit.evaluate.cache import CachedModel
 from upfit.evaluate.intervals import difference_interval, mean_interval
 from upfit.evaluate.loss import by_position
-from upfit.evaluate.measures import Position, PositionRow
 from upfit.evaluate.probes.reader import CHUNK, check_goes_on
+from upfit.evaluate.probes.summaries import Position, PositionRow
 from upfit.output import Meter
 from upfit.text import Document
 from upfit.text.windows import SEED, digest, make_windows, retokenised, same_tokens, spread

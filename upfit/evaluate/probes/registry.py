@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from upfit.errors import UpfitError
-from upfit.evaluate.measures import ProbeSummary
 from upfit.evaluate.options import Options
 from upfit.evaluate.probes import needle, position, retrieval, synthetic
+from upfit.evaluate.probes.summaries import ProbeSummary
 from upfit.longcontext.probes import contexts
 from upfit.longcontext.probes.families import FAMILIES
 from upfit.output import Meter

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from upfit.evaluate.measures import DepthRow, Depths, FilmScore
 from upfit.evaluate.probes import depths
 from upfit.evaluate.probes.reader import Reader
+from upfit.evaluate.probes.summaries import DepthRow, Depths, FilmScore
 from upfit.longcontext.probes import scores
 from upfit.longcontext.probes.contexts import Laid
 from upfit.longcontext.probes.families import FAMILIES

@@ -24,7 +24,7 @@ import torch
 
 from upfit.errors import UpfitError
 from upfit.evaluate.intervals import difference_interval, mean_interval
-from upfit.evaluate.measures import Split, SyntheticTask
+from upfit.evaluate.probes.summaries import Split, SyntheticTask
 from upfit.evaluate.synthetic import counting, flipflop, selective_copy
 from upfit.evaluate.synthetic.items import Item
 from upfit.output import Meter
