@@ -77,7 +77,7 @@ def _row(scratch: Path, model: str, data: Path, length: int, micro: int, before:
     command = [sys.executable, *map(str, words)]
     measured, with_kept = (_peak(command, added) - own for added, own in zip((AT_ONCE, {}), before, strict=True))
     options = Options(tokens="1M", length=length, micro_batch=micro, dtype="float32", teacher="self")
-    memory = plan(model, options)["memory"]
+    memory = plan(model, options).record()["memory"]
     name = Path(model).name
     return {"model": name, "length": length, "rows": micro, "measured": measured, "with_kept": with_kept,
             "planned": memory["peak"], "ratio": memory["peak"] / measured, "parts": memory}  # fmt: skip

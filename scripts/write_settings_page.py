@@ -20,8 +20,8 @@ Written by `scripts/write_settings_page.py` from `upfit/uptrain/config.py`.
 
 A setting is a key of the TOML file that `--config` names. Those that most runs give are flags too, and a flag goes before the
 file. A table with the name of a [stage](uptrain.md#stages) holds what that stage alone has, and goes before the rest.
-`OUT/uptrain.toml` keeps all settings of a run in this form, and repeats it. From Python they are the fields of
-`upfit.uptrain.config.Config`.
+`OUT/uptrain.toml` keeps all settings of a run in this form, and repeats it. From Python they are keywords of
+`upfit.api.uptrain`.
 
 ```toml
 tokens = "50M"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import pytest
 from typer.main import get_command
@@ -19,8 +19,12 @@ from tests.test_docs import PAGES
 from tests.uptraining import Workshop, make_workshop, one_thread, weights
 from upfit import provenance
 from upfit.cli import app
+from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
-from upfit.options import as_flags, as_keys, check, option, range_words, same_option, shown
+from upfit.evaluate.options import PROBES
+from upfit.evaluate.options import Options as Measure
+from upfit.longcontext.options import Options as Ask
+from upfit.options import as_flags, as_keys, check, choices, help_of, option, range_words, same_option, shown
 from upfit.provenance import config_lines
 from upfit.uptrain.config import Config, resolve
 
@@ -86,6 +90,10 @@ EARLY = {
         "--short-share got 2.0; it takes a number from 0 to 1",
     ),
     "convert": (["convert", "cope", "A", "B", "--positions", 1], "--positions got 1; it takes 2 or more"),
+    "company": (
+        ["convert", "diff", "A", "B", "--variant", "dex", "--noise", "0.1"],
+        "--noise goes with --variant v2 or v2-static, not dex; leave it out",
+    ),
     "a choice": (["convert", "diff", "A", "B", "--variant", "v9"], "--variant 'v9' is not known; choose one of v2"),
 }
 
@@ -191,6 +199,55 @@ def test_ranges(name: str, good: list[Any], bad: list[Any], words: str) -> None:
         with pytest.raises(UpfitError) as caught:
             check(dataclasses.replace(Ranges(), **{name: value}))
         assert str(caught.value) == f"{shown(Ranges, name)} got {value}; it takes {words}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Companions:
+    """Options that go with others."""
+
+    mode: Literal["a", "b", "c"] = option("a", help="a mode")
+    names: list[str] | None = option(None, help="names")
+    noise: float = option(0.0, goes_with=("mode", "b", "c"), help="noise")
+    refit: bool = option(True, goes_with=("mode", "c"), help="refit")
+    depth: int | None = option(None, goes_with=("names", "x", "y"), help="depth")
+    most: int | None = option(None, goes_with=("names",), help="most")
+
+
+COMPANY = {
+    "a value": ({"noise": 0.5}, "--noise goes with --mode b or c, not a", {"mode": "c"}),
+    "a switch": ({"refit": False}, "--no-refit goes with --mode c, not a", {"mode": "c"}),
+    "one of a list": (
+        {"depth": 2, "names": ["z", "w"]},
+        "--depth goes with --names x or y, not z and w",
+        {"names": ["z", "y"]},
+    ),
+    "nothing there": ({"depth": 2}, "--depth goes with --names x or y", {"names": ["x"]}),
+    "anything": ({"most": 2}, "--most goes with --names", {"names": ["w"]}),
+}
+
+
+@pytest.mark.parametrize(("given", "line", "mended"), COMPANY.values(), ids=COMPANY)
+def test_an_option_that_does_nothing_is_refused(given: dict[str, Any], line: str, mended: dict[str, Any]) -> None:
+    with pytest.raises(UpfitError) as caught:
+        check(Companions(**given))
+    assert str(caught.value) == f"{line}; leave it out"
+    check(Companions(**{**given, **mended}))
+
+
+def test_the_help_tells_with_what_an_option_goes() -> None:
+    texts = [help_of(Companions, field) for field in dataclasses.fields(Companions)]
+    assert texts[1:4] == ["names", "with --mode b or c: noise", "with --mode c: refit"] and texts[5] == "with --names: most"
+
+
+@pytest.mark.parametrize("settings", [*(recipe.options for recipe in find_recipes().values()), Ask, Measure, Config])
+def test_company_is_there(settings: type) -> None:
+    """What an option goes with is an option, and the values are some of its own."""
+    hints = get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        if field.metadata["goes_with"]:
+            other, *values = field.metadata["goes_with"]
+            known = PROBES if other == "probe" else choices(hints[other]) or ()
+            assert set(values) <= set(known)
 
 
 def test_keys_are_no_flags() -> None:

@@ -9,10 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.folders import save_tiny, tiny_llama
+from tests.records import plan
 from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.plan.options import Options
-from upfit.plan.plan import plan
 from upfit.plan.trace import _kept as kept_in_trace
 from upfit.plan.trace import trace
 from upfit.uptrain.model.distiller import Distiller

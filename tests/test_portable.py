@@ -9,7 +9,7 @@ import pytest
 
 from tests.folders import save_tiny
 from tests.hub import Hub
-from tests.records import evaluate
+from tests.records import evaluate, push, report
 from tests.test_push import REPO, hub  # noqa: F401 - the fixture
 from tests.uptraining import QUIET, config, text
 from upfit.convert.conversion import Settings, convert
@@ -19,8 +19,7 @@ from upfit.evaluate.options import Options as EvaluateOptions
 from upfit.portable import known_places, portable
 from upfit.publish.options import Options
 from upfit.publish.portable import sent, settings, words
-from upfit.publish.push import pack, push
-from upfit.report.run import report
+from upfit.publish.push import pack
 from upfit.uptrain.data.prepare import prepare
 from upfit.uptrain.train import uptrain
 

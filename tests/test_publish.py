@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
 
-from tests.records import evaluate
+from tests.records import compare, evaluate, push
 from tests.uptraining import QUIET, Workshop, make_workshop
 from upfit import provenance
 from upfit.convert.conversion import Settings, convert
@@ -22,8 +22,7 @@ from upfit.publish.card import BEGIN, END
 from upfit.publish.licence import doubts
 from upfit.publish.options import Options
 from upfit.publish.portable import portable
-from upfit.publish.push import pack, push, settle
-from upfit.report.compare import compare
+from upfit.publish.push import pack, settle
 
 README = "---\nlicense: apache-2.0\ntags: [poems]\nbase_model: some/other\nmodel-index: []\n---\n# The source\n\nIt | rhymes.\n"
 

@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 
 from benchmarks.fuzz_convert import damaged
 from tests.folders import save_tiny
-from tests.records import evaluate
+from tests.records import compare, evaluate, report
 from tests.test_publish import card, copied
 from tests.uptraining import QUIET
 from upfit import provenance
@@ -22,8 +22,6 @@ from upfit.evaluate.options import Options as EvaluateOptions
 from upfit.publish import front
 from upfit.publish.card import BEGIN, END
 from upfit.publish.markdown import code, harmless, model_link, plain
-from upfit.report.compare import compare
-from upfit.report.run import report
 
 ATTACKS = [
     "<script>alert(1)</script>",

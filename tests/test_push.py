@@ -13,6 +13,7 @@ from huggingface_hub import close_session, constants
 
 from tests.folders import logits, save_tiny, tiny_llama
 from tests.hub import Hub
+from tests.records import push
 from tests.uptraining import QUIET
 from tests.warm_python import warm_python
 from upfit.convert.conversion import Settings, convert
@@ -20,7 +21,6 @@ from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.publish import hub as client
 from upfit.publish.options import Options
-from upfit.publish.push import push
 
 ROOT = Path(__file__).parent.parent
 REPO, TOKEN = "alice/tiny", "hf_good"

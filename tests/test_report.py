@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.records import evaluate
+from tests.records import evaluate, report
 from tests.uptraining import QUIET, Workshop, config, make_workshop
 from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.evaluate.options import Options
 from upfit.report import figures
-from upfit.report.run import report
 from upfit.report.sections import tell
 from upfit.report.story import Story, gather
 from upfit.uptrain.train import uptrain

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.folders import save_tiny
+from tests.records import report
 from upfit import provenance
 from upfit.errors import UpfitError
 from upfit.report import attention, depths, probes
 from upfit.report.measured import measured, summary
 from upfit.report.page import Section, unbroken
-from upfit.report.run import report
 from upfit.report.sections import tell
 from upfit.report.story import Story, gather
 from upfit.report.subjects import Measured, texts

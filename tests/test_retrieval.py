@@ -238,12 +238,21 @@ def test_the_verb_tells_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         ({"probe": ["val-code"], "probe_length": [2000]}, "--probe-length 2000 is more than the 1024 positions"),
         ({"probe": ["needle"], "probe_length": [100, 200]}, "--probe needle takes one --probe-length, not 2"),
-        ({"probe": ["key-value"], "probe_length": [63]}, "give at least 64 tokens"),
+        ({"probe": ["key-value"], "probe_length": [63]}, r"--probe-length got \[63\]; it takes 64 or more"),
         ({"probe": ["key-value"], "probe_length": [80]}, "larger --probe-length or fewer --probe-depths"),
-        ({"probe": ["needle"], "probe_depths": 3}, "--probe-depths does nothing here"),
-        ({"probe": ["key-value"], "probe_asked": 2}, "--probe-asked does nothing here"),
+        (
+            {"probe": ["needle"], "probe_depths": 3},
+            "--probe-depths goes with --probe val-document, .* or variable-tracking, not needle; leave it out",
+        ),
+        (
+            {"probe": ["key-value"], "probe_asked": 2},
+            "--probe-asked goes with --probe multi-needle, not key-value; leave it out",
+        ),
         ({"probe": ["multi-needle"], "probe_asked": 9}, "--probe-asked 9 is more than the needles"),
-        ({"probe": ["key-value"], "probe_pieces": "here"}, "--probe-pieces does nothing here"),
+        (
+            {"probe": ["key-value"], "probe_pieces": "here"},
+            "--probe-pieces goes with --probe val-document, val-code or val-database, not key-value",
+        ),
         ({"probe": ["val-code"], "probe_pieces": "nowhere", "probe_length": [900]}, "code_functions.jsonl cannot be read"),
         ({"probe": ["val-database"], "probe_format": "chat"}, "needs a tokenizer with a chat template"),
     ],

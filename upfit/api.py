@@ -193,10 +193,9 @@ def synth(texts: Texts, out: Place, *, progress: bool = True, **settings: Any) -
 def plan(model: Place, *, revision: str | None = None, **settings: Any) -> "TrainingCost":
     """FLOPs, memory and GPU-hours of an uptraining, before anything runs."""
     from upfit.plan.plan import plan as run
-    from upfit.plan.result import TrainingCost
 
     options = PlanOptions(**from_keywords(PlanOptions, settings, "api.plan", ["revision"]))
-    return TrainingCost.read(run(str(model), options, revision))
+    return run(str(model), options, revision)
 
 
 @_takes(UptrainConfig)
@@ -252,20 +251,17 @@ def report(
     results: answers kept from `evaluate --json` or `convert --dry-run --json`
     png: folder to write each plot to as PNG
     """
-    from upfit.report.result import Report
     from upfit.report.run import report as run
 
     page, pictures = None if out is None else Path(out), None if png is None else Path(png)
-    answer = run(str(model), page, [Path(file) for file in _texts(results)], pictures, overwrite)
-    return Report.read(answer, png=None if pictures is None else str(pictures))
+    return run(str(model), page, [Path(file) for file in _texts(results)], pictures, overwrite)
 
 
 def compare(models: Texts) -> "Comparison":
     """Several models in one table: size, cache, and the losses that `evaluate(..., record=True)` kept in them."""
     from upfit.report.compare import compare as run
-    from upfit.report.result import Comparison, Group
 
-    return Comparison([Group.read(group) for group in run(_texts(models))])
+    return run(_texts(models))
 
 
 @_takes(PushOptions)
@@ -277,10 +273,10 @@ def push(
     ask: takes a question and says whether to go on; without it every doubt ends the push, unless `yes` is given
     """
     from upfit.publish.push import push as run
-    from upfit.publish.result import Publication, Publications
+    from upfit.publish.result import Publications
 
     options = PushOptions(**from_keywords(PushOptions, settings, "api.push", ["ask", "progress"]))
-    answers = [Publication.read(record) for record in run(str(model), repo, options, ask, Output(quiet=not progress))]
+    answers = run(str(model), repo, options, ask, Output(quiet=not progress))
     return Publications(answers) if options.all else answers[0]
 
 

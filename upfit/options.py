@@ -29,14 +29,23 @@ def option(
     *,
     help: str,
     flag: bool = True,
+    goes_with: tuple[str, ...] = (),
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A field of an options dataclass; without `default` the flag is required. The range is that of each item of a list."""
+    """A field of an options dataclass; without `default` the flag is required. The range is that of each item of a list.
+
+    `goes_with` names another field, and the values of that with which alone this one does anything; without values, any does.
+    """
     limits = dict(zip(RANGE, (at_least, above, at_most, below), strict=True))
-    metadata = {"help": help, "flag": flag, **{name: limit for name, limit in limits.items() if limit is not None}}
+    metadata = {
+        "help": help,
+        "flag": flag,
+        "goes_with": goes_with,
+        **{name: limit for name, limit in limits.items() if limit is not None},
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -59,6 +68,12 @@ def flag(name: str) -> str:
 def shown(settings: Any, name: str) -> str:
     """How a message names the field `name` of a dataclass: as the flag it is, or as the key."""
     return flag(name) if field_of(settings, name).metadata["flag"] else name
+
+
+def help_of(settings: type, field: dataclasses.Field[Any]) -> str:
+    """What is said of an option: with what it goes, and what it does."""
+    company = field.metadata["goes_with"]
+    return f"with {_company(settings, company)}: {field.metadata['help']}" if company else str(field.metadata["help"])
 
 
 def as_flags(settings: Any) -> list[str]:
@@ -123,6 +138,29 @@ def choices(annotation: Any) -> tuple[Any, ...] | None:
 def check(settings: Any) -> None:
     """Raise UpfitError when a field of the dataclass instance `settings` holds a value its type or range does not allow."""
     check_values(type(settings), {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)})
+    check_company(settings)
+
+
+def check_company(settings: Any) -> None:
+    """Raise UpfitError when an option is given that goes with another one, where that does not have the value for it."""
+    for field in dataclasses.fields(settings):
+        company, value = field.metadata["goes_with"], getattr(settings, field.name)
+        if not company or value == field.default:
+            continue
+        other, *allowed = company
+        chosen = getattr(settings, other)
+        values = chosen if isinstance(chosen, list) else [chosen] * (chosen is not None)
+        if not values or (allowed and not set(allowed) & set(values)):
+            spelled = flag(f"no_{field.name}") if value is False else shown(settings, field.name)
+            but = f", not {' and '.join(map(str, values))}" if values else ""
+            raise UpfitError(f"{spelled} goes with {_company(settings, company)}{but}; leave it out")
+
+
+def _company(settings: Any, company: tuple[str, ...]) -> str:
+    """`--ask openai or hf`."""
+    other, *allowed = company
+    start = [", ".join(allowed[:-1])] if len(allowed) > 1 else []
+    return " ".join([shown(settings, other), " or ".join([*start, *allowed[-1:]])]).rstrip()
 
 
 def check_values(settings: type, values: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import typer
 from upfit import __version__
 from upfit.cli.boundary import carried
 from upfit.errors import UpfitError
-from upfit.options import check_values, choices, fits, flag
+from upfit.options import check, check_values, choices, fits, flag, help_of
 from upfit.output import Output
 from upfit.results import Result
 
@@ -66,7 +66,7 @@ def flags_of(settings: type, unset: bool = False) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(settings)
     parameters = []
     for field in dataclasses.fields(settings):
-        annotation, default, text = hints[field.name], field.default, field.metadata["help"]
+        annotation, default, text = hints[field.name], field.default, help_of(settings, field)
         allowed = choices(annotation)
         if allowed:
             annotation, text = str, f"{text} ({', '.join(map(str, allowed))})"
@@ -110,7 +110,10 @@ def with_flags(command: Callable[..., None], settings: type, name: str, unset: b
     def run(**values: Any) -> None:
         flags = {key: value for key, value in values.items() if key in fields}
         refuse_key(settings, flags)
-        check_values(settings, {key: value for key, value in flags.items() if not unset or value is not None})  # before torch
+        if unset:  # a file may say the rest
+            check_values(settings, {key: value for key, value in flags.items() if value is not None})
+        else:
+            check(settings(**flags))  # before the command imports torch
         command(**{key: value for key, value in values.items() if key not in fields}, flags=flags)
 
     run.__name__, run.__doc__ = name, command.__doc__

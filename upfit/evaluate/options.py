@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 from upfit.errors import UpfitError
-from upfit.options import check, flag, option
+from upfit.options import check, option
+
+CONTEXT_PROBES = ("val-document", "val-code", "val-database", "key-value", "multi-needle", "variable-tracking")
+SEVERAL_LENGTHS = (*CONTEXT_PROBES, "position")
+PROBES = (*SEVERAL_LENGTHS, "needle", "counting", "flipflop", "selective-copy")
 
 
 @dataclass(frozen=True)
@@ -45,29 +49,36 @@ class Options:
     probe_length: list[int] | None = option(
         None, at_least=64, help="tokens of a probe's text, at most; repeatable for long contexts; default: that of the windows"
     )
-    probe_depths: int = option(5, at_least=2, help="depths of a long context that are asked about, one question each")
-    probe_asked: int = option(1, at_least=1, help="needles that one question of multi-needle asks for")
-    probe_format: Literal["plain", "chat"] = option("plain", help="words around a long context: plain, or the chat template")
-    probe_pieces: str | None = option(None, help="folder of FILM's pieces, to make the val- probes of; default: own ones")
+    probe_depths: int = option(
+        5,
+        at_least=2,
+        goes_with=("probe", *CONTEXT_PROBES),
+        help="depths of a long context that are asked about, one question each",
+    )
+    probe_asked: int = option(1, at_least=1, goes_with=("probe", "multi-needle"), help="needles that one question asks for")
+    probe_format: Literal["plain", "chat"] = option(
+        "plain", goes_with=("probe", *CONTEXT_PROBES), help="words around a long context: plain, or the chat template"
+    )
+    probe_pieces: str | None = option(
+        None, goes_with=("probe", *CONTEXT_PROBES[:3]), help="folder of FILM's pieces, to make them of; default: own ones"
+    )
     tasks: list[str] | None = option(
         None, help="also run tasks of lm-evaluation-harness, such as hellaswag or ruler-offline (no network); repeatable"
     )
-    task_path: str | None = option(None, help="folder with task files (YAML) of your own for --tasks")
-    task_lengths: list[int] | None = option(None, at_least=512, help="tokens of RULER's texts, one run each; default: 4096")
-    task_limit: int | None = option(None, at_least=1, help="documents of a task, at most; default: all")
+    task_path: str | None = option(None, goes_with=("tasks",), help="folder with task files (YAML) of your own")
+    task_lengths: list[int] | None = option(
+        None, at_least=512, goes_with=("tasks",), help="tokens of RULER's texts, one run each; default: 4096"
+    )
+    task_limit: int | None = option(None, at_least=1, goes_with=("tasks",), help="documents of a task, at most; default: all")
     attention_maps: int = option(
         0,
         at_least=0,
-        help="with --probe needle: keep the whole attention maps, on one short text, of this many heads that find it",
+        goes_with=("probe", "needle"),
+        help="keep the whole attention maps, on one short text, of this many heads that find it",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", help="type to load the weights in")
     device: str = option("auto", help="cpu, cuda, cuda:1, ...; auto takes the accelerator if there is one")
     revision: str | None = option(None, help="revision of MODEL on the hub")
-
-
-CONTEXT_PROBES = ("val-document", "val-code", "val-database", "key-value", "multi-needle", "variable-tracking")
-SEVERAL_LENGTHS = (*CONTEXT_PROBES, "position")
-PROBES = (*SEVERAL_LENGTHS, "needle", "counting", "flipflop", "selective-copy")
 
 
 def check_options(options: Options) -> None:
@@ -86,18 +97,8 @@ def _check_probes(options: Options) -> None:
             raise UpfitError(f"--probe {name} takes one --probe-length, not {len(lengths)}; measure it by itself")
     if options.probe_asked > options.probe_depths:
         raise UpfitError(f"--probe-asked {options.probe_asked} is more than the needles; give at most {options.probe_depths}")
-    goes = {"probe_depths": CONTEXT_PROBES, "probe_asked": ("multi-needle",), "probe_format": CONTEXT_PROBES}
-    goes["probe_pieces"] = CONTEXT_PROBES[:3]
-    for name, probes in goes.items():
-        if getattr(options, name) != getattr(Options, name) and not set(probes) & set(asked_for):
-            raise UpfitError(f"{flag(name)} does nothing here; it goes with --probe {', '.join(probes)}")
-    if options.attention_maps and "needle" not in asked_for:
-        raise UpfitError("--attention-maps shows the heads that find a needle; add --probe needle")
 
 
 def _check_tasks(options: Options) -> None:
-    for name in ("task_path", "task_lengths", "task_limit"):
-        if getattr(options, name) is not None and not options.tasks:
-            raise UpfitError(f"{flag(name)} goes with --tasks; name one, such as --tasks ruler-offline")
     if options.task_path is not None and not Path(options.task_path).expanduser().is_dir():
         raise UpfitError(f"--task-path {options.task_path} is not a folder; give one that holds the task's YAML file")

@@ -21,18 +21,22 @@ class Options:
     tokenizer: str = option(help="model whose tokenizer is used: folder or hub id")
     items: int = option(10_000, at_least=1, help="how many examples")
     ask: Ask = option("template", help="where questions come from: rules, question sets, or a language model")
-    questions: list[str] | None = option(None, help="with --ask dataset: files shaped like SQuAD or HotpotQA")
-    families: list[str] | None = option(None, help="with --ask template: families of questions, in turn; default: all")
-    model: str | None = option(
-        None, help="with --ask openai, hf or file: the model that asks: its name there, or a folder or hub id"
+    questions: list[str] | None = option(None, goes_with=("ask", "dataset"), help="files shaped like SQuAD or HotpotQA")
+    families: list[str] | None = option(
+        None, goes_with=("ask", "template"), help="families of questions, in turn; default: all"
     )
-    base_url: str | None = option(None, help="with --ask openai: an OpenAI-compatible server, such as http://localhost:8000/v1")
+    model: str | None = option(
+        None, goes_with=("ask", *MODELS), help="the model that asks: its name there, or a folder or hub id"
+    )
+    base_url: str | None = option(
+        None, goes_with=("ask", "openai"), help="an OpenAI-compatible server, such as http://localhost:8000/v1"
+    )
     responses: list[str] | None = option(
-        None, help="with --ask file: what a batch service answered to OUT.upfit-work/requests-*"
+        None, goes_with=("ask", "file"), help="what a batch service answered to OUT.upfit-work/requests-*"
     )
     concurrency: int = option(8, at_least=1, help="with --ask openai: requests at a time")
     budget_tokens: int | None = option(
-        None, at_least=1, help="with --ask openai: stop asking after so many tokens, prompts counted"
+        None, at_least=1, goes_with=("ask", "openai"), help="stop asking after so many tokens, prompts counted"
     )
     temperature: float = option(0.7, at_least=0, help="temperature of a model's questions")
     several_share: float = option(0.2, at_least=0, at_most=1, help="share of a model's questions that need several segments")
@@ -55,18 +59,8 @@ def check_options(options: Options) -> tuple[int, int]:
     check(options)
     if options.max_tokens < options.min_tokens:
         raise UpfitError(f"--max-tokens got {options.max_tokens}; give --min-tokens or more")
-    goes = {
-        "--model": (options.model, MODELS),
-        "--questions": (options.questions, ("dataset",)),
-        "--families": (options.families, ("template",)),
-        "--base-url": (options.base_url, ("openai",)),
-        "--budget-tokens": (options.budget_tokens, ("openai",)),
-        "--responses": (options.responses, ("file",)),
-    }
-    for flag, (value, asks) in goes.items():
-        if value is not None and options.ask not in asks:
-            raise UpfitError(f"{flag} goes with --ask {' or '.join(asks)}, not {options.ask}; see docs/synth.md")
-        if value is None and flag in ("--model", "--questions") and options.ask in asks:
+    for flag, value, asks in (("--model", options.model, MODELS), ("--questions", options.questions, ("dataset",))):
+        if value is None and options.ask in asks:
             raise UpfitError(f"--ask {options.ask} needs {flag}; see docs/synth.md")
     for flag, names in (("--questions", options.questions), ("--responses", options.responses)):
         for name in names or ():

@@ -7,7 +7,6 @@ again (gradient checkpointing) take time but are no FLOPs of the model.
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 from upfit.checkpoint.reader import most_positions, read_config
 from upfit.checkpoint.source import Source, find_source, teacher_source
@@ -15,7 +14,9 @@ from upfit.errors import UpfitError
 from upfit.output import human_bytes
 from upfit.plan.hardware import Gpu, find_gpu
 from upfit.plan.options import Options, check_options, stage_shares
+from upfit.plan.result import Flops, Gpus, Memory, StageCost, TrainingCost
 from upfit.plan.trace import Trace, Trained, trace
+from upfit.results import Origin
 from upfit.uptrain.config import Config, count_of, default, share_of
 from upfit.uptrain.default_stages import default_stages
 from upfit.uptrain.schedule import MICRO_BATCH_TOKENS, row_length
@@ -38,8 +39,8 @@ class Work:
         return self.name == "layerwise"
 
 
-def plan(model: str, options: Options, revision: str | None = None) -> dict[str, Any]:
-    """What uptraining `model` would take, as a dictionary that JSON can hold: of all stages together, and of each in `stages`.
+def plan(model: str, options: Options, revision: str | None = None) -> TrainingCost:
+    """What uptraining `model` would take: of all stages together, and of each in `stages`.
 
     `flops_a_token` is the mean over the tokens, `memory` that of the stage that needs most. Raises UpfitError for settings out
     of range, a model that cannot be traced, and one that does not fit into the GPU.
@@ -54,37 +55,37 @@ def plan(model: str, options: Options, revision: str | None = None) -> dict[str,
     original = next((work.teacher for work in works if work.teacher), works[0].student)
     tokens = _tokens(options, mean, original)
     memories = [memory_by_part(work, options, length) for work in works]
-    memory = max(memories, key=lambda parts: parts["peak"])
+    memory = max(memories, key=lambda one: one["peak"])
     if memory["peak"] > FREE_SHARE * gpu.memory:
         raise UpfitError(_too_large(gpu, memory, options))
-    stages: list[dict[str, Any]] = [
-        {
-            "stage": work.name,
-            "tokens": round(work.share * tokens),
-            "flops_a_token": counts,
-            "flops": counts["total"] * work.share * tokens,
-            "memory": parts,
-            "gpu_hours": hours(work, counts, options, gpu) * work.share * tokens,
-        }
+    stages = [
+        StageCost(
+            stage=work.name,
+            tokens=round(work.share * tokens),
+            flops_a_token=Flops(**counts),
+            flops=counts["total"] * work.share * tokens,
+            memory=Memory(**parts),
+            gpu_hours=hours(work, counts, options, gpu) * work.share * tokens,
+        )
         for work, counts, parts in zip(works, flops, memories, strict=True)
     ]
-    spent = sum(stage["gpu_hours"] for stage in stages)
-    return {
-        "model": source.record(),
-        "parameters": works[0].student.parameters,
-        "teacher_parameters": next((work.teacher.parameters for work in works if work.teacher), None),
-        "length": length,
-        "tokens": tokens,
-        "flops_a_token": mean,
-        "flops": mean["total"] * tokens,
-        "share_of_original": _share(options, mean, original, tokens),
-        "memory": memory,
-        "gpu": {"name": gpu.name, "gpus": options.gpus, "memory": gpu.memory, "peak_flops": gpu.peak(options.dtype)},
-        "mfu": options.mfu,
-        "gpu_hours": spent,
-        "hours": spent / options.gpus,
-        "stages": stages,
-    }
+    spent = sum(stage.gpu_hours for stage in stages)
+    return TrainingCost(
+        model=Origin(**source.record()),
+        parameters=works[0].student.parameters,
+        teacher_parameters=next((work.teacher.parameters for work in works if work.teacher), None),
+        length=length,
+        tokens=tokens,
+        flops_a_token=Flops(**mean),
+        flops=mean["total"] * tokens,
+        share_of_original=_share(options, mean, original, tokens),
+        memory=Memory(**memory),
+        gpu=Gpus(gpu.name, options.gpus, gpu.memory, gpu.peak(options.dtype)),
+        mfu=options.mfu,
+        gpu_hours=spent,
+        hours=spent / options.gpus,
+        stages=stages,
+    )
 
 
 def _works(source: Source, length: int, options: Options) -> list[Work]:

@@ -15,6 +15,7 @@ from upfit.publish.hub import check_name
 from upfit.publish.manifest import CARD
 from upfit.publish.options import Options, check_options
 from upfit.publish.portable import known_places, portable, sent
+from upfit.publish.result import Publication
 from upfit.report.story import gather
 
 Ask = Callable[[str], bool]
@@ -38,7 +39,7 @@ class Parcel:
         return {name: len(part) if isinstance(part, bytes) else part.stat().st_size for name, part in self.files.items()}
 
 
-def push(model: str, repo: str, options: Options, ask: Ask | None, output: Output) -> list[dict[str, Any]]:
+def push(model: str, repo: str, options: Options, ask: Ask | None, output: Output) -> list[Publication]:
     """Publish the folder `model` as `repo` (with `options.all` each model in it); what was or would be sent, one a model.
 
     `ask` puts a question to the user; None: nobody is there to answer, and every doubt ends the push unless `options.yes`.
@@ -53,7 +54,7 @@ def push(model: str, repo: str, options: Options, ask: Ask | None, output: Outpu
         assert isinstance(card, bytes)
         options.card.write_bytes(card)
     if options.dry_run:
-        return [_told(parcel, dry_run=True) | {"doubts": parcel.doubts} for parcel in parcels]
+        return [_publication(parcel, dry_run=True, doubts=parcel.doubts) for parcel in parcels]
     for parcel in parcels:
         settle(parcel.doubts, options, ask)
 
@@ -108,7 +109,7 @@ def settle(doubts: list[str], options: Options, ask: Ask | None) -> None:
         raise UpfitError(f"not published: {doubt}" + ("" if ask else "; --yes publishes all the same"))
 
 
-def _send(api: Any, parcel: Parcel, options: Options, ask: Ask | None, output: Output) -> dict[str, Any]:
+def _send(api: Any, parcel: Parcel, options: Options, ask: Ask | None, output: Output) -> Publication:
 
     there = hub.files_of(api, parcel.repo, None)
     if there is not None and provenance.FILE not in there and set(there) - HARMLESS:
@@ -123,15 +124,18 @@ def _send(api: Any, parcel: Parcel, options: Options, ask: Ask | None, output: O
         hub.send(api, parcel.repo, additions, where, meter)
         done = hub.commit(api, parcel.repo, [*additions, *map(hub.deletion, stale)], parcel.message, where)
     hub.check(api, parcel.repo, additions, done.pr_revision or options.branch)
-    return _told(parcel, dry_run=False) | {"url": done.pr_url or str(done.repo_url), "commit": done.oid, "deleted": stale}
+    url = done.pr_url or str(done.repo_url)
+    return _publication(parcel, dry_run=False, url=url, commit=done.oid, deleted=stale)
 
 
-def _told(parcel: Parcel, dry_run: bool) -> dict[str, Any]:
-    return {
-        "folder": str(parcel.folder),
-        "repo": parcel.repo,
-        "dry_run": dry_run,
-        "files": parcel.sizes(),
-        "bytes": sum(parcel.sizes().values()),
-        "left_out": parcel.left_out,
-    }
+def _publication(parcel: Parcel, dry_run: bool, **more: Any) -> Publication:
+    sizes = parcel.sizes()
+    return Publication(
+        folder=str(parcel.folder),
+        repo=parcel.repo,
+        dry_run=dry_run,
+        files=sizes,
+        bytes=sum(sizes.values()),
+        left_out=parcel.left_out,
+        **more,
+    )

@@ -5,26 +5,25 @@ from typing import Any
 from upfit.checkpoint.source import find_source
 from upfit.evaluate.tables import half_width
 from upfit.output import human_bytes, human_count
+from upfit.report.result import Comparison, Group
 from upfit.report.story import Story, gather, misshapen, newest_evaluation
 
-COLUMNS = ("model", "parameters", "KV heads", "KV a token", "trained on", "nats per token", "against source")
 
-
-def compare(models: list[str]) -> list[dict[str, Any]]:
-    """One table for each text that models were measured on, and one for those that were not: `title`, `data`, `rows`.
+def compare(models: list[str]) -> Comparison:
+    """One table for each text that models were measured on, and one for those that were not.
 
     A row shows the newest evaluation of a model's weights as they are. Raises UpfitError for a folder that cannot be read.
     """
-    groups: dict[str | None, dict[str, Any]] = {}
+    groups: dict[str | None, Group] = {}
     for model in models:
         story = gather(model, [])
         with misshapen(find_source(model).path, []):
             newest = newest_evaluation(story.steps)
             data = newest["data"] if newest else None
             title = f"{data['windows']} windows of {data['length']} tokens" if data else "Not measured (evaluate with --record)"
-            group = groups.setdefault(data["sha256"] if data else None, {"title": title, "data": data, "rows": []})
-            group["rows"].append(_row(model, story, newest))
-    return list(groups.values())
+            group = groups.setdefault(data["sha256"] if data else None, Group(title, data, []))
+            group.rows.append(_row(model, story, newest))
+    return Comparison(list(groups.values()))
 
 
 def _row(model: str, story: Story, newest: dict[str, Any] | None) -> list[str]:

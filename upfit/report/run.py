@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from matplotlib import rc_context
 
@@ -12,11 +11,12 @@ from upfit.checkpoint.work_folder import RESULT, work_folder
 from upfit.errors import UpfitError
 from upfit.portable import known_places, name_of
 from upfit.report.page import elsewhere, is_page, is_picture, render
+from upfit.report.result import Report
 from upfit.report.sections import tell
 from upfit.report.story import gather, misshapen
 
 
-def report(model: str, out: Path | None, results: list[Path], png: Path | None, overwrite: bool) -> dict[str, Any]:
+def report(model: str, out: Path | None, results: list[Path], png: Path | None, overwrite: bool) -> Report:
     """Write the story of `model` to `out` (default: the model's name with .html, here) and each plot as `png`/NAME.png.
 
     Returns what was written. The folder `png` is whole or absent. Raises UpfitError, before anything is written, for a model or
@@ -48,11 +48,8 @@ def report(model: str, out: Path | None, results: list[Path], png: Path | None, 
                 (folder / file).write_bytes(content)
             beside.publish(folder, overwrite)
         work.publish(written, overwrite)
-    return {
-        "out": str(out),
-        "sections": [section.title for section in sections],
-        "plots": [str(Path(png or "", file)) for file in pictures],
-    }
+    names = [str(Path(png or "", file)) for file in pictures]
+    return Report(str(out), [section.title for section in sections], names, png=None if png is None else str(png))
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

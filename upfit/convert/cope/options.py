@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
 
 
+ON_TEXT = ("gates", "content", "keys")  # constant ones are not set on text
 CALIBRATION = ("calibration", "calibration_tokens", "calibration_length")
 
 
@@ -32,11 +33,13 @@ class Options:
     )
     drop_rope: bool = option(False, help="fade the rotary positions out in the first half of uptraining, for CoPE alone")
     calibration: list[str] | None = option(
-        None, help="text files or folders to set the gates on; default: Python's standard library"
+        None, goes_with=ON_TEXT, help="text files or folders to set the gates on; default: Python's standard library"
     )
-    calibration_tokens: str | None = option(None, help="tokens of calibration text to use, such as 64k (the default)")
+    calibration_tokens: str | None = option(
+        None, goes_with=ON_TEXT, help="tokens of calibration text to use, such as 64k (the default)"
+    )
     calibration_length: int | None = option(
-        None, help="tokens of a calibration window; default: 2048, or what the model allows"
+        None, goes_with=ON_TEXT, help="tokens of a calibration window; default: 2048, or what the model allows"
     )
 
     @property

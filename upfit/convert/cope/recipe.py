@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.decoder_check import auto_map, check_decoder
 from upfit.checkpoint.plan import Plan, Rule, Tensors
-from upfit.convert.cope.options import CALIBRATION, Options, new_tensors
+from upfit.convert.cope.options import Options, new_tensors
 from upfit.convert.recipe import Fit, FitContext, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag
@@ -31,9 +31,6 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
         raise UpfitError(f"{flag('span')} got {options.span}; no gate is above 1, so give at least {options.positions}")
     if options.every > len(architecture.layers):
         raise UpfitError(f"{flag('every')} got {options.every}; give a number from 1 to {len(architecture.layers)}")
-    calibrating = [name for name in CALIBRATION if getattr(options, name) is not None]
-    if calibrating and options.gates == "constant":
-        raise UpfitError(f"{flag(calibrating[0])} is for gates that are set on text, and constant ones are not; leave it out")
     if options.drop_rope and options.every > 1:
         raise UpfitError("--drop-rope leaves layers without contextual positions with none at all; leave out --every")
     check_decoder(architecture)

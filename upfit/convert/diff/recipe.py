@@ -1,6 +1,6 @@
 """Differential attention: a second softmax map is subtracted from the first, so that noise common to both cancels."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from upfit.architecture.decoder_check import check_decoder, class_shapes
@@ -22,6 +22,10 @@ QUERY_PARTS = ("q", "q_bias", "q_norm", "o")
 Variant = Literal["v2", "v2-static", "dex", "split", "diffllama"]
 
 
+FITTED_VARIANTS = ("variant", "split", "diffllama", "dex")
+CALIBRATION = ("calibration", "calibration_tokens", "calibration_length")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Flags of `upfit convert diff`."""
@@ -33,38 +37,45 @@ class Options:
         "split: each head halved into a pair, nothing added; diffllama: transformers' class of the paper's form",
     )
     lambdas: Literal["token", "head"] = option(
-        "token", help="with v2: λ from each token's hidden state, or one a head (which `upfit merge` can fold away)"
+        "token",
+        goes_with=("variant", "v2"),
+        help="λ from each token's hidden state, or one a head (which `upfit merge` can fold away)",
     )
     noise: float = option(
-        0.0, at_least=0, at_most=1, help="with v2: noise on the second query of each pair, in standard deviations; 0 is exact"
+        0.0,
+        at_least=0,
+        at_most=1,
+        goes_with=("variant", "v2", "v2-static"),
+        help="noise on the second query of each pair, in standard deviations; 0 is exact",
     )
     heads: Literal["all", "entropy"] = option(
-        "all", help="with dex: change all heads, or in each layer the half whose attention is most spread on calibration text"
+        "all",
+        goes_with=("variant", "dex"),
+        help="change all heads, or in each layer the half whose attention is most spread on calibration text",
     )
-    exact: bool = option(False, help="with diffllama: lose nothing, at twice the attention's parameters and cache")
-    naive: bool = option(False, help="with split: cut every head in the middle, without calibration; loses far more")
+    exact: bool = option(
+        False, goes_with=("variant", "diffllama"), help="lose nothing, at twice the attention's parameters and cache"
+    )
+    naive: bool = option(
+        False, goes_with=("variant", "split"), help="cut every head in the middle, without calibration; loses far more"
+    )
     calibration: list[str] | None = option(
-        None, help="with split, diffllama, --heads entropy: text files or folders; default: Python's standard library"
+        None,
+        goes_with=FITTED_VARIANTS,
+        help="text files or folders; with dex for --heads entropy; default: Python's standard library",
     )
-    calibration_tokens: str | None = option(None, help="tokens of calibration text to use, such as 64k (the default)")
+    calibration_tokens: str | None = option(
+        None, goes_with=FITTED_VARIANTS, help="tokens of calibration text to use, such as 64k (the default)"
+    )
     calibration_length: int | None = option(
-        None, help="tokens of a calibration window; default: 2048, or what the model allows"
+        None, goes_with=FITTED_VARIANTS, help="tokens of a calibration window; default: 2048, or what the model allows"
     )
-    refit: bool = option(True, help="with split, diffllama: fit O and the MLP's last matrix in the converted model's stream")
+    refit: bool = option(
+        True,
+        goes_with=("variant", "split", "diffllama"),
+        help="fit O and the MLP's last matrix in the converted model's stream",
+    )
     seed: int = option(0, help="seed of --noise")
-
-
-FLAGS_OF = {  # which flags go with which variants; the others refuse them
-    "lambdas": ("v2",),
-    "noise": ("v2", "v2-static"),
-    "heads": ("dex",),
-    "exact": ("diffllama",),
-    "naive": ("split",),
-    "calibration": ("split", "diffllama", "dex"),
-    "calibration_tokens": ("split", "diffllama", "dex"),
-    "calibration_length": ("split", "diffllama", "dex"),
-    "refit": ("split", "diffllama"),
-}
 
 
 def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
@@ -81,13 +92,7 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
 
 
 def _check_flags(options: Options) -> None:
-    changed = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
-    for name in changed:
-        if options.variant not in FLAGS_OF.get(name, (options.variant,)):
-            variants = " and ".join(f"--variant {variant}" for variant in FLAGS_OF[name])
-            shown = flag("no_refit" if name == "refit" else name)
-            raise UpfitError(f"{shown} is for {variants}, and the variant is {options.variant}; leave one out")
-    calibrated = [name for name in FLAGS_OF if name.startswith("calibration") and getattr(options, name) is not None]
+    calibrated = [name for name in CALIBRATION if getattr(options, name) is not None]
     unused = options.exact or options.naive or (options.variant == "dex" and options.heads == "all")
     if calibrated and unused:
         raise UpfitError(f"{flag(calibrated[0])} is for variants that are fitted, and this one is not; leave it out")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from upfit.checkpoint.plan import Plan, Rule
 from upfit.convert.recipe import Fit, FitContext, Recipe, outline_of
 from upfit.errors import UpfitError
-from upfit.options import flag, option
+from upfit.options import option
 from upfit.provenance import BLIND, METHOD_RAN, NOT_ALIGNED, STATE
 
 if TYPE_CHECKING:
@@ -28,19 +28,30 @@ METHOD_HELP = (
 )
 
 
+ALIGNED = ("method", "auto", "aligned")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MultiQueryOptions:
     """Flags of `upfit convert mqa`."""
 
     method: Method = option("auto", help=METHOD_HELP)
     calibration: list[str] | None = option(
-        None, help="text files or folders, or one statistics file of `upfit calibrate`; default: Python's standard library"
+        None,
+        goes_with=ALIGNED,
+        help="text files or folders, or one statistics file of `upfit calibrate`; default: Python's standard library",
     )
-    calibration_tokens: str | None = option(None, help="tokens of calibration text to use, such as 64k (the default)")
+    calibration_tokens: str | None = option(
+        None, goes_with=ALIGNED, help="tokens of calibration text to use, such as 64k (the default)"
+    )
     calibration_length: int | None = option(
-        None, help="tokens of a calibration window: the length to be served; default: 2048, or what the model allows"
+        None,
+        goes_with=ALIGNED,
+        help="tokens of a calibration window: the length to be served; default: 2048, or what the model allows",
     )
-    refit: bool = option(True, help="with aligned: fit Q, K, O and the MLP's last matrix in the converted model's own stream")
+    refit: bool = option(
+        True, goes_with=ALIGNED, help="fit Q, K, O and the MLP's last matrix in the converted model's own stream"
+    )
     seed: int = option(0, help="seed of --method random")
 
 
@@ -61,7 +72,6 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
     query heads, or when flags of one method are given with another.
     """
     check_kv_heads(options.kv_heads, architecture)
-    _check_flags(options)
     if options.kv_heads > architecture.kv_heads:
         return _repeated(architecture, options.kv_heads)
     changed = [layer for layer in architecture.layers if layer.geometry.kv_heads > options.kv_heads]
@@ -98,13 +108,6 @@ def _repeated(architecture: "Architecture", kv_heads: int) -> Plan:
     label = f"{architecture.kv_heads} → {kv_heads} key/value heads, repeated"
     rules = tuple(layer.rule(PARTS, change, label) for layer in architecture.layers)
     return Plan(architecture.with_kv_heads(kv_heads), rules, close=True)
-
-
-def _check_flags(options: Options) -> None:
-    calibrated = [n for n in ("calibration", "calibration_tokens", "calibration_length") if getattr(options, n) is not None]
-    calibrated += [] if options.refit else ["no_refit"]
-    if options.method not in ("auto", "aligned") and calibrated:
-        raise UpfitError(f"{flag(calibrated[0])} is for --method aligned, and the method is {options.method}; leave one out")
 
 
 def _fit(options: Options, outline: Plan, fallback: "Callable[[str], Plan] | None") -> Fit:
