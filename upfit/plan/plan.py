@@ -55,7 +55,7 @@ def plan(model: str, options: Options, revision: str | None = None) -> TrainingC
     original = next((work.teacher for work in works if work.teacher), works[0].student)
     tokens = _tokens(options, mean, original)
     memories = [memory_by_part(work, options, length) for work in works]
-    memory = max(memories, key=lambda parts: parts["peak"])
+    memory = max(memories, key=lambda one: one["peak"])
     if memory["peak"] > FREE_SHARE * gpu.memory:
         raise UpfitError(_too_large(gpu, memory, options))
     stages = [
