@@ -152,8 +152,9 @@ def check_company(settings: Any) -> None:
         values = chosen if isinstance(chosen, list) else [chosen] * (chosen is not None)
         if not values or (allowed and not set(allowed) & set(values)):
             spelled = flag(f"no_{field.name}") if value is False else shown(settings, field.name)
-            but = f", not {' and '.join(map(str, values))}" if values else ""
-            raise UpfitError(f"{spelled} goes with {_company(settings, company)}{but}; leave it out")
+            wanted = _company(settings, company)
+            but = f", not {' and '.join(map(str, values))}; leave it out" if values else f"; add {wanted}, or leave it out"
+            raise UpfitError(f"{spelled} goes with {wanted}{but}")
 
 
 def _company(settings: Any, company: tuple[str, ...]) -> str:

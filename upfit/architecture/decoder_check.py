@@ -17,7 +17,10 @@ def check_decoder(architecture: "Architecture") -> None:
 
     name = architecture.entry.model_type
     if architecture.entry.own:
-        raise UpfitError(f"{name} needs a class of ours for grouped heads alone; it cannot be given another one beside it")
+        raise UpfitError(
+            f"{name} needs a class of ours for grouped heads alone, and cannot have another one beside it; "
+            "upfit show MODEL says what it can become"
+        )
     if architecture.entry.fused:
         raise UpfitError(f"{name} stores its queries, keys and values in one tensor, which is not supported here")
     if auto_class_for(architecture.config) is not AutoModelForCausalLM:

@@ -212,7 +212,7 @@ def _step(step: dict[str, Any], parameters: int) -> dict[str, Any]:
     measured, versions = step["measurements"], step["versions"]
     texts: list[str] = [code(step["command"])] if "command" in step else []
     if step.get("config"):
-        texts.append(Markup("In its config file: {}.").format(Markup(", ").join(map(code, config_lines(step)))))
+        texts.append(Markup("Its config file says {}.").format(Markup(", ").join(map(code, config_lines(step)))))
     before, after = measured.get("kv_bytes_per_token", (0, 0))
     if before != after:
         texts.append(f"{cache_change(before, after)}.")
