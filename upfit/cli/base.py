@@ -80,9 +80,9 @@ def flags_of(settings: type, unset: bool = False) -> list[inspect.Parameter]:
         )
         names = (flag(field.name),) if default is False else names
         declared = typer.Option(*names, help=text.replace("[", "\\["), hidden=not field.metadata["flag"])
-        given = inspect.Parameter.empty if default is dataclasses.MISSING else default
+        start = inspect.Parameter.empty if default is dataclasses.MISSING else default
         kind = Annotated[annotation, declared]  # type: ignore[valid-type]
-        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=given, annotation=kind))
+        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=start, annotation=kind))
     return parameters
 
 
@@ -92,11 +92,11 @@ def refuse_key(settings: type, values: dict[str, Any]) -> None:
     for field in dataclasses.fields(settings):
         value = values.get(field.name)
         if value is not None and not field.metadata["flag"]:
-            given = flag(f"no_{field.name}" if value is False else field.name)
+            spelled = flag(f"no_{field.name}" if value is False else field.name)
             # A number comes as the text it is; JSON's spelling of strings and booleans is valid TOML.
             shown = value if isinstance(value, str) and not fits(value, hints[field.name]) else json.dumps(value)
             line = f"{field.name} = {shown}"
-            raise UpfitError(f"{given} is a key of the config file now: write {line} into a TOML file and give --config FILE")
+            raise UpfitError(f"{spelled} is a key of the config file now: write {line} into a TOML file and give --config FILE")
 
 
 def with_flags(command: Callable[..., None], settings: type, name: str, unset: bool = False) -> Callable[..., None]:

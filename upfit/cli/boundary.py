@@ -77,15 +77,15 @@ def line(error: BaseException, words: list[str]) -> str:
     """What is said of an error: one line without secrets."""
     if isinstance(error, KeyboardInterrupt):
         # Whoever knows better what is kept, and how to go on, has added it as a note to the exception on its way here.
-        told = "stopped; " + ("; ".join(getattr(error, "__notes__", ())) or STOPPED)
+        line = "stopped; " + ("; ".join(getattr(error, "__notes__", ())) or STOPPED)
     elif isinstance(error, UpfitError):
-        told = str(error)
+        line = str(error)
     elif is_of_input(error):
-        told = f"{where(error, words)}{reason(error)}"
+        line = f"{where(error, words)}{reason(error)}"
     else:
-        told = f"a defect of upfit, please report it: {reason(error, kind=True)}{place(error)}; --debug shows the traceback"
-    told = printable(redacted(" ".join(told.split())))
-    return told if len(told) <= MOST else told[: MOST - 4] + " ..."
+        line = f"a defect of upfit, please report it: {reason(error, kind=True)}{place(error)}; --debug shows the traceback"
+    line = printable(redacted(" ".join(line.split())))
+    return line if len(line) <= MOST else line[: MOST - 4] + " ..."
 
 
 def is_of_input(error: BaseException) -> bool:
@@ -106,8 +106,8 @@ def where(error: BaseException, words: list[str]) -> str:
         return ""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename}: "
-    found = next((word for word in words if _is_here(word)), None)
-    return "" if found is None else f"{found}: "
+    named = next((word for word in words if _is_here(word)), None)
+    return "" if named is None else f"{named}: "
 
 
 def _is_here(word: str) -> bool:
@@ -128,8 +128,8 @@ def reason(error: BaseException, kind: bool = False) -> str:
         return "nested too deeply to be read"
     if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error), re.IGNORECASE):
         return "it takes more memory than there is"
-    said = next((part.strip() for part in str(error).splitlines() if part.strip()), "")
-    return f"{name}: {said}" if said and (kind or type(error) is not Exception) else said or name
+    text = next((part.strip() for part in str(error).splitlines() if part.strip()), "")
+    return f"{name}: {text}" if text and (kind or type(error) is not Exception) else text or name
 
 
 def place(error: BaseException) -> str:

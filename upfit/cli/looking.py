@@ -17,7 +17,7 @@ def list_command(as_json: Json = False) -> None:
     from upfit.architecture.listing import MOVED, OWN, model_types
 
     output, types = Output(as_json), model_types()
-    known = [name for name, told in types.items() if told["how"] != "refused"]
+    known = [name for name, entry in types.items() if entry["how"] != "refused"]
     recipes = [{"name": r.name, "summary": r.summary, "paper": r.paper} for r in find_recipes().values()]
     output.json({"recipes": recipes, "model_types": types})
     for recipe in recipes:
@@ -25,7 +25,7 @@ def list_command(as_json: Json = False) -> None:
     output.line(f"\n{len(known)} architectures: {', '.join(known)}")
     own = [name for name in known if types[name]["how"] == OWN]
     output.line(f"\n{len(own)} of them need a class of ours for fewer heads: {', '.join(own)}")
-    moved = {name: told["to"] for name, told in types.items() if told["how"] == MOVED}
+    moved = {name: entry["to"] for name, entry in types.items() if entry["how"] == MOVED}
     output.line("\nOf these change their type: " + ", ".join(f"{name} → {' or '.join(to)}" for name, to in moved.items()))
     output.line(
         f"\n{len(types) - len(known)} more model types of transformers are refused, each with its reason (--json lists them)."
@@ -65,7 +65,7 @@ def env(as_json: Json = False) -> None:
     """Versions and hardware, for bug reports."""
     from upfit.environment import environment
 
-    output, told = Output(as_json), environment()
-    output.json(told)
-    for name, value in told.items():
+    output, versions = Output(as_json), environment()
+    output.json(versions)
+    for name, value in versions.items():
         output.line(f"{name:17} {value}")

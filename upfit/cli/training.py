@@ -89,8 +89,8 @@ def _uptrain(
     quiet: Quiet = False,
 ) -> None:
     """Train a converted model to be good again, with its former self as teacher."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    answer = api.uptrain(model, data, out, config=config, resume=resume, overwrite=overwrite, progress=not quiet, **given)
+    settings = {name: value for name, value in flags.items() if value is not None}
+    answer = api.uptrain(model, data, out, config=config, resume=resume, overwrite=overwrite, progress=not quiet, **settings)
     if os.environ.get("RANK", "0") == "0":  # under torchrun every process comes here, one tells
         output = Output(as_json, quiet)
         show_result(answer, output)
