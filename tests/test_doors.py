@@ -5,6 +5,8 @@ Every import counts, also those inside functions and those for types alone.
 
 import ast
 import re
+import subprocess
+import sys
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -42,6 +44,10 @@ MAY_NAME_AN_ATTENTION = {  # with the reason
     "provenance.py": "folders of versions whose recipes did not say it themselves",
     "uptrain/model/layerwise.py": "the next command to type",
     "uptrain/model/packed.py": "an argument of torch's function",
+}
+LATE = {  # files whose imports inside functions are late for another reason than the time of starting up
+    "upfit.evaluate.harness.harness": "lm-evaluation-harness is an extra",
+    "upfit.longcontext.ask.backends": "torch, which one backend of several needs",
 }
 LARGEST_SHARE = 0.2  # of the package's lines
 FLAT_FILES = {"convert": 8, "uptrain": 6}
@@ -107,6 +113,19 @@ def named(path: Path) -> list[int]:
 
 def test_no_files_import_each_other_in_a_circle() -> None:
     tuple(TopologicalSorter({name: GRAPH.find_modules_directly_imported_by(name) for name in FILES}).static_order())
+
+
+def test_imports_stand_inside_functions_only_where_starting_up_needs_them_late() -> None:
+    """In what `upfit --help` and `import upfit.api` load; elsewhere they hide what a file needs."""
+    code = "import sys, upfit.cli, upfit.api; print(*(name for name in sys.modules if name.startswith('upfit')))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=PACKAGE.parent).stdout
+    late = set[str]()
+    for path in (path for path in PACKAGE.rglob("*.py") if not path.name.startswith("test_")):
+        functions = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
+        inside = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.ImportFrom)]
+        if any((node.module or "").startswith("upfit") for node in inside):
+            late.add(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"))
+    assert late - set(loaded.split()) == LATE.keys()
 
 
 def test_accelerate_is_for_training() -> None:
