@@ -306,7 +306,7 @@ def test_without_the_harness_there_is_one_line(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task_limit": 3}, "--task-limit goes with --tasks; leave it out"),
+        ({"task_limit": 3}, "--task-limit goes with --tasks; add --tasks, or leave it out"),
         ({"tasks": ["a"], "task_path": "/nowhere"}, "is not a folder"),
         ({"tasks": ["a"], "task_limit": 0}, "--task-limit got 0; it takes 1 or more"),
         ({"tasks": ["a"], "task_lengths": [100]}, r"--task-lengths got \[100\]; it takes 512 or more"),
