@@ -190,7 +190,7 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
         ("qwen3", {}, {"variant": "diffllama"}, "does not have"),
         ("llama", {}, {"variant": "diffllama", "naive": True}, "--naive goes with --variant split, not diffllama; leave it out"),
         ("llama", {}, {"variant": "split", "naive": True, "calibration_tokens": "4k"}, "leave it out"),
-        ("llama", {}, {"refit": False}, "--no-refit is for"),
+        ("llama", {}, {"refit": False}, "--no-refit goes with --variant split or diffllama, not v2; leave it out"),
     ):
         folder = tmp_path / f"{model_type}{len(changes)}"
         if not folder.exists():
