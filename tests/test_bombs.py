@@ -93,6 +93,7 @@ def test_large_numbers_of_honest_configs_are_none() -> None:
     build_on_meta(config | {"rope_theta": 10_000})
 
 
+@pytest.mark.slow
 def test_every_class_as_it_is_made_is_honest() -> None:
     """Sizes of tensors, and of nothing else: no default of a class is refused, however small the folder."""
     for model_type, config_class in CONFIG_MAPPING.items():

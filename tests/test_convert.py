@@ -37,6 +37,7 @@ def run(source: Path, out: Path, kv_heads: int = 2, **settings: object) -> dict:
     return convert(recipe, str(source), out, options, Settings(**settings), QUIET)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_it_without_upfit(tmp_path: Path) -> None:
     run(save_tiny(tmp_path / "source"), tmp_path / "out")
     code = f"""

@@ -139,6 +139,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
         yield make_workshop(tmp_path_factory.mktemp("shop"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"clip": 0.01, "document_mask": False}], ids=["flags alone", "keys"])
 def test_the_command_that_a_run_records_gives_it_again(shop: Workshop, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Also where flags cannot say it: then by the settings that lie beside the result."""

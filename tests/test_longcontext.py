@@ -308,6 +308,7 @@ def server() -> Iterator[_Server]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_failing_server_is_asked_everything_once(server: _Server, tmp_path: Path) -> None:
     pytest.importorskip("openai")
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"

@@ -96,6 +96,7 @@ def test_who_finds_it_is_told_apart(tokenizer: Any) -> None:
     assert difference["mean"] == 0.5 and difference["low"] > 0
 
 
+@pytest.mark.slow
 def test_the_verb_tells_it() -> None:
     options = Options(
         against=str(embedded_model()), windows=2, probe=["needle"], probe_samples=5, probe_length=[128], length=64

@@ -92,6 +92,7 @@ def commands(program: str) -> list[str]:
     return [line for line in COMMANDS.splitlines() if line.startswith(program + " ")]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run(checkout: Checkout) -> None:
     """It is listed, offered, planned, converted, verified, uptrained and evaluated."""
     places = {"$MODEL": str(checkout.folder / "home" / "model"), "$TEXT": str(checkout.folder / "home" / "text.txt")}

@@ -14,6 +14,7 @@ from upfit.convert.recipe import find_recipes
 from upfit.output import Output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [

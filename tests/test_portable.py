@@ -109,6 +109,7 @@ def dirtied(model: Path, root: Path) -> None:
     (model / "README.md").write_text(card)
 
 
+@pytest.mark.slow
 def test_no_byte_of_a_push_or_a_report_tells_where_it_was_made(
     tmp_path: Path,
     hub: Hub,  # noqa: F811

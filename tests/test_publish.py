@@ -64,6 +64,7 @@ def card(folder: Path, **settings: Any) -> str:
     return made.decode()
 
 
+@pytest.mark.slow
 def test_no_place_of_this_machine_is_published(folder: Path) -> None:
     parcel = pack(folder, "alice/poet", Options())
     places = {str(path) for step in provenance.read(folder) for path in [step["source"].get("path")] if path}
@@ -94,6 +95,7 @@ def test_paths_become_names(given: Any, wanted: Any) -> None:
     assert portable(portable(given)) == portable(given), "a published history can be published again"
 
 
+@pytest.mark.slow
 def test_the_card_says_what_the_records_say(folder: Path) -> None:
     text = card(folder)
     steps = provenance.read(folder)

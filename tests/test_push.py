@@ -88,6 +88,7 @@ def uploads(hub: Hub) -> list[str]:
     return [request.path for request in hub.log if request.method == "PUT" and request.status == 200]
 
 
+@pytest.mark.slow
 def test_what_is_pushed_loads_from_the_hub_without_upfit(folders: Path, hub: Hub, tmp_path: Path) -> None:
     for name in VARIANTS:
         [answer] = push(str(folders / name), f"alice/{name}", LICENSED, None, QUIET)
@@ -107,6 +108,7 @@ def test_what_is_pushed_loads_from_the_hub_without_upfit(folders: Path, hub: Hub
     assert all(torch.equal(found[name], logits(folders / name, ids)) for name in VARIANTS)
 
 
+@pytest.mark.slow
 def test_an_interrupted_push_goes_on_where_it_was(folders: Path, hub: Hub) -> None:
     weights = len(list((folders / "shards").glob("*.safetensors")))
     assert weights > 1
@@ -235,6 +237,7 @@ def test_refusals_are_one_line(
     assert not hub.repos
 
 
+@pytest.mark.slow
 def test_the_token_is_never_told(folders: Path, hub: Hub) -> None:
     environment = {
         **os.environ,

@@ -55,6 +55,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return made
 
 
+@pytest.mark.slow
 def test_the_home_folder_is_known(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").symlink_to(shop.student.parent / "better")
     (tmp_path / "dry.json").write_text(json.dumps({"sensitivity": PREDICTED}), encoding="utf-8")
@@ -87,6 +88,7 @@ def test_it_tells_what_was_done_and_measured(shop: Workshop, tmp_path: Path) -> 
     assert len(answer["plots"]) == 5 and all(Path(path).read_bytes().startswith(b"\x89PNG") for path in answer["plots"])
 
 
+@pytest.mark.slow
 def test_a_run_of_several_stages_is_told_stage_by_stage(shop: Workshop, tmp_path: Path) -> None:
     shop.run(tmp_path / "out", stages="layerwise=50%,distill", tokens="1024")
     story = gather(str(tmp_path / "out"), [])
@@ -99,6 +101,7 @@ def test_a_run_of_several_stages_is_told_stage_by_stage(shop: Workshop, tmp_path
     assert [label for label, _ in gather(str(tmp_path / "out"), []).evaluations] == ["after convert gqa", "after uptrain"]
 
 
+@pytest.mark.slow
 def test_several_sources_are_told_each_by_itself(shop: Workshop, tmp_path: Path) -> None:
     for name in ("code", "prose"):
         shutil.copytree(shop.data, tmp_path / name)
@@ -127,6 +130,7 @@ def test_a_conversion_tells_what_it_measured_and_what_it_left_out() -> None:
     assert section.tables[0].rows == [["1", "no turning"]] and len(section.plots) == 1
 
 
+@pytest.mark.slow
 def test_the_page_asks_for_nothing_and_every_plot_is_a_picture(shop: Workshop, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some words and more of them, again and again. " * 40, encoding="utf-8")

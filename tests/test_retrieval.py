@@ -200,6 +200,7 @@ def test_who_cannot_look_back_shows_the_gap_it_must(tokenizer: Any) -> None:
 NAMES = ["val-code", "key-value", "variable-tracking", "position"]
 
 
+@pytest.mark.slow
 def test_the_verb_tells_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A model against itself, one of them with a recipe that tells of training."""
     model, text = tmp_path / "model", tmp_path / "text.txt"

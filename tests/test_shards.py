@@ -144,6 +144,7 @@ def damaged(shop: Workshop, folder: Path) -> tuple[Workshop, Path, int]:
     raise AssertionError("no block is read for the first time")
 
 
+@pytest.mark.slow
 def test_a_run_ends_at_damaged_tokens_with_all_steps_before_saved(shop: Workshop, tmp_path: Path) -> None:
     shop.run(tmp_path / "whole")
     broken, path, step = damaged(shop, tmp_path)

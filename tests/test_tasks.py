@@ -384,6 +384,7 @@ def test_relative_positions_are_a_vector_for_each_distance() -> None:
             assert torch.allclose(found[0, 1, i, j], wanted, atol=FLOAT64)
 
 
+@pytest.mark.slow
 def test_a_decoder_learns_the_smallest_register(tmp_path: Path) -> None:
     words = ["flipflop", "--length", "6", *SMALL, "--train-steps", "80", "--test-samples", "50", "--learning-rate", "1e-2"]
     args = parsed([*words, "--train-samples", "200"])

@@ -111,6 +111,7 @@ def test_labels_are_the_answer_and_its_end_token(home: Path) -> None:
         assert (row.labels[-len(learned) :] == learned).all() and len(row.input_ids) == len(row.labels) <= rows.longest
 
 
+@pytest.mark.slow
 def test_an_uptraining_on_answers_is_one_pass_and_tells_what_was_asked(home: Path, tmp_path: Path) -> None:
     report = run(home, tmp_path / "out")
     rows = rows_of(home)
@@ -130,6 +131,7 @@ def test_an_uptraining_on_answers_is_one_pass_and_tells_what_was_asked(home: Pat
     assert told["data"]["patterns"] == ["counting", "key and value, both ways"]
 
 
+@pytest.mark.slow
 def test_micro_batches_and_recomputed_layers_change_nothing(home: Path, tmp_path: Path) -> None:
     kinds: list[dict[str, Any]] = [{"micro_batch": 1}, {"micro_batch": 2}, {"micro_batch": 1, "gradient_checkpointing": True}]
     lines = []
@@ -140,6 +142,7 @@ def test_micro_batches_and_recomputed_layers_change_nothing(home: Path, tmp_path
         torch.testing.assert_close(torch.tensor(other), torch.tensor(lines[0]), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True], ids=["answers", "with text"])
 def test_stopped_and_resumed_is_as_unbroken(home: Path, tmp_path: Path, mixed: bool) -> None:
     mix: dict[str, Any] = {"mix": str(home / "shards"), "length": 64, "teacher": str(home / "model")} if mixed else {}
@@ -151,6 +154,7 @@ def test_stopped_and_resumed_is_as_unbroken(home: Path, tmp_path: Path, mixed: b
     assert same[0] == same[1]
 
 
+@pytest.mark.slow
 def test_text_beside_answers_has_a_mean_and_a_teacher_of_its_own(home: Path, tmp_path: Path) -> None:
     mix: dict[str, Any] = {
         "mix": str(home / "shards"),

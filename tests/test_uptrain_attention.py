@@ -52,6 +52,7 @@ def test_progress_goes_from_0_to_1(workshop: Workshop, tmp_path: Path) -> None:
         assert all(module.progress == expected for module in modules)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"lambdas": "head"}, {"variant": "dex"}, {"variant": "split", "naive": True}])
 def test_a_run_trains_and_tells(workshop: Workshop, tmp_path: Path, options: dict[str, Any]) -> None:
     """λ moves, is told for each layer, the result has the modelling file, and it merges into a stock class."""

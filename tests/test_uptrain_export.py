@@ -135,6 +135,7 @@ def test_other_names_change_nothing_but_names(
     same(others(source, change, lambda: written(source, tmp_path / "others")), change(usual))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied, stored twice", "gpt2 without prefix", "t5 with every name of its embedding"])
 def test_a_whole_run_keeps_the_names(place: Path, tmp_path: Path, name: str) -> None:
     make, change = CASES[name]

@@ -76,6 +76,7 @@ def whole(shop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_disk_full_for_a_while_costs_its_checkpoints(
     shop: Workshop, whole: Path, tmp_path: Path, disk: Callable[[int], object]
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_disk_full_for_a_while_costs_its_checkpoints(
     assert untimed(tmp_path / "out") == untimed(whole)
 
 
+@pytest.mark.slow
 def test_a_disk_full_to_the_end_is_one_line_and_resume_goes_on(
     shop: Workshop, whole: Path, tmp_path: Path, disk: Callable[[int], object]
 ) -> None:
@@ -171,6 +173,7 @@ def test_a_checkpoint_is_whole_before_more_time_is_lost(since: int, took: int, w
     assert not checkpointing.save_due(run), "there is one of this step"
 
 
+@pytest.mark.slow
 def test_a_burst_is_left_out_exactly_and_resumably(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps 5 to 7 and 11 to 13 of the data are poison, and step 3 once: the run that never saw the bursts is the law."""
     bursts = [[5, 5, 8], [8, 11, 14]]

@@ -48,6 +48,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return make_workshop(tmp_path_factory.mktemp("shop"))
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_same(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, losses = modeling_llama.LlamaRMSNorm, []
     for liger in (False, True):

@@ -129,6 +129,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return make_workshop(tmp_path_factory.mktemp("shop"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"stages": "layerwise=50%,distill"}, {"gradient_checkpointing": True}])
 def test_a_run_learns_the_same(shop: Workshop, tmp_path: Path, changes: dict[str, Any]) -> None:
     losses = []
@@ -145,6 +146,7 @@ STARTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STARTS)
 def test_a_new_attention_learns_as_under_a_mask(shop: Workshop, tmp_path: Path, name: str) -> None:
     recipe, options = find_recipes()[STARTS[name][0]], STARTS[name][1]
@@ -153,6 +155,7 @@ def test_a_new_attention_learns_as_under_a_mask(shop: Workshop, tmp_path: Path, 
     _learns_as_under_a_mask(Workshop(shop.teacher, start, shop.data), tmp_path)
 
 
+@pytest.mark.slow
 def test_dropout_of_attention_weights_keeps_its_mask(shop: Workshop, tmp_path: Path) -> None:
     save_tiny(tmp_path / "start", tiny_llama(attention_dropout=0.1))
     _learns_as_under_a_mask(Workshop(shop.teacher, tmp_path / "start", shop.data), tmp_path)

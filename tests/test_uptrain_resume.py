@@ -84,6 +84,7 @@ def untimed(folder: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in line.items() if name not in TIMED} for line in metrics(folder)]
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_a_resumed_run_ends_with_the_same_bytes(shop: Workshop, tmp_path: Path) -> None:
     shop.run(tmp_path / "whole")
     handler = signal.getsignal(signal.SIGTERM)
@@ -109,6 +110,7 @@ def stopped(shop: Workshop, tmp_path: Path, at: int = 9) -> Path:
     return tmp_path / "out.upfit-work"
 
 
+@pytest.mark.slow
 def test_a_run_begun_is_neither_lost_nor_mixed_up(shop: Workshop, tmp_path: Path) -> None:
     stopped(shop, tmp_path)
     with pytest.raises(UpfitError, match="--resume"):
@@ -126,12 +128,14 @@ def test_other_data_cannot_be_resumed_with(shop: Workshop, tmp_path: Path) -> No
         Workshop(shop.teacher, shop.student, other.data).run(tmp_path / "out", resume=True)
 
 
+@pytest.mark.slow
 def test_overwrite_begins_anew(shop: Workshop, tmp_path: Path) -> None:
     stopped(shop, tmp_path)
     report = shop.run(tmp_path / "out", overwrite=True, tokens="256")
     assert report["step"] == 2 and len(metrics(tmp_path / "out")) == 2
 
 
+@pytest.mark.slow
 def test_files_of_the_user_in_the_workspace_survive(shop: Workshop, tmp_path: Path) -> None:
     place = stopped(shop, tmp_path)
     (place / "step-notes").mkdir()
@@ -148,6 +152,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_finished_already(shop: Workshop, tmp_path: Path) -> None:
     """--resume answers with what the run has reported, also where it is carried out otherwise, and writes nothing."""
     report = json.loads(json.dumps(shop.run(tmp_path / "out", tokens="256")))
@@ -227,6 +232,7 @@ def test_finished_already_on_the_command_line(shop: Workshop, tmp_path: Path) ->
     assert "is finished already" in told.stderr and "Held-out loss" in told.stdout
 
 
+@pytest.mark.slow
 def test_metrics_are_truncated_to_the_step_resumed_from(shop: Workshop, tmp_path: Path) -> None:
     place = stopped(shop, tmp_path)
     shutil.rmtree(place / "step-00000009")
@@ -249,6 +255,7 @@ def damage(checkpoint: Path, how: str) -> None:
         (checkpoint / ".metadata").write_bytes(b"\xff" * size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["partial", "unfinished", "truncated", "garbled"])
 def test_a_damaged_checkpoint_is_passed_over(shop: Workshop, tmp_path: Path, how: str) -> None:
     shop.run(tmp_path / "whole")

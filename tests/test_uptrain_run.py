@@ -87,6 +87,7 @@ def test_the_student_that_is_its_teacher_has_nothing_to_learn(shop: Workshop, tm
     assert abs(metrics(tmp_path / "out")[0]["kl"]) < 1e-6 and abs(report["holdout"]["before"]["kl"]) < 1e-6
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_the_losses(shop: Workshop, tmp_path: Path) -> None:
     lines = []
     for micro in (1, 3, 4):
@@ -151,6 +152,7 @@ def test_shards_dtypes_and_tied_weights_are_kept(shop: Workshop, tmp_path: Path,
     )
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_is_near_float32(shop: Workshop, tmp_path: Path) -> None:
     first = {}
     for dtype in ("float32", "bfloat16"):
@@ -185,6 +187,7 @@ def test_the_rates_of_a_run_are_those_that_its_flags_and_its_file_say(shop: Work
     assert [line["lr"] for line in metrics(tmp_path / "out")] == pytest.approx([*rising, 0.01, 0.01, *falling])
 
 
+@pytest.mark.slow
 def test_a_gradient_is_clipped_to_the_norm_that_was_asked_for(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +324,7 @@ def test_a_tracker_is_told_the_config_and_every_step(shop: Workshop, tmp_path: P
     assert Diary.told[0]["tokens"] == "256" and Diary.told[1:] == metrics(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_a_result(shop: Workshop, tmp_path: Path) -> None:
     shop.run(tmp_path / "out", tokens="128")
     first = weights(tmp_path / "out")
@@ -343,6 +347,7 @@ def test_the_written_config_is_plain_toml(shop: Workshop, tmp_path: Path) -> Non
     assert told["tokens"] == "128" and told["length"] == 32 and "teacher" not in told
 
 
+@pytest.mark.slow
 def test_measuring_on_the_way_changes_nothing(shop: Workshop, tmp_path: Path) -> None:
     shop.run(tmp_path / "plain")
     report = shop.run(tmp_path / "measured", measure_every=4)

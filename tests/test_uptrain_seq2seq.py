@@ -101,6 +101,7 @@ def test_the_loss_is_the_classs_own(shop: Workshop) -> None:
     torch.testing.assert_close(loss.detach(), ce)
 
 
+@pytest.mark.slow
 def test_training_wins_back_what_was_lost_and_resumes_exactly(shop: Workshop, tmp_path: Path) -> None:
     report = shop.run(tmp_path / "whole", tokens="3k")
     before, after = report["holdout"]["before"], report["holdout"]["after"]

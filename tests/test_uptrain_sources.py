@@ -194,6 +194,7 @@ def run(shop: Workshop, out: Path, resume: bool = False, output: Output = QUIET,
     return uptrain(str(shop.student), given, out, config(**changes), resume, False, output)
 
 
+@pytest.mark.slow
 def test_a_run_on_two_sources_resumes_exactly_and_tells_both(shop: Workshop, tmp_path: Path) -> None:
     report = run(shop, tmp_path / "whole")
     assert run(shop, tmp_path / "broken", output=Interrupting(5))["stopped"]

@@ -182,6 +182,7 @@ class InterruptingStage(Interrupting):
             yield meter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_stopped_on_either_side_of_the_border_it_ends_with_the_same_bytes(shop: Workshop, tmp_path: Path, stage: int) -> None:
     shop.run(tmp_path / "whole", **BOTH)
@@ -201,6 +202,7 @@ def test_stopped_on_either_side_of_the_border_it_ends_with_the_same_bytes(shop: 
     assert not (tmp_path / "broken.upfit-work").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_one_of_the_same_content(shop: Workshop, tmp_path: Path) -> None:
     """Under the same names and with the same settings, a model, teacher or data of other content is no finished stage."""
     teacher, student, data = (Path(shutil.copytree(p, tmp_path / p.name)) for p in (shop.teacher, shop.student, shop.data))
@@ -226,12 +228,14 @@ def test_a_finished_stage_is_one_of_the_same_content(shop: Workshop, tmp_path: P
     assert "stage 1 of 2, layerwise is finished" in telling.notes, "for all that"
 
 
+@pytest.mark.slow
 def test_overwrite_throws_finished_stages_away(shop: Workshop, tmp_path: Path) -> None:
     shop.run(tmp_path / "out", output=InterruptingStage(2, 3), **BOTH)
     report = shop.run(tmp_path / "out", overwrite=True, **{**BOTH, "seed": 1})
     assert not report["stopped"] and not (tmp_path / "out.upfit-work").exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_rounded_between_stages(shop: Workshop, tmp_path: Path) -> None:
     """A model in bfloat16 comes back in bfloat16; what the second stage starts from has what bfloat16 would lose."""
     student = save_tiny(tmp_path / "student", pooled(tiny_llama()).bfloat16())
@@ -337,6 +341,7 @@ def test_after_the_default_conversion_an_aligned_model_is_changed_with_care(shop
     assert report["stage"] == "lm" and resolved["peak_learning_rate"] == pytest.approx(0.2 * 0.2 / 32)
 
 
+@pytest.mark.slow
 def test_a_conversion_that_lost_nothing_learns_from_the_text(shop: Workshop, tmp_path: Path) -> None:
     """From what it was it could learn nothing but rounding."""
 

@@ -238,6 +238,7 @@ def test_a_cache_of_another_kind_is_refused(tmp_path: Path) -> None:
         attention(torch.zeros(1, 1, 32), **{CACHE_NAMES[0]: {}})
 
 
+@pytest.mark.slow
 def test_round_trip_in_a_process_without_upfit(tmp_path: Path) -> None:
     """Loaded with trust_remote_code where neither upfit nor Triton can be imported, saved, loaded again: the same logits."""
     _, out = made(tmp_path)

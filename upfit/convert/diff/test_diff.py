@@ -214,6 +214,7 @@ def test_noise_breaks_the_symmetry(tmp_path: Path) -> None:
     assert ((ratio > 0.08) & (ratio < 0.12)).all()
 
 
+@pytest.mark.slow
 def test_round_trip_in_a_process_without_upfit(tmp_path: Path) -> None:
     """Loaded with trust_remote_code where upfit cannot be imported, saved, loaded again: the same logits, the same bytes."""
     _, out = made(tmp_path)
