@@ -37,6 +37,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "learned"
 
 
+@pytest.mark.slow
 def test_without_its_positions_it_is_the_source(learned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = Options(against=str(embedded_model()), ablate="cope", windows=4, length=64, dtype="float32")
     told = evaluate(str(learned), options, QUIET)

@@ -285,6 +285,7 @@ def test_values_become_what_a_field_wants() -> None:
     assert as_kind(True, str) is True, "a mistake stays one"
 
 
+@pytest.mark.slow
 def test_progress_is_told_or_not(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {"to": "gqa", "kv_heads": 2, "method": "mean"}
     answer = api.convert(place / "teacher", tmp_path / "loud", **settings)

@@ -118,6 +118,7 @@ def test_heads_are_followed_through_merging(tmp_path: Path) -> None:
         assert np.allclose(np.concatenate(ours["weights"]), np.concatenate(theirs["weights"]), atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe, options", [FORMS[0], FORMS[2]])
 def test_the_verb_keeps_the_same_heads_before_and_after(tmp_path: Path, recipe: str, options: dict[str, Any]) -> None:
     source, out = converted(tmp_path, recipe, options)

@@ -77,6 +77,7 @@ def test_cache_equals_no_cache(tmp_path: Path) -> None:
     assert torch.equal(model.generate(padded, attention_mask=mask, **settings)[:, 3:], expected)
 
 
+@pytest.mark.slow
 def test_recipe_file_tells_the_steps(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     run(source, tmp_path / "two")
@@ -109,6 +110,7 @@ def test_a_broken_promise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.upfit-work").exists()
 
 
+@pytest.mark.slow
 def test_without_kernel_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
@@ -123,6 +125,7 @@ def test_without_kernel_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert path.read_bytes() == (tmp_path / "plain" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_resharding(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source", shards=1)
     run(source, tmp_path / "whole")
@@ -150,6 +153,7 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     json.dumps(answer)
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_only_its_own(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     run(source, tmp_path / "out")
@@ -206,6 +210,7 @@ def test_two_writers_of_one_place(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a").read_text() == "first"
 
 
+@pytest.mark.slow
 def test_an_error_leaves_what_stood_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(tmp_path / "source")
     run(source, tmp_path / "out")

@@ -27,6 +27,7 @@ def test_the_embedded_model_is_small_and_multi_head() -> None:
     assert "license: apache-2.0" in card and f"{told['parameters'] / 1e6:.2f} M" in card
 
 
+@pytest.mark.slow
 def test_the_embedded_model_knows_some_python() -> None:
     """An untrained model has log 2048 = 7.6 nats a token."""
     held_out = [str(path) for path in standard_library()[1]]

@@ -79,6 +79,7 @@ def test_the_notebook_takes_the_steps_of_the_tutorial() -> None:
     assert re.findall(r"api\.(\w+)\(", "\n".join(notebook())) == ["describe" if name == "show" else name for name in commands]
 
 
+@pytest.mark.slow
 def test_the_page_of_functions_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -120,6 +121,7 @@ def test_the_tree_in_the_design_is_the_house() -> None:
     assert told == {path.relative_to(package).as_posix() for path in folders}
 
 
+@pytest.mark.slow
 def test_every_verb_has_its_goal() -> None:
     """The page of goals names every verb, and only flags that the verb has."""
     page = (ROOT / "docs" / "which-command.md").read_text(encoding="utf-8")

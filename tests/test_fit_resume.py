@@ -130,6 +130,7 @@ def test_stopped_again_and_again(shop: Shop, monkeypatch: pytest.MonkeyPatch) ->
     assert said == [f"going on after layer {done} of 3" for done in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_another_fit_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other settings, text, statistics, weights, packages, threads: each is another fit; the same command is the same one."""
     shop, known = make_shop(tmp_path), list[str]()

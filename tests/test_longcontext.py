@@ -365,6 +365,7 @@ def test_requests_go_out_and_responses_come_in(tmp_path: Path, monkeypatch: pyte
     assert told["finished"] and told["items"] + sum(told["rejected"].values()) == 6
 
 
+@pytest.mark.slow
 def test_a_model_in_this_process_can_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").symlink_to(MODEL)

@@ -123,6 +123,7 @@ def test_its_own_test_and_the_laws_hold(checkout: Checkout) -> None:
     assert not re.search(r"^(FAILED|SKIPPED)", said, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_it_is_what_it_says(checkout: Checkout) -> None:
     """Python knows it, at temperature 1 nothing changes, and a setting that cannot be is one line that says what can."""
     model, script = checkout.folder / "home" / "model", checkout.folder / "home" / "notebook.py"

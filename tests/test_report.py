@@ -71,6 +71,7 @@ def test_the_home_folder_is_known(shop: Workshop, tmp_path: Path, monkeypatch: p
     write(True)
 
 
+@pytest.mark.slow
 def test_it_tells_what_was_done_and_measured(shop: Workshop, tmp_path: Path) -> None:
     better = shop.student.parent / "better"
     results = tmp_path / "dry.json"

@@ -241,6 +241,7 @@ def test_results_are_told_once_under_the_names_that_they_were_given(tmp_path: Pa
         gather(str(model), [paths[0], paths[0]])
 
 
+@pytest.mark.slow
 def test_pictures_are_a_folder_of_their_own_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, result, out, png = save_tiny(tmp_path / "model"), tmp_path / "r.json", tmp_path / "page.html", tmp_path / "png"
     result.write_text(json.dumps(CHAIN[2][1]), encoding="utf-8")

@@ -233,6 +233,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
+@pytest.mark.slow
 def test_a_conversion_of_what_is_seen_is_that_of_what_is_written(folder: Path) -> None:
     """With all heads the result computes what the source does, and fewer heads are made of either alike, as a dry run tells."""
     same, few, again = (folder.parent / name for name in ("same", "few", "again"))
@@ -264,6 +265,7 @@ def test_positions_are_counted_under_either_name() -> None:
     assert most_positions({}) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kv_heads", "becomes"), [(1, "gpt_bigcode"), (2, "upfit_gqa"), (4, "gpt_bigcode")])
 def test_stock_classes_before_ours(kv_heads: int, becomes: str, tmp_path: Path) -> None:
     """OPT can be a GPTBigCode with one key/value head or all, and our own class with any other number of them."""

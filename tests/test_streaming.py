@@ -58,6 +58,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in SAME}
 
 
+@pytest.mark.slow
 def test_streamed_is_converted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(str(source), tmp_path / "plain")
     most, drop = list[int](), hub_stream.HubStream.release
@@ -75,6 +76,7 @@ def test_streamed_is_converted(source: Path, tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "streamed.upfit-work").exists()
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(str(source), tmp_path / "plain")
     child = os.fork()
@@ -122,6 +124,7 @@ def test_what_cannot_be_streamed_is_refused(source: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.upfit-work").exists()
 
 
+@pytest.mark.slow
 def test_a_download_that_fails_costs_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(str(source), tmp_path / "plain")
     real, count = hub_stream.HubStream.fetch, list[str]()

@@ -302,6 +302,7 @@ def test_the_verb_tells_it(text: str) -> None:
     assert probes["counting"]["unit"] == "steps" and list(probes["counting"]["splits"]) == list(TASKS["counting"].splits)
 
 
+@pytest.mark.slow
 def test_two_models_get_a_table(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     from upfit.evaluate.result import Evaluation
 

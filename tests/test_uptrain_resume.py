@@ -121,6 +121,7 @@ def test_a_run_begun_is_neither_lost_nor_mixed_up(shop: Workshop, tmp_path: Path
     shop.run(tmp_path / "out", resume=True, micro_batch=2, save_every="100", keep=1)
 
 
+@pytest.mark.slow
 def test_other_data_cannot_be_resumed_with(shop: Workshop, tmp_path: Path) -> None:
     stopped(shop, tmp_path)
     other = make_workshop(tmp_path / "shop", documents=50)
@@ -144,6 +145,7 @@ def test_files_of_the_user_in_the_workspace_survive(shop: Workshop, tmp_path: Pa
     assert {path.name for path in place.iterdir()} - {MARK, LOCK} == {"diary.txt", "step-notes"}
 
 
+@pytest.mark.slow
 def test_resume_without_a_checkpoint_starts_anew(shop: Workshop, tmp_path: Path) -> None:
     assert shop.run(tmp_path / "out", resume=True, tokens="256")["step"] == 2
 
@@ -190,6 +192,7 @@ def marked(path: Path) -> Iterator[None]:
     shutil.rmtree(path.parent)
 
 
+@pytest.mark.slow
 def test_what_another_run_has_finished_is_refused_as_ever(shop: Workshop, tmp_path: Path) -> None:
     """Of other settings or data, a model or teacher that was changed since, a result that is not whole, a later run stopped."""
     teacher, student = (Path(shutil.copytree(path, tmp_path / path.name)) for path in (shop.teacher, shop.student))
@@ -221,6 +224,7 @@ def test_a_finished_run_whose_teacher_went_away_stays_finished(shop: Workshop, t
     assert shop.run(tmp_path / "out", tokens="256", teacher=str(teacher), resume=True)["holdout"] == report["holdout"]
 
 
+@pytest.mark.slow
 def test_finished_already_on_the_command_line(shop: Workshop, tmp_path: Path) -> None:
     words = ["uptrain", str(shop.student), str(shop.data), str(tmp_path / "out"), "--tokens", "256", "--length", "32"]
     (tmp_path / "config.toml").write_text("holdout = 4\n")
@@ -309,6 +313,7 @@ def test_a_bit_in_the_middle_of_a_checkpoint_or_a_model_is_noticed(tmp_path: Pat
     assert fingerprint(model) != known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["teacher", "model"])
 def test_a_model_that_was_changed_meanwhile_cannot_be_resumed_with(shop: Workshop, tmp_path: Path, changed: str) -> None:
     teacher, student = (Path(shutil.copytree(path, tmp_path / path.name)) for path in (shop.teacher, shop.student))
@@ -319,6 +324,7 @@ def test_a_model_that_was_changed_meanwhile_cannot_be_resumed_with(shop: Worksho
         mine.run(tmp_path / "out", resume=True, teacher=str(teacher))
 
 
+@pytest.mark.slow
 def test_training_does_not_wait_for_the_hashes_of_a_checkpoint(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +341,7 @@ def test_training_does_not_wait_for_the_hashes_of_a_checkpoint(
     assert here == {"student", "teacher"} and {folder for folder, _ in hashed} > here
 
 
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_are_kept(shop: Workshop, tmp_path: Path) -> None:
     place = Path(stopped(shop, tmp_path, at=9))
     assert sorted(path.name for path in place.glob("step-*")) == ["step-00000008", "step-00000009"]
@@ -366,6 +373,7 @@ def test_what_is_older_than_is_needed_is_not_read(tmp_path: Path, monkeypatch: p
     assert sorted(path.name for path in workspace.path.iterdir()) == ["step-00000005", "step-00000006"]
 
 
+@pytest.mark.slow
 def test_killed_while_old_ones_are_removed_none_is_left_by_half(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def test_a_run_leaves_a_standard_folder_that_is_better(shop: Workshop, tmp_path:
     assert provenance.teacher(out) == told["teacher"], "a second uptraining finds the same teacher"
 
 
+@pytest.mark.slow
 def test_attention_alone_learns_and_the_rest_is_held_once(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +82,7 @@ def test_attention_alone_learns_and_the_rest_is_held_once(
     assert changed == {name for name in before if ".self_attn." in name}
 
 
+@pytest.mark.slow
 def test_the_student_that_is_its_teacher_has_nothing_to_learn(shop: Workshop, tmp_path: Path) -> None:
     same = config(teacher=str(shop.teacher), tokens="256", learning_rate=1e-9, weight_decay=0.0)
     report = uptrain(str(shop.teacher), str(shop.data), tmp_path / "out", same, False, False, QUIET)
@@ -97,6 +99,7 @@ def test_micro_batches_do_not_change_the_losses(shop: Workshop, tmp_path: Path) 
         torch.testing.assert_close(torch.tensor(other), torch.tensor(lines[0]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_all_labels_of_the_step(shop: Workshop, tmp_path: Path) -> None:
     from upfit.uptrain.data.rows import IGNORE, TextRows
     from upfit.uptrain.data.shards import Shards
@@ -119,6 +122,7 @@ def save_and_load(shop: Workshop) -> Any:
     return AutoModelForCausalLM.from_pretrained(shop.student).eval()
 
 
+@pytest.mark.slow
 def test_without_a_recipe_it_learns_from_the_text(shop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from upfit.output import Output
 
@@ -129,6 +133,7 @@ def test_without_a_recipe_it_learns_from_the_text(shop: Workshop, tmp_path: Path
     assert lines[-1]["ce"] < lines[0]["ce"] and provenance.read(tmp_path / "out")[-1]["teacher"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tie", [False, True])
 def test_shards_dtypes_and_tied_weights_are_kept(shop: Workshop, tmp_path: Path, tie: bool) -> None:
     rounded = tiny_llama(tie_word_embeddings=tie)
@@ -176,6 +181,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(Distiller, "forward", forward)
 
 
+@pytest.mark.slow
 def test_the_rates_of_a_run_are_those_that_its_flags_and_its_file_say(shop: Workshop, tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text("holdout = 4\nlearning_rate = 1.0\nwarmup = 0.5\ndecay = 0.3\nmin_rate = 0.5\n")
@@ -208,6 +214,7 @@ def test_a_gradient_is_clipped_to_the_norm_that_was_asked_for(
     assert line["grad_norm"] > 0.01
 
 
+@pytest.mark.slow
 def test_a_bad_step_is_skipped_and_counted(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, {2, 3, 7})
     report = shop.run(tmp_path / "out", max_bad_steps=2)
@@ -341,6 +348,7 @@ def test_text_of_less_than_a_batch_is_refused(shop: Workshop, tmp_path: Path) ->
         uptrain(str(shop.student), str(tmp_path / "data"), tmp_path / "out", config(), False, False, QUIET)
 
 
+@pytest.mark.slow
 def test_the_written_config_is_plain_toml(shop: Workshop, tmp_path: Path) -> None:
     shop.run(tmp_path / "out", tokens="128")
     told = tomllib.loads((tmp_path / "out" / "uptrain.toml").read_text())

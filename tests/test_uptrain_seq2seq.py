@@ -116,6 +116,7 @@ def test_training_wins_back_what_was_lost_and_resumes_exactly(shop: Workshop, tm
     assert not any(loaded[1].values())
 
 
+@pytest.mark.slow
 def test_it_learns_without_a_teacher(shop: Workshop, tmp_path: Path) -> None:
     shop.run(tmp_path / "out", stages="lm", tokens="1k")
     losses = [line["ce"] for line in metrics(tmp_path / "out")]

@@ -149,6 +149,7 @@ def test_equal_attention_has_nothing_to_learn(shop: Workshop) -> None:
         layerwise(shop, tiny_llama())
 
 
+@pytest.mark.slow
 def test_both_stages_are_told_and_each_wins(shop: Workshop, tmp_path: Path) -> None:
     report = shop.run(tmp_path / "out", **{**BOTH, "tokens": "6144"})
     assert [stage["stage"] for stage in report["stages"]] == ["layerwise", "distill"]
@@ -304,6 +305,7 @@ def test_any_recipe_says_how_it_leaves_a_model(
     assert default_stages(config(), Source(student, "student"), False) == stages
 
 
+@pytest.mark.slow
 def test_heads_merged_blindly_have_their_attention_repaired_first(shop: Workshop, tmp_path: Path) -> None:
     """Right after such a conversion, and only where the teacher's attention can be set beside the model's."""
     student = save_tiny(tmp_path / "student", pooled(tiny_llama()))
@@ -329,6 +331,7 @@ def test_heads_merged_blindly_have_their_attention_repaired_first(shop: Workshop
     assert default_stages(config(), Source(tmp_path / "out", "out"), False) is None, "it has been uptrained since"
 
 
+@pytest.mark.slow
 def test_after_the_default_conversion_an_aligned_model_is_changed_with_care(shop: Workshop, tmp_path: Path) -> None:
     """Whatever was asked for: it is what ran that sets the stages and the learning rate."""
     (tmp_path / "a.txt").write_text("\n".join(text(seed) for seed in range(20)))
@@ -364,6 +367,7 @@ def test_a_conversion_that_lost_nothing_learns_from_the_text(shop: Workshop, tmp
     assert resolved["peak_learning_rate"] == pytest.approx(0.2 * 0.2 / 32)
 
 
+@pytest.mark.slow
 def test_lm_learns_without_a_teacher(shop: Workshop, tmp_path: Path) -> None:
     report = shop.run(tmp_path / "out", stages="lm", tokens="512")
     assert report["stage"] == "lm" and report["holdout"]["after"]["kl"] == 0

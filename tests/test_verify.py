@@ -201,6 +201,7 @@ def test_the_start_of_differential_attention_is_held_to_equality(tmp_path: Path,
         run(source, tmp_path / "out", "diff", {"variant": "v2"}, verify_bytes=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_type_is_held_against_the_source_in_that_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str

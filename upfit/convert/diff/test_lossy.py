@@ -188,7 +188,12 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     for model_type, changes, options, message in (
         ("llama", {"num_key_value_heads": 1}, {"variant": "diffllama"}, "odd number; choose"),
         ("qwen3", {}, {"variant": "diffllama"}, "does not have"),
-        ("llama", {}, {"variant": "diffllama", "naive": True}, "--naive goes with --variant split, not diffllama; leave it out"),
+        (
+            "llama",
+            {},
+            {"variant": "diffllama", "naive": True},
+            "--naive goes with --variant split, not diffllama; leave it out",
+        ),
         ("llama", {}, {"variant": "split", "naive": True, "calibration_tokens": "4k"}, "leave it out"),
         ("llama", {}, {"refit": False}, "--no-refit goes with --variant split or diffllama, not v2; leave it out"),
     ):

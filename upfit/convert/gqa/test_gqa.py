@@ -72,6 +72,7 @@ def test_equal_heads_merge_without_loss(tmp_path: Path, method: str, bias: bool)
     torch.testing.assert_close(logits(tmp_path / "out"), logits(source), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_grouped_to_fewer(tmp_path: Path) -> None:
     """8 query heads on 4 KV heads to 2, in one step and from 4 by way of the same heads."""
     source = save_tiny(tmp_path / "source", tiny_llama(num_attention_heads=8, num_key_value_heads=4))
