@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -171,7 +172,7 @@ prepare.prepare([sys.argv[1]], Path(sys.argv[2]), sys.argv[3], "text", Output(qu
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path, tokenizer: str) -> None:
-    (tmp_path / "in.jsonl").write_text(lines(800))
+    (tmp_path / "in.jsonl").write_text(lines(2400))
     (tmp_path / "driver.py").write_text(DRIVER)
     prepare([str(tmp_path / "in.jsonl")], tmp_path / "whole", tokenizer, "text", QUIET)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -185,6 +186,9 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path, tokenizer: str) -> None
             time.sleep(wait)
             process.kill()
             kills += process.wait() == -signal.SIGKILL
+            if (tmp_path / "out").exists():  # it came to its end before the kill: it begins anew
+                assert content(tmp_path / "out") == content(tmp_path / "whole")
+                shutil.rmtree(tmp_path / "out")
             saved = state.stat().st_mtime if state.exists() else 0.0
         subprocess.run(command, env=environment, check=True)
     assert kills, "it was too fast to be killed"
