@@ -291,6 +291,13 @@ def test_what_a_later_stage_cannot_have_is_told_before_the_first(
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
+def test_a_step_that_says_nothing_leaves_nothing_known() -> None:
+    """recipe.json may have been written by hand."""
+    for entry in ({"verb": "convert gqa"}, {"verb": "convert gqa", "measurements": {"lossless": True, "leaves": []}}):
+        assert provenance.state_left(entry) is None and provenance.head_order(entry, [2]) == [[0, 1]]
+    assert provenance.state_left({"verb": "convert x", "measurements": {"lossless": True}}) == "lossless"
+
+
 @pytest.mark.parametrize(
     ("measured", "stages"),
     [({"leaves": "blind"}, "layerwise=35%,lm"), ({"leaves": "fitted"}, "lm"), ({"leaves": "lossless", "lossless": True}, "lm")]

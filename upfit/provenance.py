@@ -107,7 +107,7 @@ def step(
         "verb": verb,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": source,
-        "options": _public(options),
+        "options": public(options),
         "versions": versions(),
         "measurements": measurements or {},
     }
@@ -121,12 +121,12 @@ def config_lines(step: dict[str, Any]) -> list[str]:
     return lines + [line for name, table in tables for line in (f"[{name}]", *config_lines({"config": table}))]
 
 
-def _public(value: Any) -> Any:
+def public(value: Any) -> Any:
     """Settings as they may be kept: without the passwords of addresses, and without keys."""
     if isinstance(value, dict):
-        return {key: _public(part) for key, part in value.items()}
+        return {key: public(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_public(part) for part in value]
+        return [public(part) for part in value]
     return redacted(value) if isinstance(value, str) else value
 
 
@@ -179,7 +179,7 @@ def method_ran(entry: dict[str, Any]) -> str | None:
     Steps that are older than METHOD_RAN say what was asked for, and of `auto` what was measured: an alignment has the text that
     it was made on.
     """
-    measured = entry["measurements"]
+    measured = entry.get("measurements", {})
     if entry["verb"] not in MERGES or measured.get("lossless"):
         return None
     name = measured.get(METHOD_RAN, entry.get("options", {}).get("method"))
@@ -190,13 +190,13 @@ def method_ran(entry: dict[str, Any]) -> str | None:
 
 def state_left(entry: dict[str, Any]) -> str | None:
     """One of STATES for a conversion; None where nothing is known, and for every other step."""
-    measured = entry["measurements"]
+    measured = entry.get("measurements", {})
     if not entry["verb"].startswith("convert"):
         return None
     if STATE in measured:
         return measured[STATE] if measured[STATE] in STATES else None
     if measured.get("lossless"):  # of a folder that is older than STATE, like what follows
-        return UNSETTLED if entry["options"].get("drop_rope") else LOSSLESS
+        return UNSETTLED if entry.get("options", {}).get("drop_rope") else LOSSLESS
     method = method_ran(entry)
     return None if method is None else FITTED if method == "aligned" else BLIND
 
@@ -210,7 +210,7 @@ def head_order(entry: dict[str, Any], heads: list[int]) -> list[list[int]]:
     same = [list(range(count)) for count in heads]
     if not entry["verb"].startswith("convert"):
         return same
-    measured = entry["measurements"]
+    measured = entry.get("measurements", {})
     orders = measured.get(HEAD_ORDER, measured.get("layers"))
     if not isinstance(orders, list) or len(orders) != len(heads):
         return same

@@ -232,7 +232,7 @@ def write(
     entry |= {"stage": run.stage, "teacher": teacher.record() if teacher else None, "data": data.record()}
     entry["command"] = job.command
     if job.beside_flags:
-        entry["config"] = job.beside_flags
+        entry["config"] = provenance.public(job.beside_flags)
     entry["fingerprints"] = {name: run.identity[f"{name}'s fingerprint"] for name in ("model", "teacher")}
     run.journal.flush()
     before = place.before or job.source.path
