@@ -26,7 +26,7 @@ from upfit.checkpoint import copy_bytes
 from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
-from upfit.convert.verify import Report
+from upfit.convert.result import Verification
 from upfit.environment import environment
 from upfit.output import Output
 
@@ -75,7 +75,7 @@ def main() -> None:
     source, times = args.scratch / "source", dict[str, list[float]]()
     if not source.exists():
         make(source, SIZES | {"num_hidden_layers": args.layers})
-    conversion.verify = lambda *_: Report("", "")  # logits are another matter
+    conversion.verify = lambda *_: Verification("", "")  # logits are another matter
     cold = [one_round(source, args.scratch / "out", times) for _ in range(args.rounds)]
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     ratios = {way: median[f"{way}: read back"] / median[f"{way}: written"] for way in WAYS}

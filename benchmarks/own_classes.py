@@ -76,7 +76,7 @@ def measure(name: str, scratch: Path) -> list[dict[str, Any]]:
                 "shape": name,
                 "class": type(model).__name__,
                 "kv_heads": [heads, kv_heads],
-                "parameters": told["parameters"],
+                "parameters": told.parameters,
                 "logits_equal_the_source": torch.equal(logits(model, given), logits(source, given)),
                 "generates_the_same_without_cache": torch.equal(with_cache.sequences, without.sequences),
                 "self_attention_cache_bytes": held(caches.self_attention_cache),

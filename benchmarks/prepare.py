@@ -66,11 +66,11 @@ def _run(scratch: Path, tokenizer: str, workers: int) -> dict[str, Any]:
         digest.update(b"" if path.name == FILE else path.read_bytes())
     return {
         "workers": workers,
-        "tokens": manifest["tokens"],
+        "tokens": manifest.tokens,
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu, 2),
-        "tokens_per_second": round(manifest["tokens"] / seconds),
-        "tokens_per_cpu_second": round(manifest["tokens"] / cpu),
+        "tokens_per_second": round(manifest.tokens / seconds),
+        "tokens_per_cpu_second": round(manifest.tokens / cpu),
         "added_memory_bytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024,
         "sha256": digest.hexdigest(),
     }

@@ -18,6 +18,7 @@ from upfit.calibration.calibrate import calibrate
 from upfit.calibration.gather import gather_layer
 from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import Seen
+from upfit.calibration.result import Calibration
 from upfit.calibration.statistics import Rows, add, observe
 from upfit.calibration.statistics_file import fingerprint, open_statistics, read_metadata
 from upfit.calibration.traits import AttentionTraits, probe_attention, watch
@@ -45,7 +46,7 @@ def model(tmp_path: Path) -> Path:
 
 def run(
     model: Path, name: str = "stats.safetensors", tokens: str = "1k", length: int = 64, overwrite: bool = False
-) -> dict[str, Any]:
+) -> Calibration:
     text = [str(model.parent / "text.txt")]
     return calibrate(str(model), text, model.parent / name, tokens, length, None, overwrite, QUIET)
 
@@ -199,7 +200,7 @@ def test_the_file_is_plain_safetensors(model: Path) -> None:
     path = "model.layers.1.self_attn"
     assert tensors[f"{path}/key_pairs"].shape == (4, 4, 4, 4, 2) and tensors[f"{path}/keys"].shape == (32, 32)
     assert tensors[f"{path}/queries"].shape == (4, 8, 8) and tensors[f"{path}/values"].shape == (32, 32)
-    assert tensors["windows.64"].shape == (15, 64) and told["layers"] == 2
+    assert tensors["windows.64"].shape == (15, 64) and told.layers == 2
     with open_checkpoint(model) as checkpoint:
         opened = open_statistics(model.parent / "stats.safetensors", checkpoint)
         found = opened.layer(path)
@@ -324,7 +325,7 @@ def test_without_a_tokenizer_heads_are_averaged(tmp_path: Path, capsys: pytest.C
     told = converted(model, "auto", kv_heads=2)
     recipe = get_recipe("gqa")
     said = convert(recipe, str(model), tmp_path / "loud", recipe.options(2), Settings(verify=False), Output())
-    assert said["kv_heads"] == [4, 2]
+    assert said.kv_heads == [4, 2]
     note = "not aligned: it has no fast tokenizer that can be loaded here; the heads are averaged instead\n"
     assert capsys.readouterr().err.count(note) == 1
     mean = converted(model, "mean", kv_heads=2, method="mean")

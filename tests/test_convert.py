@@ -25,13 +25,14 @@ from upfit.checkpoint.work_folder import RESULT, work_folder
 from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
+from upfit.convert.result import Conversion, Verification
 from upfit.errors import UpfitError
 from upfit.output import Output
 
 QUIET = Output(quiet=True)
 
 
-def run(source: Path, out: Path, kv_heads: int = 2, **settings: object) -> dict:
+def run(source: Path, out: Path, kv_heads: int = 2, **settings: object) -> Conversion:
     recipe = get_recipe("gqa")
     options = recipe.options(kv_heads=kv_heads, method="mean")
     return convert(recipe, str(source), out, options, Settings(**settings), QUIET)  # type: ignore[arg-type]
@@ -91,7 +92,7 @@ def test_recipe_file_tells_the_steps(tmp_path: Path) -> None:
 
 def test_identity_is_verified_as_equal(tmp_path: Path) -> None:
     answer = run(save_tiny(tmp_path / "source"), tmp_path / "out", 4)
-    assert answer["verify"]["equal"] is True
+    assert isinstance(answer.verify, Verification) and answer.verify.equal is True
 
 
 def test_a_broken_promise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,8 +150,8 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     answer = run(source, tmp_path / "out", dry_run=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
-    assert {tuple(row["after"]) for row in answer["tensors"]} == {(16, 32)}
-    json.dumps(answer)
+    assert {tuple(row.after) for row in answer.tensors} == {(16, 32)}
+    json.dumps(answer.record())
 
 
 @pytest.mark.slow

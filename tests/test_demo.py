@@ -21,10 +21,10 @@ QUIET = Output(quiet=True)
 
 def test_the_embedded_model_is_small_and_multi_head() -> None:
     told = describe(str(embedded_model()))
-    assert told["heads"] == told["kv_heads"] == [8]
-    assert told["dtypes"] == ["BF16"] and told["bytes"] < 8e6
+    assert told.heads == told.kv_heads == [8]
+    assert told.dtypes == ["BF16"] and told.bytes < 8e6
     card = (embedded_model() / "README.md").read_text(encoding="utf-8")
-    assert "license: apache-2.0" in card and f"{told['parameters'] / 1e6:.2f} M" in card
+    assert "license: apache-2.0" in card and f"{told.parameters / 1e6:.2f} M" in card
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ OPTIONS = Options(tokenizer=MODEL, items=90, min_tokens=1024, max_tokens=3072, s
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("synth") / "out"
-    assert synth(TEXT, out, replace(OPTIONS, export="film"), QUIET)["finished"]
+    assert synth(TEXT, out, replace(OPTIONS, export="film"), QUIET).finished
     return out
 
 
@@ -106,9 +106,9 @@ def test_parts_and_interruptions_change_no_byte(made: Path, tmp_path: Path) -> N
             synth(TEXT, out, replace(options, shard="1/3"), QUIET)
     part = work / "part-1-of-3.jsonl"
     part.write_bytes(part.read_bytes()[:-5])  # a torn last line
-    assert not synth(TEXT, out, replace(options, shard="1/3"), QUIET)["finished"]
-    assert not synth(TEXT, out, replace(options, shard="0/3"), QUIET)["finished"] and not out.exists()
-    assert synth(TEXT, out, replace(options, shard="2/3"), QUIET)["finished"] and not work.exists()
+    assert not synth(TEXT, out, replace(options, shard="1/3"), QUIET).finished
+    assert not synth(TEXT, out, replace(options, shard="0/3"), QUIET).finished and not out.exists()
+    assert synth(TEXT, out, replace(options, shard="2/3"), QUIET).finished and not work.exists()
     names = sorted(str(path.relative_to(made)) for path in made.rglob("*") if path.is_file())
     assert names == sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     for name in names:
@@ -142,15 +142,15 @@ def test_two_cannot_do_the_same_part(tmp_path: Path) -> None:
     with work_folder(tmp_path / "out", "synth", shared=True) as work, locked(work.path / "part-0-of-2.lock", "the part"):
         with pytest.raises(UpfitError, match="another process is at work on part 0-of-2"):
             synth(TEXT[:1], tmp_path / "out", replace(options, shard="0/2"), QUIET)
-        assert not synth(TEXT[:1], tmp_path / "out", replace(options, shard="1/2"), QUIET)["finished"]
-    assert synth(TEXT[:1], tmp_path / "out", replace(options, shard="0/2"), QUIET)["items"] == 6
+        assert not synth(TEXT[:1], tmp_path / "out", replace(options, shard="1/2"), QUIET).finished
+    assert synth(TEXT[:1], tmp_path / "out", replace(options, shard="0/2"), QUIET).items == 6
 
 
 def test_after_a_mistake_other_text_may_be_given(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UpfitError, match="no text is left"):
         synth([str(tmp_path / "empty.txt")], tmp_path / "out", replace(OPTIONS, items=4), QUIET)
-    assert synth(TEXT[:1], tmp_path / "out", replace(OPTIONS, items=4), QUIET)["items"] == 4
+    assert synth(TEXT[:1], tmp_path / "out", replace(OPTIONS, items=4), QUIET).items == 4
 
 
 def test_what_an_evaluation_holds_is_left_out(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_question_sets_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         read([str(tmp_path / "other.json")])
     monkeypatch.setenv("HOME", str(tmp_path))
     options = replace(OPTIONS, ask="dataset", questions=["~/squad.json", str(tmp_path / "hotpot.json")])
-    assert synth(TEXT[:1], tmp_path / "out", options, QUIET)["items"] == 2
+    assert synth(TEXT[:1], tmp_path / "out", options, QUIET).items == 2
 
 
 def test_a_chat_template_is_filled_in(tmp_path: Path) -> None:
@@ -313,9 +313,9 @@ def test_a_failing_server_is_asked_everything_once(server: _Server, tmp_path: Pa
     pytest.importorskip("openai")
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     options = replace(OPTIONS, ask="openai", model="m", base_url=url, items=24, families=None)
-    first = synth(TEXT, tmp_path / "out", replace(options, budget_tokens=60, concurrency=1), QUIET)
+    first = synth(TEXT, tmp_path / "out", replace(options, budget_tokens=60, concurrency=1), QUIET).record()
     assert not first["finished"] and "budget" in first["missing"][0] and len(server.asked) == 6
-    told = synth(TEXT, tmp_path / "out", options, QUIET)
+    told = synth(TEXT, tmp_path / "out", options, QUIET).record()
     assert told["finished"] and len(server.asked) == len(set(server.asked)) == 24, "nothing twice, nothing lost"
     assert told["items"] + sum(told["rejected"].values()) == 24 and told["items"] > 5
     item = Contexts(tmp_path / "out", Wording(load_tokenizer(MODEL), "plain")).item(0)
@@ -337,13 +337,13 @@ def test_a_server_that_falls_silent_is_one_line_and_asked_again_later(
     assert len(kept) == 2
     server.silent, server.count = 10**6, 0
     monkeypatch.setattr(backends, "RETRIES", 3)
-    told = synth(TEXT, tmp_path / "out", options, QUIET)
+    told = synth(TEXT, tmp_path / "out", options, QUIET).record()
     assert told["finished"] and len(server.asked) == len(set(server.asked)) == 4
 
 
 def test_requests_go_out_and_responses_come_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = replace(OPTIONS, ask="file", model="m", items=6, several_share=0.0)
-    waiting = synth(TEXT, tmp_path / "out", options, QUIET)
+    waiting = synth(TEXT, tmp_path / "out", options, QUIET).record()
     assert not waiting["finished"]
     rows = [json.loads(line) for line in (tmp_path / "out.upfit-work" / "requests-0-of-1.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and rows[0]["url"] == "/v1/chat/completions" and rows[0]["body"]["model"] == "m"
@@ -357,11 +357,11 @@ def test_requests_go_out_and_responses_come_in(tmp_path: Path, monkeypatch: pyte
 
     answers = tmp_path / "answers.jsonl"
     answers.write_text("\n".join(response(row) for row in rows[:4]) + "\n")
-    waiting = synth(TEXT, tmp_path / "out", replace(options, responses=[str(answers)]), QUIET)
+    waiting = synth(TEXT, tmp_path / "out", replace(options, responses=[str(answers)]), QUIET).record()
     assert not waiting["finished"] and "2 requests" in waiting["missing"][0]
     answers.write_text("\n".join(response(row) for row in rows[4:]) + "\n")
     monkeypatch.setenv("HOME", str(tmp_path))
-    told = synth(TEXT, tmp_path / "out", replace(options, responses=["~/answers.jsonl"]), QUIET)
+    told = synth(TEXT, tmp_path / "out", replace(options, responses=["~/answers.jsonl"]), QUIET).record()
     assert told["finished"] and told["items"] + sum(told["rejected"].values()) == 6
 
 
@@ -409,7 +409,7 @@ def test_a_question_without_room_is_left_out_not_cut(tmp_path: Path) -> None:
     save_tiny(tmp_path / "letters")  # one token a letter: a table of records alone has more than 1000
     tokenizer, families = str(tmp_path / "letters"), ["record", "chain"]
     options = Options(tokenizer, items=6, families=families, min_tokens=64, max_tokens=700, segment_tokens=64)
-    told = synth(TEXT[:1], tmp_path / "out", options, QUIET)
+    told = synth(TEXT[:1], tmp_path / "out", options, QUIET).record()
     assert set(told["rejected"]) == {machine.TOO_LONG}
     assert told["items"] + told["rejected"][machine.TOO_LONG] == 6
     contexts = Contexts(tmp_path / "out", Wording(load_tokenizer(str(tmp_path / "letters")), "plain"))

@@ -58,8 +58,8 @@ def test_every_kind_of_input_comes_back(tmp_path: Path, tokenizer: str) -> None:
     manifest = prepare([str(tmp_path / "in")], tmp_path / "out", tokenizer, "body", QUIET)
     shards = Shards(tmp_path / "out")
     assert documents_of(shards) == texts
-    assert manifest["documents"] == 6 and manifest["tokens"] == sum(len(t) + 1 for t in texts) == shards.tokens
-    assert manifest["dtype"] == "uint16" and json.loads((tmp_path / "out" / MANIFEST).read_text()) == manifest
+    assert manifest.documents == 6 and manifest.tokens == sum(len(t) + 1 for t in texts) == shards.tokens
+    assert manifest.dtype == "uint16" and json.loads((tmp_path / "out" / MANIFEST).read_text()) == manifest.record()
     assert {path.name for path in tmp_path.iterdir()} == {"tokenizer", "in", "out"}
 
 
@@ -72,13 +72,13 @@ def test_documents_begin_with_the_begin_token_where_the_tokenizer_puts_one(tmp_p
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("ab")
     manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "out", str(tmp_path / "tokenizer"), "text", QUIET)
-    assert Shards(tmp_path / "out").read(0, 4).tolist() == [2, 3, 4, END] and manifest["tokenizer"]["bos"] == 2
+    assert Shards(tmp_path / "out").read(0, 4).tolist() == [2, 3, 4, END] and manifest.tokenizer.bos == 2
 
 
 def test_a_limit_stops_after_the_document_that_reaches_it(tmp_path: Path, tokenizer: str) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "x" * 9}) for _ in range(10)))
     manifest = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer, "text", QUIET, tokens="25")
-    assert manifest["tokens"] == 30
+    assert manifest.tokens == 30
 
 
 def spoiled(tmp_path: Path, what: str) -> str:

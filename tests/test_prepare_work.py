@@ -124,7 +124,7 @@ def test_work_of_other_settings_or_another_text_is_not_gone_on_with(tmp_path: Pa
     with pytest.raises(UpfitError, match="begun with other settings"):
         prepare([corpus], tmp_path / "out", tokenizer, "text", QUIET)
     assert content(tmp_path / "out.upfit-work" / "shards") == before, "the refused commands touched the work"
-    assert prepare([corpus], tmp_path / "out", tokenizer, "text", QUIET, overwrite=True)["documents"] == DOCUMENTS
+    assert prepare([corpus], tmp_path / "out", tokenizer, "text", QUIET, overwrite=True).documents == DOCUMENTS
 
 
 def test_text_of_the_same_size_and_time_is_another_text(tmp_path: Path, tokenizer: str, corpus: str) -> None:

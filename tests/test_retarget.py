@@ -22,6 +22,7 @@ from upfit.checkpoint.source import find_source
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.describe import describe
 from upfit.convert.recipe import find_recipes
+from upfit.convert.result import Conversion
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.uptrain.model.layerwise import attention_paths
@@ -213,7 +214,7 @@ def test_families_that_need_no_other_are_left_alone() -> None:
 QUIET = Output(quiet=True)
 
 
-def converted(recipe: str, source: Path, out: Path, **options: Any) -> dict[str, Any]:
+def converted(recipe: str, source: Path, out: Path, **options: Any) -> Conversion:
     verify = options.pop("verify", False)
     settings = Settings(verify=verify, dry_run=options.pop("dry_run", False))
     found = find_recipes()[recipe]
@@ -238,12 +239,12 @@ def test_a_conversion_of_what_is_seen_is_that_of_what_is_written(folder: Path) -
     """With all heads the result computes what the source does, and fewer heads are made of either alike, as a dry run tells."""
     same, few, again = (folder.parent / name for name in ("same", "few", "again"))
     answer = converted("gqa", folder, same, kv_heads=4, verify=True)
-    assert answer["verify"]["max_difference"] < COARSE
-    told = converted("gqa", folder, few, kv_heads=1, method="mean", dry_run=True)["tensors"]
-    assert converted("gqa", folder, few, kv_heads=1, method="mean")["tensors"] == told
+    assert answer.record()["verify"]["max_difference"] < COARSE
+    told = converted("gqa", folder, few, kv_heads=1, method="mean", dry_run=True).tensors
+    assert converted("gqa", folder, few, kv_heads=1, method="mean").tensors == told
     converted("gqa", same, again, kv_heads=1, method="mean")
     one, other = tensors_of(few), tensors_of(again)
-    assert all(tuple(one[row["tensor"]].shape) == row["after"] for row in told)
+    assert all(list(one[row.tensor].shape) == row.after for row in told)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -251,11 +252,11 @@ def test_a_conversion_of_what_is_seen_is_that_of_what_is_written(folder: Path) -
 def test_the_change_of_family_is_told(tmp_path: Path) -> None:
     """By show, in recipe.json, and to who would set the attention of both beside each other."""
     tiny("gpt_neox", NEOX).save_pretrained(tmp_path / "source")
-    assert describe(str(tmp_path / "source"))["converted_as"] == "phi"
+    assert describe(str(tmp_path / "source")).converted_as == "phi"
     converted("gqa", tmp_path / "source", tmp_path / "out", kv_heads=2, method="mean")
     (step,) = json.loads((tmp_path / "out" / "recipe.json").read_text())["steps"]
     assert (step["retarget"]["from"], step["retarget"]["to"]) == ("gpt_neox", "phi")
-    assert describe(str(tmp_path / "out"))["converted_as"] is None
+    assert describe(str(tmp_path / "out")).converted_as is None
     with pytest.raises(UpfitError, match="converted as phi"):
         attention_paths(find_source(str(tmp_path / "source")))
 
@@ -272,7 +273,7 @@ def test_stock_classes_before_ours(kv_heads: int, becomes: str, tmp_path: Path) 
     given: dict[str, Any] = OPT
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["opt"](**given)).eval()
     model.save_pretrained(tmp_path / "source")
-    told = describe(str(tmp_path / "source"))["can_become"]
+    told = describe(str(tmp_path / "source")).can_become
     assert "gqa --kv-heads 1" in told and "gqa --kv-heads 1|2" in told
     recipe = find_recipes()["gqa"]
     options = recipe.options(kv_heads=kv_heads, method="mean")

@@ -16,6 +16,7 @@ from tests.tiny import tiny_model
 from upfit.checkpoint import hub_stream
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
+from upfit.convert.result import Conversion
 from upfit.errors import UpfitError
 from upfit.output import Output
 
@@ -49,7 +50,7 @@ def source(hub: Hub, tmp_path: Path) -> Path:
     return folder
 
 
-def run(source: str, out: Path, **settings: Any) -> dict[str, Any]:
+def run(source: str, out: Path, **settings: Any) -> Conversion:
     recipe = get_recipe("gqa")
     return convert(recipe, source, out, recipe.options(kv_heads=2, method="mean"), Settings(**settings), Output(quiet=True))
 
@@ -70,8 +71,8 @@ def test_streamed_is_converted(source: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(hub_stream.HubStream, "release", watched)
     answer = run(REPO, tmp_path / "streamed", stream=True)
     assert weights(tmp_path / "streamed") == weights(tmp_path / "plain")
-    assert "streamed" in answer["verify"]["numbers"] and answer["source"]["path"] is None
-    assert len(answer["source"]["revision"]) == 40
+    assert "streamed" in answer.record()["verify"]["numbers"] and answer.source.path is None
+    assert len(str(answer.source.revision)) == 40
     assert max(most) < len(list(source.glob("*.safetensors"))), "all files were here at once"
     assert not (tmp_path / "streamed.upfit-work").exists()
 

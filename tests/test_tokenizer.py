@@ -93,7 +93,7 @@ def test_prepare_ends_in_one_line_and_leaves_nothing(
     with pytest.raises(UpfitError, match="fails at the text that begins with 'spoilt"):
         prepare([str(tmp_path / name) for name in ("a.txt", "b.txt")], tmp_path / "out", "letters", "text", QUIET, workers=2)
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.txt"}
-    assert prepare([str(tmp_path / "a.txt")], tmp_path / "out", "letters", "text", QUIET)["documents"] == 1
+    assert prepare([str(tmp_path / "a.txt")], tmp_path / "out", "letters", "text", QUIET).documents == 1
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)

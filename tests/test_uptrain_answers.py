@@ -32,6 +32,7 @@ from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.losses import Objective
 from upfit.uptrain.model.model_traits import examine
 from upfit.uptrain.run import preflight
+from upfit.uptrain.run.result import Uptraining
 from upfit.uptrain.train import uptrain
 
 SETTINGS: dict[str, Any] = {
@@ -52,7 +53,7 @@ def make_home(folder: Path) -> Path:
     options = Options(
         tokenizer=str(folder / "model"), items=30, families=FAMILIES, min_tokens=1400, max_tokens=2000, segment_tokens=32
     )
-    assert synth([str(folder / "text.jsonl")], folder / "data", options, QUIET)["finished"]
+    assert synth([str(folder / "text.jsonl")], folder / "data", options, QUIET).finished
     return folder
 
 
@@ -61,7 +62,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_home(tmp_path_factory.mktemp("home"))
 
 
-def run(home: Path, out: Path, resume: bool = False, output: Output = QUIET, **changes: Any) -> dict[str, Any]:
+def run(home: Path, out: Path, resume: bool = False, output: Output = QUIET, **changes: Any) -> Uptraining:
     settings = Config(**{**SETTINGS, **changes})
     return uptrain(str(home / "model"), str(home / "data"), out, settings, resume, False, output)
 
@@ -117,15 +118,15 @@ def test_an_uptraining_on_answers_is_one_pass_and_tells_what_was_asked(home: Pat
     rows = rows_of(home)
     lines = metrics(tmp_path / "out")
     a_step = provenance.read(tmp_path / "out")[-1]["options"]["resolved"]["rows_a_step"]
-    assert a_step > 1 and report["steps"] * a_step >= len(rows.training) == 27 > (report["steps"] - 1) * a_step
-    taken = [row for step in range(report["steps"]) for row in StepSampler(rows, a_step).of_step(step, 0, 1)[0].rows]
-    assert report["tokens"] == lines[-1]["tokens"] == sum(len(row.labels) for row in taken)
+    assert a_step > 1 and report.steps * a_step >= len(rows.training) == 27 > (report.steps - 1) * a_step
+    taken = [row for step in range(report.steps) for row in StepSampler(rows, a_step).of_step(step, 0, 1)[0].rows]
+    assert report.tokens == lines[-1]["tokens"] == sum(len(row.labels) for row in taken)
     model = tiny_llama(max_position_embeddings=2048)
     distiller = Distiller(model, examine(model), None, {"": Objective(1.0, 0.0)})
     first = taken[:a_step]
     nats = sum(float(distiller(*tensors([row], torch.device("cpu")))[1]) for row in first)
     assert lines[0]["ce"] == pytest.approx(nats / sum(row.supervised for row in first), rel=1e-4)
-    assert report["holdout"]["after"]["ce"] < report["holdout"]["before"]["ce"] and report["holdout_rows"] == 3
+    assert report.holdout["after"]["ce"] < report.holdout["before"]["ce"] and report.holdout_rows == 3
     told = provenance.read(tmp_path / "out")[-1]
     assert told["stage"] == "answers" and told["teacher"] is None and told["data"]["items"] == 30
     assert told["data"]["patterns"] == ["counting", "key and value, both ways"]
@@ -147,7 +148,7 @@ def test_micro_batches_and_recomputed_layers_change_nothing(home: Path, tmp_path
 def test_stopped_and_resumed_is_as_unbroken(home: Path, tmp_path: Path, mixed: bool) -> None:
     mix: dict[str, Any] = {"mix": str(home / "shards"), "length": 64, "teacher": str(home / "model")} if mixed else {}
     run(home, tmp_path / "whole", tokens="12000", **mix)
-    assert run(home, tmp_path / "broken", output=Interrupting(2), tokens="12000", **mix)["stopped"]
+    assert run(home, tmp_path / "broken", output=Interrupting(2), tokens="12000", **mix).stopped
     run(home, tmp_path / "broken", resume=True, tokens="12000", **mix)
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
     same = [[{**line, "seconds": 0, "tokens_per_second": 0} for line in metrics(tmp_path / at)] for at in ("broken", "whole")]
@@ -168,7 +169,7 @@ def test_text_beside_answers_has_a_mean_and_a_teacher_of_its_own(home: Path, tmp
     assert abs(lines[0]["mix_kl"]) < 1e-5 < lines[-1]["mix_kl"], "the teacher is the model itself, which then moves"
     for line in lines:
         assert line["loss"] == pytest.approx(line["ce"] + 0.5 * line["mix_kl"], rel=1e-4)
-    before = report["holdout"]["before"]
+    before = report.holdout["before"]
     assert before["teacher_mix_ce"] == pytest.approx(before["mix_ce"], rel=1e-4) and "teacher_ce" not in before
     resolved = provenance.read(tmp_path / "out")[-1]
     assert resolved["data"]["mix"] == str(home / "shards") and resolved["teacher"]["path"] == str(home / "model")

@@ -51,7 +51,7 @@ Accelerator.end_training = checked
 model, data, out, resume, settings = sys.argv[1:]
 Path(out + ".pid" + os.environ.get("RANK", "0")).write_text(str(os.getpid()))
 report = uptrain(model, data, Path(out), Config(**json.loads(settings)), resume == "resume", False, Output(quiet=True))
-print(json.dumps(report))
+print(json.dumps(report.record()))
 """
 
 
@@ -91,17 +91,17 @@ def test_a_signal_saves_and_a_resumed_run_ends_with_the_same_bytes(shop: Worksho
     handler = signal.getsignal(signal.SIGTERM)
     report = shop.run(tmp_path / "broken", output=Interrupting(5), save_every="100")
     assert signal.getsignal(signal.SIGTERM) is handler
-    assert report["stopped"] and report["step"] == 5 and not (tmp_path / "broken").exists()
+    assert report.stopped and report.step == 5 and not (tmp_path / "broken").exists()
     assert [path.name for path in Workspace(tmp_path / "broken.upfit-work").checkpoints()] == ["step-00000005"]
     assert (tmp_path / "broken.upfit-work" / "stopped").exists()
     report = shop.run(tmp_path / "broken", resume=True, output=Interrupting(3, signal.SIGUSR1))
-    assert report["stopped"] and report["step"] == 8
+    assert report.stopped and report.step == 8
     (tmp_path / "broken.upfit-work" / "step-00000008").rename(tmp_path / "broken.upfit-work" / "step-00000008.tmp")
     with pytest.raises(UpfitError, match="--resume"):
         shop.run(tmp_path / "broken")
     assert not (tmp_path / "broken.upfit-work" / "stopped").exists(), "it would be taken for that of the run that failed"
     finished = shop.run(tmp_path / "broken", resume=True)
-    assert not finished["stopped"] and not (tmp_path / "broken.upfit-work").exists()
+    assert not finished.stopped and not (tmp_path / "broken.upfit-work").exists()
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
     assert untimed(tmp_path / "broken") == untimed(tmp_path / "whole")
 
@@ -134,7 +134,7 @@ def test_other_data_cannot_be_resumed_with(shop: Workshop, tmp_path: Path) -> No
 def test_overwrite_begins_anew(shop: Workshop, tmp_path: Path) -> None:
     stopped(shop, tmp_path)
     report = shop.run(tmp_path / "out", overwrite=True, tokens="256")
-    assert report["step"] == 2 and len(metrics(tmp_path / "out")) == 2
+    assert report.step == 2 and len(metrics(tmp_path / "out")) == 2
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_files_of_the_user_in_the_workspace_survive(shop: Workshop, tmp_path: Pa
 
 @pytest.mark.slow
 def test_resume_without_a_checkpoint_starts_anew(shop: Workshop, tmp_path: Path) -> None:
-    assert shop.run(tmp_path / "out", resume=True, tokens="256")["step"] == 2
+    assert shop.run(tmp_path / "out", resume=True, tokens="256").step == 2
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -158,7 +158,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_a_finished_run_is_finished_already(shop: Workshop, tmp_path: Path) -> None:
     """--resume answers with what the run has reported, also where it is carried out otherwise, and writes nothing."""
-    report = json.loads(json.dumps(shop.run(tmp_path / "out", tokens="256")))
+    report = shop.run(tmp_path / "out", tokens="256")
     before = contents(tmp_path)
     again = shop.run(tmp_path / "out", tokens="256", resume=True, micro_batch=2)
     assert again == report and contents(tmp_path) == before
@@ -215,14 +215,14 @@ def test_what_another_run_has_finished_is_refused_as_ever(shop: Workshop, tmp_pa
             refused()
     with marked(tmp_path / "out.upfit-work" / "stopped"):
         refused()
-    assert not mine.run(out, resume=True, tokens="256", teacher=str(teacher))["stopped"], "but for all that, it is finished"
+    assert not mine.run(out, resume=True, tokens="256", teacher=str(teacher)).stopped, "but for all that, it is finished"
 
 
 def test_a_finished_run_whose_teacher_went_away_stays_finished(shop: Workshop, tmp_path: Path) -> None:
     teacher = Path(shutil.copytree(shop.teacher, tmp_path / "teacher"))
     report = shop.run(tmp_path / "out", tokens="256", teacher=str(teacher))
     shutil.rmtree(teacher)
-    assert shop.run(tmp_path / "out", tokens="256", teacher=str(teacher), resume=True)["holdout"] == report["holdout"]
+    assert shop.run(tmp_path / "out", tokens="256", teacher=str(teacher), resume=True).holdout == report.holdout
 
 
 @pytest.mark.slow
@@ -476,7 +476,7 @@ def test_two_processes_have_the_losses_of_one(shop: Workshop, python: str, tmp_p
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
     told = json.loads((tmp_path / "two" / "recipe.json").read_text())["steps"][-1]
     assert told["options"]["resolved"]["processes"] == 2
-    assert told["measurements"]["holdout"]["after"]["kl"] == pytest.approx(report["holdout"]["after"]["kl"], rel=1e-3)
+    assert told["measurements"]["holdout"]["after"]["kl"] == pytest.approx(report.holdout["after"]["kl"], rel=1e-3)
 
 
 @pytest.mark.slow

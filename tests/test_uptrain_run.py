@@ -40,9 +40,9 @@ def header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def test_a_run_leaves_a_standard_folder_that_is_better(shop: Workshop, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in shop.student.iterdir()}
     report = shop.run(tmp_path / "out", tokens="4096")
-    assert report["steps"] == report["step"] == 32 and report["tokens"] == 4096 and not report["stopped"]
-    measured = report["holdout"]
-    assert measured["after"]["kl"] < 0.5 * measured["before"]["kl"] and report["holdout_rows"] == 4
+    assert report.steps == report.step == 32 and report.tokens == 4096 and not report.stopped
+    measured = report.holdout
+    assert measured["after"]["kl"] < 0.5 * measured["before"]["kl"] and report.holdout_rows == 4
     assert {path.name: path.read_bytes() for path in shop.student.iterdir()} == before, "the source was touched"
     out = tmp_path / "out"
     assert (out / "config.json").read_bytes() == before["config.json"]
@@ -76,7 +76,7 @@ def test_attention_alone_learns_and_the_rest_is_held_once(
 
     monkeypatch.setattr(Distiller, "__init__", seen)
     report = shop.run(tmp_path / "out", trainable="attention", tokens="4096")
-    assert report["holdout"]["after"]["kl"] < report["holdout"]["before"]["kl"] and shared == [True]
+    assert report.holdout["after"]["kl"] < report.holdout["before"]["kl"] and shared == [True]
     before, after = load_file(shop.student / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".self_attn." in name}
@@ -86,7 +86,7 @@ def test_attention_alone_learns_and_the_rest_is_held_once(
 def test_the_student_that_is_its_teacher_has_nothing_to_learn(shop: Workshop, tmp_path: Path) -> None:
     same = config(teacher=str(shop.teacher), tokens="256", learning_rate=1e-9, weight_decay=0.0)
     report = uptrain(str(shop.teacher), str(shop.data), tmp_path / "out", same, False, False, QUIET)
-    assert abs(metrics(tmp_path / "out")[0]["kl"]) < 1e-6 and abs(report["holdout"]["before"]["kl"]) < 1e-6
+    assert abs(metrics(tmp_path / "out")[0]["kl"]) < 1e-6 and abs(report.holdout["before"]["kl"]) < 1e-6
 
 
 @pytest.mark.slow
@@ -219,7 +219,7 @@ def test_a_bad_step_is_skipped_and_counted(shop: Workshop, tmp_path: Path, monke
     poison(monkeypatch, {2, 3, 7})
     report = shop.run(tmp_path / "out", max_bad_steps=2)
     lines = metrics(tmp_path / "out")
-    assert report["skipped"] == 3 and [line["skipped"] for line in lines] == [0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3]
+    assert report.skipped == 3 and [line["skipped"] for line in lines] == [0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3]
     assert lines[2]["loss"] is None and lines[4]["loss"] is not None
     assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
 
@@ -362,4 +362,4 @@ def test_measuring_on_the_way_changes_nothing(shop: Workshop, tmp_path: Path) ->
     assert weights(tmp_path / "plain") == weights(tmp_path / "measured")
     lines = metrics(tmp_path / "measured")
     assert [line["step"] for line in lines if "holdout_kl" in line] == [4, 8, 12]
-    assert lines[-1]["holdout_kl"] == pytest.approx(report["holdout"]["after"]["kl"])
+    assert lines[-1]["holdout_kl"] == pytest.approx(report.holdout["after"]["kl"])

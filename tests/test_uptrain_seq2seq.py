@@ -104,11 +104,11 @@ def test_the_loss_is_the_classs_own(shop: Workshop) -> None:
 @pytest.mark.slow
 def test_training_wins_back_what_was_lost_and_resumes_exactly(shop: Workshop, tmp_path: Path) -> None:
     report = shop.run(tmp_path / "whole", tokens="3k")
-    before, after = report["holdout"]["before"], report["holdout"]["after"]
+    before, after = report.holdout["before"], report.holdout["after"]
     assert after["kl"] < 0.7 * before["kl"] and before["teacher_ce"] > 0
     sizes = fitting(32)
-    steps = report["steps"]
-    assert report["tokens"] == steps * (128 // sizes.text) * sizes.text
+    steps = report.steps
+    assert report.tokens == steps * (128 // sizes.text) * sizes.text
     shop.run(tmp_path / "broken", output=Interrupting(5), tokens="3k")
     shop.run(tmp_path / "broken", resume=True, tokens="3k")
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")

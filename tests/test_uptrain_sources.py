@@ -23,6 +23,7 @@ from upfit.uptrain.data.prepare import prepare
 from upfit.uptrain.data.rows import Row, Rows, TextRows
 from upfit.uptrain.data.shard_writer import ShardWriter
 from upfit.uptrain.data.sources import Sources, parse, whole_weights
+from upfit.uptrain.run.result import Uptraining
 from upfit.uptrain.train import uptrain
 
 
@@ -189,7 +190,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return made
 
 
-def run(shop: Workshop, out: Path, resume: bool = False, output: Output = QUIET, **changes: Any) -> dict[str, Any]:
+def run(shop: Workshop, out: Path, resume: bool = False, output: Output = QUIET, **changes: Any) -> Uptraining:
     given = f"{shop.data}=0.75,{shop.data.parent}/digits=0.25"
     return uptrain(str(shop.student), given, out, config(**changes), resume, False, output)
 
@@ -197,14 +198,14 @@ def run(shop: Workshop, out: Path, resume: bool = False, output: Output = QUIET,
 @pytest.mark.slow
 def test_a_run_on_two_sources_resumes_exactly_and_tells_both(shop: Workshop, tmp_path: Path) -> None:
     report = run(shop, tmp_path / "whole")
-    assert run(shop, tmp_path / "broken", output=Interrupting(5))["stopped"]
+    assert run(shop, tmp_path / "broken", output=Interrupting(5)).stopped
     with pytest.raises(UpfitError, match="data's fingerprint"):
         uptrain(str(shop.student), str(shop.data), tmp_path / "broken", config(), True, False, QUIET)
     run(shop, tmp_path / "broken", resume=True)
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
     assert untimed(tmp_path / "broken") == untimed(tmp_path / "whole")
     assert set(metrics(tmp_path / "whole")[0]) >= {"ce", "kl"}
-    before, after = report["holdout"]["before"], report["holdout"]["after"]
+    before, after = report.holdout["before"], report.holdout["after"]
     assert set(after) == {"ce", "kl", "data/ce", "data/kl", "digits/ce", "digits/kl"} <= set(before)
     assert min(before["data/ce"], before["digits/ce"]) < before["ce"] < max(before["data/ce"], before["digits/ce"])
     step = provenance.read(tmp_path / "whole")[-1]

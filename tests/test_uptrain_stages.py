@@ -152,8 +152,8 @@ def test_equal_attention_has_nothing_to_learn(shop: Workshop) -> None:
 @pytest.mark.slow
 def test_both_stages_are_told_and_each_wins(shop: Workshop, tmp_path: Path) -> None:
     report = shop.run(tmp_path / "out", **{**BOTH, "tokens": "6144"})
-    assert [stage["stage"] for stage in report["stages"]] == ["layerwise", "distill"]
-    first, second = (stage["holdout"] for stage in report["stages"])
+    assert [stage.stage for stage in report.stages or []] == ["layerwise", "distill"]
+    first, second = (stage.holdout for stage in report.stages or [])
     assert first["after"]["attention_error"] < 0.9 * first["before"]["attention_error"]
     assert second["after"]["kl"] < second["before"]["kl"]
     told = [step for step in provenance.read(tmp_path / "out") if step["verb"] == "uptrain"]
@@ -188,7 +188,7 @@ class InterruptingStage(Interrupting):
 def test_stopped_on_either_side_of_the_border_it_ends_with_the_same_bytes(shop: Workshop, tmp_path: Path, stage: int) -> None:
     shop.run(tmp_path / "whole", **BOTH)
     report = shop.run(tmp_path / "broken", output=InterruptingStage(stage, 3), **BOTH)
-    assert report["stopped"] and len(report["stages"]) == stage and not (tmp_path / "broken").exists()
+    assert report.stopped and len(report.stages or []) == stage and not (tmp_path / "broken").exists()
     between = tmp_path / "broken.upfit-work" / "stage-1-layerwise"
     assert between.exists() == (stage == 2)
     with pytest.raises(UpfitError, match="--resume"):
@@ -197,7 +197,7 @@ def test_stopped_on_either_side_of_the_border_it_ends_with_the_same_bytes(shop: 
         with pytest.raises(UpfitError, match="other settings"):
             shop.run(tmp_path / "broken", resume=True, **{**BOTH, "seed": 1})
     report = shop.run(tmp_path / "broken", resume=True, **BOTH)
-    assert [one["steps"] for one in report["stages"]] == [4, 4]
+    assert [one.steps for one in report.stages or []] == [4, 4]
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
     assert untimed(tmp_path / "broken") == untimed(tmp_path / "whole")
     assert not (tmp_path / "broken.upfit-work").exists()
@@ -225,7 +225,7 @@ def test_a_finished_stage_is_one_of_the_same_content(shop: Workshop, tmp_path: P
         refused(data, "not made of what")
         shutil.rmtree(data)
     telling = Telling({})
-    assert not mine.run(out, resume=True, output=telling, **given)["stopped"]
+    assert not mine.run(out, resume=True, output=telling, **given).stopped
     assert "stage 1 of 2, layerwise is finished" in telling.notes, "for all that"
 
 
@@ -233,7 +233,7 @@ def test_a_finished_stage_is_one_of_the_same_content(shop: Workshop, tmp_path: P
 def test_overwrite_throws_finished_stages_away(shop: Workshop, tmp_path: Path) -> None:
     shop.run(tmp_path / "out", output=InterruptingStage(2, 3), **BOTH)
     report = shop.run(tmp_path / "out", overwrite=True, **{**BOTH, "seed": 1})
-    assert not report["stopped"] and not (tmp_path / "out.upfit-work").exists()
+    assert not report.stopped and not (tmp_path / "out.upfit-work").exists()
 
 
 @pytest.mark.slow
@@ -333,7 +333,7 @@ def test_heads_merged_blindly_have_their_attention_repaired_first(shop: Workshop
     assert default_stages(config(), source, False) == "lm", "to be measured changes nothing"
     after("mean")
     report = Workshop(shop.teacher, student, shop.data).run(tmp_path / "out", tokens="512")
-    assert [stage["stage"] for stage in report["stages"]] == ["layerwise", "lm"]
+    assert [stage.stage for stage in report.stages or []] == ["layerwise", "lm"]
     assert 'stages = "layerwise=35%,lm"' in (tmp_path / "out" / "uptrain.toml").read_text()
     assert default_stages(config(), Source(tmp_path / "out", "out"), False) is None, "it has been uptrained since"
 
@@ -348,7 +348,7 @@ def test_after_the_default_conversion_an_aligned_model_is_changed_with_care(shop
     assert provenance.read(small)[-1]["options"]["method"] == "auto"
     report = Workshop(shop.teacher, small, shop.data).run(tmp_path / "out", tokens="256", learning_rate=None)
     resolved = provenance.read(tmp_path / "out")[-1]["options"]["resolved"]
-    assert report["stage"] == "lm" and resolved["peak_learning_rate"] == pytest.approx(0.2 * 0.2 / 32)
+    assert report.stage == "lm" and resolved["peak_learning_rate"] == pytest.approx(0.2 * 0.2 / 32)
 
 
 @pytest.mark.slow
@@ -369,7 +369,7 @@ def test_a_conversion_that_lost_nothing_learns_from_the_text(shop: Workshop, tmp
     assert default_stages(config(), Source(rounded, "rounded"), False) == "lm", "rounding is nothing to learn from"
     assert default_stages(config(teacher=str(shop.teacher)), Source(tmp_path / "cope-0", "out"), False) == "distill"
     report = Workshop(shop.teacher, tmp_path / "cope-0", shop.data).run(tmp_path / "out", tokens="512", learning_rate=None)
-    assert report["stage"] == "lm" and report["holdout"]["after"]["ce"] < report["holdout"]["before"]["ce"]
+    assert report.stage == "lm" and report.holdout["after"]["ce"] < report.holdout["before"]["ce"]
     resolved = provenance.read(tmp_path / "out")[-1]["options"]["resolved"]
     assert resolved["peak_learning_rate"] == pytest.approx(0.2 * 0.2 / 32)
 
@@ -377,5 +377,5 @@ def test_a_conversion_that_lost_nothing_learns_from_the_text(shop: Workshop, tmp
 @pytest.mark.slow
 def test_lm_learns_without_a_teacher(shop: Workshop, tmp_path: Path) -> None:
     report = shop.run(tmp_path / "out", stages="lm", tokens="512")
-    assert report["stage"] == "lm" and report["holdout"]["after"]["kl"] == 0
+    assert report.stage == "lm" and report.holdout["after"]["kl"] == 0
     assert provenance.read(tmp_path / "out")[-1]["teacher"] is None

@@ -24,15 +24,16 @@ from upfit.checkpoint.safetensors_header import read_exactly
 from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
-from upfit.convert.verify import CLOSE, Promise, Report, compare, tolerance
+from upfit.convert.result import Conversion, Verification
+from upfit.convert.verify import CLOSE, Promise, compare, tolerance
 from upfit.errors import UpfitError
 from upfit.output import Output
 
 FILE = "model.safetensors"
-EMPTY = Report("", "")
+EMPTY = Verification("", "")
 
 
-def run(source: Path, out: Path, recipe: str = "gqa", options: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+def run(source: Path, out: Path, recipe: str = "gqa", options: dict[str, Any] | None = None, **settings: Any) -> Conversion:
     known = get_recipe(recipe)
     chosen = known.options(**(options or {"kv_heads": 2, "method": "mean"}))
     return convert(known, str(source), out, chosen, Settings(**settings), Output(quiet=True))
@@ -209,7 +210,11 @@ def test_another_type_is_held_against_the_source_in_that_type(
     source = save_tiny(tmp_path / "source")
     recipe, options = ("gqa", {"kv_heads": 4}) if dtype == "float16" else ("diff", {"variant": "v2"})
     answer = run(source, tmp_path / "same", recipe, options, dtype=dtype)
-    assert answer["verify"]["equal"] and answer["verify"]["numbers"] == f"logits equal the source's in {dtype} bit for bit"
+    assert (
+        isinstance(answer.verify, Verification)
+        and answer.verify.equal
+        and answer.verify.numbers == f"logits equal the source's in {dtype} bit for bit"
+    )
     original = conversion.write_shards
 
     def wrong(shards: Any, rules: Any, checkpoint: Any, folder: Path, *rest: Any) -> None:
@@ -227,10 +232,10 @@ def test_what_a_class_keeps_in_float32_is_rounded_for_the_comparison(tmp_path: P
     """Routers and their biases are, in many a mixture of experts; a file in bfloat16 has them rounded."""
     tiny_model("ernie4_5_moe").save_pretrained(tmp_path / "source")
     answer = run(tmp_path / "source", tmp_path / "out", options={"kv_heads": 4}, dtype="bfloat16")
-    assert answer["verify"]["equal"]
+    assert isinstance(answer.verify, Verification) and answer.verify.equal
 
 
 def test_a_source_wider_than_its_class_runs(tmp_path: Path) -> None:
     tiny_llama().bfloat16().save_pretrained(tmp_path / "source")
     answer = run(tmp_path / "source", tmp_path / "out", options={"kv_heads": 4}, dtype="float32")
-    assert answer["verify"]["equal"]
+    assert isinstance(answer.verify, Verification) and answer.verify.equal

@@ -16,6 +16,7 @@ from upfit import provenance
 from upfit.output import Output
 from upfit.uptrain.config import Config
 from upfit.uptrain.data.prepare import prepare
+from upfit.uptrain.run.result import Uptraining
 from upfit.uptrain.train import uptrain
 
 QUIET = Output(quiet=True)
@@ -41,7 +42,7 @@ class Workshop:
 
     def run(
         self, out: Path, resume: bool = False, overwrite: bool = False, output: Output = QUIET, **changes: Any
-    ) -> dict[str, Any]:
+    ) -> Uptraining:
         return uptrain(str(self.student), str(self.data), out, config(**changes), resume, overwrite, output)
 
 

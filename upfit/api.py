@@ -95,13 +95,11 @@ def convert(
     from upfit.convert.conversion import Settings
     from upfit.convert.conversion import convert as run
     from upfit.convert.recipe import get_recipe
-    from upfit.convert.result import Conversion
 
     recipe = get_recipe(to)
     values = from_keywords(recipe.options, options, f"api.convert to {to!r}", _keywords(convert))
-    size = None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size")
-    settings = Settings(dry_run, dtype, revision, size, verify, overwrite, stream, verify_bytes)
-    return Conversion.read(run(recipe, str(model), Path(out), recipe.options(**values), settings, Output(quiet=not progress)))
+    settings = Settings(dry_run, dtype, revision, _shard_bytes(max_shard_size), verify, overwrite, stream, verify_bytes)
+    return run(recipe, str(model), Path(out), recipe.options(**values), settings, Output(quiet=not progress))
 
 
 def merge(
@@ -121,11 +119,9 @@ def merge(
     """Fold what a conversion added and training has learned into the stock class; keywords as those of `convert`."""
     from upfit.convert.conversion import Settings
     from upfit.convert.conversion import merge as run
-    from upfit.convert.result import Conversion
 
-    size = None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size")
-    settings = Settings(dry_run, dtype, revision, size, verify, overwrite, stream, verify_bytes)
-    return Conversion.read(run(str(model), Path(out), settings, Output(quiet=not progress)))
+    settings = Settings(dry_run, dtype, revision, _shard_bytes(max_shard_size), verify, overwrite, stream, verify_bytes)
+    return run(str(model), Path(out), settings, Output(quiet=not progress))
 
 
 def calibrate(
@@ -145,11 +141,9 @@ def calibrate(
     calibration_length: tokens of a window: the length to be served; default: 2048, or what the model allows
     """
     from upfit.calibration.calibrate import calibrate as run
-    from upfit.calibration.result import Calibration
 
     tokens, length, output = str(calibration_tokens), calibration_length, Output(quiet=not progress)
-    answer = run(str(model), _texts(texts), Path(out), tokens, length, revision, overwrite, output)
-    return Calibration.read(answer, called=str(Path(out)))
+    return run(str(model), _texts(texts), Path(out), tokens, length, revision, overwrite, output)
 
 
 def prepare(
@@ -172,21 +166,18 @@ def prepare(
     workers: batches tokenised at a time; default: as many as cores
     """
     from upfit.uptrain.data.prepare import prepare as run
-    from upfit.uptrain.data.result import Preparation
 
     limit, output = None if tokens is None else str(tokens), Output(quiet=not progress)
-    manifest = run(_texts(texts), Path(out), str(tokenizer), field, output, overwrite, limit, workers)
-    return Preparation.read(manifest, out=str(Path(out)))
+    return run(_texts(texts), Path(out), str(tokenizer), field, output, overwrite, limit, workers)
 
 
 @_takes(SynthOptions)
 def synth(texts: Texts, out: Place, *, progress: bool = True, **settings: Any) -> "Synthesis":
     """Write long-context training data to the folder `out`: questions whose answers stand anywhere in 4k to 32k tokens."""
-    from upfit.longcontext.result import Synthesis
     from upfit.longcontext.synth import synth as run
 
     options = SynthOptions(**from_keywords(SynthOptions, settings, "api.synth", ["progress"]))
-    return Synthesis.read(run(_texts(texts), Path(out), options, Output(quiet=not progress)))
+    return run(_texts(texts), Path(out), options, Output(quiet=not progress))
 
 
 @_takes(PlanOptions)
@@ -217,15 +208,13 @@ def uptrain(
     resume: go on from the newest checkpoint of `out`
     """
     from upfit.uptrain.config import resolve, tables
-    from upfit.uptrain.run.result import Uptraining
 
     values = from_keywords(UptrainConfig, settings, "api.uptrain", _keywords(uptrain))
     file = None if config is None else Path(config)
     resolved, output = resolve(file, values), Output(quiet=not progress)
     from upfit.uptrain.train import uptrain as run  # imports torch: what is wrong with settings is told before
 
-    answer = run(str(model), str(data), Path(out), resolved, resume, overwrite, output, tables(file))
-    return Uptraining.read(answer, out=str(Path(out)))
+    return run(str(model), str(data), Path(out), resolved, resume, overwrite, output, tables(file))
 
 
 @_takes(EvaluateOptions)
@@ -283,9 +272,12 @@ def push(
 def describe(model: Place, *, revision: str | None = None) -> "Description":
     """Architecture, heads, parameters, KV bytes a token, history, and what the model can become."""
     from upfit.convert.describe import describe as run
-    from upfit.convert.result import Description
 
-    return Description.read(run(str(model), revision))
+    return run(str(model), revision)
+
+
+def _shard_bytes(size: Count | None) -> int | None:
+    return None if size is None else parse_size(size, "--max-shard-size")
 
 
 def _texts(texts: Texts) -> list[str]:

@@ -13,7 +13,6 @@ from upfit.architecture.layers import Architecture
 from upfit.architecture.names import name_map
 from upfit.checkpoint.execute import Planned
 from upfit.checkpoint.plan import Plan
-from upfit.checkpoint.reader import Checkpoint
 from upfit.checkpoint.side_files import check_side_files
 
 
@@ -61,16 +60,6 @@ def edit_dtype(config: dict[str, Any], dtype_name: str) -> dict[str, Any]:
         if isinstance(changed.get(key), str):
             changed[key] = dtype_name
     return changed
-
-
-def shape_changes(planned: list[Planned], checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """What the dry run shows: each tensor that a rule writes, its shape before and after, and the rule."""
-    rows = []
-    for item in planned:
-        if item.rule is not None:
-            before = checkpoint.passing[item.name].shape if item.name in checkpoint.passing else None
-            rows.append({"tensor": item.name, "before": before, "after": item.shape, "rule": item.rule.label})
-    return rows
 
 
 def output_bytes(planned: list[Planned], folder: Path) -> int:

@@ -22,6 +22,7 @@ from upfit.architecture.table import check_known
 from upfit.calibration.gather import LayerSums, gather_layer
 from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import Opaque
+from upfit.calibration.result import Calibration
 from upfit.calibration.sample import (
     Sample,
     check_texts,
@@ -49,12 +50,12 @@ def calibrate(
     revision: str | None,
     overwrite: bool,
     output: Output,
-) -> dict[str, Any]:
-    """Write the statistics of `model` on `texts` to the file `out`; the answer for `--json`.
+) -> Calibration:
+    """Write the statistics of `model` on `texts` to the file `out`.
 
     Raises UpfitError for anything that cannot be read, an `out` that exists, or a model that cannot be run on plain text.
     """
-    out = out.expanduser()
+    called, out = str(out), out.expanduser()
     if out.suffix != ".safetensors":
         raise UpfitError(f"STATS {out} must end in .safetensors, for that is what it is")
     out = resolved(out)
@@ -90,15 +91,16 @@ def calibrate(
             _join(layers, result, sample, metadata(model_hash, sample, traits, ROWS))
             work.publish(result, overwrite)
     opaque = {path: value for path, value in traits.items() if isinstance(value, str)}
-    return {
-        "out": str(out),
-        "bytes": out.stat().st_size,
-        "tokens": sample.tokens,
-        "windows": {length: len(rows) for length, rows in sample.windows.items()},
-        "layers": len(traits) - len(opaque),
-        "not_watched": opaque,
-        "seconds": time.monotonic() - began,
-    }
+    return Calibration(
+        out=str(out),
+        bytes=out.stat().st_size,
+        tokens=sample.tokens,
+        windows={length: len(rows) for length, rows in sample.windows.items()},
+        layers=len(traits) - len(opaque),
+        not_watched=opaque,
+        seconds=time.monotonic() - began,
+        called=called,
+    )
 
 
 class FinishedLayers:

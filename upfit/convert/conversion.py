@@ -19,7 +19,7 @@ from upfit.architecture.layers import Architecture, bind, open_model
 from upfit.architecture.leftovers import Leftovers, left_over, settle
 from upfit.architecture.loading import structure_report
 from upfit.architecture.names import name_map
-from upfit.architecture.planned import changed_layers, check_against_class, edit_dtype, output_bytes, shape_changes
+from upfit.architecture.planned import changed_layers, check_against_class, edit_dtype, output_bytes
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known, has_two_ways
 from upfit.calibration.observe import Opaque
@@ -29,7 +29,7 @@ from upfit.checkpoint.execute import Planned, outline
 from upfit.checkpoint.finished_shards import JOURNAL, FinishedShards, crc_of
 from upfit.checkpoint.hub_stream import HubStream, streamed
 from upfit.checkpoint.output_folder import check_output
-from upfit.checkpoint.plan import Plan
+from upfit.checkpoint.plan import Plan, Rule
 from upfit.checkpoint.read_back import check_places, check_written
 from upfit.checkpoint.reader import Checkpoint, config_dtypes, open_checkpoint, read_config, safetensors_dtype, torch_dtype
 from upfit.checkpoint.remote_code import without_code
@@ -39,11 +39,13 @@ from upfit.checkpoint.source import Source, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.checkpoint.writer import write_shards
 from upfit.convert.recipe import MERGE, Fit, FitContext, Recipe, find_merge, outline_of
-from upfit.convert.verify import Promise, Report, tolerance, verify
+from upfit.convert.result import Change, Conversion, Sensitivity, Unchecked, Verification
+from upfit.convert.verify import Promise, tolerance, verify
 from upfit.errors import UpfitError
 from upfit.modeling.registry import family, is_own
 from upfit.options import as_flags, check
 from upfit.output import Output
+from upfit.results import Origin
 
 CODE_NOTE = "auto_map left out: code of the source does not travel, and the classes of the result need none of it"
 FIT_FACTOR = 4  # what a fit keeps beside OUT, in bytes of the attention's weights: it may change the MLP's as well
@@ -84,8 +86,8 @@ class Job:
     leftovers: Leftovers  # what becomes of them
 
 
-def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Settings, output: Output) -> dict[str, Any]:
-    """Convert `source` (folder or hub id) into the new folder `out`; the answer for `--json`.
+def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Settings, output: Output) -> Conversion:
+    """Convert `source` (folder or hub id) into the new folder `out`.
 
     Everything that can be refused is refused (UpfitError) before the first byte is written; `out` appears whole or not at
     all; the source is never touched.
@@ -93,7 +95,7 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     check(options)
     check_texts(getattr(options, "calibration", None))
     with _opened(source, out, options, recipe, settings, output) as (job, context, work, stream):
-        preview: dict[str, Any] | None = None
+        preview: Sensitivity | dict[str, Any] | None = None
         if job.fit is not None and not settings.dry_run:
             with disk_errors(out):
                 job = _fitted(job, job.fit, context)
@@ -101,10 +103,11 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
             preview = _previewed(job.fit.preview, context)
         for note in job.plan.notes:
             output.note(note)
-        answer = _summary(job) | ({"sensitivity": preview} if preview else {})
+        conversion = _summary(job, preview)
         if work is not None:
-            answer["verify"] = _write(job, answer, output, work, stream)
-    return answer
+            verification = _write(job, conversion, output, work, stream)
+            conversion = dataclasses.replace(conversion, verify=verification or Unchecked())
+    return conversion
 
 
 @contextmanager
@@ -133,7 +136,7 @@ def _opened(
         yield job, FitContext(opened.path, job.checkpoint, job.architecture, place / "fit", output), work, stream
 
 
-def merge(source: str, out: Path, settings: Settings, output: Output) -> dict[str, Any]:
+def merge(source: str, out: Path, settings: Settings, output: Output) -> Conversion:
     """Fold a model of one of our types into its family's own class, as `convert` does the other way.
 
     Raises UpfitError for a model of any other type.
@@ -189,8 +192,9 @@ def _planned(job: Job, plan: Plan, alone: bool) -> Job:
     return dataclasses.replace(job, plan=plan, planned=planned, leftovers=leftovers)
 
 
-def _previewed(preview: Callable[[FitContext], dict[str, Any]], context: FitContext) -> dict[str, Any] | None:
-
+def _previewed(
+    preview: Callable[[FitContext], Sensitivity | dict[str, Any]], context: FitContext
+) -> Sensitivity | dict[str, Any] | None:
     try:
         return preview(context)
     except Opaque as reason:
@@ -269,10 +273,13 @@ def _with_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
     return changed, safetensors_dtype(getattr(torch, name))
 
 
-def _write(job: Job, answer: dict[str, Any], output: Output, work: WorkFolder, stream: "HubStream | None") -> dict[str, Any]:
+def _write(
+    job: Job, conversion: Conversion, output: Output, work: WorkFolder, stream: "HubStream | None"
+) -> Verification | None:
+    """Write the folder and its history, which tells of `conversion`; what was checked, None with --no-verify."""
     shards, earlier = split(job.planned, job.checkpoint, job.settings.max_shard_bytes), provenance.read(job.source.path)
     promise = _promise(job)
-    step = _step(job, answer, promise)
+    step, verification = _step(job, conversion, promise), None
     with disk_errors(job.out):
         folder = work.folder(RESULT)
         _write_weights(job, folder, shards, output, stream)
@@ -282,19 +289,20 @@ def _write(job: Job, answer: dict[str, Any], output: Output, work: WorkFolder, s
         config = json.dumps(job.plan.config, indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(config + "\n", encoding="utf-8", errors="backslashreplace")
         if job.settings.verify:
-            step["measurements"]["verify"] = _verified(job, promise, folder, shards, output, stream).record()
+            verification = _verified(job, promise, folder, shards, output, stream)
+            step["measurements"]["verify"] = verification.record()
         job.checkpoint.check_unchanged()
         (folder / JOURNAL).unlink()
         provenance.write(folder, [*earlier, step])
         work.publish(folder, job.settings.overwrite)
-    return step["measurements"].get("verify", {})
+    return verification
 
 
-def _step(job: Job, answer: dict[str, Any], promise: Promise) -> dict[str, Any]:
+def _step(job: Job, conversion: Conversion, promise: Promise) -> dict[str, Any]:
     """What recipe.json will say of this conversion."""
-    step = provenance.step(_verb(job.recipe), job.source.record(), answer["options"])
+    step = provenance.step(_verb(job.recipe), job.source.record(), conversion.options)
     step["command"] = _command(job)
-    step["measurements"] = {key: answer[key] for key in ("parameters", "kv_heads", "kv_bytes_per_token")}
+    step["measurements"] = {key: getattr(conversion, key) for key in ("parameters", "kv_heads", "kv_bytes_per_token")}
     if job.checkpoint.adapted_because:
         moved = (read_config(job.source.path)["model_type"], job.plan.config["model_type"])
         step["retarget"] = {"from": moved[0], "to": moved[1], "why": job.checkpoint.adapted_because}
@@ -318,7 +326,7 @@ def _write_weights(job: Job, folder: Path, shards: list[Shard], output: Output, 
 
 def _verified(
     job: Job, promise: Promise, folder: Path, shards: list[Shard], output: Output, stream: "HubStream | None"
-) -> Report:
+) -> Verification:
     job.checkpoint.check_unchanged()
     if job.settings.verify_bytes:
         with output.progress("reading back", sum(piece.nbytes for shard in shards for piece in shard.pieces)) as meter:
@@ -352,20 +360,26 @@ def _work(job: Job, shards: list[Shard]) -> dict[str, Any]:
     }
 
 
-def _summary(job: Job) -> dict[str, Any]:
+def _summary(job: Job, sensitivity: Sensitivity | dict[str, Any] | None) -> Conversion:
     changed = bind(job.plan.config, {item.name: item for item in job.planned})
-    return {
-        "recipe": job.recipe.name,
-        "source": job.source.record(),
-        "out": str(job.out),
-        "dry_run": job.settings.dry_run,
-        "options": asdict(job.options) | {"dtype": job.settings.dtype},
-        "bytes": [job.checkpoint.nbytes, sum(item.nbytes for item in job.planned)],
-        "parameters": [job.checkpoint.numel, sum(math.prod(item.shape) for item in job.planned)],
-        "kv_heads": [job.architecture.kv_heads, changed.kv_heads],
-        "kv_bytes_per_token": [job.architecture.kv_bytes_per_token, changed.kv_bytes_per_token],
-        "tensors": shape_changes(job.planned, job.checkpoint),
-    }
+    return Conversion(
+        recipe=job.recipe.name,
+        source=Origin(**job.source.record()),
+        out=str(job.out),
+        dry_run=job.settings.dry_run,
+        options=asdict(job.options) | {"dtype": job.settings.dtype},
+        bytes=[job.checkpoint.nbytes, sum(item.nbytes for item in job.planned)],
+        parameters=[job.checkpoint.numel, sum(math.prod(item.shape) for item in job.planned)],
+        kv_heads=[job.architecture.kv_heads, changed.kv_heads],
+        kv_bytes_per_token=[job.architecture.kv_bytes_per_token, changed.kv_bytes_per_token],
+        tensors=[_change(item, item.rule, job.checkpoint) for item in job.planned if item.rule is not None],
+        sensitivity=sensitivity,
+    )
+
+
+def _change(item: Planned, rule: Rule, checkpoint: Checkpoint) -> Change:
+    before = checkpoint.passing.get(item.name)
+    return Change(item.name, list(before.shape) if before else None, list(item.shape), rule.label)
 
 
 def _verb(recipe: Recipe) -> str:

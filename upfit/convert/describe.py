@@ -1,7 +1,5 @@
 """What `upfit show` tells of a folder, from its config and headers alone."""
 
-from typing import Any
-
 from upfit import provenance
 from upfit.architecture.grouped_class import is_grouped
 from upfit.architecture.layers import bind
@@ -11,10 +9,12 @@ from upfit.architecture.table import check_known, has_two_ways
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import find_source
 from upfit.convert.recipe import find_recipes
+from upfit.convert.result import Description
 from upfit.modeling.registry import is_own
+from upfit.results import Origin
 
 
-def describe(model: str, revision: str | None = None) -> dict[str, Any]:
+def describe(model: str, revision: str | None = None) -> Description:
     """Architecture, head counts (one value for every kind of layer), sizes in bytes, history, and possible conversions.
 
     Raises UpfitError for a folder that cannot be read or an architecture that is not supported.
@@ -31,19 +31,19 @@ def describe(model: str, revision: str | None = None) -> dict[str, Any]:
         if has_two_ways(checkpoint.config):
             ways.append(bind(checkpoint.config, checkpoint.tensors, own=True))
         offers = [(name, recipe.offers(way)) for name, recipe in recipes.items() for way in ways]
-        return {
-            "model": source.record(),
-            "model_type": checkpoint.config["model_type"],
-            "converted_as": seen if seen != checkpoint.config["model_type"] else None,
-            "class": model_class_for(checkpoint.config).__name__,
-            "parameters": checkpoint.numel,
-            "bytes": checkpoint.nbytes,
-            "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),
-            "layers": len(shapes),
-            "heads": sorted({shape.heads for shape in shapes}),
-            "kv_heads": sorted({shape.kv_heads for shape in shapes}),
-            "head_dim": sorted({shape.head_dim for shape in shapes}),
-            "kv_bytes_per_token": architecture.kv_bytes_per_token,
-            "history": provenance.read(source.path),
-            "can_become": [f"{name} {offer}".strip() for name, offer in dict.fromkeys(offers) if offer],
-        }
+        return Description(
+            model=Origin(**source.record()),
+            model_type=checkpoint.config["model_type"],
+            converted_as=seen if seen != checkpoint.config["model_type"] else None,
+            class_=model_class_for(checkpoint.config).__name__,
+            parameters=checkpoint.numel,
+            bytes=checkpoint.nbytes,
+            dtypes=sorted({info.dtype for info in checkpoint.tensors.values()}),
+            layers=len(shapes),
+            heads=sorted({shape.heads for shape in shapes}),
+            kv_heads=sorted({shape.kv_heads for shape in shapes}),
+            head_dim=sorted({shape.head_dim for shape in shapes}),
+            kv_bytes_per_token=architecture.kv_bytes_per_token,
+            history=provenance.read(source.path),
+            can_become=[f"{name} {offer}".strip() for name, offer in dict.fromkeys(offers) if offer],
+        )

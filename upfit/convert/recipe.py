@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from upfit.architecture.attention import Geometry
     from upfit.architecture.layers import Architecture
     from upfit.checkpoint.reader import Checkpoint
+    from upfit.convert.result import Sensitivity
 
 MERGE = "merge"  # the name of recipes that go back to a stock class
 
@@ -42,15 +43,14 @@ class Fit:
     returns the plan to be written. `fallback(why)` returns the plan for a model that cannot be watched on text; None: that is
     an error. `otherwise` is a setting that needs no text, as words of a command line.
 
-    `preview(context)` predicts, for a dry run, what each number of key/value heads would cost; None where nothing can be
-    predicted. Its keys are `kv_heads` (the numbers), `layers` (with `choices` for each of them) and `totals`. A choice has
-    `kv_heads`, `attention_error` and `output_error`; a total also `largest_...` of the two and `kv_bytes_per_token`.
+    `preview(context)` predicts, for a dry run, what each number of key/value heads would cost, or whatever else an attention
+    can tell (a dictionary of its own, which goes into the answer as it is); None where nothing can be predicted.
     """
 
     outline: Plan
     run: "Callable[[FitContext], Plan]"
     fallback: Callable[[str], Plan] | None = None
-    preview: "Callable[[FitContext], dict[str, Any]] | None" = None
+    preview: "Callable[[FitContext], Sensitivity | dict[str, Any]] | None" = None
     otherwise: str = ""
 
 

@@ -95,26 +95,26 @@ class Unchecked(Part):
 
 @dataclass(frozen=True)
 class Verification(Part):
-    """What the check of the result found.
+    """What the check of the result found; the numbers have no values where logits were not compared.
 
-    structure: whether it loads into its class
+    structure: how it loads into its class
     numbers: how its logits compare with the source's, or why they were not compared
     tokens: tokens of the sample text
     equal: whether the logits are equal bit for bit; None where they were not compared
     max_difference: the largest difference of a logit
     source_loss: loss of the source on the sample text, nats a token
     loss: that of the result, nats a token
-    loss_interval: half the width of a 95 % interval of the difference of the two, nats a token
+    loss_interval: half the width of a 95 % interval of the difference of the two over pieces of the text, nats a token
     """
 
     structure: str
     numbers: str
-    tokens: int
-    equal: bool | None
-    max_difference: float | None
-    source_loss: float | None
-    loss: float | None
-    loss_interval: float | None
+    tokens: int = 0
+    equal: bool | None = None
+    max_difference: float | None = None
+    source_loss: float | None = None
+    loss: float | None = None
+    loss_interval: float | None = None
 
 
 @dataclass(frozen=True, repr=False)

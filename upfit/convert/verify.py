@@ -8,14 +8,15 @@ Where the result is of another type, it is held against the source rounded to th
 import gc
 import math
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from upfit.architecture.loading import check_structure, load_strictly
 from upfit.architecture.meta_model import quiet_transformers, vocabulary
 from upfit.checkpoint.reader import most_positions, open_checkpoint, read_config
+from upfit.convert.result import Verification
 from upfit.errors import UpfitError
 from upfit.text.tokenizer import no_panic
 
@@ -42,25 +43,9 @@ class Promise:
     dtype: str = ""
 
 
-@dataclass(frozen=True)
-class Report:
-    """What verify found. Losses are in nats a token on `tokens` tokens of the sample text, `loss_interval` is half the width of
-    a 95 % interval of their difference over pieces of it; None where the numerical part did not run."""
-
-    structure: str
-    numbers: str
-    tokens: int = 0
-    equal: bool | None = None
-    max_difference: float | None = None
-    source_loss: float | None = None
-    loss: float | None = None
-    loss_interval: float | None = None
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def verify(folder: Path, source: Path | None, promise: Promise, named: Path, allowed: frozenset[str] = frozenset()) -> Report:
+def verify(
+    folder: Path, source: Path | None, promise: Promise, named: Path, allowed: frozenset[str] = frozenset()
+) -> Verification:
     """Check `folder`, made from `source`, for what the plan promises. `named` is what the folder will be called. Without a
     `source`, only the structure is checked.
 
@@ -74,17 +59,17 @@ def verify(folder: Path, source: Path | None, promise: Promise, named: Path, all
         raise UpfitError(f"{FAILED}: {str(error).replace(str(folder), str(named))}") from error
     structure = "loads into its class; nothing missing, left over or of another shape"
     if source is None:
-        return Report(structure, "not compared: the source was streamed")
+        return Verification(structure, "not compared: the source was streamed")
     short = _memory_short(source, folder)
     if short:
-        return Report(structure, f"not compared: {short}")
+        return Verification(structure, f"not compared: {short}")
     ids, is_text = sample_ids(source)
     if ids is None:
-        return Report(structure, "not compared: this class takes more than token ids")
+        return Verification(structure, "not compared: this class takes more than token ids")
     before, after = _logits(source, ids, allowed, promise.dtype), _logits(folder, ids, allowed)
     if before is None or after is None:
-        return Report(structure, "not compared: this class takes more than token ids")
-    return compare(Report(structure, ""), before, after, ids if is_text else None, promise)
+        return Verification(structure, "not compared: this class takes more than token ids")
+    return compare(Verification(structure, ""), before, after, ids if is_text else None, promise)
 
 
 def tolerance(dtype: str, moved: bool) -> float:
@@ -94,13 +79,13 @@ def tolerance(dtype: str, moved: bool) -> float:
 
 
 def compare(
-    report: Report,
+    checked: Verification,
     before: "torch.Tensor",
     after: "torch.Tensor",
     ids: "torch.Tensor | None",
     promise: Promise,
-) -> Report:
-    """`report` with what the logits [T, vocabulary] of source and result say; `ids` [1, T] are None where they are no text.
+) -> Verification:
+    """`checked` with what the logits [T, vocabulary] of source and result say; `ids` [1, T] are None where they are no text.
 
     Raises UpfitError when the result's are not finite, or not what was promised.
     """
@@ -118,7 +103,7 @@ def compare(
             f"{FAILED}: its logits differ from {whose} by {difference:.2g} where this setting promises {what}; please report it"
         )
     sentence = f"logits equal {whose} bit for bit" if equal else f"logits differ from {whose} by up to {difference:.2g}"
-    numbers = replace(report, numbers=sentence, tokens=before.shape[0], equal=equal, max_difference=difference)
+    numbers = replace(checked, numbers=sentence, tokens=before.shape[0], equal=equal, max_difference=difference)
     if ids is None:
         return numbers
     losses = [_losses(logits, ids) for logits in (before, after)]

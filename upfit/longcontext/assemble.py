@@ -17,11 +17,12 @@ from upfit.longcontext.contexts import CONTEXTS, ITEMS, SEGMENTS, SETTINGS, Cont
 from upfit.longcontext.export import write_export
 from upfit.longcontext.items import Item
 from upfit.longcontext.options import Options
+from upfit.longcontext.result import Synthesis
 
 
 def put_together(
     work: WorkFolder, parts: list[Path], out: Path, composer: Composer, settings: dict[str, Any], options: Options
-) -> dict[str, Any]:
+) -> Synthesis:
     """All parts as the folder `out`, by item number; what was written."""
     rejected: Counter[str] = Counter()
     families: Counter[str] = Counter()
@@ -47,11 +48,11 @@ def put_together(
     return written(out)
 
 
-def written(out: Path) -> dict[str, Any]:
+def written(out: Path) -> Synthesis:
     """What was written to the finished folder `out`."""
     settings = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-    settled = {name: settings[name] for name in ("items", "rejected", "families", "patterns")}
-    return {"finished": True, "out": str(out), **settled, "bytes": (out / CONTEXTS).stat().st_size}
+    counts = {name: settings[name] for name in ("items", "rejected", "families", "patterns")}
+    return Synthesis(finished=True, out=str(out), bytes=(out / CONTEXTS).stat().st_size, **counts)
 
 
 def _kept(

@@ -23,6 +23,7 @@ from upfit.longcontext.compose import Composer
 from upfit.longcontext.contexts import SEGMENTS
 from upfit.longcontext.items import Item
 from upfit.longcontext.options import Options, check_options
+from upfit.longcontext.result import Synthesis
 from upfit.longcontext.segments import Segments, ten_grams, write_segments
 from upfit.longcontext.wording import Wording
 from upfit.output import Output
@@ -37,7 +38,7 @@ TOO_LONG = "longer than --max-tokens by itself"
 FREE = ("shard", "export", "responses", "concurrency", "budget_tokens", "base_url")
 
 
-def synth(texts: list[str], out: Path, options: Options, output: Output) -> dict[str, Any]:
+def synth(texts: list[str], out: Path, options: Options, output: Output) -> Synthesis:
     """Write `options.items` examples over the documents of `texts` to the folder `out`; what was written.
 
     With `--shard` only this process's part, `finished` False, unless the other parts are there already. Raises UpfitError for
@@ -68,7 +69,7 @@ def synth(texts: list[str], out: Path, options: Options, output: Output) -> dict
         parts = [work.path / f"part-{index}-of-{shards}.jsonl" for index in range(shards)]
         missing = [path.name for path in parts if not _whole(path)]
         if missing:
-            return {"finished": False, "missing": missing, "work": str(work.path)}
+            return Synthesis(False, missing, str(work.path))
         if not work.alone():  # another process has put the parts together
             return written(out)
         return put_together(work, parts, out, composer, settings, options)
@@ -142,7 +143,7 @@ class Model:
     def _request(self, index: int) -> model.Request:
         return model.request(self.segments, self.options.seed, index, self.options.several_share)
 
-    def gather(self, work: Path, indices: range, part: str, output: Output) -> dict[str, Any] | None:
+    def gather(self, work: Path, indices: range, part: str, output: Output) -> Synthesis | None:
         """Ask for what is not answered yet; what is still waited for, as `synth` returns it, or None."""
         answers = backends.Answers(work / f"answers-{part}.jsonl")
         if self.options.ask == "file" and self.options.responses:
@@ -154,14 +155,14 @@ class Model:
         if self.options.ask == "file":
             requests = work / f"requests-{part}.jsonl"
             backends.write_requests(left, requests, self.options)
-            return {"finished": False, "missing": [f"responses to {len(left)} requests in {requests}"], "work": str(work)}
+            return Synthesis(False, [f"responses to {len(left)} requests in {requests}"], str(work))
         with output.progress("asking", len(indices)) as meter:
             meter.advance(len(indices) - len(left))
             backends.BACKENDS[self.options.ask](left, answers, self.options, meter)
         still = sum(index not in answers.texts for index in indices)
         if not still:
             return None
-        return {"finished": False, "missing": [f"{still} questions, for --budget-tokens is used up"], "work": str(work)}
+        return Synthesis(False, [f"{still} questions, for --budget-tokens is used up"], str(work))
 
     def __call__(self, index: int) -> Item | str:
         return model.read(self._request(index), self.texts[index], self.segments, f"{self.options.ask}/{self.options.model}")

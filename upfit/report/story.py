@@ -36,7 +36,7 @@ def gather(model: str, results: list[Path]) -> Story:
     Raises UpfitError for a file that none of the verbs wrote, or a folder that `upfit show` cannot tell of.
     """
     answers = list(zip(_names(results), map(_result, results), strict=True))
-    facts, folder = describe(model), find_source(model).path
+    facts, folder = describe(model).record(), find_source(model).path
     with misshapen(folder, results):
         return _story(facts, folder, answers)
 

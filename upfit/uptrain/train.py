@@ -29,6 +29,7 @@ from upfit.uptrain.run.checkpointing import one_line, watch_for_signals
 from upfit.uptrain.run.finished import finished_run, finished_stage, together
 from upfit.uptrain.run.job import CONFIG_FILE, Job
 from upfit.uptrain.run.loop import measure, train
+from upfit.uptrain.run.result import Rollback, Uptraining
 from upfit.uptrain.run.run import Run
 from upfit.uptrain.run.setup import check_first, check_places, find_teacher, make_accelerator, set_up
 from upfit.uptrain.run.stage_folders import StageFolder, make_way
@@ -45,23 +46,19 @@ def uptrain(
     overwrite: bool,
     output: Output,
     tables: dict[str, dict[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Train the model in folder (or hub id) `model` on the folder `data` and write the result to `out`; a report.
+) -> Uptraining:
+    """Train the model in folder (or hub id) `model` on the folder `data` and write the result to `out`.
 
     `data` is text, as `upfit prepare` writes it (several folders with weights: `code=0.7,prose=0.3`), or questions on long
     contexts, as `upfit synth` does: of those, the answers alone are learned. `config.stages` names several stages, each a run
     that starts from the result of the one before; `tables` are settings of single stages, by their names.
 
-    The report has `stopped` (a signal ended the run early: a checkpoint was written, `out` was not), `stage`, `step`, `steps`,
-    `tokens`, `skipped`, `rollbacks` (the steps done before each, and the first and the end of the steps whose data it left
-    out), `seconds`, `tokens_per_second`, and `holdout` with the losses before and after in nats a token; of several stages it
-    is that of the last one, with those of all in `stages`.
     Runs in one process or under torchrun; only the first process writes and tells.
 
     Raises UpfitError for anything a user can put right: see the messages.
     """
     stages = split(check(config), tables or {}, data)
-    out = resolved(out)
+    called, out = str(out), resolved(out)
     source = find_source(model)
     provenance.read(source.path)  # it is gone on with at the very end
     opened = [open_data(stage.data, source, stage.config) for stage in stages]
@@ -74,18 +71,18 @@ def uptrain(
     done = finished_run(out, stages, opened, source) if resume and not overwrite else None
     if done is not None:
         output.note(f"{out} is finished already, by the same run: nothing is left to do")
-        return done
+        return replace(done, out=called)
     check_first(out, source, stages, opened, overwrite)
     accelerator = make_accelerator(config, out)
     job = Job(source, opened[0].record()["folder"], out, config, tables or {}, resume, overwrite)
-    reports: list[dict[str, Any]] = []
+    reports: list[Uptraining] = []
     with watch_for_signals() as stop, _work(accelerator, job) as work:
         for number, (stage, folder) in enumerate(zip(stages, opened, strict=True), 1):
-            if reports and reports[-1]["stopped"]:
+            if reports and reports[-1].stopped:
                 break
             reports.append(one_stage(accelerator, job, stage, folder, StageFolder(out, stages, number), output, stop, work))
         leave(accelerator)
-    return together(reports, len(stages))
+    return replace(together(reports, len(stages)), out=called)
 
 
 @contextlib.contextmanager
@@ -119,12 +116,12 @@ def one_stage(
     output: Output,
     stop: threading.Event,
     work: WorkFolder | None,
-) -> dict[str, Any]:
+) -> Uptraining:
     """Train stage `place.number` and write its folder, or take the report of the one that is finished already."""
     if not accelerator.is_main_process:
         output = Output(quiet=True)
     start = job.source if place.before is None else replace(job.source, path=place.before)
-    done: list[dict[str, Any] | None] = [None]
+    done: list[Uptraining | None] = [None]
     if job.resume and accelerator.is_main_process:
         done = [finished_stage(place, stage, data, start)]
     report = broadcast_object_list(done)[0]
@@ -137,7 +134,7 @@ def one_stage(
     check_places(job.out, job.source, data, teacher, stage.config, job.overwrite)
     run = set_up(stage, start, data, teacher, place, accelerator, output, stop)
     report = carry_out(run, job, data, teacher, place, work)
-    if accelerator.is_main_process and not place.last and not report["stopped"]:
+    if accelerator.is_main_process and not place.last and not report.stopped:
         remove_tree(run.workspace.path)
     del run
     accelerator.free_memory()
@@ -147,7 +144,7 @@ def one_stage(
 
 def carry_out(
     run: Run, job: Job, data: Data, teacher: Source | None, place: StageFolder, work: WorkFolder | None
-) -> dict[str, Any]:
+) -> Uptraining:
     """Start or go on, train, measure, and write the stage's folder unless a signal ended the run."""
     start(run, job.resume, job.overwrite)
     if job.config.track is not None and not run.accelerator.trackers:
@@ -193,21 +190,21 @@ def losses_before(run: Run) -> dict[str, Any]:
     return losses
 
 
-def report_of(run: Run, holdout: dict[str, Any], stopped: bool) -> dict[str, Any]:
-    tokens = run.counters.tokens
-    return {
-        "stopped": stopped,
-        "stage": run.stage,
-        "step": run.counters.step,
-        "steps": run.plan.steps,
-        "tokens": tokens,
-        "skipped": run.counters.skipped,
-        "rollbacks": [{"step": step, "data_of_steps": [first, end]} for step, first, end in run.counters.rollbacks],
-        "seconds": round(run.counters.seconds, 3),
-        "tokens_per_second": round(tokens / run.counters.seconds, 1) if run.counters.seconds else None,
-        "holdout": holdout,
-        "holdout_rows": len(run.feed.main.holdout),
-    }
+def report_of(run: Run, holdout: dict[str, Any], stopped: bool) -> Uptraining:
+    counters = run.counters
+    return Uptraining(
+        stopped=stopped,
+        stage=run.stage,
+        step=counters.step,
+        steps=run.plan.steps,
+        tokens=counters.tokens,
+        skipped=counters.skipped,
+        rollbacks=[Rollback(step, [first, end]) for step, first, end in counters.rollbacks],
+        seconds=round(counters.seconds, 3),
+        tokens_per_second=round(counters.tokens / counters.seconds, 1) if counters.seconds else None,
+        holdout=holdout,
+        holdout_rows=len(run.feed.main.holdout),
+    )
 
 
 def write(
@@ -217,7 +214,7 @@ def write(
     data: Data,
     teacher: Source | None,
     place: StageFolder,
-    report: dict[str, Any],
+    report: Uptraining,
     work: WorkFolder,
 ) -> None:
     """The finished folder: weights, metrics, the config in force, and the history with one step more.
@@ -227,7 +224,7 @@ def write(
     """
     chosen = {"length": run.plan.length, "rows_a_step": run.plan.rows, "peak_learning_rate": run.peak, "processes": run.world}
     options = {**asdict(run.config), "resolved": {**chosen, "compute_dtype": run.identity["dtype"]}}
-    measurements = {name: value for name, value in report.items() if name not in ("stopped", "stage")}
+    measurements = {name: value for name, value in report.record().items() if name not in ("stopped", "stage")}
     entry = provenance.step("uptrain", job.source.record(), options, measurements)
     entry |= {"stage": run.stage, "teacher": teacher.record() if teacher else None, "data": data.record()}
     entry["command"] = job.command

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from upfit.checkpoint.plan import Plan, Rule
 from upfit.convert.recipe import Fit, FitContext, Recipe, outline_of
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from upfit.architecture.attention import Attention, Geometry, Layer
     from upfit.architecture.layers import Architecture
     from upfit.convert.gqa.choice import Choice
+    from upfit.convert.result import Sensitivity
 
 Method = Literal["auto", "aligned", "mean", "first", "random"]
 GQA_PAPER = "Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models, arXiv 2305.13245"
@@ -122,7 +123,7 @@ def _fit(options: Options, outline: Plan, fallback: "Callable[[str], Plan] | Non
 
         return fit(context, choice(), outline)
 
-    def preview(context: FitContext) -> dict[str, Any]:
+    def preview(context: FitContext) -> "Sensitivity":
         from upfit.convert.gqa.sensitivity import predict
 
         return predict(context, choice())

@@ -3,7 +3,7 @@
 The predictions are for the closed-form merge before any refit, so they are upper bounds. They rank layers and head counts.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from upfit.calibration.gather import gather_layer
 from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.sample import sample_for
 from upfit.calibration.traits import AttentionTraits
+from upfit.convert import result
 from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.merge_layer import choose_groups
+from upfit.convert.result import LayerChoices, Sensitivity, TotalChoice
 
 if TYPE_CHECKING:
     from upfit.convert.recipe import FitContext
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 CUT = 0.6  # share of the pairs merged as rotated: the prediction cannot choose it, for it takes slow rotations for none
 
 
-def predict(context: "FitContext", choice: Choice) -> dict[str, Any]:
+def predict(context: "FitContext", choice: Choice) -> Sensitivity:
     """For each attention layer and each possible number of key/value heads: `attention_error`, the lost share of the scores'
     variance under the attention, and `output_error`, the lost share of what the values bring to the output; and the bytes a
     token takes in the layer's cache. Raises Opaque when the model cannot be run on text."""
@@ -49,13 +51,13 @@ def predict(context: "FitContext", choice: Choice) -> dict[str, Any]:
                 if gathered is not None:
                     known = None if isinstance(gathered.traits, str) else (gathered.traits, gathered.sums)
                     rows.append(_row(context, layers[gathered.path], known, counts))
-    return {"kv_heads": counts, "layers": rows, "totals": totals(counts, rows)}
+    return Sensitivity(counts, rows, totals(counts, rows))
 
 
 def _row(
     context: "FitContext", layer: Layer, known: tuple[AttentionTraits, dict[str, Tensor]] | None, counts: list[int]
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"layer": layer.path, "kv_heads": layer.geometry.kv_heads, "choices": []}
+) -> LayerChoices:
+    choices = []
     parts = {part: context.checkpoint.read(name) for part, name in layer.names.items() if part.startswith("o.")}
     attention = LAYOUTS[layer.layout].unpack(parts, layer.geometry)
     for count in counts:
@@ -63,10 +65,8 @@ def _row(
             continue
         errors = _errors(known, attention, layer, count) if known else (None, None)
         share = layer.kv_bytes_per_token * count // layer.geometry.kv_heads
-        row["choices"].append(
-            {"kv_heads": count, "attention_error": errors[0], "output_error": errors[1], "kv_bytes_per_token": share}
-        )
-    return row
+        choices.append(result.Choice(count, *errors, share))
+    return LayerChoices(layer.path, layer.geometry.kv_heads, choices)
 
 
 def _errors(
@@ -107,18 +107,18 @@ def _errors(
     return attention_error, lost["values"] / total["values"] if traits.values else None
 
 
-def totals(counts: list[int], layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def totals(counts: list[int], layers: list[LayerChoices]) -> list[TotalChoice]:
     """For each number of heads: the mean and the largest predicted errors over the layers, and the cache's bytes a token (a
     layer that has fewer heads stays as it is)."""
     rows = []
     for count in counts:
-        choices = [
-            max((c for c in layer["choices"] if c["kv_heads"] <= count), key=lambda c: c["kv_heads"]) for layer in layers
-        ]
-        row: dict[str, Any] = {"kv_heads": count, "kv_bytes_per_token": sum(choice["kv_bytes_per_token"] for choice in choices)}
-        for name in ("attention_error", "output_error"):
-            values = [choice[name] for choice in choices if choice[name] is not None]
-            row[name] = sum(values) / len(values) if values else None
-            row[f"largest_{name}"] = max(values) if values else None
-        rows.append(row)
+        choices = [max((c for c in layer.choices if c.kv_heads <= count), key=lambda c: c.kv_heads) for layer in layers]
+        attention = _mean_and_largest([choice.attention_error for choice in choices])
+        output = _mean_and_largest([choice.output_error for choice in choices])
+        rows.append(TotalChoice(count, sum(choice.kv_bytes_per_token for choice in choices), *attention, *output))
     return rows
+
+
+def _mean_and_largest(errors: list[float | None]) -> tuple[float | None, float | None]:
+    known = [error for error in errors if error is not None]
+    return (sum(known) / len(known), max(known)) if known else (None, None)

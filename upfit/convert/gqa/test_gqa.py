@@ -15,13 +15,14 @@ from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.pooling import first, mean, pool_heads
 from upfit.convert.recipe import get_recipe
+from upfit.convert.result import Conversion
 from upfit.errors import UpfitError
 from upfit.output import Output
 
 QUIET = Output(quiet=True)
 
 
-def run(recipe: str, source: Path, out: Path, **options: object) -> dict:
+def run(recipe: str, source: Path, out: Path, **options: object) -> Conversion:
     chosen = get_recipe(recipe)
     return convert(chosen, str(source), out, chosen.options(**{"method": "mean", **options}), Settings(), QUIET)
 
@@ -121,7 +122,7 @@ def test_more_heads_compute_the_same(model_type: str, changes: dict, tmp_path: P
     model = tiny_model(model_type, **settings)
     model.save_pretrained(tmp_path / "source")
     answer = run("gqa", tmp_path / "source", tmp_path / "out", kv_heads=4)
-    assert answer["kv_heads"][1] == 4 and answer["verify"]["max_difference"] < 1e-5
+    assert answer.kv_heads[1] == 4 and answer.record()["verify"]["max_difference"] < 1e-5
     inputs = tiny_inputs(model)
     with torch.no_grad():
         again = auto_class(model_type).from_pretrained(tmp_path / "out").eval()(**inputs).logits

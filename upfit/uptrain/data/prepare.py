@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from upfit import provenance
 from upfit.checkpoint.output_folder import check_output, local_folder
@@ -24,6 +24,7 @@ from upfit.text import content_stamp
 from upfit.text.corpus import documents
 from upfit.text.files import files_of, local_inputs
 from upfit.text.tokenizer import identity, load_tokenizer
+from upfit.uptrain.data.result import Preparation
 from upfit.uptrain.data.shard_writer import ShardWriter, token_dtype
 from upfit.uptrain.data.tokenise import batches, tokenised
 
@@ -44,7 +45,7 @@ def prepare(
     overwrite: bool = False,
     tokens: str | None = None,
     workers: int | None = None,
-) -> dict[str, Any]:
+) -> Preparation:
     """Tokenise `inputs` into the folder `out` with the tokenizer of the model `tokenizer`; the manifest written there.
 
     `inputs` are files, folders, or hub data sets (`org/name`, or `org/name:config`); `field` names the text in JSON lines,
@@ -81,7 +82,7 @@ def prepare(
         counts = {"tokens": writer.tokens, "documents": writer.documents}
         provenance.write(writer.folder, [provenance.step("prepare", origin, options, counts)])
         work.publish(writer.folder, overwrite)
-    return manifest
+    return Preparation.read(manifest, out=str(out))
 
 
 def _enough_workers(local: list[Path], size: int) -> int:

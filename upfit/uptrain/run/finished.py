@@ -5,6 +5,7 @@ Names and settings are not enough: the model, its teacher and the data must have
 written here.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.uptrain.data.open_data import Data
 from upfit.uptrain.model.model_traits import fingerprint
+from upfit.uptrain.run.result import Uptraining
 from upfit.uptrain.run.stage_folders import StageFolder
 from upfit.uptrain.stages import Stage
 
 SAME_OR_ANEW = "resume with the same, or start anew with --overwrite"
 
 
-def finished_run(out: Path, stages: list[Stage], opened: list[Data], source: Source) -> dict[str, Any] | None:
+def finished_run(out: Path, stages: list[Stage], opened: list[Data], source: Source) -> Uptraining | None:
     """The report of the run that made `out`, if it was of these stages, on this data, from this model; else None.
 
     A signal's mark in the work folder tells that a later run was stopped: that one is not finished.
@@ -38,7 +40,7 @@ def finished_run(out: Path, stages: list[Stage], opened: list[Data], source: Sou
     return together(list(map(_report, entries)), len(stages))
 
 
-def finished_stage(place: StageFolder, stage: Stage, data: Data, start: Source) -> dict[str, Any] | None:
+def finished_stage(place: StageFolder, stage: Stage, data: Data, start: Source) -> Uptraining | None:
     """The report of a stage whose folder stands, None where it does not; `start` is the model that it starts from.
 
     Raises UpfitError when it was made with other settings, on other data, or from other models.
@@ -55,13 +57,13 @@ def finished_stage(place: StageFolder, stage: Stage, data: Data, start: Source) 
     return _report(entry)
 
 
-def together(reports: list[dict[str, Any]], stages: int) -> dict[str, Any]:
+def together(reports: list[Uptraining], stages: int) -> Uptraining:
     """The report of a run of so many stages from those that were begun: that of the last one, and of several all of them."""
-    return reports[-1] if stages == 1 else reports[-1] | {"stages": reports}
+    return reports[-1] if stages == 1 else replace(reports[-1], stages=reports)
 
 
-def _report(entry: dict[str, Any]) -> dict[str, Any]:
-    return {"stopped": False, "stage": entry["stage"], **entry["measurements"]}
+def _report(entry: dict[str, Any]) -> Uptraining:
+    return Uptraining.read({"stopped": False, "stage": entry["stage"], **entry["measurements"]})
 
 
 def _made(entry: dict[str, Any], stage: Stage, data: Data) -> bool:
