@@ -13,7 +13,7 @@ from upfit import durable, provenance
 from upfit.checkpoint import work_folder as room
 from upfit.checkpoint.output_folder import check_output, names_below
 from upfit.checkpoint.work_folder import LOCK, MARK, REPLACED, RESULT, Interrupted, OutputTaken, work_folder
-from upfit.durable import exchange, mount_below, remove_tree, rename_new, write_whole
+from upfit.durable import as_new_file, exchange, mount_below, remove_tree, rename_new, write_whole
 from upfit.errors import UpfitError
 
 STEP: dict[str, Any] = {"verb": "convert gqa", "source": {"name": "source"}, "options": {}, "measurements": {}}
@@ -300,6 +300,22 @@ def test_a_file_is_written_whole_or_stays(tmp_path: Path, monkeypatch: pytest.Mo
     assert path.read_text() == "old" and names_below(tmp_path) == ["settings.json"]
     write_whole(path, b"new")
     assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_gets_the_rights_of_a_new_one(tmp_path: Path, mask: int) -> None:
+    """The mask that says them is the whole process's: a thread that writes meanwhile must not see another one."""
+    before = os.umask(mask)
+    try:
+        path = tmp_path / "weights"
+        path.touch()
+        path.chmod(0o640)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(os, "umask", lambda mask: pytest.fail("the mask was changed"))
+            as_new_file(path)
+        assert path.stat().st_mode & 0o7777 == 0o666 & ~mask and names_below(tmp_path) == ["weights"]
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize("how", ["same", "inside", "around", "by a link", "in the work folder"])

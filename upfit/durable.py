@@ -39,9 +39,12 @@ def sync_tree(folder: Path) -> None:
 
 def as_new_file(path: Path) -> None:
     """Give a file the rights that a new one gets here: some libraries make files that only their owner can read."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    new = path.with_name(f".upfit-{secrets.token_hex(8)}")
+    new.touch(exist_ok=False)
+    try:
+        path.chmod(new.stat().st_mode & 0o7777)
+    finally:
+        new.unlink()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
