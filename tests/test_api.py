@@ -195,6 +195,9 @@ def test_both_doors_tell_the_same(case: str, place: Path, tmp_path: Path, monkey
     assert json.dumps(record) == json.dumps(timeless(json.loads(told), folders[0])), "in the same order, too"
     assert said(str(answer), folders[2]) == said(printed, folders[1]) and repr(answer) == str(answer)
     validate(case, told)
+    if isinstance(answer.record(), dict):
+        beside = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer) if "beside" in field.metadata}
+        assert type(answer).read(answer.record(), **beside) == answer
 
 
 def validate(case: str, told: str) -> None:
