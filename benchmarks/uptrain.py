@@ -31,7 +31,7 @@ from upfit.environment import environment
 from upfit.output import Meter, Output
 from upfit.plan.hardware import GPUS
 from upfit.plan.options import Options
-from upfit.plan.plan import Work, flops_a_token
+from upfit.plan.plan import TracedStage, flops_a_token
 from upfit.plan.trace import trace
 from upfit.uptrain.config import Config
 from upfit.uptrain.data.prepare import prepare
@@ -174,7 +174,7 @@ def utilisation(model: str, arm: str, rate: float, args: argparse.Namespace) -> 
     if gpu is None:
         return {}
     traced = trace(read_config(Path(model)), args.length, args.dtype)
-    flops = flops_a_token(Work("", 1.0, traced, traced if arm == "upfit, KL" else None), Options())
+    flops = flops_a_token(TracedStage("", 1.0, traced, traced if arm == "upfit, KL" else None), Options())
     share = rate / gpu.peak(args.dtype)
     return {"mfu": (flops["total"] - flops["teacher"]) * share, "mfu_with_teacher": flops["total"] * share}
 

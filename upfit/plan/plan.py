@@ -26,7 +26,7 @@ FREE_SHARE = 0.95  # of a GPU's memory; the rest is its driver's, and lost betwe
 
 
 @dataclass(frozen=True)
-class Work:
+class TracedStage:
     """One stage: what learns from whom, and its share of the tokens."""
 
     name: str
@@ -49,31 +49,31 @@ def plan(model: str, options: Options, revision: str | None = None) -> TrainingC
     gpu = find_gpu(options.gpu)
     source = find_source(model, revision)
     length = row_length(options.length, most_positions(read_config(source.path)) or None)
-    works = _works(source, length, options)
-    flops = [flops_a_token(work, options) for work in works]
-    mean = {key: sum(work.share * counts[key] for work, counts in zip(works, flops, strict=True)) for key in flops[0]}
-    original = next((work.teacher for work in works if work.teacher), works[0].student)
+    traced = _traced_stages(source, length, options)
+    flops = [flops_a_token(stage, options) for stage in traced]
+    mean = {key: sum(stage.share * counts[key] for stage, counts in zip(traced, flops, strict=True)) for key in flops[0]}
+    original = next((stage.teacher for stage in traced if stage.teacher), traced[0].student)
     tokens = _tokens(options, mean, original)
-    memories = [memory_by_part(work, options, length) for work in works]
-    memory = max(memories, key=lambda one: one["peak"])
+    memories = [memory_by_part(stage, options, length) for stage in traced]
+    memory = max(memories, key=lambda parts: parts["peak"])
     if memory["peak"] > FREE_SHARE * gpu.memory:
         raise UpfitError(_too_large(gpu, memory, options))
-    stages = [
+    costs = [
         StageCost(
-            stage=work.name,
-            tokens=round(work.share * tokens),
+            stage=stage.name,
+            tokens=round(stage.share * tokens),
             flops_a_token=Flops(**counts),
-            flops=counts["total"] * work.share * tokens,
+            flops=counts["total"] * stage.share * tokens,
             memory=Memory(**parts),
-            gpu_hours=hours(work, counts, options, gpu) * work.share * tokens,
+            gpu_hours=hours(stage, counts, options, gpu) * stage.share * tokens,
         )
-        for work, counts, parts in zip(works, flops, memories, strict=True)
+        for stage, counts, parts in zip(traced, flops, memories, strict=True)
     ]
-    spent = sum(stage.gpu_hours for stage in stages)
+    spent = sum(cost.gpu_hours for cost in costs)
     return TrainingCost(
         model=Origin(**source.record()),
-        parameters=works[0].student.parameters,
-        teacher_parameters=next((work.teacher.parameters for work in works if work.teacher), None),
+        parameters=traced[0].student.parameters,
+        teacher_parameters=next((stage.teacher.parameters for stage in traced if stage.teacher), None),
         length=length,
         tokens=tokens,
         flops_a_token=Flops(**mean),
@@ -84,11 +84,11 @@ def plan(model: str, options: Options, revision: str | None = None) -> TrainingC
         mfu=options.mfu,
         gpu_hours=spent,
         hours=spent / options.gpus,
-        stages=stages,
+        stages=costs,
     )
 
 
-def _works(source: Source, length: int, options: Options) -> list[Work]:
+def _traced_stages(source: Source, length: int, options: Options) -> list[TracedStage]:
     """The stages with their traces; without --stages the one that `upfit uptrain` would take."""
     if options.stages is None and options.teacher == "self":
         named = default_stages(Config(), source, options.parallel != "ddp") or "distill"
@@ -101,7 +101,7 @@ def _works(source: Source, length: int, options: Options) -> list[Work]:
         return trace(teacher if of_teacher else student, length, options.dtype, trained)
 
     return [
-        Work(
+        TracedStage(
             name,
             share,
             traced(False, "layerwise" if name == "layerwise" else options.trainable),
@@ -111,20 +111,20 @@ def _works(source: Source, length: int, options: Options) -> list[Work]:
     ]
 
 
-def flops_a_token(work: Work, options: Options) -> dict[str, float]:
+def flops_a_token(stage: TracedStage, options: Options) -> dict[str, float]:
     """FLOPs of training on a token, by part, and by the rule of six FLOPs a parameter (embeddings not counted).
 
     A backward pass is the gradients of what goes through, as many FLOPs as forward, and those of the weights that learn.
     Layer by layer, the teacher runs to its last layer, and of the student attention alone.
     """
-    student, teacher = work.student, work.teacher
+    student, teacher = stage.student, stage.teacher
     learning = 2.0 * student.attention_parameters
-    forward = learning + student.attention if work.layerwise else student.forward
-    if work.layerwise or options.trainable == "all":
+    forward = learning + student.attention if stage.layerwise else student.forward
+    if stage.layerwise or options.trainable == "all":
         backward = BACKWARD * forward
     else:
         backward = student.forward + student.attention + learning
-    learned = 0.0 if teacher is None else teacher.forward - (teacher.head if work.layerwise else 0.0)
+    learned = 0.0 if teacher is None else teacher.forward - (teacher.head if stage.layerwise else 0.0)
     return {
         "forward": forward,
         "attention_in_forward": student.attention,
@@ -156,28 +156,28 @@ def _original_flops(options: Options, original: Trace) -> float:
     return (1 + BACKWARD) * original.forward * count_of(options, "original_tokens")
 
 
-def memory_by_part(work: Work, options: Options, length: int) -> dict[str, float]:
+def memory_by_part(stage: TracedStage, options: Options, length: int) -> dict[str, float]:
     """Bytes on each GPU. `peak` is the larger of two moments: the end of the forward pass, when everything is kept, and the
     end of the backward pass, when all of that has become gradients.
 
     What does not learn lies in the teacher's memory, if there is one that is whole, and else as it is.
     """
-    student, teacher, shards = work.student, work.teacher, shards_of(options)
+    student, teacher, shards = stage.student, stage.teacher, shards_of(options)
     rows = options.micro_batch or max(1, MICRO_BATCH_TOKENS // length)
     short = options.dtype == "bfloat16"
-    part = work.layerwise or options.trainable == "attention"
-    learning = student.attention_parameters if part else student.parameters
+    attention_alone = stage.layerwise or options.trainable == "attention"
+    learning = student.attention_parameters if attention_alone else student.parameters
     frozen = 0 if teacher and shards == 1 else student.parameters - learning
     activations = float(rows * student.saved)
     layer = activations / student.layers  # gradients of about as many numbers, while a layer's backward pass runs
-    if options.gradient_checkpointing and not work.layerwise:
+    if options.gradient_checkpointing and not stage.layerwise:
         activations = layer + 4.0 * rows * length * student.hidden * student.layers
     width = 2.0 if short else 4.0
     beside = 0.0
     if shards > 1:
         beside = gathered(student, width) + (width + 4.0) * ends_and_layer(student)[1]  # a layer's gradients, to be added up
         beside += gathered(teacher, width) if teacher and options.shard_teacher else 0.0
-    weight_of_head = 0.0 if part else 4.0
+    weight_of_head = 0.0 if attention_alone else 4.0
     mask = 0.0 if student.packed and (teacher is None or teacher.packed) else rows * length**2 * (3.0 if short else 5.0)
     parts = {
         "weights": 4.0 * (learning + frozen) / shards,
@@ -193,7 +193,7 @@ def memory_by_part(work: Work, options: Options, length: int) -> dict[str, float
         "logits": (6.0 if teacher else 4.0) * 4.0 * min(default("chunk"), rows * length) * student.vocabulary,
         "gradients": 4.0 * learning / shards,
     }
-    if work.layerwise:
+    if stage.layerwise:
         parts |= {"head": 0.0, "logits": 0.0}
     always = sum(parts[name] for name in ("weights", "moments", "weights_in_bfloat16", "gathered", "teacher"))
     forward = sum(parts[name] for name in ("activations", "one_layer_backward", "mask", "head", "logits"))
@@ -217,9 +217,9 @@ def ends_and_layer(trace: Trace) -> tuple[float, float]:
     return ends, (trace.parameters - ends) / trace.layers
 
 
-def hours(work: Work, flops: dict[str, float], options: Options, gpu: Gpu) -> float:
+def hours(stage: TracedStage, flops: dict[str, float], options: Options, gpu: Gpu) -> float:
     """GPU-hours a token: the FLOPs that are really done over what the GPU is taken to reach."""
-    again = work.student.forward if options.gradient_checkpointing and not work.layerwise else 0.0
+    again = stage.student.forward if options.gradient_checkpointing and not stage.layerwise else 0.0
     return (flops["total"] + again) / (options.mfu * gpu.peak(options.dtype)) / 3600
 
 
