@@ -1,4 +1,4 @@
-"""`upfit evaluate`: load, measure, compare, and collect everything in one dictionary. `tables.show` prints it."""
+"""`upfit evaluate`: load, measure, compare, and collect everything in an `Evaluation`, which prints itself."""
 
 import os
 import shlex
@@ -43,7 +43,9 @@ class Subject:
     tokenizer: Any
     most: int | None
     windows: list[Window]
-    facts: dict[str, Any]
+    model_type: str
+    dtype: str = ""  # that it ran in
+    parameters: int = 0
     ablate: str | None = None  # the part to do without, once
     losses: Losses | None = None
     ablated: Losses | None = None
@@ -62,7 +64,9 @@ class Subject:
     def summary(self) -> measures.Subject:
         return measures.Subject(
             **self.source.record(),
-            **self.facts,
+            model_type=self.model_type,
+            dtype=self.dtype,
+            parameters=self.parameters,
             loss=_losses(self).summary(),
             cache=self.cache,
             probes={name: self._probe(name) for name in self.probed} or None,
@@ -105,10 +109,8 @@ def evaluate(model: str, options: Options, output: Output) -> Evaluation:
     summaries = [subject.summary() for subject in subjects]
     if "needle" in first.probed:
         summaries = _number_heads(subjects, summaries, options.attention_maps)
-    if second and first.facts["dtype"] != second.facts["dtype"]:
-        output.note(
-            f"the models run in {first.facts['dtype']} and {second.facts['dtype']}; give --dtype to compare in one type"
-        )
+    if second and first.dtype != second.dtype:
+        output.note(f"the models run in {first.dtype} and {second.dtype}; give --dtype to compare in one type")
     result = Evaluation(
         model=summaries[0],
         against=summaries[1] if second else None,
@@ -191,7 +193,7 @@ def _check_recordable(source: Source) -> None:
 
 def _subject(source: Source) -> Subject:
     config = load_config(source)
-    return Subject(source, load_tokenizer(source), most_positions(config), [], {"model_type": config.model_type})
+    return Subject(source, load_tokenizer(source), most_positions(config), [], config.model_type)
 
 
 def _least(subjects: list[Subject]) -> int | None:
@@ -278,7 +280,7 @@ def _measure(
 
 def _measure_one(subject: Subject, model: Any, options: Options, output: Output) -> None:
     name, ids = subject.source.name, subject.ids().to(model.device)
-    subject.facts |= {"dtype": str(model.dtype).removeprefix("torch."), "parameters": model.num_parameters()}
+    subject.dtype, subject.parameters = str(model.dtype).removeprefix("torch."), model.num_parameters()
     check_model(model, ids[:CAUSAL_TOKENS], name)
     if subject.ablate is not None:
         with ablated(model, subject.ablate, name), output.progress(f"without {subject.ablate}", len(subject.windows)) as meter:

@@ -97,18 +97,18 @@ def show_needle(probes: list[tuple[str, Needle]], output: Output) -> None:
 
 def _show_heads(probes: list[tuple[str, Needle]], output: Output) -> None:
     """The heads whose maps were kept, and what share of their attention the answer has in each model."""
-    heads = dict.fromkeys(place for _, needle in probes for place in _kept(needle))
+    heads = dict.fromkeys(head for _, needle in probes for head in _shown(needle))
     rows = [[f"layer {layer}, head {head}", *(_at(needle, layer, head) for _, needle in probes)] for layer, head in heads]
     output.table(["", *(model for model, _ in probes)], rows, "Heads with most attention on the answer, mean share")
 
 
-def _kept(needle: Needle) -> list[tuple[int, int]]:
+def _shown(needle: Needle) -> list[tuple[int, int]]:
     return [(row["layer"], row["head"]) for row in (needle.maps or {"heads": []})["heads"]]
 
 
 def _at(needle: Needle, layer: int, head: int) -> str:
     by_head = needle.attention_by_head
-    return f"{by_head[layer][head]:.3f}" if by_head is not None and (layer, head) in _kept(needle) else ""
+    return f"{by_head[layer][head]:.3f}" if by_head is not None and (layer, head) in _shown(needle) else ""
 
 
 def show_depths(name: str, probes: list[tuple[str, Depths]], output: Output) -> None:

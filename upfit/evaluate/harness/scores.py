@@ -72,8 +72,8 @@ def metric(values: list[Any], aggregation: str, value: float) -> Metric:
 
 
 def _countable(value: Any) -> bool:
-    parts = value if isinstance(value, tuple | list) and len(value) == 2 else (value,)
-    return all(isinstance(part, bool | int | float | np.number) and math.isfinite(part) for part in parts)
+    numbers = value if isinstance(value, tuple | list) and len(value) == 2 else (value,)
+    return all(isinstance(number, bool | int | float | np.number) and math.isfinite(number) for number in numbers)
 
 
 def differences(first: dict[str, Scores], second: dict[str, Scores]) -> dict[str, dict[str, Interval]]:
@@ -89,6 +89,6 @@ def _compared(first: Scores, second: Scores) -> dict[str, Interval]:
         if ours.costs is None or ours.weights is None or other.costs is None or other.weights is None:
             differences[name] = Interval(ours.value - other.value, None, None)
             continue
-        apart = difference_interval(ours.costs, ours.weights, other.costs, other.weights)
-        differences[f"{name}_ratio" if ours.exp else name] = apart.exp() if ours.exp else apart
+        difference = difference_interval(ours.costs, ours.weights, other.costs, other.weights)
+        differences[f"{name}_ratio" if ours.exp else name] = difference.exp() if ours.exp else difference
     return differences

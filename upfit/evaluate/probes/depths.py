@@ -46,11 +46,11 @@ def gap(values_CD: np.ndarray) -> Gap:
 def compared(first_CD: np.ndarray, second_CD: np.ndarray) -> dict[str, Any]:
     """First minus second on the same questions: of the averages (t-interval over contexts) and of the gaps (bootstrap)."""
     ones, weights = np.ones(len(first_CD)), _redrawn(len(first_CD))
-    moved = np.ptp(weights @ first_CD, axis=1) - np.ptp(weights @ second_CD, axis=1)
+    differences = np.ptp(weights @ first_CD, axis=1) - np.ptp(weights @ second_CD, axis=1)
     value = float(np.ptp(first_CD.mean(0)) - np.ptp(second_CD.mean(0)))
     return {
         "average": difference_interval(first_CD.mean(1), ones, second_CD.mean(1), ones).record(),
-        "gap": _percentiles(value, moved, len(first_CD)).record(),
+        "gap": _percentiles(value, differences, len(first_CD)).record(),
     }
 
 
