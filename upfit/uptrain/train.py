@@ -112,29 +112,29 @@ def one_stage(
     job: Job,
     stage: Stage,
     data: Data,
-    place: StageFolder,
+    stage_folder: StageFolder,
     output: Output,
     stop: threading.Event,
     work: WorkFolder | None,
 ) -> Uptraining:
-    """Train stage `place.number` and write its folder, or take the report of the one that is finished already."""
+    """Train stage `stage_folder.number` and write its folder, or take the report of the one that is finished already."""
     if not accelerator.is_main_process:
         output = Output(quiet=True)
-    start = job.source if place.before is None else replace(job.source, path=place.before)
+    start = job.source if stage_folder.before is None else replace(job.source, path=stage_folder.before)
     done: list[Uptraining | None] = [None]
     if job.resume and accelerator.is_main_process:
-        done = [finished_stage(place, stage, data, start)]
+        done = [finished_stage(stage_folder, stage, data, start)]
     report = broadcast_object_list(done)[0]
     if report is not None:
-        output.note(f"stage {place.title} is finished")
+        output.note(f"stage {stage_folder.title} is finished")
         return report
-    if len(place.stages) > 1:
-        output.note(f"stage {place.title}")
+    if len(stage_folder.stages) > 1:
+        output.note(f"stage {stage_folder.title}")
     teacher = find_teacher(stage, start, data, output)
     check_places(job.out, job.source, data, teacher, stage.config, job.overwrite)
-    run = set_up(stage, start, data, teacher, place, accelerator, output, stop)
-    report = carry_out(run, job, data, teacher, place, work)
-    if accelerator.is_main_process and not place.last and not report.stopped:
+    run = set_up(stage, start, data, teacher, stage_folder, accelerator, output, stop)
+    report = carry_out(run, job, data, teacher, stage_folder, work)
+    if accelerator.is_main_process and not stage_folder.last and not report.stopped:
         remove_tree(run.workspace.path)
     del run
     accelerator.free_memory()
@@ -143,7 +143,7 @@ def one_stage(
 
 
 def carry_out(
-    run: Run, job: Job, data: Data, teacher: Source | None, place: StageFolder, work: WorkFolder | None
+    run: Run, job: Job, data: Data, teacher: Source | None, stage_folder: StageFolder, work: WorkFolder | None
 ) -> Uptraining:
     """Start or go on, train, measure, and write the stage's folder unless a signal ended the run."""
     start(run, job.resume, job.overwrite)
@@ -159,8 +159,8 @@ def carry_out(
     report = report_of(run, {"before": run.counters.before, "after": after}, stopped=False)
     weights = gathered(run.learner.student, run.accelerator.is_main_process)
     if work is not None:
-        with one_line(run, str(place.folder)):
-            write(run, weights, job, data, teacher, place, report, work)
+        with one_line(run, str(stage_folder.folder)):
+            write(run, weights, job, data, teacher, stage_folder, report, work)
     run.accelerator.wait_for_everyone()
     return report
 
@@ -203,7 +203,7 @@ def report_of(run: Run, holdout: dict[str, Any], stopped: bool) -> Uptraining:
         seconds=round(counters.seconds, 3),
         tokens_per_second=round(counters.tokens / counters.seconds, 1) if counters.seconds else None,
         holdout=holdout,
-        holdout_rows=len(run.feed.main.holdout),
+        holdout_rows=len(run.sampler.main.holdout),
     )
 
 
@@ -213,7 +213,7 @@ def write(
     job: Job,
     data: Data,
     teacher: Source | None,
-    place: StageFolder,
+    stage_folder: StageFolder,
     report: Uptraining,
     work: WorkFolder,
 ) -> None:
@@ -231,17 +231,17 @@ def write(
     if job.beside_flags:
         entry["config"] = provenance.public(job.beside_flags)
     entry["fingerprints"] = {name: run.identity[f"{name}'s fingerprint"] for name in ("model", "teacher")}
-    run.journal.flush()
-    before = place.before or job.source.path
-    folder = work.folder(RESULT if place.last else f"{place.name}.partial", clear=True)
-    export(run.learner.student, weights, run.layout, job.source.path, folder, None if place.last else torch.float32)
+    run.metrics_file.flush()
+    before = stage_folder.before or job.source.path
+    folder = work.folder(RESULT if stage_folder.last else f"{stage_folder.name}.partial", clear=True)
+    export(run.learner.student, weights, run.layout, job.source.path, folder, None if stage_folder.last else torch.float32)
     with open(folder / METRICS, "wb") as metrics:
-        for path in ([place.before / METRICS] if place.before else []) + [run.workspace.path / METRICS]:
+        for path in ([stage_folder.before / METRICS] if stage_folder.before else []) + [run.workspace.path / METRICS]:
             metrics.write(path.read_bytes())
     (folder / CONFIG_FILE).write_text(dump(job.config, job.tables), encoding="utf-8")
     provenance.write(folder, [*provenance.read(before), entry])
-    if place.last:
+    if stage_folder.last:
         work.publish(folder, job.overwrite)
     else:
         sync_tree(folder)
-        rename_new(folder, place.folder)
+        rename_new(folder, stage_folder.folder)

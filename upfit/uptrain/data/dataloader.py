@@ -10,7 +10,7 @@ from torch import Tensor
 
 from upfit.uptrain.data.rows import IGNORE, Row, Rows
 
-MAIN, MIX = "", "mix_"  # prefixes of what is told of a part
+MAIN, MIX = "", "mix_"  # prefixes of the metrics of a group of rows
 MOST_PASSES = 4  # up to which repeated text is worth almost as much as new text (Muennighoff et al. 2023, arXiv 2305.16264)
 
 
@@ -40,7 +40,7 @@ class RowGroup:
 class StepSampler:
     """`rows` rows of `main` a step, and `mix_rows` of `mix` where there is one.
 
-    Answers are a few tokens of thousands and general text is all labels: each part's loss is a mean over its own labels, so
+    Answers are a few tokens of thousands and general text is all labels: each group's loss is a mean over its own labels, so
     that neither drowns the other.
     """
 
@@ -56,18 +56,18 @@ class StepSampler:
 
     def of_step(self, step: int, rank: int, world: int) -> list[RowGroup]:
         """Process `rank`'s share of step `step`."""
-        parts = [RowGroup(MAIN, self.main.of_step(step, self.rows, rank, world))]
+        groups = [RowGroup(MAIN, self.main.of_step(step, self.rows, rank, world))]
         if self.mix is not None:
-            parts.append(RowGroup(MIX, self.mix.of_step(step, self.mix_rows, rank, world), self.mix_weight))
-        return parts
+            groups.append(RowGroup(MIX, self.mix.of_step(step, self.mix_rows, rank, world), self.mix_weight))
+        return groups
 
     def held_out(self, rank: int, world: int) -> list[RowGroup]:
-        """Process `rank`'s share of the rows that are never trained on; those of each source are a part."""
+        """Process `rank`'s share of the rows that are never trained on; those of each source are a group."""
         kinds = [(MAIN, self.main), *([(MIX, self.mix)] if self.mix is not None else [])]
         return [
-            RowGroup(name, rows.share(held, rank, world), source=source)
+            RowGroup(name, rows.share(numbers, rank, world), source=source)
             for name, rows in kinds
-            for source, held in rows.held_out().items()
+            for source, numbers in rows.held_out().items()
         ]
 
     def passes(self, steps: int) -> str:
@@ -90,16 +90,16 @@ class StepSampler:
 
 
 def averages(
-    parts: list[RowGroup], sums: list[list[float]], measure: Callable[[list[float]], dict[str, Any]]
+    groups: list[RowGroup], sums: list[list[float]], metrics: Callable[[list[float]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What is `measure` of the means over the rows of each name, and of each source as `code/ce`; the last sum of a part is
-    that of its labels."""
-    groups: dict[str, np.ndarray] = {}
-    for part, row in zip(parts, sums, strict=True):
-        for name in (part.name, f"{part.name}{part.source}/") if part.source else (part.name,):
-            groups[name] = groups.get(name, np.zeros(len(row))) + row
-    means = {name: measure((group[:-1] / group[-1]).tolist()) for name, group in groups.items() if group[-1]}
-    return {f"{name}{what}": value for name, values in means.items() for what, value in values.items()}
+    """`metrics` of the means over the rows of each name, and of each source as `code/ce`; the last sum of a group is that of
+    its labels."""
+    totals: dict[str, np.ndarray] = {}
+    for group, row in zip(groups, sums, strict=True):
+        for name in (group.name, f"{group.name}{group.source}/") if group.source else (group.name,):
+            totals[name] = totals.get(name, np.zeros(len(row))) + row
+    means = {name: metrics((total[:-1] / total[-1]).tolist()) for name, total in totals.items() if total[-1]}
+    return {f"{name}{key}": value for name, values in means.items() for key, value in values.items()}
 
 
 def micro_batches(rows: list[Row], most: int | None, tokens: int) -> Iterator[list[Row]]:
@@ -126,5 +126,5 @@ def tensors(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tens
         size = len(row.labels)
         ids[at, : len(row.input_ids)], labels[at, :size], positions[at, :size] = row.input_ids, row.labels, row.position_ids
         positions[at, size:] = row.position_ids[-1] + 1 + np.arange(longest - size)
-    moved = (torch.from_numpy(array).to(device, non_blocking=True) for array in (ids, positions, labels))
-    return next(moved), next(moved), next(moved)
+    on_device = (torch.from_numpy(array).to(device, non_blocking=True) for array in (ids, positions, labels))
+    return next(on_device), next(on_device), next(on_device)

@@ -32,9 +32,9 @@ class InterleavedRows(Rows):
         self.starts = np.cumsum([0, *(rows.total for rows in self.members)])
         self.total = int(self.starts[-1])
         self.order = interleave(weights)
-        self.places = np.empty(len(self.order), dtype=np.int64)  # which row of its source each is
+        self.row_numbers = np.empty(len(self.order), dtype=np.int64)  # which row of its source each is
         for number, weight in enumerate(weights):
-            self.places[self.order == number] = np.arange(weight)
+            self.row_numbers[self.order == number] = np.arange(weight)
         self.holdout = [
             int(start) + row for start, rows in zip(self.starts, self.members, strict=False) for row in rows.holdout
         ]
@@ -49,15 +49,15 @@ class InterleavedRows(Rows):
     def sample(self, index: int) -> int:
         turn, at = divmod(index, len(self.order))
         number = int(self.order[at])
-        return int(self.starts[number]) + self.members[number].sample(turn * self.weights[number] + int(self.places[at]))
+        return int(self.starts[number]) + self.members[number].sample(turn * self.weights[number] + int(self.row_numbers[at]))
 
-    def given(self, samples: int) -> list[int]:
+    def counts(self, samples: int) -> list[int]:
         """How many of the first `samples` rows each source gives."""
         turns, rest = divmod(samples, len(self.order))
         return [turns * weight + int((self.order[:rest] == number).sum()) for number, weight in enumerate(self.weights)]
 
     def passes(self, samples: int) -> dict[str, float]:
-        shares = zip(self.sources.items(), self.given(samples), strict=True)
+        shares = zip(self.sources.items(), self.counts(samples), strict=True)
         return {name: rows.passes(count)[""] for (name, rows), count in shares}
 
     def held_out(self) -> dict[str, list[int]]:

@@ -65,7 +65,7 @@ class Rows(ABC):
 
         Which rows a step takes does not depend on `world`. Every process gets the same number; some may be empty.
         """
-        return self.share([self.sample(step * rows + place) for place in range(rows)], rank, world)
+        return self.share([self.sample(step * rows + offset) for offset in range(rows)], rank, world)
 
     def share(self, rows: list[int], rank: int, world: int) -> list[Row]:
         mine = [self.at(row) for row in self.arranged(rows)[rank::world]]
@@ -87,8 +87,8 @@ class ShuffledRows(Rows):
 
     def sample(self, index: int) -> int:
         """Counted over epochs; each epoch is its own permutation."""
-        epoch, place = divmod(index, len(self.training))
-        return int(self._order(epoch)[place])
+        epoch, offset = divmod(index, len(self.training))
+        return int(self._order(epoch)[offset])
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:  # a step may begin in one epoch and end in the next, so two are kept

@@ -57,7 +57,7 @@ class Distiller(nn.Module):
 
     values = 2
 
-    def told(self, means: list[float]) -> dict[str, Any]:
+    def metrics(self, means: list[float]) -> dict[str, Any]:
         """What metrics.jsonl says of the mean CE and KL."""
         return {"ce": means[0], "kl": means[1]}
 

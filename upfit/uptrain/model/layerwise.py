@@ -104,7 +104,7 @@ class Layerwise(nn.Module):
     def values(self) -> int:
         return len(self.paths)
 
-    def told(self, means: list[float]) -> dict[str, Any]:
+    def metrics(self, means: list[float]) -> dict[str, Any]:
         """What metrics.jsonl says of the mean errors."""
         return {"attention_error": sum(means) / len(means), "attention_errors": [round(mean, 6) for mean in means]}
 

@@ -167,10 +167,11 @@ def pack(model: PreTrainedModel, traits: ModelTraits, dtype: torch.dtype | None 
     model.eval()
     ids, positions, half = probe(model)
     with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype is not None):
-        apart = [hidden_states(model, ids[:, part], positions[:, part], traits) for part in (slice(half), slice(half, None))]
+        documents = (slice(half), slice(half, None))
+        separate = [hidden_states(model, ids[:, span], positions[:, span], traits) for span in documents]
         try:
             model.set_attn_implementation(packed.NAME)
-            fits = alike(hidden_states(model, ids, positions, traits), torch.cat(apart, 1), dtype or model.dtype)
+            fits = alike(hidden_states(model, ids, positions, traits), torch.cat(separate, 1), dtype or model.dtype)
             with torch.set_grad_enabled(was_training):
                 hidden_states(model.train(was_training), ids, positions, traits)
         except Exception:  # of a class that asks for more than causal attention, or a kernel that does not take its sizes

@@ -159,8 +159,8 @@ def _one_by_one(
     for start, end in zip(packed.ends, packed.ends[1:], strict=False):
         row, first = divmod(start, length)
         queries, keys, values = (tensor[row : row + 1, :, first : first + end - start] for tensor in (q, k, v))
-        place = torch.arange(end - start, device=q.device)
-        near = None if window is None or end - start <= window else _near(place[:, None] - place, window)
+        tokens = torch.arange(end - start, device=q.device)
+        near = None if window is None or end - start <= window else _near(tokens[:, None] - tokens, window)
         outputs.append(F.scaled_dot_product_attention(queries, keys, values, near, is_causal=near is None, **more))
     return torch.cat(outputs, 2).transpose(1, 2).reshape(rows, length, heads, -1)
 
@@ -171,8 +171,8 @@ def _mask(positions: Tensor, window: int | None) -> Tensor:
     mask: Tensor | None = masks.get(window)
     if mask is None:
         starts = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0)).cumsum(1)
-        place = torch.arange(positions.shape[1], device=positions.device)
-        near = _near(place[:, None] - place, window or len(place))
+        tokens = torch.arange(positions.shape[1], device=positions.device)
+        near = _near(tokens[:, None] - tokens, window or len(tokens))
         mask = ((starts[:, :, None] == starts[:, None, :]) & near)[:, None]
         masks[window] = mask
     return mask

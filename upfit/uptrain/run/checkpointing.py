@@ -65,7 +65,7 @@ def save(run: "Run") -> None:
     progress = run.progress
     if progress.sound.step != progress.saved_step:
         try:
-            run.journal.flush(sync=True)
+            run.metrics_file.flush(sync=True)
             run.saver.start(run.learner.student, run.optimizer, progress.sound, run.identity, run.config.keep)
         except NOT_WRITTEN as error:
             run.saver.failure = error
@@ -132,7 +132,7 @@ def roll_back(run: "Run") -> None:
     restored.seconds = counters.seconds
     run.progress.stand_at(restored)
     if run.accelerator.is_main_process:
-        run.journal.waiting = b""  # lines of steps before a checkpoint are on the disk before it
+        run.metrics_file.waiting = b""  # lines of steps before a checkpoint are on the disk before it
         with one_line(run, "metrics.jsonl"):
             run.workspace.truncate_metrics(run.counters.step)
     run.output.note(f"{trouble}: back to step {run.counters.step}, and on without the data of those steps")

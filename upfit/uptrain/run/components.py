@@ -126,13 +126,13 @@ def make_layerwise(
     student: PreTrainedModel,
     pair: tuple[PreTrainedModel, ModelTraits],
     teacher: Source,
-    feed: StepSampler,
+    sampler: StepSampler,
     accelerator: Accelerator,
     autocast: torch.dtype | None,
 ) -> Layerwise:
     """Raises UpfitError where there is nothing to learn, or the model is to be sharded: its attention runs by itself."""
     check_unsharded("layerwise", accelerator.is_fsdp2)
     learner = Layerwise(student, *pair, converted_paths(student, pair[0], attention_paths(teacher)), autocast)
-    rows = [feed.main.at(feed.main.sample(at)) for at in range(UNIT_ROWS)]
+    rows = [sampler.main.at(sampler.main.sample(at)) for at in range(UNIT_ROWS)]
     learner.take_units(*tensors(rows, accelerator.device)[:2])
     return learner

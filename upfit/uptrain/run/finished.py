@@ -40,20 +40,21 @@ def finished_run(out: Path, stages: list[Stage], opened: list[Data], source: Sou
     return together(list(map(_report, entries)), len(stages))
 
 
-def finished_stage(place: StageFolder, stage: Stage, data: Data, start: Source) -> Uptraining | None:
+def finished_stage(stage_folder: StageFolder, stage: Stage, data: Data, start: Source) -> Uptraining | None:
     """The report of a stage whose folder stands, None where it does not; `start` is the model that it starts from.
 
     Raises UpfitError when it was made with other settings, on other data, or from other models.
     """
-    if place.last or not place.folder.exists():
+    folder = stage_folder.folder
+    if stage_folder.last or not folder.exists():
         return None
-    entry = provenance.read(place.folder)[-1]
+    entry = provenance.read(folder)[-1]
     if not stage.agrees(entry["options"]):
-        raise UpfitError(f"{place.folder} was made with other settings; {SAME_OR_ANEW}")
+        raise UpfitError(f"{folder} was made with other settings; {SAME_OR_ANEW}")
     if not _made(entry, stage, data):
-        raise UpfitError(f"{place.folder} was not made of what {', '.join(map(str, data.folders))} holds now; {SAME_OR_ANEW}")
+        raise UpfitError(f"{folder} was not made of what {', '.join(map(str, data.folders))} holds now; {SAME_OR_ANEW}")
     if not _learned([entry], start):
-        raise UpfitError(f"{start.name} or its teacher has changed since {place.folder} was made; {SAME_OR_ANEW}")
+        raise UpfitError(f"{start.name} or its teacher has changed since {folder} was made; {SAME_OR_ANEW}")
     return _report(entry)
 
 
@@ -77,8 +78,8 @@ def _learned(entries: list[dict[str, Any]], source: Source) -> bool:
     """Whether the first of these steps started from the model that `source` holds now, and all learned from what their teachers
     still are, where they still are."""
     known = [entry.get("fingerprints") or {} for entry in entries]
-    places = [(entry.get("teacher") or {}).get("path") for entry in entries]
-    teachers = [(prints.get("teacher"), Path(place)) for prints, place in zip(known, places, strict=True) if place]
+    paths = [(entry.get("teacher") or {}).get("path") for entry in entries]
+    teachers = [(prints.get("teacher"), Path(path)) for prints, path in zip(known, paths, strict=True) if path]
     if known[0].get("model") != fingerprint(source.path):
         return False
-    return all(fingerprint(place) == expected for expected, place in teachers if place.is_dir())
+    return all(fingerprint(folder) == expected for expected, folder in teachers if folder.is_dir())

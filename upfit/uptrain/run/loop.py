@@ -31,10 +31,10 @@ def train(run: Run) -> bool:
         meter.advance(first)
         while run.counters.step < plan.steps:
             counters, start = run.counters, time.monotonic()
-            parts, trouble = take(run)
-            here = [sum(part.tokens for part in parts), *(part.labels for part in parts)]
-            asked = [run.stop.is_set(), checkpointing.save_due(run), trouble is not None]
-            stopping, saving, failing, tokens, *labels = run.total([*asked, *here]).tolist()
+            groups, trouble = take(run)
+            counts = [sum(group.tokens for group in groups), *(group.labels for group in groups)]
+            wishes = [run.stop.is_set(), checkpointing.save_due(run), trouble is not None]
+            stopping, saving, failing, tokens, *labels = run.total([*wishes, *counts]).tolist()
             run.saver.settle()
             if failing:
                 checkpointing.save(run)
@@ -46,7 +46,7 @@ def train(run: Run) -> bool:
             if saving:
                 checkpointing.save(run)
             counters.tokens += round(tokens)
-            line = one_step(run, parts, labels)
+            line = one_step(run, groups, labels)
             seconds = time.monotonic() - start
             counters.seconds += seconds
             line |= {"tokens_per_second": tokens / seconds, "seconds": counters.seconds}
@@ -71,15 +71,15 @@ def take(run: Run) -> tuple[list[RowGroup], UpfitError | None]:
     """This process's share of the step at hand, or why it cannot be read: then all processes save and end together."""
     data = checkpointing.data_step(run.counters.step, run.counters.rollbacks)
     try:
-        return run.feed.of_step(data, run.accelerator.process_index, run.world), None
+        return run.sampler.of_step(data, run.accelerator.process_index, run.world), None
     except UpfitError as error:
-        return [RowGroup(name, []) for name in run.feed.names], error
+        return [RowGroup(name, []) for name in run.sampler.names], error
 
 
-def one_step(run: Run, parts: list[RowGroup], labels: list[float]) -> dict[str, Any]:
+def one_step(run: Run, groups: list[RowGroup], labels: list[float]) -> dict[str, Any]:
     """Gradients of this process's rows, summed over all, and one update; the step's line for metrics.jsonl.
 
-    The loss of a part is the sum over all its `labels` in the step divided by their number, whatever the processes and
+    The loss of a group is the sum over all its `labels` in the step divided by their number, whatever the processes and
     micro-batches: data-parallel training averages gradients over processes, hence the factor `world`.
     """
     counters, config = run.counters, run.config
@@ -91,18 +91,18 @@ def one_step(run: Run, parts: list[RowGroup], labels: list[float]) -> dict[str, 
     converted_modules.set_progress(run.learner.student, counters.step, run.plan.steps)
     run.optimizer.zero_grad(set_to_none=True)
     counts = [max(1.0, count) for count in labels]
-    sums = torch.zeros(len(parts), 1 + run.learner.values, device=run.accelerator.device)
-    work = [(at, batch) for at, part in enumerate(parts) for batch in run.batches(part.rows)]
-    work += [(0, [run.feed.main.empty()])] * run.lacking(len(work))
-    for number, (at, batch) in enumerate(work, 1):
+    sums = torch.zeros(len(groups), 1 + run.learner.values, device=run.accelerator.device)
+    batches = [(index, batch) for index, group in enumerate(groups) for batch in run.batches(group.rows)]
+    batches += [(0, [run.sampler.main.empty()])] * run.lacking(len(batches))
+    for number, (index, batch) in enumerate(batches, 1):
         # Shards add up what they are sent; whole gradients to add up would take the memory that sharding saves.
-        with contextlib.nullcontext() if run.sharded or number == len(work) else run.accelerator.no_sync(run.module):
-            loss, *values = run.module(*tensors(batch, run.accelerator.device), parts[at].name)
-            run.accelerator.backward(loss * (run.world * parts[at].weight / counts[at]))
-        sums[at] += torch.stack([loss.detach(), *values]).float()
+        with contextlib.nullcontext() if run.sharded or number == len(batches) else run.accelerator.no_sync(run.module):
+            loss, *values = run.module(*tensors(batch, run.accelerator.device), groups[index].name)
+            run.accelerator.backward(loss * (run.world * groups[index].weight / counts[index]))
+        sums[index] += torch.stack([loss.detach(), *values]).float()
     norm = full(run.accelerator.clip_grad_norm_(run.learner.parameters(), config.clip))
     means = [[value / count for value in row] for row, count in zip(run.total(sums).tolist(), counts, strict=True)]
-    loss_mean = sum(part.weight * mean[0] for part, mean in zip(parts, means, strict=True))
+    loss_mean = sum(group.weight * mean[0] for group, mean in zip(groups, means, strict=True))
     # The sums are everybody's and the gradients are averaged, so every process comes to the same answer.
     fine = math.isfinite(loss_mean) and math.isfinite(float(norm))
     if fine:
@@ -115,33 +115,35 @@ def one_step(run: Run, parts: list[RowGroup], labels: list[float]) -> dict[str, 
         "step": counters.step,
         "tokens": counters.tokens,
         "loss": loss_mean,
-        **by_name(run.learner, parts, [mean[1:] for mean in means]),
+        **by_name(run.learner, groups, [mean[1:] for mean in means]),
         "lr": rate,
         "grad_norm": float(norm),
         "skipped": counters.skipped,
-        "rollbacks": sum(place < counters.step for place, *_ in counters.rollbacks),
+        "rollbacks": sum(step < counters.step for step, *_ in counters.rollbacks),
     }
 
 
-def by_name(learner: Learner, parts: list[RowGroup], means: list[list[float]]) -> dict[str, Any]:
-    """What the learner measured of each part, by the part's name."""
+def by_name(learner: Learner, groups: list[RowGroup], means: list[list[float]]) -> dict[str, Any]:
+    """What the learner measured of each group, by the group's name."""
     return {
-        f"{part.name}{key}": value for part, mean in zip(parts, means, strict=True) for key, value in learner.told(mean).items()
+        f"{group.name}{key}": value
+        for group, mean in zip(groups, means, strict=True)
+        for key, value in learner.metrics(mean).items()
     }
 
 
 @torch.no_grad()
 def measure(run: Run, learner: Learner) -> dict[str, Any]:
-    """What `learner` measures of the held-out rows of each part and source, averaged over their labels; empty without them."""
-    parts = run.feed.held_out(run.accelerator.process_index, run.world)
+    """What `learner` measures of the held-out rows of each group and source, averaged over their labels; empty without them."""
+    groups = run.sampler.held_out(run.accelerator.process_index, run.world)
     was_training = learner.training
     learner.eval()
-    sums = torch.zeros(len(parts), 1 + learner.values, device=run.accelerator.device)
-    for at, part in enumerate(parts):
-        sums[at, -1] = part.labels
-        batches = list(run.batches(part.rows))
-        for batch in batches + [[run.feed.main.empty()]] * run.lacking(len(batches)):
-            _, *values = learner(*tensors(batch, run.accelerator.device), part.name)
-            sums[at, :-1] += torch.stack(values).float()
+    sums = torch.zeros(len(groups), 1 + learner.values, device=run.accelerator.device)
+    for index, group in enumerate(groups):
+        sums[index, -1] = group.labels
+        batches = list(run.batches(group.rows))
+        for batch in batches + [[run.sampler.main.empty()]] * run.lacking(len(batches)):
+            _, *values = learner(*tensors(batch, run.accelerator.device), group.name)
+            sums[index, :-1] += torch.stack(values).float()
     learner.train(was_training)
-    return averages(parts, run.total(sums).tolist(), learner.told)
+    return averages(groups, run.total(sums).tolist(), learner.metrics)

@@ -15,18 +15,18 @@ def record(run: "Run", line: dict[str, Any]) -> None:
 
     A list holds one number a layer; trackers get each as a series of its own.
     """
-    waited = bool(run.journal.waiting)
+    waited = bool(run.metrics_file.waiting)
     try:
-        run.journal.append(json.dumps({name: finite(value) for name, value in line.items()}))
+        run.metrics_file.append(json.dumps({name: finite(value) for name, value in line.items()}))
     except OSError as error:
         if not waited:
-            trouble = f"{run.journal.path} could not be written ({error.strerror})"
+            trouble = f"{run.metrics_file.path} could not be written ({error.strerror})"
             run.output.note(f"{trouble}; its lines wait in memory, and the run goes on")
     if run.config.track is not None:
         layers = {name: value for name, value in line.items() if isinstance(value, list)}
-        told_of = {name: value for name, value in line.items() if name not in ("step", *layers)}
-        told_of |= {f"{name}/{layer}": value for name, values in layers.items() for layer, value in enumerate(values)}
-        run.accelerator.log(told_of, step=line["step"])
+        values = {name: value for name, value in line.items() if name not in ("step", *layers)}
+        values |= {f"{name}/{layer}": value for name, row in layers.items() for layer, value in enumerate(row)}
+        run.accelerator.log(values, step=line["step"])
 
 
 def finite(value: Any) -> Any:

@@ -27,16 +27,16 @@ TRIED = 256  # tokens of the longest row that is tried
 SUPERVISED = 8  # labels of such a row
 
 
-def preflight(distiller: Distiller, feed: StepSampler, config: Config, accelerator: Accelerator, output: Output) -> None:
+def preflight(distiller: Distiller, sampler: StepSampler, config: Config, accelerator: Accelerator, output: Output) -> None:
     """Look at windows, rotary base and memory for the longest example of answers; text is cut to what the model takes anyway.
 
     Turns gradient checkpointing on where it is asked for. Raises UpfitError where the memory does not suffice.
     """
     student, device = distiller.student, accelerator.device
-    if not isinstance(feed.main, AnswerRows):
+    if not isinstance(sampler.main, AnswerRows):
         checkpoint_gradients(student, config, accelerator.is_fsdp2)
         return
-    longest = feed.main.longest
+    longest = sampler.main.longest
     for warning in (window_warning(student.config.get_text_config(), longest), base_warning(student, longest)):
         if warning is not None:
             output.note(warning)

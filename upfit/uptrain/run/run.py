@@ -23,7 +23,7 @@ from upfit.uptrain.run.state import Counters, Workspace
 from upfit.uptrain.schedule import Plan
 
 MEASURE_EVERY = 10  # steps
-Learner = Distiller | Layerwise  # from rows to a loss and what is told of it
+Learner = Distiller | Layerwise  # from rows to a loss and its metrics
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Run:
     learner: Learner
     module: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    feed: StepSampler
+    sampler: StepSampler
     plan: Plan
     peak: float
     micro_tokens: int
@@ -61,7 +61,7 @@ class Run:
     stage: str
     mark: Path  # that a signal has ended the run
     layout: dict[str, str]  # of the result's tensors, see export.layout_of
-    journal: MetricsFile
+    metrics_file: MetricsFile
     stop: threading.Event
     progress: Progress = field(default_factory=Progress)
 

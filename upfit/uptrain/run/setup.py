@@ -166,7 +166,7 @@ def set_up(
     source: Source,
     data: Data,
     teacher: Source | None,
-    place: StageFolder,
+    stage_folder: StageFolder,
     accelerator: Accelerator,
     output: Output,
     stop: threading.Event,
@@ -179,7 +179,7 @@ def set_up(
     layout = layout_of(student, source.path)
     known, hidden_size = model_traits.embedding(student).shape
     check_tokens(data, known)
-    plan, feed = lay_out(data, config, most_positions(student), spans)
+    plan, sampler = lay_out(data, config, most_positions(student), spans)
     if (
         data.texts
         and config.document_mask
@@ -191,12 +191,12 @@ def set_up(
     learner: Learner
     if name == "layerwise":
         assert teacher is not None and pair is not None, "the stage has refused to do without"
-        learner = make_layerwise(student, pair, teacher, feed, accelerator, autocast)
+        learner = make_layerwise(student, pair, teacher, sampler, accelerator, autocast)
     else:
         if config.trainable == "attention":
             freeze_all_but(student, None if pair is None or accelerator.is_fsdp2 else pair[0], attention_paths(source))
         learner = make_distiller(student, traits, pair, config, data, autocast)
-        preflight(learner, feed, config, accelerator, output)
+        preflight(learner, sampler, config, accelerator, output)
     if config.compile:
         compile_layers(learner)
     optimizer = make_optimizer(student, config)
@@ -205,15 +205,15 @@ def set_up(
     micro = MICRO_BATCH_TOKENS_CPU if on_cpu else MICRO_BATCH_TOKENS
     peak = peak_rate(config, hidden_size, name, healthy=wants_care(source))
     same = run_identity(config, plan, fingerprints(source, teacher, accelerator), data, dtype)
-    announce(plan, feed, peak, student, teacher, dtype, output)
-    workspace = place.workspace
+    announce(plan, sampler, peak, student, teacher, dtype, output)
+    workspace = stage_folder.workspace
     saver = Saver(workspace, accelerator, accelerator.is_fsdp2, config.async_save, TIMEOUT)
     return Run(
         accelerator=accelerator,
         learner=learner,
         module=module,
         optimizer=prepared,
-        feed=feed,
+        sampler=sampler,
         plan=plan,
         peak=peak,
         micro_tokens=micro,
@@ -223,9 +223,9 @@ def set_up(
         identity=same,
         output=output,
         stage=name,
-        mark=place.mark,
+        mark=stage_folder.mark,
         layout=layout,
-        journal=MetricsFile(workspace.path / METRICS if accelerator.is_main_process else None),
+        metrics_file=MetricsFile(workspace.path / METRICS if accelerator.is_main_process else None),
         stop=stop,
     )
 
@@ -258,7 +258,7 @@ def run_identity(
 
 def announce(
     plan: Plan,
-    feed: StepSampler,
+    sampler: StepSampler,
     peak: float,
     student: PreTrainedModel,
     teacher: Source | None,
@@ -266,14 +266,14 @@ def announce(
     output: Output,
 ) -> None:
     what = f"{plan.rows} rows of {plan.length} tokens"
-    if isinstance(feed.main, AnswerRows):
+    if isinstance(sampler.main, AnswerRows):
         what = f"{plan.rows} questions on {plan.length} tokens, on average"
     beside = f" and {plan.mix_rows} rows of {plan.mix_length} tokens of text" if plan.mix_rows else ""
     output.note(
         f"{human_count(student.num_parameters())} parameters, teacher {teacher.name if teacher else 'none'}, "
         f"{plan.steps} steps of {what}{beside} "
-        f"({human_count(plan.tokens)} tokens, {feed.passes(plan.steps)}), "
+        f"({human_count(plan.tokens)} tokens, {sampler.passes(plan.steps)}), "
         f"learning rate {peak:.2g}, {str(dtype).removeprefix('torch.')}"
     )
-    for warning in feed.repeated(plan.steps):
+    for warning in sampler.repeated(plan.steps):
         output.note(warning)

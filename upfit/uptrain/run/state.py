@@ -106,8 +106,8 @@ class Workspace:
         """Give the checkpoint whose tensors are written its name, and then remove what is older than the newest `keep`."""
         partial = self.partial(counters.step)
         files = {path.name: [path.stat().st_size, digest(path)] for path in sorted(partial.iterdir())}
-        facts = {"format": FORMAT, "files": files, "counters": asdict(counters), "identity": identity}
-        (partial / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        record = {"format": FORMAT, "files": files, "counters": asdict(counters), "identity": identity}
+        (partial / FACTS).write_text(json.dumps(record, indent=2), encoding="utf-8")
         sync_tree(partial)
         target = partial.with_suffix("")
         if target.exists():  # damaged, or of steps that were undone
@@ -150,10 +150,11 @@ def _step_of(path: Path) -> int:
 def is_complete(path: Path) -> bool:
     """Whether every file is there, of the size and the content it was written with."""
     try:
-        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        if facts["format"] != FORMAT:
+        record = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
             return False
-        return all([(path / name).stat().st_size, digest(path / name)] == expected for name, expected in facts["files"].items())
+        files = {path / name: expected for name, expected in record["files"].items()}
+        return all([file.stat().st_size, digest(file)] == expected for file, expected in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -191,8 +192,8 @@ def restore(
 
     Every process loads what it holds of them: shards with those of `group`, whole tensors (None) for itself.
     """
-    facts = json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
-    before, now = facts["identity"], json.loads(json.dumps(identity))
+    record = json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
+    before, now = record["identity"], json.loads(json.dumps(identity))
     for name in now | before:
         if before.get(name) != now.get(name):
             raise UpfitError(
@@ -210,7 +211,7 @@ def restore(
             wanted[entry] = optimizer.state[parameters[name]][key] = empty_like(parameters[name], known)
     expect_one_process()
     dcp.load(wanted, checkpoint_id=checkpoint, process_group=group, no_dist=group is None)
-    return Counters(**facts["counters"])
+    return Counters(**record["counters"])
 
 
 def empty_like(parameter: Tensor, known: TensorStorageMetadata) -> Tensor:
