@@ -93,23 +93,23 @@ def line_entries(file: IO[bytes], path: Path, ahead: Ahead | None = None) -> Ite
         if not line.isspace():
             yield entry
         begin, number = entry.end, number + (number > 0)
-        place = begin if ahead is None else ahead(begin)
-        if place is None:
+        offset = begin if ahead is None else ahead(begin)
+        if offset is None:
             return
-        if place > begin:
-            begin, number = line_start(file, place, begin), 0
+        if offset > begin:
+            begin, number = line_start(file, offset, begin), 0
             file.seek(begin)
 
 
-def line_start(file: IO[bytes], place: int, least: int) -> int:
-    """Where the line begins that byte `place` is in; lines do not begin before `least`."""
-    while place > least:
-        begin = max(least, place - CHUNK)
+def line_start(file: IO[bytes], offset: int, least: int) -> int:
+    """Where the line begins that byte `offset` is in; lines do not begin before `least`."""
+    while offset > least:
+        begin = max(least, offset - CHUNK)
         file.seek(begin)
-        newline = file.read(place - begin).rfind(b"\n")
+        newline = file.read(offset - begin).rfind(b"\n")
         if newline >= 0:
             return begin + newline + 1
-        place = begin
+        offset = begin
     return least
 
 

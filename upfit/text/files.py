@@ -49,9 +49,9 @@ def files_below(folder: Path) -> list[Path]:
         raise UpfitError(f"{error.filename} cannot be listed ({error.strerror}); make it readable or leave it out")
 
     paths: list[Path] = []
-    for place, folders, names in os.walk(folder, onerror=stop):
+    for root, folders, names in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(place, name) for name in names if not name.startswith(".")]
+        paths += [Path(root, name) for name in names if not name.startswith(".")]
     return sorted(path for path in paths if path.is_file())
 
 

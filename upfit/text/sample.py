@@ -110,17 +110,17 @@ class Quota:
     def take(self, begin: int, end: int) -> int:
         """How many bytes of the document between these places of the file are to be read, from its beginning."""
         taken = 0
-        for place in range(begin, end, self.piece):
-            block = min(place * self.blocks // max(1, self.size), self.blocks - 1)
+        for offset in range(begin, end, self.piece):
+            block = min(offset * self.blocks // max(1, self.size), self.blocks - 1)
             if self.spent < self.due(block):
-                part = min(self.piece, end - place, self.budget - self.spent)
+                part = min(self.piece, end - offset, self.budget - self.spent)
                 self.spent, taken = self.spent + part, taken + part
         return taken
 
-    def ahead(self, place: int) -> int | None:
-        """The next place of the file, from `place` on, where something is due; None when there is none."""
-        first = place * self.blocks // max(1, self.size)
+    def ahead(self, offset: int) -> int | None:
+        """The next offset of the file, from `offset` on, where something is due; None when there is none."""
+        first = offset * self.blocks // max(1, self.size)
         for block in range(first, self.blocks):
             if self.spent < self.due(block):
-                return max(place, -(-block * self.size // self.blocks))
+                return max(offset, -(-block * self.size // self.blocks))
         return None

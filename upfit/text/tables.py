@@ -71,10 +71,10 @@ def parquet_entries(path: Path, field: str, hint: str, sizes: list[int], ahead: 
     with _damage(path):
         for group in range(file.num_row_groups):
             rows, last = file.metadata.row_group(group).num_rows, begin + sizes[group] if sizes else None
-            place = begin if ahead is None or last is None else ahead(begin)
-            if place is None:
+            offset = begin if ahead is None or last is None else ahead(begin)
+            if offset is None:
                 return
-            if last is not None and place >= last > begin:
+            if last is not None and offset >= last > begin:
                 begin, row = last, row + rows
                 continue
             for value in _values(file, group, field):

@@ -47,15 +47,15 @@ class Request:
 def request(segments: Segments, seed: int, index: int, several_share: float) -> Request:
     """The request of item `index`: a pure function of the corpus and the settings."""
     rng = generator(seed, "model", index)
-    place = int(rng.integers(len(segments)))
-    pieces = [place]
+    segment = int(rng.integers(len(segments)))
+    pieces = [segment]
     if rng.random() < several_share:
         wanted = int(rng.integers(SEVERAL.start, SEVERAL.stop))
-        run = range(place, min(place + wanted, len(segments)))
-        pieces = [near for near in run if segments.document(near) == segments.document(place)]
+        run = range(segment, min(segment + wanted, len(segments)))
+        pieces = [near for near in run if segments.document(near) == segments.document(segment)]
     texts = [segments.text(piece) for piece in pieces]
     if len(pieces) == 1:
-        return Request(index, ONE.format(text=texts[0]), (place,))
+        return Request(index, ONE.format(text=texts[0]), (segment,))
     numbered = "\n\n".join(f"Piece {number}:\n{text}" for number, text in enumerate(texts, 1))
     return Request(index, MORE.format(text=numbered), tuple(pieces))
 

@@ -47,11 +47,11 @@ def ask(segments: Segments, families: list[str], seed: int, index: int) -> Item 
     assert family.from_text is not None
     turn = index // len(families)
     for attempt in range(TRIES):
-        place = _shuffled(turn + attempt * 7919, len(segments), generator(seed, name, -1 - attempt))
-        asked = family.from_text(segments, place, rng)
+        segment = _shuffled(turn + attempt * 7919, len(segments), generator(seed, name, -1 - attempt))
+        asked = family.from_text(segments, segment, rng)
         if asked is not None:
             question, answer, keys = asked
-            return Item(index, name, family.pattern, question, answer, (place,), keys)
+            return Item(index, name, family.pattern, question, answer, (segment,), keys)
     return None
 
 

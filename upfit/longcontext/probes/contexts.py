@@ -177,10 +177,10 @@ def _of_stretches(family: Family, supply: Supply, room: int, rng: np.random.Gene
     questions: list[Question] = []
     for low, high in [*_stretches(len(used), settings.depths), (0, len(used))]:
         taken = {question.position for question in questions}
-        for place in map(int, low + rng.permutation(high - low)):
-            piece = supply.pieces[used[place]]
-            if place not in taken and all(text.count(key) == 1 for key in piece.once):
-                questions.append(Question(starts[place] / len(text), place, piece.key, piece.answer, piece.parts))
+        for index in map(int, low + rng.permutation(high - low)):
+            piece = supply.pieces[used[index]]
+            if index not in taken and all(text.count(key) == 1 for key in piece.once):
+                questions.append(Question(starts[index] / len(text), index, piece.key, piece.answer, piece.parts))
                 break
         else:
             return None
@@ -199,19 +199,19 @@ def _of_statements(family: Family, supply: Supply, room: int, rng: np.random.Gen
         return None
     inserts = []
     for fact, (low, high) in zip(facts, [*_stretches(len(lines), settings.depths), (0, len(lines))], strict=True):
-        places = sorted(int(place) for place in rng.integers(low, high, len(fact.statements)))
-        inserts += list(zip(places, fact.statements, strict=True))
+        line_numbers = sorted(int(position) for position in rng.integers(low, high, len(fact.statements)))
+        inserts += list(zip(line_numbers, fact.statements, strict=True))
     texts = list(lines)
-    for place, statement in reversed(sorted(inserts, key=lambda insert: insert[0])):  # those in front stay where they are
-        texts.insert(place, statement)
+    for position, statement in reversed(sorted(inserts, key=lambda insert: insert[0])):  # those in front stay where they are
+        texts.insert(position, statement)
     text, starts = JOIN.join(texts), _starts(texts)
     statements = "\n".join(statement for fact in facts for statement in fact.statements)
     if any(text.count(key) != statements.count(key) for fact in facts for key in fact.once):
         return None
     positions = [texts.index(fact.statements[0]) for fact in facts]
     *questions, example = [
-        Question(starts[place] / len(text), place, fact.key, fact.answer, fact.parts)
-        for fact, place in zip(facts, positions, strict=True)
+        Question(starts[position] / len(text), position, fact.key, fact.answer, fact.parts)
+        for fact, position in zip(facts, positions, strict=True)
     ]
     return text, tuple(questions), example
 
