@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upfit.architecture.meta_model import auto_class_for, built_of, config_errors, counted, model_class_for, read_as_class
+from upfit.architecture.meta_model import (
+    auto_class_for,
+    built_of,
+    config_errors,
+    counted,
+    model_class_for,
+    nothing_drawn,
+    read_as_class,
+)
 from upfit.checkpoint.reader import open_checkpoint, read_config, torch_dtype
 from upfit.errors import UpfitError
 from upfit.model_files import quiet_transformers
@@ -79,7 +87,7 @@ def load_with_report(folder: Path, auto_class: Any = None, **options: Any) -> tu
 def _loaded(auto_class: Any, folder: Path | None, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]:
     options = {"local_files_only": True, "trust_remote_code": False, **options}
     try:
-        with quiet_transformers(), counted():
+        with quiet_transformers(), counted(), nothing_drawn():
             model, info = auto_class.from_pretrained(folder, output_loading_info=True, **options)
     except UpfitError:
         raise
