@@ -4,7 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from upfit.addresses import public, redacted
+from upfit.addresses import id_and_revision, public, redacted
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("org/model", ("org/model", None)),
+        ("org/model@v1/a@b", ("org/model", "v1/a@b")),
+        ("gpt2@", ("gpt2", None)),
+        ("", ("", None)),
+    ],
+)
+def test_a_hub_name_is_an_id_and_perhaps_a_revision(name: str, parts: tuple[str, str | None]) -> None:
+    assert id_and_revision(name) == parts
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from tests.folders import letter_tokenizer, logits, save_tiny, tiny_llama
-from tests.warm_python import warm_python
+from tests.warm_python import ENVIRONMENT, shared_python
 from upfit import provenance
 from upfit.checkpoint import work_folder as work_room
 from upfit.checkpoint import writer
@@ -227,9 +226,8 @@ def test_an_error_leaves_what_stood_there(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture(scope="module")
-def python() -> Iterator[str]:
-    with warm_python(dict(os.environ)) as program:
-        yield program
+def python() -> str:
+    return shared_python()
 
 
 @pytest.mark.slow
@@ -240,7 +238,7 @@ def test_killed_at_any_moment_nothing_looks_finished(tmp_path: Path, python: str
     source = save_tiny(tmp_path / "source", tiny_llama(hidden_size=256, intermediate_size=4096, num_hidden_layers=4))
     command = [python, "-m", "upfit", "convert", "gqa", str(source), str(tmp_path / "out"), "-q"]
     command += ["--kv-heads", "2", "--method", "mean"]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=ENVIRONMENT)
     while not (tmp_path / "out.upfit-work").exists() and process.poll() is None:
         time.sleep(0.001)
     time.sleep(delay)
@@ -249,7 +247,7 @@ def test_killed_at_any_moment_nothing_looks_finished(tmp_path: Path, python: str
     if (tmp_path / "out").exists():
         logits(tmp_path / "out")
     else:
-        subprocess.run(command, check=True)
+        subprocess.run(command, env=ENVIRONMENT, check=True)
         logits(tmp_path / "out")
     assert not (tmp_path / "out.upfit-work").exists()
 

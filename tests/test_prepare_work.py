@@ -15,7 +15,7 @@ import pytest
 
 from tests.folders import letter_tokenizer
 from tests.uptraining import QUIET, text
-from tests.warm_python import ROOT, warm_python
+from tests.warm_python import ENVIRONMENT, shared_python
 from upfit.checkpoint.work_folder import work_folder
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
@@ -175,21 +175,19 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path, tokenizer: str) -> None
     (tmp_path / "in.jsonl").write_text(lines(2400))
     (tmp_path / "driver.py").write_text(DRIVER)
     prepare([str(tmp_path / "in.jsonl")], tmp_path / "whole", tokenizer, "text", QUIET)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     state, kills, saved = tmp_path / "out.upfit-work" / "state.json", 0, 0.0
-    with warm_python(environment) as python:
-        command = [python, str(tmp_path / "driver.py"), str(tmp_path / "in.jsonl"), str(tmp_path / "out"), tokenizer]
-        for wait in (0.0, 0.01, 0.05, 0.1):
-            process = subprocess.Popen(command, env=environment)
-            while process.poll() is None and (not state.exists() or state.stat().st_mtime == saved):
-                time.sleep(0.001)
-            time.sleep(wait)
-            process.kill()
-            kills += process.wait() == -signal.SIGKILL
-            if (tmp_path / "out").exists():  # it came to its end before the kill: it begins anew
-                assert content(tmp_path / "out") == content(tmp_path / "whole")
-                shutil.rmtree(tmp_path / "out")
-            saved = state.stat().st_mtime if state.exists() else 0.0
-        subprocess.run(command, env=environment, check=True)
+    command = [shared_python(), str(tmp_path / "driver.py"), str(tmp_path / "in.jsonl"), str(tmp_path / "out"), tokenizer]
+    for wait in (0.0, 0.01, 0.05, 0.1):
+        process = subprocess.Popen(command, env=ENVIRONMENT)
+        while process.poll() is None and (not state.exists() or state.stat().st_mtime == saved):
+            time.sleep(0.001)
+        time.sleep(wait)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        if (tmp_path / "out").exists():  # it came to its end before the kill: it begins anew
+            assert content(tmp_path / "out") == content(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "out")
+        saved = state.stat().st_mtime if state.exists() else 0.0
+    subprocess.run(command, env=ENVIRONMENT, check=True)
     assert kills, "it was too fast to be killed"
     assert content(tmp_path / "out") == content(tmp_path / "whole") and not (tmp_path / "out.upfit-work").exists()

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_uptrain_resume import ENVIRONMENT, torchrun, untimed
+from tests.test_uptrain_resume import torchrun, untimed
 from tests.uptraining import BASE, QUIET, Workshop, config, make_workshop, metrics, weights
-from tests.warm_python import warm_python
+from tests.warm_python import ENVIRONMENT, shared_python
 from upfit.errors import UpfitError
 from upfit.uptrain.data import prepare as preparing
 from upfit.uptrain.data.prepare import prepare
@@ -170,9 +170,8 @@ def test_data_can_be_verified_before_the_first_step(shop: Workshop, tmp_path: Pa
 @pytest.mark.slow
 def test_one_process_that_reads_damaged_tokens_ends_all_with_a_checkpoint(shop: Workshop, tmp_path: Path) -> None:
     broken, _, step = damaged(shop, tmp_path)
-    with warm_python(ENVIRONMENT) as python:
-        words = torchrun(python, broken, tmp_path, tmp_path / "out", save_every="100")
-        ended = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    words = torchrun(shared_python(), broken, tmp_path, tmp_path / "out", save_every="100")
+    ended = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert ended.returncode and "tokens-00000.bin is damaged in the 64 bytes" in ended.stderr
     assert "another process could not read its rows" in ended.stderr
     assert [saved.name for saved in Workspace(tmp_path / "out.upfit-work").checkpoints()] == [f"step-{step:08d}"]

@@ -3,12 +3,10 @@ processes can go on from. One launch makes all runs on two processes."""
 
 import fcntl
 import json
-import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from tests.test_uptrain_answers import SETTINGS, make_home
 from tests.test_uptrain_attention import differential
 from tests.test_uptrain_resume import Interrupting
 from tests.uptraining import BASE, QUIET, Workshop, make_workshop, metrics, weights
-from tests.warm_python import warm_python
+from tests.warm_python import ENVIRONMENT, shared_python
 from upfit.checkpoint.work_folder import LOCK, MARK
 from upfit.errors import UpfitError
 from upfit.uptrain.config import Config
@@ -36,7 +34,6 @@ from upfit.uptrain.train import uptrain
 
 pytestmark = pytest.mark.xdist_group("parallel")  # the runs that its tests look at are made once
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SIX: dict[str, Any] = {**BASE, "tokens": "768", "save_every": "100"}  # steps
 SUMMED = 1e-6  # relative difference of losses: float32 sums in another order
 DRIVER = """
@@ -80,9 +77,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def python() -> Iterator[str]:
-    with warm_python(ENVIRONMENT) as program:
-        yield program
+def python() -> str:
+    return shared_python()
 
 
 def launch(python: str, place: Path, processes: int, jobs: list[list[Any]], **environment: str) -> None:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from tests.folders import save_tiny, tiny_llama
 from tests.uptraining import BASE, Workshop, make_workshop, metrics, one_thread, weights
-from tests.warm_python import warm_python
+from tests.warm_python import ENVIRONMENT, shared_python
 from upfit import provenance
 from upfit.checkpoint import content as content_room
 from upfit.checkpoint.content import PIECE, content_hash
@@ -412,12 +412,10 @@ def command(shop: Workshop, tmp_path: Path, out: Path, resume: bool = False, **c
 
 
 @pytest.fixture(scope="module")
-def python() -> Iterator[str]:
-    with warm_python(ENVIRONMENT) as program:
-        yield program
+def python() -> str:
+    return shared_python()
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 PATIENCE = 300.0  # seconds; a busy machine takes long to import torch
 LONG: dict[str, Any] = {"tokens": "12800", "save_every": "10"}
 

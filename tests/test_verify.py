@@ -1,7 +1,9 @@
 """Each check of a result by itself: what one of them lets pass another one might hide."""
 
+import gc
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tests.folders import save_tiny, tiny_llama
 from tests.tiny import tiny_model
 from upfit import provenance
 from upfit.architecture.layers import bind
+from upfit.architecture.loading import garbage_collected
 from upfit.architecture.planned import check_against_class
 from upfit.checkpoint import finished_shards
 from upfit.checkpoint.copy_bytes import CopiedRange
@@ -239,3 +242,21 @@ def test_a_source_wider_than_its_class_runs(tmp_path: Path) -> None:
     tiny_llama().bfloat16().save_pretrained(tmp_path / "source")
     answer = run(tmp_path / "source", tmp_path / "out", options={"kv_heads": 4}, dtype="float32")
     assert isinstance(answer.verify, Verification) and answer.verify.equal
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen already", "as Python begins"])
+def test_what_a_check_made_is_collected(frozen: bool) -> None:
+    """What was there before is not looked through, and whoever had frozen it finds it frozen afterwards."""
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    (gc.freeze if frozen else gc.unfreeze)()
+    try:
+        with garbage_collected():
+            old, made = gc.get_freeze_count(), weakref.ref(Cycle())
+        assert made() is None and old > 0
+        assert (gc.get_freeze_count() > 0) is frozen
+    finally:
+        gc.freeze()  # as conftest.py has it

@@ -4,6 +4,8 @@ import contextlib
 import gc
 import json
 import os
+import select
+import shutil
 import signal
 import socket
 import sys
@@ -31,7 +33,8 @@ def client(path: str, real: str, program: str, words: list[str]) -> None:
 
 
 def server(path: str) -> None:
-    """Listen at `path`, import, and fork twice a command: a keeper, which waits and passes signals on, and the command."""
+    """Listen at `path`, import, and fork twice a command: a keeper, which waits and passes signals on, and the command. At the
+    end of its standard input, whoever started it is gone, and it ends."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
@@ -43,6 +46,8 @@ def server(path: str) -> None:
         gc.freeze()  # what is imported is no garbage: forks need not look
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are not waited for
         while True:
+            if sys.stdin.fileno() in select.select([listener, sys.stdin], [], [])[0]:
+                return shutil.rmtree(os.path.dirname(path), ignore_errors=True)
             connection, _ = listener.accept()
             if os.fork() == 0:
                 listener.close()

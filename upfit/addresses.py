@@ -1,4 +1,4 @@
-"""Cleans addresses and error messages before they are shown: no password, no token, no key."""
+"""Cleans addresses and error messages before they are shown: no password, no token, no key. Takes hub names apart."""
 
 import os
 import re
@@ -17,6 +17,12 @@ TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{8,}|(?:sk-|gh[pousr]_|github_pat_)[A-Za
 SECRET_NAMES = re.compile(r"(^|_)(TOKEN|(API)?KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)($|_)", re.IGNORECASE)
 LEAST_SECRET = 8  # characters: shorter ones are words like "true"
 HIDDEN = "***"
+
+
+def id_and_revision(name: str) -> tuple[str, str | None]:
+    """A hub model's `id` or `id@revision` as its two parts; None where no revision is named."""
+    hub_id, _, revision = name.partition("@")
+    return hub_id, revision or None
 
 
 def public(address: str) -> str:

@@ -120,11 +120,13 @@ def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    if level != logging.CRITICAL:  # setting it makes Python look through every logger that there is
+        logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        if level != logging.CRITICAL:
+            logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()

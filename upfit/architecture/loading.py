@@ -1,12 +1,22 @@
 """Loads a folder into its class, and raises where anything is missing, left over or of another shape."""
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from upfit.architecture.meta_model import auto_class_for, built_of, config_errors, counted, model_class_for, read_as_class
+from upfit.architecture.meta_model import (
+    auto_class_for,
+    built_of,
+    config_errors,
+    counted,
+    model_class_for,
+    nothing_drawn,
+    read_as_class,
+)
 from upfit.checkpoint.reader import open_checkpoint, read_config, torch_dtype
 from upfit.errors import UpfitError
 from upfit.model_files import quiet_transformers
@@ -79,7 +89,7 @@ def load_with_report(folder: Path, auto_class: Any = None, **options: Any) -> tu
 def _loaded(auto_class: Any, folder: Path | None, **options: Any) -> tuple["PreTrainedModel", dict[str, Any]]:
     options = {"local_files_only": True, "trust_remote_code": False, **options}
     try:
-        with quiet_transformers(), counted():
+        with quiet_transformers(), counted(), nothing_drawn():
             model, info = auto_class.from_pretrained(folder, output_loading_info=True, **options)
     except UpfitError:
         raise
@@ -88,6 +98,21 @@ def _loaded(auto_class: Any, folder: Path | None, **options: Any) -> tuple["PreT
         raise UpfitError(f"{folder or 'the checkpoint'} does not load into its class: {reason}") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     return model, {kind: info[kind] for kind in kinds}
+
+
+@contextmanager
+def garbage_collected() -> Iterator[None]:
+    """At the end of the block the models that it made, and nobody refers to any more, are gone. Only what it made is looked
+    through: torch and transformers hold 400,000 objects, for which a collection takes 0.3 s."""
+    frozen = gc.get_freeze_count() > 0  # somebody else's, who may want it to stay so
+    if not frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        if not frozen:
+            gc.unfreeze()
 
 
 def pick_device() -> str:

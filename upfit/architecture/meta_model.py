@@ -25,6 +25,7 @@ AUTO_CLASSES = (
 MAX_LAYERS = 1000  # a config that asks for more is not a language model's
 # Modules and parameters a class may register for each stored tensor, and beside: some have no weights, some share theirs.
 PARTS_A_TENSOR, PARTS_BESIDE = 16, 10_000
+FILLS = ("kaiming_uniform_", "normal_", "uniform_", "constant_", "trunc_normal_", "fill_", "zero_")  # of torch, in place
 MOST_PARTS = 1_000_000  # where nothing is known of tensors
 _allowed: ContextVar[int] = ContextVar("allowed parts", default=MOST_PARTS)
 
@@ -62,6 +63,27 @@ def counted() -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """In the block tensors on the meta device are not initialised: they have no values, and every call would cost as much as
+    one that draws them. Others are."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    fills = {getattr(owner, name) for owner in (torch.nn.init, torch.Tensor) for name in FILLS if hasattr(owner, name)}
+
+    class NothingDrawn(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in fills:
+                tensor = args[0] if args else kwargs["tensor"]
+                if tensor.is_meta:
+                    return tensor
+            return func(*args, **(kwargs or {}))
+
+    with NothingDrawn():
+        yield
+
+
 def build_on_meta(config: dict[str, Any], meta: bool = True, stored: bool = False) -> "PreTrainedModel":
     """The model that transformers builds for this `config.json`, on the meta device (or, without `meta`, where torch is set
     to). Fused queries, keys and values are set apart in it; with `stored` they are left as they are stored.
@@ -70,10 +92,9 @@ def build_on_meta(config: dict[str, Any], meta: bool = True, stored: bool = Fals
     """
     import torch
 
-    parsed = read_as_class(config)
-    with config_errors(config), quiet_transformers():
-        model_class = model_class_for(config)
-        with torch.device("meta") if meta else nullcontext(), counted():
+    with quiet_transformers(), config_errors(config):
+        parsed, model_class = read_as_class(config), model_class_for(config)
+        with torch.device("meta") if meta else nullcontext(), counted(), nothing_drawn():
             model = model_class._from_config(parsed)
     entry = None if stored else known_entry(config)
     if entry is not None and entry.fused:

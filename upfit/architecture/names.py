@@ -26,6 +26,7 @@ class NameMap:
         state = model.state_dict(keep_vars=True)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self.floating = {name for name, tensor in state.items() if tensor.is_floating_point()}
+        self.classes = {path: type(module).__name__ for path, module in model.named_modules(remove_duplicate=False)}
         self.added = _named_by_modules(model, "upfit_added")
         self.fused = {path: module.arrangement for path, module in model.named_modules() if isinstance(module, Apart)}
         self.cached = _named_by_modules(model, "upfit_cached") & self.shapes.keys()
@@ -58,7 +59,7 @@ def name_map(config: dict[str, Any], stored: bool = False) -> NameMap:
     return _name_map(json.dumps(config), entry is not None and bool(entry.fused))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _name_map(text: str, stored: bool) -> NameMap:
     return NameMap(build_on_meta(json.loads(text), stored=stored))
 

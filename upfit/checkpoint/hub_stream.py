@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upfit.addresses import id_and_revision
 from upfit.checkpoint.reader import INDEX, SINGLE
 from upfit.checkpoint.safetensors_header import MAX_HEADER_BYTES
 from upfit.checkpoint.source import HUB_ID, SMALL_FILES, Source, hub_errors
@@ -50,10 +51,10 @@ def streamed(name: str, revision: str | None, folder: Path) -> HubStream:
 
     Raises UpfitError for what is no hub id, and Interrupted when the hub does not give it.
     """
-    hub_id, _, tagged = name.partition("@")
+    hub_id, tagged = id_and_revision(name)
     if Path(name).expanduser().exists() or not HUB_ID.fullmatch(hub_id):
         raise UpfitError(f"--stream is for models on the hub, and {name} is none; leave it out, or give an id like org/model")
-    return _begin(folder, hub_id, revision or tagged or None)
+    return _begin(folder, hub_id, revision or tagged)
 
 
 def _begin(folder: Path, hub_id: str, revision: str | None) -> HubStream:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from upfit import provenance
+from upfit.addresses import id_and_revision
 from upfit.checkpoint import quantised_config
 from upfit.checkpoint.reader import INDEX, SINGLE, named_files
 from upfit.checkpoint.side_files import NEVER_COPIED, SIDE_FILES
@@ -50,12 +51,12 @@ def find_source(name: str, revision: str | None = None) -> Source:
     if path.is_dir():
         check_model_files(path)
         return Source(path.resolve(), name, None)
-    hub_id, _, tagged = name.partition("@")
+    hub_id, tagged = id_and_revision(name)
     if path.exists():
         raise UpfitError(f"{name} is a file; give the model's folder or a hub id")
     if not HUB_ID.fullmatch(hub_id) or name.startswith((".", "/", "~")):
         raise UpfitError(f"no model folder at {name}; give an existing folder or a hub id such as org/model@revision")
-    revision = revision or tagged or None
+    revision = revision or tagged
     path = _download(hub_id, revision)
     check_model_files(path)
     return Source(path, hub_id, revision)

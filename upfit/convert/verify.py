@@ -5,7 +5,6 @@ the result one after the other and runs them over a short text; it is left out, 
 Where the result is of another type, it is held against the source rounded to that type.
 """
 
-import gc
 import math
 import statistics
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfit.architecture.loading import check_structure, load_strictly
+from upfit.architecture.loading import check_structure, garbage_collected, load_strictly
 from upfit.architecture.meta_model import quiet_transformers, vocabulary
 from upfit.checkpoint.reader import most_positions, open_checkpoint, read_config
 from upfit.convert.result import Verification
@@ -175,20 +174,20 @@ def _logits(folder: Path, ids: "torch.Tensor", allowed: frozenset[str], dtype: s
     import torch
 
     options = {"dtype": getattr(torch, dtype)} if dtype else {}
-    model = load_strictly(folder, unexpected=allowed, **options)
-    if dtype:
-        _round(model, getattr(torch, dtype))
-    try:
-        inputs = {"input_ids": ids}
-        if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = ids
-        with torch.no_grad():
-            return model(**inputs, use_cache=False).logits[0].clone()
-    except (TypeError, ValueError, AttributeError):
-        return None
-    finally:
-        del model
-        gc.collect()
+    with garbage_collected():
+        model = load_strictly(folder, unexpected=allowed, **options)
+        if dtype:
+            _round(model, getattr(torch, dtype))
+        try:
+            inputs = {"input_ids": ids}
+            if model.config.is_encoder_decoder:
+                inputs["decoder_input_ids"] = ids
+            with torch.no_grad():
+                return model(**inputs, use_cache=False).logits[0].clone()
+        except (TypeError, ValueError, AttributeError):
+            return None
+        finally:
+            del model
 
 
 def _round(model: "torch.nn.Module", dtype: "torch.dtype") -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfit.addresses import id_and_revision
 from upfit.bounded import reason
 from upfit.errors import UpfitError
 from upfit.model_files import check_model_files
@@ -29,10 +30,10 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     folder = Path(name).expanduser()
     if folder.is_dir():
         check_model_files(folder)
-    hub_id, _, revision = (str(folder), "", "") if folder.is_dir() else name.partition("@")
+    hub_id, revision = (str(folder), None) if folder.is_dir() else id_and_revision(name)
     try:
         with no_panic(name):
-            tokenizer = AutoTokenizer.from_pretrained(hub_id, revision=revision or None, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(hub_id, revision=revision, trust_remote_code=False)
     except UpfitError:
         raise
     except Exception as error:  # its parsers raise whatever they like on a broken file
