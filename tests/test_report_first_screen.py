@@ -106,6 +106,8 @@ def test_nothing_is_guessed() -> None:
     assert of(CONVERTED, other, model=SMALL).last.lost is None, "another model is not the source"
     assert of(CONVERTED, recorded(measured(SMALL, 3.5, 32))).stages[1].lost is None
     assert outcome(story(trained())) is None
+    nameless = of(CONVERTED, trained() | {"source": {}})
+    assert list(rows(nameless)) == ["source: big", "converted", "uptrained: better"]
 
 
 def test_losses_that_are_not_paired_or_of_other_tokens_are_told_so() -> None:

@@ -21,7 +21,7 @@ WIDTH = 5.6  # inches: its text can still be read on a telephone
 
 def first_screen(outcome: Outcome) -> Section:
     model, source = outcome.last.name, outcome.stages[0].name
-    source = f"its source {source}" if source != model else "its source"
+    source = f"its source {source}" if source not in ("", model) else "its source"
     picture = _picture(outcome)
     plots = [] if picture is None else [Plot("saved", picture[0], picture[1])]
     lead = outcome.sentence(model, source)
@@ -41,7 +41,7 @@ def _table(outcome: Outcome) -> Table:
     of_others = ("above the source", "agreement with the source")
     rows = [
         [
-            f"{stage.label}: {stage.name}",
+            f"{stage.label}: {stage.name}" if stage.name else stage.label,
             *(cells[index] or ("–" if name in of_others and not index else UNKNOWN) for name, cells in known.items()),
         ]
         for index, stage in enumerate(outcome.stages)
