@@ -84,9 +84,9 @@ def test_it_tells_what_was_done_and_measured(shop: Workshop, tmp_path: Path) -> 
     after = steps[2]["measurements"]["holdout"]["after"]["kl"]
     for value in (*(f"{loss:.4f}" for loss in losses), f"{after:.4f}", "after convert gqa", "after uptrain", "1.234"):
         assert value in page
-    sections = ["What was lost, what was won", "What it is", "What was done", "What fewer heads would cost"]
-    assert answer["sections"] == [*sections, "What was measured", "Uptraining"]
-    assert len(answer["plots"]) == 5 and all(Path(path).read_bytes().startswith(b"\x89PNG") for path in answer["plots"])
+    sections = ["What was saved, and what it cost", "What it is", "What was done", "What was measured"]
+    assert answer["sections"] == [*sections, "What fewer heads would cost", "Uptraining"]
+    assert len(answer["plots"]) == 6 and all(Path(path).read_bytes().startswith(b"\x89PNG") for path in answer["plots"])
 
 
 @pytest.mark.slow

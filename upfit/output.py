@@ -131,7 +131,12 @@ def cache_change(before: int, after: int) -> str:
     """What became of the bytes that a token's keys and values take, in words; the same ones wherever it is told."""
     if before == after:
         return f"KV cache {human_bytes(before)} a token, as before"
-    changed = f"KV cache {human_bytes(before)} → {human_bytes(after)} a token"
-    if not before or not after:
-        return changed
-    return f"{changed} ({before / after:.2f}x smaller)" if after < before else f"{changed} ({after / before:.2f}x larger)"
+    factor = cache_factor(before, after)
+    return f"KV cache {human_bytes(before)} → {human_bytes(after)} a token" + (f" ({factor})" if factor else "")
+
+
+def cache_factor(before: float, after: float) -> str:
+    """How much smaller or larger a cache became, as `4.00x smaller`; empty where it did not change, or was or is nothing."""
+    if not before or not after or before == after:
+        return ""
+    return f"{before / after:.2f}x smaller" if after < before else f"{after / before:.2f}x larger"

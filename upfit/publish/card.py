@@ -19,6 +19,7 @@ from upfit.publish.markdown import REPO, code, harmless, model_link, plain, unma
 from upfit.publish.portable import commit_of, known_places, portable, settings, words
 from upfit.report.measured import measured
 from upfit.report.page import Table
+from upfit.report.stages import outcome
 from upfit.report.story import Story, newest_evaluation
 
 BEGIN, END = "<!-- upfit:begin -->", "<!-- upfit:end -->"
@@ -113,6 +114,7 @@ class Card:
         rendered = environment.from_string(template).render(
             name=self.repo.rsplit("/", 1)[-1],
             lead=self._lead(),
+            outcome=self._outcome(),
             columns=["parameters", "query heads", "key/value heads", "KV cache a token"],
             shape=[["this model", *_shape(facts)]],
             steps=[
@@ -137,6 +139,11 @@ class Card:
         trained = sum(step["measurements"]["tokens"] for step in self.story.steps if step["verb"] == "uptrain")
         after = f", then uptrained on {human_count(trained)} tokens" if trained else ", not uptrained"
         return Markup(f"{named} with another attention ({what}){after}.")
+
+    def _outcome(self) -> str:
+        """What was saved and what it cost: the sentence at the head of the report."""
+        result = outcome(self.story)
+        return "" if result is None else result.sentence("This model", "its source")
 
     def _evaluations(self) -> list[tuple[str, dict[str, Any]]]:
         return [(label, portable(answer, self.places)) for label, answer in self.story.evaluations]

@@ -10,6 +10,7 @@ from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from upfit.report import wording
 from upfit.report.page import Plot, Section
 from upfit.report.subjects import Measured
 
@@ -26,14 +27,10 @@ def sections(models: list[Measured], number: int) -> list[Section]:
     maps_of = [(label, probe["maps"]) for label, probe in needles if (probe.get("maps") or {}).get("heads")]
     plots, texts = [], list[str]()
     if shares:
-        caption = "Share of each head's attention that goes to the needle's answer, from the position that has to say it"
-        plots.append(Plot(f"heads-{number}", caption + "; one colour scale", _heads(shares)))
+        plots.append(Plot(f"heads-{number}", wording.HEADS, _heads(shares)))
     if maps_of:
         texts.append(TEXT.format("".join(maps_of[0][1]["tokens"]).strip()))
-        caption = (
-            "Attention maps of the heads that look at the answer most: rows read, columns are read; one colour scale, each "
-        )
-        caption += "row as a share of its absolute sum" + (", below 0 where heads are subtracted" if _signed(maps_of) else "")
+        caption = wording.MAPS.format(signed=", below 0 where heads are subtracted" if _signed(maps_of) else "")
         plots.append(Plot(f"maps-{number}", caption, _maps(maps_of)))
     return [Section("Attention", texts, plots=plots)] if plots else []
 

@@ -5,8 +5,11 @@ from typing import Any
 from upfit.checkpoint.source import find_source
 from upfit.evaluate.tables import half_width
 from upfit.output import human_bytes, human_count
+from upfit.report.outcome import DIGITS
 from upfit.report.result import Comparison, Group
+from upfit.report.stages import outcome
 from upfit.report.story import Story, gather, misshapen, newest_evaluation
+from upfit.report.subjects import called
 
 
 def compare(models: list[str]) -> Comparison:
@@ -28,13 +31,14 @@ def compare(models: list[str]) -> Comparison:
 
 def _row(model: str, story: Story, newest: dict[str, Any] | None) -> list[str]:
     trained = sum(step["measurements"]["tokens"] for step in story.steps if step["verb"] == "uptrain")
-    apart = (newest or {}).get("difference") or {}
+    result = outcome(story)
+    lost = None if result is None or newest is None else result.last.lost
     return [
-        model.rstrip("/").rsplit("/", 1)[-1],
+        called(find_source(model).record()),
         human_count(story.facts["parameters"]),
         ", ".join(map(str, story.facts["kv_heads"])),
         human_bytes(story.facts["kv_bytes_per_token"]),
         human_count(trained) if trained else "",
-        half_width(newest["model"]["loss"]["nats_per_token"], 4) if newest else "",
-        half_width(apart["nats_per_token"], 4) if "nats_per_token" in apart else "",
+        half_width(newest["model"]["loss"]["nats_per_token"], DIGITS) if newest else "",
+        lost.cell() if lost is not None else "",
     ]

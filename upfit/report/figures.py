@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
 WIDTH, HEIGHT = 4.8, 3.1  # inches of one panel
+ONE_COLUMN = 6.0  # inches of a figure of bars or dots; its text can still be read on a telephone
 STEPS = {
     "attention_error": "error of attention outputs",
     "ce": "cross-entropy to the text, nats a token",
@@ -48,11 +49,20 @@ def series(label: str, labels: list[str]) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
 
 
+def logarithmic(axes: Any) -> None:
+    """A logarithmic axis with plain numbers: matplotlib's own are formulas, which a page does not set."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
+
+
 def losses(models: list[tuple[str, dict[str, Any]]], what: str) -> Figure:
     """One dot with its interval for each [label, {mean, low, high}] (None without an interval); `what` the axis says."""
     labels, estimates = [label for label, _ in models], [estimate for _, estimate in models]
     figure, [axes] = panels(1)
-    figure.set_size_inches(2 * WIDTH, 0.9 + 0.36 * len(labels))
+    figure.set_size_inches(ONE_COLUMN, 0.9 + 0.36 * len(labels))
     means = [estimate["mean"] for estimate in estimates]
     ends = [[0 if e["low"] is None else abs(e["mean"] - e[end]) for e in estimates] for end in ("low", "high")]
     rows = np.arange(len(labels))[::-1]
@@ -71,7 +81,7 @@ def positions(labels: list[str], parts: list[list[float]], length: int) -> Figur
         axes.plot(middles, values, label=label, **series(label, labels))
     axes.set_xlabel("position in the window")
     axes.set_ylabel("nats a token")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
 
@@ -105,7 +115,7 @@ def training(lines: list[dict[str, Any]], teacher: float | None, apart: float | 
         elif key not in LOGARITHMIC:
             axes.set_ylim(bottom=0)
         elif all(value > 0 for _, value in points):
-            axes.set_yscale("log")
+            logarithmic(axes)
     return figure
 
 
@@ -161,7 +171,7 @@ def layers(rows: list[dict[str, Any]]) -> Figure | None:
             style = "o-" if len(points) == len({index for index, _ in points}) else "o"
             axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1, label=key.replace("_", " "))
         if group is errors and all(value > 0 for key in group for row in rows for value in _numbers(row.get(key))):
-            axes.set_yscale("log")
+            logarithmic(axes)
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=8)

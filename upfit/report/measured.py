@@ -4,9 +4,11 @@ from typing import Any
 
 from upfit.evaluate.tables import half_width, interval
 from upfit.output import human_bytes
-from upfit.report import attention, figures, probes, speed
+from upfit.report import attention, figures, probes, speed, wording
+from upfit.report.outcome import Outcome
 from upfit.report.page import Plot, Section, Table
 from upfit.report.subjects import Evaluation, Measured, Text, texts
+from upfit.report.wording import where
 
 INTERVALS = "Intervals are of 95 %."
 
@@ -27,11 +29,19 @@ def summary(evaluations: list[Evaluation], origin: dict[str, Any] | None = None)
             for index, model in enumerate(text.models)
         ]
         head = ["model", "nats a token", "from the source", "cache a token", *(title for title, _ in columns)]
-        tables.append(Table(_where(text.data), head, rows))
+        tables.append(Table(where(text.data), head, rows))
     words = (
         f"{INTERVALS} Loss: lower is better. Probes: the mean score over depths, and the gap between the best and the worst."
     )
-    return Section("What was lost, what was won", [words], tables=tables)
+    return Section("Every model beside the others", [words], tables=tables)
+
+
+def says_more(evaluations: list[Evaluation], origin: dict[str, Any] | None, outcome: Outcome) -> bool:
+    """Whether a summary tells of models, texts or probes of which the head of the page does not."""
+    by_text = texts(evaluations, origin)
+    if len(by_text) > 1 or any(probes.columns(text.models) for text in by_text):
+        return True
+    return any(len(text.models) > sum(stage.loss is not None for stage in outcome.stages) for text in by_text)
 
 
 def measured(evaluations: list[Evaluation], origin: dict[str, Any] | None = None) -> list[Section]:
@@ -54,23 +64,24 @@ def _losses(text: Text, number: int) -> Section:
         ]
         rows.append([model.label, *measures, _apart(model, text), _cache(model)])
     columns = ["model", "nats per token", "perplexity", "bits per byte", "against the source", "cache per token"]
-    words = f"{_where(text.data)}. {INTERVALS} Differences are paired on the same windows, unless the table says otherwise."
+    words = f"{where(text.data)}. {INTERVALS} Differences are paired on the same windows, unless the table says otherwise."
     tables = [Table("Loss", columns, rows), *_tasks(text.models), *speed.tables(text), *_ablations(text.evaluations)]
     shown, what = _shown(text)
     parts = [model.subject["loss"]["nats_per_token_by_position"] for model in text.models]
     plots = [
-        Plot(f"losses-{number}", f"Loss: {what}, 95 % intervals", figures.losses(shown, what)),
         Plot(
-            f"positions-{number}", "Loss by position in the window", figures.positions(text.labels, parts, text.data["length"])
+            f"losses-{number}",
+            wording.LOSSES.format(what=what),
+            figures.losses(shown, what),
+        ),
+        Plot(
+            f"positions-{number}",
+            wording.POSITIONS,
+            figures.positions(text.labels, parts, text.data["length"]),
         ),
         *speed.plots(text, number),
     ]
     return Section("What was measured", [words], tables=tables, plots=plots)
-
-
-def _where(data: dict[str, Any]) -> str:
-    source = data["source"] if isinstance(data["source"], str) else ", ".join(data["source"])
-    return f"{data['windows']} windows of {data['length']} tokens from {data['documents']} documents ({source})"
 
 
 def _shown(text: Text) -> tuple[list[tuple[str, dict[str, Any]]], str]:

@@ -15,9 +15,11 @@ from upfit import __version__
 from upfit.portable import portable
 
 PNG_DPI = 150
+WIDE_INCHES = 6.0
+COLUMNS_OF_A_TELEPHONE = 3
 MADE_BY = "Upfit report"  # by which pages and pictures are known again
 HEAD_BYTES = 4096  # it stands in the first of them
-TOGETHER = re.compile(r"\[[^\[\]]*\]|\d ± \d|\d [kMGT]?B\b")
+TOGETHER = re.compile(r"\[[^\[\]]*\]|\d ± \d|\d [kMGT]?B\b|\dx (?:smaller|larger)")
 
 
 def file_name(label: str) -> str:
@@ -33,6 +35,11 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
 
+    @property
+    def cards(self) -> bool:
+        """Whether a narrow page shows a card for each row, since it has no room for the columns."""
+        return len(self.columns) > COLUMNS_OF_A_TELEPHONE
+
 
 @dataclass(frozen=True)
 class Plot:
@@ -41,6 +48,11 @@ class Plot:
     name: str
     caption: str
     figure: Figure
+
+    @property
+    def wide(self) -> bool:
+        """Whether its text would be too small to read where the page is as narrow as a telephone."""
+        return float(self.figure.get_figwidth()) > WIDE_INCHES
 
     @property
     def data_uri(self) -> str:
@@ -57,11 +69,15 @@ class Plot:
 
 @dataclass(frozen=True)
 class Section:
+    """`lead`: a sentence that stands for all of it, in large type; `notes`: what explains the rest, at the end."""
+
     title: str
     texts: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
+    lead: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 def elsewhere(sections: list[Section], places: list[str]) -> list[Section]:
@@ -73,9 +89,16 @@ def elsewhere(sections: list[Section], places: list[str]) -> list[Section]:
             texts=portable(section.texts, places),
             commands=[portable({"command": command}, places)["command"] for command in section.commands],
             tables=[
-                Table(portable(table.title, places), portable(table.columns, places), portable(table.rows, places))
+                replace(
+                    table,
+                    title=portable(table.title, places),
+                    columns=portable(table.columns, places),
+                    rows=portable(table.rows, places),
+                )
                 for table in section.tables
             ],
+            lead=portable(section.lead, places),
+            notes=portable(section.notes, places),
             plots=[replace(plot, caption=portable(plot.caption, places)) for plot in section.plots],
         )
         for section in sections

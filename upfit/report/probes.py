@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from upfit.evaluate.tables import half_width, interval
-from upfit.report import depths
+from upfit.report import depths, wording
 from upfit.report.page import Plot, Section, Table
 from upfit.report.subjects import Measured
 
@@ -77,7 +77,13 @@ def _by_split(name: str, probed: Probed, labels: list[str], number: int) -> Sect
     plots = []
     if curves:
         drawn = depths.curves(curves, labels, "share found", "depth of the needle, 0 is the beginning", whole=True)
-        plots.append(Plot(f"{name}-depth-{number}", f"Probe {name}: share found by depth", drawn))
+        plots.append(
+            Plot(
+                f"{name}-depth-{number}",
+                wording.FOUND.format(name=name),
+                drawn,
+            )
+        )
     return Section(f"Probe: {name}", tables=[table], plots=plots)
 
 
@@ -157,9 +163,9 @@ def _plots(name: str, probed: Probed, labels: list[str], number: int) -> list[Pl
         drawable = [(label, rows) for label, rows in drawable if rows]
         if not drawable:
             continue
-        caption = f"Probe {name}: {what} by depth"
+        caption = wording.CURVES.format(name=name, what=what)
         if len(lengths) > 1 and any("scores" in row for _, rows in drawable for row in rows.values()):
-            caption = f"Probe {name}: {what} by length and depth, one colour scale; bright is good"
+            caption = wording.HEAT.format(name=name, what=what)
             drawn = depths.heat_maps(drawable, lengths, kind, what)
         else:
             drawn = depths.by_length(drawable, lengths, kind, what, labels)

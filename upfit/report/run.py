@@ -14,6 +14,7 @@ from upfit.report.page import elsewhere, is_page, is_picture, render
 from upfit.report.result import Report
 from upfit.report.sections import tell
 from upfit.report.story import gather, misshapen
+from upfit.report.subjects import called
 
 
 def report(model: str, out: Path | None, results: list[Path], png: Path | None, overwrite: bool) -> Report:
@@ -35,7 +36,9 @@ def report(model: str, out: Path | None, results: list[Path], png: Path | None, 
         known = [story.steps, [answer for _, answer in story.evaluations], str(folder)]
         sections = elsewhere(tell(story), known_places(known, [str(path.absolute()) for path in results]))
         plots = [plot for section in sections for plot in section.plots]
-        page = render(f"{name}: the story of a model", sections, [path.name for path in results]).encode()
+        page = render(
+            f"{called(find_source(model).record())}: the story of a model", sections, [path.name for path in results]
+        ).encode()
         pictures = {f"{plot.name}.png": plot.png() for plot in plots} if png is not None else {}
     with ExitStack() as stack:
         work = stack.enter_context(work_folder(out, "report", overwrite, check=check_page))

@@ -5,21 +5,27 @@ from typing import Any
 from upfit.convert.result import as_rows
 from upfit.output import cache_change, human_bytes, human_count
 from upfit.provenance import config_lines, method_ran
-from upfit.report import figures
-from upfit.report.measured import measured, summary
+from upfit.report import figures, wording
+from upfit.report.first_screen import first_screen
+from upfit.report.measured import measured, says_more, summary
 from upfit.report.page import Plot, Section, Table, file_name
+from upfit.report.stages import outcome
 from upfit.report.story import Story, same_run
+from upfit.report.subjects import called
 
 
 def tell(story: Story) -> list[Section]:
     """All sections that the folder and the results have something to say to."""
     origin = next((step["source"] for step in story.steps if step["verb"].startswith("convert")), None)
-    sections = [summary(story.evaluations, origin)] if story.evaluations else []
+    result = outcome(story)
+    sections = [] if result is None else [first_screen(result)]
+    if story.evaluations and (result is None or says_more(story.evaluations, origin, result)):
+        sections.append(summary(story.evaluations, origin))
     sections.append(_facts(story.facts))
     if story.steps:
         sections.append(_history(story.steps))
-    sections += [_predicted(label, prediction) for label, prediction in story.predictions]
     sections += measured(story.evaluations, origin)
+    sections += [_predicted(label, prediction) for label, prediction in story.predictions]
     number = 0
     newest = next((step for step in reversed(story.steps) if step["verb"] == "uptrain"), None)
     for step in story.steps:
@@ -38,9 +44,10 @@ def _facts(facts: dict[str, Any]) -> Section:
 
 
 def _history(steps: list[dict[str, Any]]) -> Section:
-    rows = [[step["verb"], str(step["source"].get("name", "")), step["date"][:10], _versions(step)] for step in steps]
-    commands = [step["command"] for step in steps if "command" in step]
-    table = Table("", ["step", "from", "date", "versions"], rows)
+    rows = [[step["verb"], called(step["source"]), step["date"][:10], _versions(step)] for step in steps]
+    pairs = zip(steps, [*steps[1:], None], strict=True)
+    commands = [step["command"] for step, after in pairs if "command" in step and not same_run(step, after)]
+    table = Table("", ["step", "from, or against", "date", "versions"], rows)
     files = [f"In the config file of {step['verb']}: {', '.join(config_lines(step))}." for step in steps if step.get("config")]
     return Section("What was done", list(dict.fromkeys(files)), commands=commands, tables=[table])
 
@@ -61,7 +68,7 @@ def _predicted(label: str, prediction: dict[str, Any]) -> Section:
         "values bring to the output, that a merge in closed form would lose. They rank layers and numbers of heads; losses in "
         "nats are measured after a conversion."
     )
-    caption = f"Predicted errors of each layer for each number of key/value heads ({label})"
+    caption = wording.SENSITIVITY.format(label=label)
     plot = Plot(f"sensitivity-{file_name(label)}", caption, figures.sensitivity(prediction))
     return Section("What fewer heads would cost", [text], tables=[Table("", columns, rows)], plots=[plot])
 
@@ -93,7 +100,7 @@ def _conversion(step: dict[str, Any], number: int) -> list[Section]:
         tables.append(Table("Left out, because it would not be exact or could not be measured", ["layer", "what"], left_out))
     drawn = figures.layers(rows)
     if drawn is not None:
-        plots.append(Plot(f"conversion-{number}", f"What {step['verb']} measured of each layer", drawn))
+        plots.append(Plot(f"conversion-{number}", wording.LAYERS.format(verb=step["verb"]), drawn))
     if not (texts or tables or plots):
         return []
     return [Section(f"Conversion: {step['verb']}", texts, tables=tables, plots=plots)]
@@ -130,10 +137,22 @@ def _uptraining(step: dict[str, Any], lines: list[dict[str, Any]]) -> Section:
     suffix = f"-{stage}" if stage in TITLES else ""
     drawn = figures.training(lines, teacher, before.get("kl"))
     if drawn is not None:
-        plots.append(Plot(f"training{suffix}", "Every step of the uptraining", drawn))
+        plots.append(
+            Plot(
+                f"training{suffix}",
+                wording.TRAINING,
+                drawn,
+            )
+        )
     drawn = figures.watched(lines)
     if drawn is not None:
-        plots.append(Plot(f"watched{suffix}", "What was measured of each layer while training", drawn))
+        plots.append(
+            Plot(
+                f"watched{suffix}",
+                wording.WATCHED,
+                drawn,
+            )
+        )
     title = "Uptraining" + TITLES.get(stage or "", "")
     return Section(title, texts, tables=tables, plots=plots)
 

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from upfit.output import human_bytes
-from upfit.report.figures import WIDTH, panels, series
+from upfit.report import wording
+from upfit.report.figures import ONE_COLUMN, panels, series
 from upfit.report.page import Plot, Table
 from upfit.report.subjects import Evaluation, Text, key_of
 
@@ -44,13 +45,18 @@ def plots(text: Text, number: int) -> list[Plot]:
     plots = []
     timed = [(label, answer) for label, answer in text.evaluations if answer["speed"]]
     if timed:
-        caption = "Tokens a second by length of context: median, lowest and highest; the ratio is of neighbouring timings"
-        plots.append(Plot(f"speed-{number}", caption, _speeds(timed, text)))
+        plots.append(Plot(f"speed-{number}", wording.SPEED, _speeds(timed, text)))
     caches = [
         (model.label, model.subject["cache"]["bytes_per_token"]) for model in text.models if model.subject["cache"] is not None
     ]
     if len({size for _, size in caches}) > 1:
-        plots.append(Plot(f"cache-{number}", "KV cache, bytes a token, measured", _caches(caches, text.labels)))
+        plots.append(
+            Plot(
+                f"cache-{number}",
+                wording.CACHES,
+                _caches(caches, text.labels),
+            )
+        )
     return plots
 
 
@@ -96,7 +102,7 @@ def _line(axes: Any, answer: dict[str, Any], spreads: list[dict[str, float]], la
 
 def _caches(caches: list[tuple[str, float]], labels: list[str]) -> Figure:
     figure, [axes] = panels(1)
-    figure.set_size_inches(2 * WIDTH, 0.9 + 0.36 * len(caches))
+    figure.set_size_inches(ONE_COLUMN, 0.9 + 0.36 * len(caches))
     rows = np.arange(len(caches))[::-1]
     bars = axes.barh(rows, [size for _, size in caches], color=[series(label, labels)["color"] for label, _ in caches])
     axes.bar_label(bars, [human_bytes(size) for _, size in caches], padding=3, fontsize=8)

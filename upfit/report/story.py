@@ -9,6 +9,7 @@ from typing import Any
 
 from upfit import provenance
 from upfit.bounded import LINES_BYTES, RECORD_BYTES, check_ordinary, parse_json, read_lines, read_text, shaped
+from upfit.checkpoint.reader import most_positions, read_config
 from upfit.checkpoint.source import find_source
 from upfit.convert.describe import describe
 from upfit.errors import UpfitError
@@ -21,13 +22,16 @@ KINDS = "`upfit evaluate --json` or `upfit convert --dry-run --calibration --jso
 @dataclass(frozen=True)
 class Story:
     """`facts`: what `upfit show` tells. `steps`: of recipe.json, oldest first. `training`: the lines of metrics.jsonl, of
-    the newest uptraining. `evaluations`: [label, answer of `upfit evaluate`]. `predictions`: [label, sensitivity]."""
+    the newest uptraining. `evaluations`: [label, answer of `upfit evaluate`]. `predictions`: [label, sensitivity].
+    `context`: the longest input that the model takes, in tokens; `sliding`: whether it has layers that forget old ones."""
 
     facts: dict[str, Any]
     steps: list[dict[str, Any]]
     training: list[dict[str, Any]]
     evaluations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     predictions: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    context: int | None = None
+    sliding: bool = False
 
 
 def gather(model: str, results: list[Path]) -> Story:
@@ -55,7 +59,15 @@ def _story(facts: dict[str, Any], folder: Path, answers: list[tuple[str, dict[st
     recorded = [(_label(steps, index), step["measurements"]) for index, step in enumerate(steps) if step["verb"] == "evaluate"]
     recorded = [(label, measured) for label, measured in recorded if measured["model"] not in twice]
     predictions = [(label, answer["sensitivity"]) for label, answer in answers if "sensitivity" in answer]
-    return Story(facts, steps, _training(folder / METRICS), recorded + added, predictions)
+    config = read_config(folder)
+    context, sliding = most_positions(config), any(map(_slides, (config, config.get("text_config") or {})))
+    return Story(facts, steps, _training(folder / METRICS), recorded + added, predictions, context, sliding)
+
+
+def _slides(config: dict[str, Any]) -> bool:
+    """Whether a config has layers that forget what lies far back."""
+    window = config.get("sliding_window") and config.get("use_sliding_window", True)
+    return bool(window or config.get("attention_chunk_size"))
 
 
 def _names(paths: list[Path]) -> list[str]:

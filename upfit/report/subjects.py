@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from upfit.portable import HUB_ID, commit_of, name_of
+
 Evaluation = tuple[str, dict[str, Any]]  # label, answer of `upfit evaluate`
 Key = tuple[Any, ...]
 
@@ -65,9 +67,9 @@ def _sources(evaluations: list[Evaluation], origin: dict[str, Any] | None) -> di
     sources: dict[Key, Measured] = {}
     for _, answer in evaluations:
         if answer["against"] is not None and key_of(answer["against"]) not in compared:
-            _put(sources, Measured(f"source: {_short(answer['against']['name'])}", answer["against"]))
+            _put(sources, Measured(f"source: {called(answer['against'])}", answer["against"]))
     for label, subject in measured:
-        if key_of(subject) in sources or (_is(subject, origin) and key_of(subject) not in compared):
+        if key_of(subject) in sources or (same_model(subject, origin) and key_of(subject) not in compared):
             _put(sources, Measured(label, subject))
     labels = [model.label for model in sources.values()]
     return {
@@ -94,13 +96,21 @@ def key_of(subject: dict[str, Any]) -> Key:
     return subject.get("path") or subject["name"], subject.get("revision"), subject.get("dtype")
 
 
-def _is(subject: dict[str, Any], origin: dict[str, Any] | None) -> bool:
-    if origin is None:
+def same_model(record: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    """Whether two records tell of the same commit of a hub model, or of the same folder; where one has no path, by the name."""
+    if other is None:
         return False
-    place = origin.get("path")
-    return subject.get("path") == place if place and subject.get("path") else subject["name"] == origin.get("name")
+    names = record.get("name"), other.get("name")
+    commits = commit_of(record), commit_of(other)
+    if None not in commits:
+        return names[0] == names[1] and commits[0] == commits[1]
+    places = record.get("path"), other.get("path")
+    return places[0] == places[1] if all(places) else names[0] == names[1]
 
 
-def _short(name: str) -> str:
-    """A folder by its own name, a hub id as it is."""
-    return name.rstrip("/").rsplit("/", 1)[-1] if name.startswith(("/", ".", "~")) else name
+def called(record: dict[str, Any]) -> str:
+    """A folder by its own name, a model of the hub by its id: never by where it lies."""
+    name, path = str(record.get("name") or ""), str(record.get("path") or "")
+    if commit_of(record) is not None or (not path and HUB_ID.fullmatch(name)):
+        return name
+    return name_of(name) or name_of(path) or name

@@ -1,0 +1,116 @@
+"""What a conversion saved and what that cost, in words and cells: the same ones in the report, the card and `compare`.
+
+`stages.py` makes it from the records. What was not measured of a model is None there, and is said so here.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from upfit.evaluate.tables import half_width
+from upfit.output import cache_factor, human_bytes
+
+DIGITS = 4  # of a loss in nats, wherever it stands
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Of one sequence, in bytes. `window`: the largest sliding window, in tokens; `beyond`: bytes a token past it, where known.
+
+    `types`: what it was measured in; none where it is told by the shapes and types of the weights.
+    """
+
+    per_token: float
+    fixed: float = 0.0
+    window: int | None = None
+    beyond: float | None = None
+    types: tuple[str, ...] = ()
+
+    def at(self, tokens: int) -> float | None:
+        """Bytes of a context of `tokens`; None where that is not known."""
+        inside = tokens if self.window is None else min(tokens, self.window)
+        if inside < tokens and self.beyond is None:
+            return None
+        return self.fixed + inside * self.per_token + (tokens - inside) * (self.beyond or 0.0)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A loss less the source's on the same windows. `estimate`: mean, low and high; without ends where it is not paired."""
+
+    estimate: dict[str, Any]
+    unit: str = "nats a token"
+
+    @property
+    def paired(self) -> bool:
+        return self.estimate["low"] is not None
+
+    def cell(self) -> str:
+        unit = "" if self.unit == "nats a token" else f" {self.unit}"
+        return half_width(self.estimate, DIGITS) + unit + ("" if self.paired else ", not paired")
+
+    def words(self) -> str:
+        """`0.1757 ± 0.0916 nats a token higher`."""
+        mean, low, high = (self.estimate[key] for key in ("mean", "low", "high"))
+        if mean == low == high == 0:
+            return "the same"
+        size = self.estimate if mean >= 0 else {"mean": -mean, "low": None if high is None else -high}
+        doubt = ", which may be chance" if self.paired and low <= 0 <= high else "" if self.paired else " (not paired)"
+        return f"{half_width(size, DIGITS)} {self.unit} {'higher' if mean >= 0 else 'lower'}{doubt}"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near the predictions are to the source's. `cell`: in a table; `words`: in a sentence; `note`: what it is."""
+
+    cell: str
+    words: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model on the way: `label` is source, converted or uptrained; `loss` an estimate in nats a token."""
+
+    label: str
+    name: str
+    cache: Cache | None
+    loss: dict[str, Any] | None = None
+    lost: Lost | None = None
+    agreement: Agreement | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`stages`: from the source to the folder as it is. `context`: the longest that the model takes, in tokens. `data`: the
+    text that losses are of, as `evaluate` tells it; None where nothing was measured."""
+
+    stages: list[Stage]
+    context: int | None
+    data: dict[str, Any] | None
+
+    @property
+    def last(self) -> Stage:
+        return self.stages[-1]
+
+    def sentence(self, model: str, source: str) -> str:
+        """What was saved and what it cost; `model` and `source` say what the two are called."""
+        return f"{self._saved(model, source)}, {self._cost()}."
+
+    def _saved(self, model: str, source: str) -> str:
+        before, after = self.stages[0].cache, self.last.cache
+        if before is None or after is None:
+            return f"What {model} keeps in its cache was not measured"
+        if before.per_token == after.per_token:
+            return f"{model} keeps {human_bytes(after.per_token)} of KV cache a token, as {source} does"
+        factor = cache_factor(before.per_token, after.per_token)
+        saved = f"{model} keeps {human_bytes(after.per_token)} of KV cache a token where {source} keeps "
+        saved += human_bytes(before.per_token) + (f" ({factor})" if factor else "")
+        long = [None if self.context is None else cache.at(self.context) for cache in (before, after)]
+        if self.context is None or long[0] is None or long[1] is None:
+            return saved
+        return f"{saved}, {human_bytes(long[1])} instead of {human_bytes(long[0])} at {self.context:,} tokens"
+
+    def _cost(self) -> str:
+        lost = self.last.lost
+        cost = "and its loss was not measured" if lost is None else f"and its loss is {lost.words()}"
+        return cost + (f"; {self.last.agreement.words}" if self.last.agreement else "")
