@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from upfit.calibration.statistics_file import read_metadata
 from upfit.convert import fitting
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
-from upfit.output import Output
+from upfit.output import Meter, Output
 
 QUIET = Output(quiet=True)
 TEXT = "def f(x): return x + 1  # one more\nthe quick brown fox jumps over the lazy dog; 12 boxes of wine.\n" * 60
@@ -128,6 +129,25 @@ def test_stopped_again_and_again(shop: Shop, monkeypatch: pytest.MonkeyPatch) ->
                 runs.append(list(loads.layers))
     assert runs == [[0], [0, 1], [1, 2], [2], []] and content(shop.folder / "again") == whole
     assert said == [f"going on after layer {done} of 3" for done in (1, 2, 3)]
+
+
+def test_the_bar_of_a_stopped_fit_is_closed(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before what stopped it is told: a bar that is still drawn would hide the line."""
+    output, bars = Output(quiet=True), list[str]()
+
+    @contextmanager
+    def progress(label: str, total: float) -> Iterator[Meter]:
+        bars.append(label)
+        try:
+            yield Meter(label, total, True, None)
+        finally:
+            bars.remove(label)
+
+    monkeypatch.setattr(output, "progress", progress)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
+        stop_at(patch, 0, before=True, error=KeyboardInterrupt)
+        shop.fit("split", "closed", output)
+    assert "store" in [entry.name for entry in stopped.traceback] and bars == []
 
 
 @pytest.mark.slow

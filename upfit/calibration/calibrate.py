@@ -16,11 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from upfit.architecture.layers import Architecture, open_model
-from upfit.architecture.loading import pick_device
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known
 from upfit.calibration.gather import LayerSums, gather_layer
-from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import Opaque
 from upfit.calibration.result import Calibration
 from upfit.calibration.sample import (
@@ -30,6 +28,7 @@ from upfit.calibration.sample import (
 )
 from upfit.calibration.statistics import ROWS
 from upfit.calibration.statistics_file import check_statistics, fingerprint, metadata, traits_from
+from upfit.calibration.teacher_student import open_pair
 from upfit.calibration.traits import AttentionTraits
 from upfit.checkpoint.output_folder import check_place, resolved
 from upfit.checkpoint.reader import Checkpoint, open_checkpoint, safetensors_dtype
@@ -142,19 +141,17 @@ class FinishedLayers:
 def _gather(
     checkpoint: Checkpoint, architecture: Architecture, sample: Sample, work: FinishedLayers, output: Output
 ) -> dict[str, AttentionTraits | str]:
-    device = pick_device()
-    pieces, held = sample.batches()
-    model = LayerwiseModel(checkpoint, architecture, pieces, device)
+    model, batches = open_pair(checkpoint, architecture, sample)
     start = work.read()["next"]
     if start:
         output.note(f"going on from layer {start} of {len(model.blocks)}")
-        for batch, hidden in zip(model.batches, work.hidden(start), strict=True):
-            batch.hidden = hidden.to(device)
+        for batch, hidden in zip(batches, work.hidden(start), strict=True):
+            batch.teacher = hidden.to(batch.teacher.device)
     with output.progress("calibrating", len(model.blocks)) as meter:
         meter.advance(start)
         for index in range(start, len(model.blocks)):
-            layer = gather_layer(model, architecture, index, held)
-            work.keep(index, layer, [batch.hidden for batch in model.batches if batch.hidden is not None])
+            layer = gather_layer(model, architecture, index, batches)
+            work.keep(index, layer, [batch.teacher for batch in batches])
             meter.advance(1, layer.path if layer else "")
     traits = work.read()["facts"]
     return {path: value if isinstance(value, str) else traits_from(value) for path, value in traits.items()}

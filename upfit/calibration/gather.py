@@ -6,9 +6,10 @@ from torch import Tensor
 
 from upfit.architecture.layers import Architecture
 from upfit.calibration.layerwise import LayerwiseModel
-from upfit.calibration.observe import Opaque, run_block
-from upfit.calibration.statistics import ROWS, add, observe, sample_rows
-from upfit.calibration.traits import AttentionTraits, probe_attention, watch
+from upfit.calibration.observe import Opaque
+from upfit.calibration.statistics import ROWS, add, observe
+from upfit.calibration.teacher_student import LayerPair, PairedBatch, pass_by
+from upfit.calibration.traits import AttentionTraits
 
 
 @dataclass(frozen=True)
@@ -20,30 +21,27 @@ class LayerSums:
     sums: dict[str, Tensor]
 
 
-def gather_layer(model: LayerwiseModel, architecture: Architecture, index: int, held: list[bool]) -> LayerSums | None:
-    """Run one layer over every batch of the stream, which moves on; its statistics, or None for one without key/value heads."""
+def gather_layer(model: LayerwiseModel, architecture: Architecture, index: int, batches: list[PairedBatch]) -> LayerSums | None:
+    """Run one layer over the teacher's batches, which move on; its statistics, or None for one without key/value heads."""
     block = model.blocks[index]
     model.load(index)
     layer = {layer.path: layer for layer in architecture.layers}.get(block.attention_path) if block.attention else None
-    traits: AttentionTraits | str = "no attention"
-    sums: dict[str, Tensor] = {}
-    if layer is not None:
-        longest = max(model.batches, key=lambda batch: batch.ids.shape[1])
-        assert longest.hidden is not None
-        try:
-            traits, _ = probe_attention(block, architecture.entry, layer.geometry, longest.hidden, longest.calls[index])
-        except Opaque as reason:
-            traits = str(reason)
-    for number, (batch, back) in enumerate(zip(model.batches, held, strict=True)):
-        assert batch.hidden is not None
-        if isinstance(traits, str) or back:
-            batch.hidden = run_block(block.module, batch.hidden, batch.calls[index])
-            continue
-        watched = watch(block, batch.hidden, batch.calls[index], ())
-        rows = sample_rows(batch.ids.shape[1], ROWS, index, number, batch.hidden.device)
-        add(sums, observe(watched.seen, traits, rows))
-        batch.hidden = watched.output
+    result = None if layer is None else _gather(LayerPair(model, index, layer, architecture.entry, batches, block.module))
+    if result is None or isinstance(result.traits, str):
+        pass_by(block.module, index, batches, alone=True)
     model.empty(block.module)
-    if layer is None:
-        return None
-    return LayerSums(layer.path, traits, {name: tensor.float().cpu().contiguous() for name, tensor in sums.items()})
+    return result
+
+
+def _gather(pair: LayerPair) -> LayerSums:
+    """The statistics of a layer, through which the batches have moved, unless it cannot be watched."""
+    try:
+        traits, _ = pair.probe()
+    except Opaque as reason:
+        return LayerSums(pair.layer.path, str(reason), {})
+    sums: dict[str, Tensor] = {}
+    for batch, watched, rows in pair.watch(rows=ROWS):
+        if not batch.held:
+            add(sums, observe(watched.seen, traits, rows))
+        batch.teacher = watched.output
+    return LayerSums(pair.layer.path, traits, {name: tensor.float().cpu().contiguous() for name, tensor in sums.items()})

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upfit.calibration.layerwise import LayerwiseModel
-from upfit.calibration.observe import Call
+from upfit.architecture.attention import Layer
+from upfit.architecture.layers import Architecture
+from upfit.architecture.loading import pick_device
+from upfit.architecture.table import Entry
+from upfit.calibration.layerwise import Block, LayerwiseModel
+from upfit.calibration.observe import Call, run_block, run_until
 from upfit.calibration.ridge import Moments, augmented, ridge_linear
-from upfit.calibration.traits import Residual
+from upfit.calibration.sample import Sample
+from upfit.calibration.statistics import Rows, sample_rows
+from upfit.calibration.traits import AttentionTraits, Residual, Turns, Watched, probe_attention, watch
 from upfit.checkpoint.reader import Checkpoint
 
 
@@ -33,8 +39,13 @@ class PairedBatch:
         return self.teacher + residual.attention * attended
 
 
-def paired_batches(model: LayerwiseModel, held: list[bool]) -> Iterator[PairedBatch]:
-    """The model's batches, teacher and student at the first layer; `held` says which of them are held back."""
+def open_pair(checkpoint: Checkpoint, architecture: Architecture, sample: Sample) -> tuple[LayerwiseModel, list[PairedBatch]]:
+    """The source, to be run layer by layer, and the sample's windows before the first layer of both models.
+
+    Raises Opaque for a model that cannot be run on text.
+    """
+    pieces, held = sample.batches()
+    model, batches = LayerwiseModel(checkpoint, architecture, pieces, pick_device()), []
     for batch, back in zip(model.batches, held, strict=True):
         memo: dict[int, Any] = {}
 
@@ -44,7 +55,64 @@ def paired_batches(model: LayerwiseModel, held: list[bool]) -> Iterator[PairedBa
 
         copies = [Call(tuple(map(own, c.arguments)), {k: own(v) for k, v in c.keywords.items()}) for c in batch.calls]
         assert batch.hidden is not None
-        yield PairedBatch(back, batch.calls, copies, batch.hidden, batch.hidden, batch.ids.shape[1])
+        batches.append(PairedBatch(back, batch.calls, copies, batch.hidden, batch.hidden, batch.ids.shape[1]))
+        batch.hidden = None  # a gigabyte where the text is long: it is let go of once both models have moved on
+    return model, batches
+
+
+def pass_by(module: nn.Module, index: int, batches: list[PairedBatch], alone: bool) -> None:
+    """Move on through layer `index`, which stays as it is; `alone`: without the student."""
+    for batch in batches:
+        if not alone:
+            batch.student = run_block(module, batch.student, batch.student_calls[index])
+        batch.teacher = run_block(module, batch.teacher, batch.calls[index])
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """Layer `index` of both models before `batches` have gone through it. `student` is the converted model's; it may be the
+    teacher's own module, to be changed once the teacher has been watched."""
+
+    model: LayerwiseModel
+    index: int
+    layer: Layer
+    entry: Entry
+    batches: list[PairedBatch]
+    student: nn.Module
+
+    @property
+    def block(self) -> Block:
+        """The teacher's layer."""
+        return self.model.blocks[self.index]
+
+    def path(self, part: str) -> str:
+        """Where a part of the attention (`q`, `k_norm`) is in the layer."""
+        return f"{self.block.attention}.{getattr(self.entry, part)}"
+
+    def probe(self) -> tuple[AttentionTraits, Turns]:
+        """What may be changed in the layer. Raises Opaque when nothing at all can be said."""
+        longest = max(self.batches, key=lambda batch: batch.tokens)
+        return probe_attention(self.block, self.entry, self.layer.geometry, longest.teacher, longest.calls[self.index])
+
+    def watch(self, taps: tuple[str, ...] = (), rows: int = 0) -> Iterator[tuple[PairedBatch, Watched, list[Rows]]]:
+        """The teacher's layer on one batch after the other, and query positions to look at: `rows` of every SEGMENT."""
+        for number, batch in enumerate(self.batches):
+            watched = watch(self.block, batch.teacher, batch.calls[self.index], taps)
+            yield batch, watched, sample_rows(batch.tokens, rows, self.index, number, batch.teacher.device)
+
+    def run(self, batch: PairedBatch) -> Tensor:
+        """The student's stream [B, T, E] after its layer."""
+        return run_block(self.student, batch.student, batch.student_calls[self.index])
+
+    def run_until(self, path: str, batch: PairedBatch) -> Tensor:
+        """The input of the module at `path` in the student's layer."""
+        return run_until(self.student, self.student.get_submodule(path), batch.student, batch.student_calls[self.index])
+
+    def linear(self, path: str) -> nn.Linear:
+        """The Linear at `path` in the student's layer."""
+        linear = self.student.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        return linear
 
 
 def token_weights(stream: Tensor, power: float) -> Tensor:
@@ -52,10 +120,23 @@ def token_weights(stream: Tensor, power: float) -> Tensor:
     return stream.square().mean(-1).clamp_min(1e-12) ** (-power / 2)
 
 
-def add_rows(sums: Moments, z: Tensor, wanted: Tensor, stream: Tensor, module: nn.Module, power: float) -> None:
-    """Add rows `z` [B, T, Z] and `wanted` [B, T, E]; a token weighs 1 / rms of `stream` [B, T, E] to `power`."""
-    rows = augmented(z.flatten(0, 1), z.shape[-1] + (module.bias is not None))
-    sums.add(rows, wanted.flatten(0, 1), token_weights(stream, power).flatten())
+def row_sums(
+    linear: nn.Linear,
+    batches: list[PairedBatch],
+    rows: Callable[[int, PairedBatch], tuple[Tensor, Tensor, Tensor]],
+    power: float,
+) -> dict[bool, Moments]:
+    """The sums that a refit of `linear` takes, by whether the rows are held back.
+
+    `rows` gives of a batch what the Linear is given [B, T, Z], what it should give out [B, T, E], and the stream [B, T, E] that
+    weighs its tokens: 1 / rms to `power`.
+    """
+    sums = {False: Moments(), True: Moments()}
+    for number, batch in enumerate(batches):
+        z, wanted, stream = rows(number, batch)
+        inputs = augmented(z.flatten(0, 1), z.shape[-1] + (linear.bias is not None))
+        sums[batch.held].add(inputs, wanted.flatten(0, 1), token_weights(stream, power).flatten())
+    return sums
 
 
 def put(module: nn.Module, path: str, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -74,16 +155,13 @@ class MlpEnd:
     names: tuple[str, str | None]
 
 
-def mlp_end(
-    model: LayerwiseModel, index: int, module: nn.Module, residual: Residual | None, checkpoint: Checkpoint
-) -> MlpEnd | None:
-    """The end of the MLP in `module`, the student's layer at `index`; None where one Linear of the checkpoint is not it."""
+def mlp_end(pair: LayerPair, residual: Residual | None) -> MlpEnd | None:
+    """The end of the MLP in the student's layer; None where one Linear of the checkpoint is not it."""
     if residual is None or residual.down is None:
         return None
-    linear = module.get_submodule(residual.down)
-    path = f"{model.blocks[index].path}.{residual.down}"
-    names = [model.weights.sources.get(f"{path}.{kind}") for kind in ("weight", "bias")]
-    if not isinstance(linear, nn.Linear) or not _is_plain(names, linear, checkpoint) or names[0] is None:
+    linear, weights = pair.student.get_submodule(residual.down), pair.model.weights
+    names = [weights.sources.get(f"{pair.block.path}.{residual.down}.{kind}") for kind in ("weight", "bias")]
+    if not isinstance(linear, nn.Linear) or not _is_plain(names, linear, weights.checkpoint) or names[0] is None:
         return None
     return MlpEnd(residual.down, (names[0][0], names[1][0] if names[1] else None))
 
@@ -114,11 +192,12 @@ def refit_mlp(
     """
     linear = module.get_submodule(end.path)
     assert isinstance(linear, nn.Linear)
-    sums = {False: Moments(), True: Moments()}
-    for number, (batch, output) in enumerate(zip(batches, outputs, strict=True)):
+
+    def rows(number: int, batch: PairedBatch) -> tuple[Tensor, Tensor, Tensor]:
         z, without = rest(number, batch)
-        add_rows(sums[batch.held], z, (output - without) / share, output, linear, power)
-    solved = ridge_linear(sums, linear)
+        return z, (outputs[number] - without) / share, outputs[number]
+
+    solved = ridge_linear(row_sums(linear, batches, rows, power), linear)
     put(module, end.path, *solved)
     return {name: tensor for name, tensor in zip(end.names, solved, strict=True) if name and tensor is not None}
 

@@ -4,7 +4,7 @@ A merge changes some weights of a layer and lets others make up for it. Whether 
 a rotation by position, a norm, a gate. Each assumption is tested on real activations; a change whose test fails is not made.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,9 +65,9 @@ class Watched:
     """One run of a layer over a batch. `taps` holds (input, output) of modules by their path in the layer."""
 
     seen: Seen
-    taps: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    hidden: Tensor | None = None
-    output: Tensor | None = None
+    taps: dict[str, tuple[Tensor, Tensor]]
+    hidden: Tensor
+    output: Tensor
 
 
 def watch(block: Block, hidden: Tensor, call: Call, taps: tuple[str, ...]) -> Watched:
@@ -247,7 +247,6 @@ def _only_projections(attention: nn.Module, present: dict[str, str], shape: Geom
 
 def _residual(watched: Watched, block: Block, projection: str, outer: list[str], reasons: list[str]) -> Residual | None:
     """The stream's structure, by least squares of what the layer adds on what its parts give out."""
-    assert watched.hidden is not None and watched.output is not None
     added = (watched.output - watched.hidden)[:FEW].double().reshape(-1)
     own = watched.taps[projection][1][:FEW].double().reshape(-1)
     if own.shape != added.shape:

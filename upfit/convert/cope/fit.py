@@ -8,19 +8,18 @@ made of, and training falls behind (docs/log.md).
 """
 
 import itertools
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from upfit.calibration.layerwise import Block, LayerwiseModel
 from upfit.calibration.observe import Opaque
-from upfit.calibration.traits import Watched, watch
+from upfit.calibration.teacher_student import LayerPair
+from upfit.calibration.traits import Watched
 from upfit.checkpoint.plan import Plan
 from upfit.convert.cope.options import CALIBRATION, Options, new_tensors
-from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
+from upfit.convert.fitting import LayerFits, read_calibration
 from upfit.errors import UpfitError
 from upfit.modeling.cope_equations import grouped, positions_of
 from upfit.modeling.modeling_upfit_cope import heads_of, is_heads_first, rotate_back
@@ -39,8 +38,8 @@ Sampled = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """Of one layer: which modules give queries and keys before their rotation, and how that is undone (None: it cannot be; an
-    empty list: nothing is rotated)."""
+    """Of one layer: paths in it of the modules that give queries and keys before their rotation, and how that is undone (None:
+    it cannot be; an empty list: nothing is rotated)."""
 
     taps: dict[str, str]
     rotation: Rotation | list[Any] | None
@@ -50,70 +49,49 @@ def fit(context: "FitContext", plan: Plan, options: Options, chosen: "list[Layer
     """`plan` with its config completed and a rule for each layer. Raises UpfitError when the gates asked for cannot be had."""
     calibration = read_calibration(context, options.calibration, options.calibration_tokens, options.calibration_length)
     words = {name: value for name, value in asdict(options).items() if name not in CALIBRATION}
-    task = Task(
-        title="gates",
-        label=f"contextual positions, {options.gates} gates",
-        settings={"recipe": "cope", "config": plan.config, **words},
-        layers=chosen,
-        begin=lambda walk: lambda index, layer: _fit_layer(walk, index, layer, options, first=layer is chosen[0]),
-        note=lambda record: str(record["layer"]),
-        alone=True,
-    )
-    fitted = fit_layers(context, calibration, task)
-    rotations = {entry.layer: entry.extra["rotation"] for entry in fitted.entries if entry.extra}
+    settings = {"recipe": "cope", "config": plan.config, **words}
+    fits = LayerFits(context, calibration, "gates", settings, chosen, alone=True)
+    for pair in fits:
+        rotation, tensors, record = _fit_layer(pair, options)
+        if options.drop_rope and pair.layer is chosen[0]:
+            assert isinstance(rotation, tuple)
+            tensors[f"{rotation[0]}.cope_rope_share"] = torch.ones(())
+        fits.store(pair, record, tensors, {"rotation": list(rotation)} if isinstance(rotation, tuple) else {})
+    rotations = {entry.layer: entry.extra["rotation"] for entry in fits.entries if entry.extra}
     config = {**plan.config, "cope": {**plan.config["cope"], "rotations": rotations}}
-    report = {**(plan.report or {}), "calibration": calibration.record(), "layers": fitted.records}
-    return replace(plan, config=config, rules=(*plan.rules, *fitted.rules), report=report)
+    report = {**(plan.report or {}), "calibration": calibration.record(), "layers": fits.records}
+    rules = fits.rules(f"contextual positions, {options.gates} gates")
+    return replace(plan, config=config, rules=(*plan.rules, *rules), report=report)
 
 
-def _fit_layer(walk: Walk, index: int, layer: "Layer", options: Options, first: bool) -> LayerFit:
-    layout, samples = _watch(walk, index, options, layer)
-    extra = {"rotation": list(layout.rotation)} if isinstance(layout.rotation, tuple) else {}
-    tensors, record = _tensors(walk.model.blocks[index], samples, options, layer, walk.context.architecture.entry.k)
-    if options.drop_rope and first:
-        assert isinstance(layout.rotation, tuple)
-        tensors[f"{layout.rotation[0]}.cope_rope_share"] = torch.ones(())
-    return LayerFit(layer.path, record, tensors, extra)
-
-
-def _watch(walk: Walk, index: int, options: Options, layer: "Layer") -> tuple[Layout, list[Sampled]]:
-    """Run a layer over all batches: what is found of it, and the gate logits of some queries."""
-    block, entry = walk.model.blocks[index], walk.context.architecture.entry
-    attention, placed = block.module.get_submodule(str(block.attention)), list[bool]()
+def _fit_layer(pair: LayerPair, options: Options) -> tuple[Rotation | list[Any] | None, dict[str, Tensor], dict[str, Any]]:
+    """Run a layer over all batches: how its rotation is undone, its new tensors by name, and its record."""
+    attention, entry = pair.block.module.get_submodule(str(pair.block.attention)), pair.entry
     names = {name for name, _ in attention.named_modules()} & {entry.q, entry.k, entry.q_norm, entry.k_norm}
-    inside = tuple(f"{block.attention}.{name}" for name in sorted(names))
+    inside = tuple(f"{pair.block.attention}.{name}" for name in sorted(names))
     layout: Layout | None = None
-    samples = []
-    hook = attention.register_forward_pre_hook(_noting(placed), with_kwargs=True)
-    for batch in walk.batches:
-        watched = watch(block, batch.teacher, batch.calls[index], inside)
+    samples, placed = [], list[bool]()  # of each call, whether the positions of its tokens are given
+    hook = attention.register_forward_pre_hook(
+        lambda module, arguments, keywords: placed.append(keywords.get("position_ids") is not None), with_kwargs=True
+    )
+    for batch, watched, _ in pair.watch(inside):
         if layout is None:
-            layout = _find(walk.model, block, watched, all(placed), walk.context)
-            _check(layout, options, layer)
+            layout = _find(pair, watched, all(placed))
+            _check(layout, options, pair.layer)
         if options.gates != "constant":
-            samples.append(_sampled(block, layout, watched, options))
-        assert watched.output is not None
+            samples.append(_sampled(layout, watched, options))
         batch.teacher = watched.output
     hook.remove()
     assert layout is not None
-    return layout, samples
+    return layout.rotation, *_tensors(pair, samples, options)
 
 
-def _noting(placed: list[bool]) -> Callable[..., None]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        placed.append(keywords.get("position_ids") is not None)
-
-    return hook
-
-
-def _find(model: LayerwiseModel, block: Block, watched: Watched, placed: bool, context: "FitContext") -> Layout:
-    entry, seen = context.architecture.entry, watched.seen
-    taps, before = {}, {}
+def _find(pair: LayerPair, watched: Watched, placed: bool) -> Layout:
+    seen, taps, before = watched.seen, {}, {}
     for part, after in (("q", seen.q), ("k", seen.k)):
-        name = getattr(entry, part)
-        norm = getattr(entry, f"{part}_norm")
-        tapped = watched.taps.get(f"{block.attention}.{name}")
-        normed = watched.taps.get(f"{block.attention}.{norm}")
+        own, norm = pair.path(part), pair.path(f"{part}_norm")
+        tapped, normed = watched.taps.get(own), watched.taps.get(norm)
+        name = getattr(pair.entry, part)
         if tapped is None:
             raise Opaque(f"it does not run its {name} as a module of its own")
         heads = after.shape[1]
@@ -121,25 +99,25 @@ def _find(model: LayerwiseModel, block: Block, watched: Watched, placed: bool, c
         if normed is not None and torch.equal(heads_of(normed[0], heads, first), heads_of(tapped[1], heads)):
             taps[part], before[part] = norm, heads_of(normed[1], heads, first)
         else:
-            taps[part], before[part] = name, heads_of(tapped[1], heads)
+            taps[part], before[part] = own, heads_of(tapped[1], heads)
         if before[part].shape != after.shape:
             raise Opaque(f"its {name} gives more than it attends with")
-    rotation = _rotation(model, block, before["k"], seen.k)
+    rotation = _rotation(pair, before["k"], seen.k)
     if isinstance(rotation, tuple) and not placed:
         rotation = None  # where the newest token stands must be known to undo it
     return Layout(taps, rotation)
 
 
-def _rotation(model: LayerwiseModel, block: Block, before: Tensor, after: Tensor) -> Rotation | list[Any] | None:
+def _rotation(pair: LayerPair, before: Tensor, after: Tensor) -> Rotation | list[Any] | None:
     """How `after` [B, K, T, D] is brought back to `before`: by trying what the model has."""
     if torch.equal(before, after):
         return []
     positions = torch.arange(after.shape[2], device=after.device)[None]
-    attention = block.module.get_submodule(str(block.attention))
-    kinds = [None, *sorted(set(getattr(model.model.config.get_text_config(), "layer_types", None) or ()))]
-    rotaries = [name for name, module in model.model.named_modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    attention, model = pair.block.module.get_submodule(str(pair.block.attention)), pair.model.model
+    kinds = [None, *sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()))]
+    rotaries = [name for name, module in model.named_modules() if type(module).__name__.endswith("RotaryEmbedding")]
     for name, kind, part in itertools.product(rotaries, kinds, ("whole", "first")):
-        rotary = model.model.get_submodule(name)
+        rotary = model.get_submodule(name)
         try:
             back = rotate_back(type(attention).__module__, rotary, kind, part, after, positions)
         except (RuntimeError, TypeError, AttributeError, KeyError, ValueError):
@@ -159,10 +137,9 @@ def _check(layout: Layout, options: Options, layer: "Layer") -> None:
         raise UpfitError(f"{layer.path} has no rotary positions that could be dropped; leave out --drop-rope")
 
 
-def _tensors(
-    block: Block, samples: list[Sampled], options: Options, layer: "Layer", key: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The layer's new tensors by name, and what is told of it; `key` is the name of its key projection."""
+def _tensors(pair: LayerPair, samples: list[Sampled], options: Options) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The layer's new tensors by name, and its record."""
+    layer = pair.layer
     tensors = {name: torch.zeros(size) for name, size in new_tensors(layer, options).items()}
     record: dict[str, Any] = {"layer": layer.path}
     if options.gates == "constant":
@@ -181,16 +158,15 @@ def _tensors(
         measures = {"span": torch.cat(active).mean(), "saturated": torch.cat(passed).mean()}
         record |= {name: round(float(value), 4) for name, value in measures.items()}
     if options.gates == "keys":
-        weight = block.module.get_parameter(f"{block.attention}.{key}.weight")
+        weight = pair.block.module.get_parameter(f"{pair.path('k')}.weight")
         tensors["cope_gate_keys.weight"] = weight.detach().clone()
     return {layer.stem + name: tensor for name, tensor in tensors.items()}, record
 
 
-def _sampled(block: Block, layout: Layout, watched: Watched, options: Options) -> Sampled:
+def _sampled(layout: Layout, watched: Watched, options: Options) -> Sampled:
     """Unscaled gate logits of some queries of one batch."""
     seen = watched.seen
-    q = _before(block, layout, watched, "q", seen.q.shape[1])
-    k = _before(block, layout, watched, "k", seen.k.shape[1])
+    q, k = _before(watched, layout.taps["q"], seen.q.shape[1]), _before(watched, layout.taps["k"], seen.k.shape[1])
     tokens = q.shape[2]
     at = torch.linspace(tokens // 2, tokens - 1, min(ROWS, tokens - tokens // 2)).long().unique().to(q.device)
     logits = (grouped(q[:, :, at], k) * seen.scaling).movedim(1, 0).cpu()  # [H, B, rows, T]
@@ -200,8 +176,8 @@ def _sampled(block: Block, layout: Layout, watched: Watched, options: Options) -
     return logits[:, :, close].flatten(1), logits.flatten(1, 2), below.repeat(logits.shape[1], 1)
 
 
-def _before(block: Block, layout: Layout, watched: Watched, part: str, heads: int) -> Tensor:
-    inputs, out = watched.taps[f"{block.attention}.{layout.taps[part]}"]
+def _before(watched: Watched, path: str, heads: int) -> Tensor:
+    inputs, out = watched.taps[path]
     return heads_of(out, heads, is_heads_first(inputs, heads))
 
 

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from upfit.calibration.observe import Seen
-from upfit.calibration.statistics import sample_rows
-from upfit.calibration.traits import watch
+from upfit.calibration.teacher_student import LayerPair
 from upfit.checkpoint.plan import Plan, Rule, Tensors
-from upfit.convert.fitting import LayerFit, Task, Walk, fit_layers, read_calibration
+from upfit.convert.fitting import LayerFits, read_calibration
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
@@ -28,36 +27,29 @@ def entropy(seen: Seen, rows: Tensor, keys: int) -> Tensor:
 
 def with_spread_heads(context: "FitContext", plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
     """`plan` with `dex_heads` 1 for the half of each layer's heads with the highest entropy on calibration text, else 0."""
-    calibration = read_calibration(context, *sources)
-    task = Task(
-        title="watching heads",
-        label="",
-        settings={"recipe": "diff", "config": plan.config, "variant": "dex"},
-        layers=list(context.architecture.layers),
-        begin=lambda walk: lambda index, layer: _spread(walk, index, layer),
-        note=lambda record: str(record["layer"]),
-        alone=True,
+    layers = {layer.path: layer for layer in context.architecture.layers}
+    settings = {"recipe": "diff", "config": plan.config, "variant": "dex"}
+    fits = LayerFits(
+        context, read_calibration(context, *sources), "watching heads", settings, list(layers.values()), alone=True
     )
-    records = fit_layers(context, calibration, task).records
-    layers, chosen = {layer.path: layer for layer in context.architecture.layers}, {}
-    for record in records:
+    for pair in fits:
+        fits.store(pair, {"layer": pair.layer.path, "heads": _spread_heads(pair)}, {})
+    chosen = {}
+    for record in fits.records:
         chosen[record["layer"]] = torch.zeros(layers[record["layer"]].geometry.heads)
         chosen[record["layer"]][record["heads"]] = 1
     rules = tuple(_with_heads(rule, layers, chosen) for rule in plan.rules)
-    return replace(plan, rules=rules, report={"layers": records})
+    return replace(plan, rules=rules, report={"layers": fits.records})
 
 
-def _spread(walk: Walk, index: int, layer: "Layer") -> LayerFit:
+def _spread_heads(pair: LayerPair) -> list[int]:
     """The half of a layer's heads with the highest entropy."""
-    block, spread = walk.model.blocks[index], torch.zeros(())
-    for number, batch in enumerate(walk.batches):
-        watched = watch(block, batch.teacher, batch.calls[index], ())
-        for sampled in sample_rows(batch.tokens, ROWS, index, number, batch.teacher.device):
+    spread = torch.zeros(())
+    for batch, watched, rows in pair.watch(rows=ROWS):
+        for sampled in rows:
             spread = spread + entropy(watched.seen, sampled.at, sampled.keys).cpu()
-        assert watched.output is not None
         batch.teacher = watched.output
-    heads = spread.argsort(descending=True)[: (len(spread) + 1) // 2].sort().values.tolist()
-    return LayerFit(layer.path, {"layer": layer.path, "heads": heads}, {})
+    return spread.argsort(descending=True)[: (len(spread) + 1) // 2].sort().values.tolist()
 
 
 def _with_heads(rule: Rule, layers: "dict[str, Layer]", chosen: dict[str, Tensor]) -> Rule:

@@ -9,9 +9,9 @@ import torch
 
 from upfit.checkpoint.content import file_hash
 from upfit.checkpoint.plan import Plan
-from upfit.convert.fitting import Calibration, Task, fit_layers, read_calibration
+from upfit.convert.fitting import Calibration, LayerFits, read_calibration
 from upfit.convert.gqa.choice import Choice, statistics_for
-from upfit.convert.gqa.convert_layers import begin
+from upfit.convert.gqa.convert_layers import convert_layers
 from upfit.convert.gqa.grouping import head_order
 from upfit.convert.gqa.layer_state import Settings
 from upfit.convert.gqa.pooling import pool_heads
@@ -33,44 +33,29 @@ def fit(context: "FitContext", choice: Choice, plan: Plan) -> Plan:
     else:
         calibration = Calibration(statistics.sample, statistics.model)
     settings = Settings(choice.kv_heads, choice.refit)
-    task = Task(
-        title="aligning",
-        label=f"→ {choice.kv_heads} key/value heads, aligned" + (", refitted" if choice.refit else ""),
-        settings={
-            "recipe": "gqa",
-            "config": plan.config,
-            "statistics": file_hash(statistics.path) if statistics else None,
-            **asdict(settings),
-        },
-        layers=[layer for layer in context.architecture.layers if layer.geometry.kv_heads > choice.kv_heads],
-        begin=lambda walk: begin(walk, plan.config, statistics.layer if statistics else lambda path: None, settings),
-        note=_progress,
-    )
-    fitted = fit_layers(context, calibration, task)
+    identity = {"recipe": "gqa", "config": plan.config, "statistics": file_hash(statistics.path) if statistics else None}
+    layers = [layer for layer in context.architecture.layers if layer.geometry.kv_heads > choice.kv_heads]
+    fits = LayerFits(context, calibration, "aligning", identity | asdict(settings), layers)
+    convert_layers(fits, plan.config, statistics.layer if statistics else lambda path: None, settings)
     report: dict[str, Any] = {
         METHOD_RAN: "aligned",
         STATE: FITTED,
         "calibration": calibration.record(),
-        "layers": fitted.records,
+        "layers": fits.records,
     }
-    report[HEAD_ORDER] = _head_order(context.architecture.layers, fitted.records)
-    notes = (*plan.notes, *_notes(fitted.records))
-    return Plan(plan.config, tuple(fitted.rules), notes=notes, report=report)
+    report[HEAD_ORDER] = _head_order(context.architecture.layers, fits.records)
+    label = f"→ {choice.kv_heads} key/value heads, aligned" + (", refitted" if choice.refit else "")
+    return Plan(plan.config, fits.rules(label), notes=(*plan.notes, *_notes(fits.records)), report=report)
 
 
 def _head_order(layers: "tuple[Layer, ...]", records: list[dict[str, Any]]) -> list[list[int]]:
-    """Of every layer of the model; where heads were not merged, or could not be watched, they stand as they did."""
+    """The order of query heads in every layer of the model: as before where heads were not merged or not watched."""
     groups, orders = {record["layer"]: record["groups"] for record in records}, []
     for layer in layers:
         alone = [[head] for head in range(layer.geometry.kv_heads)]
         share = layer.geometry.heads // layer.geometry.kv_heads
         orders.append(head_order(groups.get(layer.path) or alone, share))
     return orders
-
-
-def _progress(record: dict[str, Any]) -> str:
-    error = record["fitted_error"] if record["fitted_error"] is not None else record["merged_error"]
-    return record["layer"] + (f" score error {error:.3f}" if error is not None else "")
 
 
 def _notes(records: list[dict[str, Any]]) -> list[str]:

@@ -55,12 +55,12 @@ def _mixed(rows: Mixed, down: Tensor) -> Tensor:
     return torch.einsum("xgnm,gvm->xgnv", rows.values, down)
 
 
-def _given(rows: Mixed, down: Tensor, outputs: Tensor) -> Tensor:
+def _outputs_of(rows: Mixed, down: Tensor, outputs: Tensor) -> Tensor:
     return _mixed(rows, down).flatten(1) @ outputs.flatten(1).T
 
 
 def _error(rows: Mixed, down: Tensor, outputs: Tensor) -> float:
-    gap = _given(rows, down, outputs) - rows.target
+    gap = _outputs_of(rows, down, outputs) - rows.target
     return float((gap.square().sum(1) * rows.weight).sum())
 
 
@@ -73,11 +73,11 @@ def _improve_down(rows: Mixed, down: Tensor, outputs: Tensor) -> Tensor:
         back = ((gap * rows.weight[:, None]) @ outputs.flatten(1)).unflatten(1, outputs.shape[1:])
         return torch.einsum("xgnv,xgnm->gvm", back, rows.values)
 
-    residual = pulled(rows.target - _given(rows, down, outputs))
+    residual = pulled(rows.target - _outputs_of(rows, down, outputs))
     direction = residual * scale
     power = (residual * direction).sum()
     for _ in range(ITERATIONS):
-        image = pulled(_given(rows, direction, outputs))
+        image = pulled(_outputs_of(rows, direction, outputs))
         bend = (direction * image).sum()
         if not float(bend) > 0:
             break

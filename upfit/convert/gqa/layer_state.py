@@ -4,15 +4,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from upfit.architecture.attention import Attention, Geometry, Layer
-from upfit.architecture.table import Entry
-from upfit.calibration.layerwise import Block
+from upfit.architecture.attention import Attention
 from upfit.calibration.observe import Seen
-from upfit.calibration.statistics import ROWS, add, observe, sample_rows
-from upfit.calibration.teacher_student import PairedBatch, token_weights
-from upfit.calibration.traits import AttentionTraits, watch
+from upfit.calibration.statistics import ROWS, add, observe
+from upfit.calibration.teacher_student import LayerPair, PairedBatch, token_weights
+from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import fit_scores
 
 
@@ -50,31 +48,13 @@ class View:
     """What the teacher's layer showed on one batch: `inputs` [B, T, E] of the projections, `attended` [B, T, E] by o_proj,
     `output` [B, T, E] after the layer, `values` [B, T, K, V]."""
 
+    batch: PairedBatch
     inputs: Tensor
     attended: Tensor
     output: Tensor
     values: Tensor
     scaling: float
     targets: list[fit_scores.Target]
-
-
-@dataclass(frozen=True)
-class LayerPair:
-    """The layer at hand, in both models."""
-
-    index: int
-    block: Block
-    student: nn.Module
-    layer: Layer
-    entry: Entry
-    kv_heads: int
-
-    @property
-    def shape(self) -> Geometry:
-        return self.layer.geometry
-
-    def path(self, part: str) -> str:
-        return f"{self.block.attention}.{getattr(self.entry, part)}"
 
 
 @dataclass
@@ -97,21 +77,18 @@ class Merged:
 
 
 def watch_teacher(
-    pair: LayerPair, traits: AttentionTraits, attention: Attention, batches: list[PairedBatch], settings: Settings
+    pair: LayerPair, traits: AttentionTraits, attention: Attention, settings: Settings
 ) -> tuple[list[View], dict[str, Tensor]]:
     """The teacher's layer over every batch, and the statistics of the batches that are fitted."""
-    views, sums = [], dict[str, Tensor]()
-    for number, batch in enumerate(batches):
-        watched = watch(pair.block, batch.teacher, batch.calls[pair.index], (pair.path("q"), pair.path("o")))
-        rows = sample_rows(batch.tokens, settings.rows, pair.index, number, batch.teacher.device)
+    views, sums, q, o = [], dict[str, Tensor](), pair.path("q"), pair.path("o")
+    for batch, watched, rows in pair.watch((q, o), settings.rows):
         if not batch.held:
             add(sums, observe(watched.seen, traits, rows))
-        attended, output = watched.taps[pair.path("o")][1], watched.output
-        assert output is not None
+        inputs, attended = watched.taps[q][0], watched.taps[o][1]
         weight = token_weights(batch.middle(attended, traits.residual), 2.0)
         targets = [_target(watched.seen, sampled.at, sampled.keys, attention, weight, settings) for sampled in rows]
-        shared = watched.seen.v.transpose(1, 2)
-        views.append(View(watched.taps[pair.path("q")][0], attended, output, shared, watched.seen.scaling, targets))
+        values = watched.seen.v.transpose(1, 2)
+        views.append(View(batch, inputs, attended, watched.output, values, watched.seen.scaling, targets))
     return views, sums
 
 
@@ -128,8 +105,8 @@ def _target(
 
 
 def _spread(seen: Seen, weights: Tensor, keys: int, outputs: Tensor) -> Tensor:
-    """[B, H, R, 1]: how far apart in the output the values lie that a row weighs, Σ p |O_h(v − v̄)|²: what its scores
-    matter."""
+    """[B, H, R, 1]: how much the output depends on a row's scores: the variance, under its weights p, of what the values give
+    there, Σ p |O_h(v − v̄)|²."""
     gram = torch.einsum("ehv,ehw->hvw", outputs, outputs)
     heads = seen.v[:, :, :keys].repeat_interleave(seen.q.shape[1] // seen.v.shape[1], 1)  # [B, H, L, V]
     length = ((heads @ gram) * heads).sum(-1)

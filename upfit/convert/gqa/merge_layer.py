@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from upfit.architecture.attention import LAYOUTS, Attention
-from upfit.calibration.teacher_student import PairedBatch, token_weights
+from upfit.architecture.attention import LAYOUTS, Attention, Layer
+from upfit.calibration.teacher_student import token_weights
 from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import closed_form, fit_values
 from upfit.convert.gqa.grouping import head_order, pair_costs, partition
-from upfit.convert.gqa.layer_state import LayerPair, LayerRecord, Merged, Settings, View, with_bias
+from upfit.convert.gqa.layer_state import LayerRecord, Merged, View, with_bias
 from upfit.convert.gqa.pooling import mean
 
 CUTS = (0.4, 0.5, 0.6, 0.75, 1.0)  # shares of the rotated pairs, from the fastest, that are merged as rotated
@@ -24,39 +24,56 @@ def merge_layer(
     v = with_bias(attention.v, attention.v_bias).double()
     o = attention.o.double()
     count, heads = k.shape[0], o.shape[1]
-    pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
     groups = choose_groups(traits, sums, o, count, kv_heads)
     record.groups = groups
-    per = heads // count
+    per, size = heads // count, heads // kv_heads
     order = head_order(groups, per)
     new_v, downs, new_o = [], [], o[:, order].clone()
-    size = heads // kv_heads
     for r, group in enumerate(groups):
         if not traits.values:
             new_v.append(v[group].mean(0))
             downs.append(torch.empty(0, 0, dtype=v.dtype))
             continue
-        width = v.shape[1]
-        joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
-        owners = torch.arange(len(group)).repeat_interleave(per)
-        outputs = new_o[:, r * size : (r + 1) * size].transpose(0, 1)
-        merged = closed_form.merge_values(
-            sums["values"][joint][:, joint], closed_form.output_metric(outputs, owners, len(group)), width
-        )
+        own = slice(r * size, (r + 1) * size)
+        moment, metric = group_values(sums, new_o[:, own], group, v.shape[1])
+        merged = closed_form.merge_values(moment, metric, v.shape[1])
         downs.append(merged.values)
         new_v.append(merged.values @ v[group].flatten(0, 1))
-        new_o[:, r * size : (r + 1) * size] = torch.einsum("hev,hvw->ehw", outputs, merged.outputs[owners])
-    told_cuts = _cuts(traits)
+        turned = merged.outputs[group_owners(group, per)]
+        new_o[:, own] = torch.einsum("hev,hvw->ehw", new_o[:, own].transpose(0, 1), turned)
+    values, outputs, down = torch.stack(new_v).float(), new_o.float(), torch.stack(downs).float()
     result = {}
-    for cut in told_cuts:
-        if traits.keys:
-            new_q, new_k = _merge_keys(traits, q, k, sums, pairs, groups, per, cut)
-        else:
-            new_q, new_k = q, torch.stack([k[group].mean(0) for group in groups])
-        result[cut] = Merged(
-            new_q.float(), new_k.float(), torch.stack(new_v).float(), new_o.float(), torch.stack(downs).float(), order, groups
-        )
+    for cut in _cuts(traits):
+        new_q, new_k = _merge_keys(traits, q, k, sums, groups, per, cut)
+        result[cut] = Merged(new_q.float(), new_k.float(), values, outputs, down, order, groups)
     return result
+
+
+def group_owners(group: list[int], per: int) -> Tensor:
+    """Which of the group's old heads each of its query heads used, as a place in the group; `per` query heads for each."""
+    return torch.arange(len(group)).repeat_interleave(per)
+
+
+def _joint(group: list[int], width: int) -> Tensor:
+    """Where the group's heads lie among the dimensions of all heads one after the other."""
+    return torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
+
+
+def group_values(sums: dict[str, Tensor], outputs: Tensor, group: list[int], width: int) -> tuple[Tensor, Tensor]:
+    """The moment of the group's values and their metric, as `closed_form` has them. `outputs` [E, n, V] of its query heads."""
+    joint, owners = _joint(group, width), group_owners(group, outputs.shape[1] // len(group))
+    return sums["values"][joint][:, joint], closed_form.output_metric(outputs.transpose(0, 1), owners, len(group))
+
+
+def group_keys(sums: dict[str, Tensor], group: list[int], per: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The moments of the group's keys, of their rotated pairs and of its queries, as `closed_form` has them."""
+    joint, heads, pairs = _joint(group, width), head_order([group], per), _pairs(sums)
+    group_pairs = pairs[heads][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(heads), 0, 1, 1)
+    return sums["keys"][joint][:, joint], group_pairs, sums["queries"][heads]
+
+
+def _pairs(sums: dict[str, Tensor]) -> Tensor | None:
+    return torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
 
 
 def choose_groups(
@@ -66,10 +83,9 @@ def choose_groups(
     size, heads = count // kv_heads, outputs.shape[1]
     if not traits.movable or kv_heads == 1 or size == 1:
         return [list(range(r * size, (r + 1) * size)) for r in range(kv_heads)]
-    pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
     owned = [range(j * heads // count, (j + 1) * heads // count) for j in range(count)]
     metric = torch.stack([closed_form.output_gram(outputs, group) for group in owned])
-    return partition(pair_costs(traits, pairs, sums.get("queries"), sums.get("values"), metric), kv_heads)
+    return partition(pair_costs(traits, _pairs(sums), sums.get("queries"), sums.get("values"), metric), kv_heads)
 
 
 def _cuts(traits: AttentionTraits) -> list[int]:
@@ -79,29 +95,20 @@ def _cuts(traits: AttentionTraits) -> list[int]:
 
 
 def _merge_keys(
-    traits: AttentionTraits,
-    q: Tensor,
-    k: Tensor,
-    sums: dict[str, Tensor],
-    pairs: Tensor | None,
-    groups: list[list[int]],
-    per: int,
-    cut: int,
+    traits: AttentionTraits, q: Tensor, k: Tensor, sums: dict[str, Tensor], groups: list[list[int]], per: int, cut: int
 ) -> tuple[Tensor, Tensor]:
-    order, width = list(traits.order), len(traits.order)
-    new_q, new_k = [], []
+    if not traits.keys:
+        return q, torch.stack([k[group].mean(0) for group in groups])
+    order, new_q, new_k = list(traits.order), [], []
     for group in groups:
-        heads = [h for j in group for h in range(j * per, (j + 1) * per)]
-        owners = torch.arange(len(group)).repeat_interleave(per)
-        joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
-        group_pairs = pairs[heads][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(heads), 0, 1, 1)
-        merged = closed_form.merge_keys(traits, sums["keys"][joint][:, joint], group_pairs, sums["queries"][heads], owners, cut)
+        moments = group_keys(sums, group, per, len(order))
+        merged = closed_form.merge_keys(traits, *moments, group_owners(group, per), cut)
         new_k.append(merged.keys @ k[group][:, order].flatten(0, 1))
-        new_q.append(merged.queries @ q[heads][:, order])
+        new_q.append(merged.queries @ q[head_order([group], per)][:, order])
     return torch.cat(new_q), torch.stack(new_k)
 
 
-def _rows_of(view: View, traits: AttentionTraits, merged: Merged, attention: Attention, weight: Tensor) -> fit_values.Mixed:
+def _rows_of(view: View, merged: Merged, attention: Attention, weight: Tensor) -> fit_values.Mixed:
     """The sampled rows of one batch for the fit of values and outputs."""
     size, parts, targets, tokens = len(merged.heads) // len(merged.groups), [], [], []
     for target in view.targets:
@@ -116,24 +123,17 @@ def _rows_of(view: View, traits: AttentionTraits, merged: Merged, attention: Att
     return fit_values.Mixed(torch.cat(parts), torch.cat(targets), torch.cat(tokens))
 
 
-def refine(
-    traits: AttentionTraits,
-    attention: Attention,
-    merged: Merged,
-    views: list[View],
-    batches: list[PairedBatch],
-    settings: Settings,
-) -> None:
+def refine(traits: AttentionTraits, attention: Attention, merged: Merged, views: list[View], token_power: float) -> None:
     """Better shared values and outputs for what the teacher's attention gives out, on sampled rows."""
 
     def rows(held: bool) -> fit_values.Mixed:
-        mixed = []
-        for view, batch in zip(views, batches, strict=True):
-            if batch.held == held:
-                weight = token_weights(batch.middle(view.attended, traits.residual), settings.token_power)
-                mixed.append(_rows_of(view, traits, merged, attention, weight))
+        parts = []
+        for view in views:
+            if view.batch.held == held:
+                weight = token_weights(view.batch.middle(view.attended, traits.residual), token_power)
+                parts.append(_rows_of(view, merged, attention, weight))
         return fit_values.Mixed(
-            *(torch.cat([getattr(rows_mixed, name) for rows_mixed in mixed]) for name in ("values", "target", "weight"))
+            *(torch.cat([getattr(part, name) for part in parts]) for name in ("values", "target", "weight"))
         )
 
     assert attention.v is not None
@@ -144,7 +144,7 @@ def refine(
     merged.v, merged.o = down @ old, outputs.flatten(1, 2)
 
 
-def pack(place: LayerPair, traits: AttentionTraits, attention: Attention, merged: Merged) -> dict[str, Tensor]:
+def pack(layer: Layer, traits: AttentionTraits, attention: Attention, merged: Merged) -> dict[str, Tensor]:
     """The layer's stored parts: dimensions and biases back where the model has them."""
     width = attention.q.shape[-1] if attention.q is not None else 0
     back = torch.tensor(traits.order).argsort() if traits.keys else torch.arange(merged.q.shape[1])
@@ -157,6 +157,6 @@ def pack(place: LayerPair, traits: AttentionTraits, attention: Attention, merged
         q_bias=merged.q[:, back, width] if attention.q_bias is not None else None,
         k_bias=merged.k[:, back, width] if attention.k_bias is not None else None,
         v_bias=merged.v[..., width] if attention.v_bias is not None else None,
-        k_norm=mean(norm, place.kv_heads) if norm is not None and norm.ndim > 1 else None,
+        k_norm=mean(norm, len(merged.groups)) if norm is not None and norm.ndim > 1 else None,
     )
-    return LAYOUTS[place.layer.layout].pack(new, place.shape)
+    return LAYOUTS[layer.layout].pack(new, layer.geometry)

@@ -5,19 +5,18 @@ The predictions are for the closed-form merge before any refit, so they are uppe
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
-from upfit.architecture.loading import pick_device
 from upfit.calibration.gather import gather_layer
-from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.sample import sample_for
+from upfit.calibration.teacher_student import open_pair
 from upfit.calibration.traits import AttentionTraits
 from upfit.convert import result
 from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.choice import Choice, statistics_for
-from upfit.convert.gqa.merge_layer import choose_groups
+from upfit.convert.gqa.grouping import head_order
+from upfit.convert.gqa.merge_layer import choose_groups, group_keys, group_owners, group_values
 from upfit.convert.result import LayerChoices, Sensitivity, TotalChoice
 
 if TYPE_CHECKING:
@@ -42,11 +41,10 @@ def predict(context: "FitContext", choice: Choice) -> Sensitivity:
         sample = sample_for(
             context.folder, context.checkpoint, choice.calibration, choice.tokens, choice.length, context.output
         )
-        pieces, held = sample.batches()
-        model = LayerwiseModel(context.checkpoint, architecture, pieces, pick_device())
+        model, batches = open_pair(context.checkpoint, architecture, sample)
         with context.output.progress("watching", len(model.blocks)) as meter:
             for index in range(len(model.blocks)):
-                gathered = gather_layer(model, architecture, index, held)
+                gathered = gather_layer(model, architecture, index, batches)
                 meter.advance(1)
                 if gathered is not None:
                     known = None if isinstance(gathered.traits, str) else (gathered.traits, gathered.sums)
@@ -83,23 +81,16 @@ def _errors(
     lost = {"keys": 0.0, "values": 0.0}
     total = {"keys": 1e-30, "values": 1e-30}  # no division by 0
     for group in groups:
-        own = [h for j in group for h in range(j * per, (j + 1) * per)]
-        owners = torch.arange(len(group)).repeat_interleave(per)
         if traits.keys:
-            width = layer.geometry.head_dim
-            joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
-            pairs = torch.view_as_complex(sums["key_pairs"].contiguous()) if "key_pairs" in sums else None
-            group_pairs = pairs[own][:, :, group][:, :, :, group] if pairs is not None else torch.empty(len(own), 0, 1, 1)
-            keys, queries = sums["keys"][joint][:, joint], sums["queries"][own]
-            merged = closed_form.merge_keys(traits, keys, group_pairs, queries, owners, round(CUT * traits.pairs))
-            part_lost, all_of_it = closed_form.key_error(traits, merged, keys, queries, owners)
-            lost["keys"] += part_lost
-            total["keys"] += all_of_it
+            keys, pairs, queries = group_keys(sums, group, per, layer.geometry.head_dim)
+            owners = group_owners(group, per)
+            merged = closed_form.merge_keys(traits, keys, pairs, queries, owners, round(CUT * traits.pairs))
+            group_lost, energy = closed_form.key_error(traits, merged, keys, queries, owners)
+            lost["keys"] += group_lost
+            total["keys"] += energy
         if traits.values:
             width = layer.geometry.v_head_dim
-            joint = torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
-            metric = closed_form.output_metric(outputs[:, own].transpose(0, 1), owners, len(group))
-            moment = sums["values"][joint][:, joint]
+            moment, metric = group_values(sums, outputs[:, head_order([group], per)], group, width)
             power = float((moment * metric).sum())
             lost["values"] += closed_form.reduce(moment, metric, width)[2] * power
             total["values"] += power

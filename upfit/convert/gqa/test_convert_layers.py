@@ -23,8 +23,8 @@ def batch(held: bool, hidden: Tensor) -> PairedBatch:
     return PairedBatch(held, [], [], hidden, hidden, hidden.shape[1])
 
 
-def view(inputs: Tensor) -> View:
-    return View(inputs, inputs, inputs, inputs, 1.0, [])
+def view(held: bool, inputs: Tensor) -> View:
+    return View(batch(held, inputs), inputs, inputs, inputs, inputs, 1.0, [])
 
 
 def test_drift_brings_the_students_inputs_back() -> None:
@@ -32,11 +32,10 @@ def test_drift_brings_the_students_inputs_back() -> None:
     teacher = [drawn(2, 40, 6, seed=seed).float() for seed in (1, 2, 3)]
     away = torch.eye(6) + 0.3 * drawn(6, 6).float()
     student = [x @ away.T for x in teacher[:2]] + [drawn(2, 40, 6, seed=9).float()]
-    batches = [batch(held, x) for held, x in zip((False, False, True), student, strict=True)]
-    drift = _drift(student, [view(x) for x in teacher], batches)
+    views = [view(held, x) for held, x in zip((False, False, True), teacher, strict=True)]
+    drift = _drift(student, views)
     torch.testing.assert_close(student[0] @ drift.T, teacher[0], rtol=0, atol=0.02)
-    same = _drift(teacher, [view(x) for x in teacher], batches)
-    assert torch.equal(same, torch.eye(6))
+    assert torch.equal(_drift(teacher, views), torch.eye(6))
 
 
 def test_the_metric_of_scores_is_what_the_softmax_sees() -> None:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from upfit.architecture.attention import Attention
 from upfit.calibration.observe import Seen
-from upfit.convert.gqa import closed_form
+from upfit.calibration.teacher_student import PairedBatch
+from upfit.convert.gqa import closed_form, fit_values
+from upfit.convert.gqa.fit_scores import Target
 from upfit.convert.gqa.grouping import pair_costs
-from upfit.convert.gqa.layer_state import LayerRecord, Settings, _spread, _target
-from upfit.convert.gqa.merge_layer import choose_groups, merge_layer
+from upfit.convert.gqa.layer_state import LayerRecord, Merged, Settings, View, _spread, _target
+from upfit.convert.gqa.merge_layer import choose_groups, merge_layer, refine
 from upfit.convert.gqa.test_closed_form import FREE, OLD, PAIRS, WIDTH, drawn, moments, traits
 
 VALUE, HIDDEN, SAMPLES = 4, 12, 60
@@ -119,3 +121,37 @@ def test_rows_are_fitted_as_they_matter() -> None:
     torch.testing.assert_close(halved.mean(), torch.ones((), dtype=halved.dtype))
     alike = _target(seen, at, tokens, Attention(o=outputs), of_tokens, Settings(1, importance=0.0)).importance
     assert torch.equal(alike, torch.ones_like(alike))
+
+
+TOKENS = 40
+DOWN, OUTPUTS = drawn(1, VALUE, OLD * VALUE, seed=3), drawn(HIDDEN, OLD, VALUE, seed=9)
+
+
+def view_of(held: bool, seed: int, merged: bool = False) -> View:
+    """What query heads with a key/value head each give out, at every position; `merged`: what they give with DOWN instead."""
+    values, weights = drawn(1, TOKENS, OLD, VALUE, seed=seed), drawn(1, OLD, TOKENS, TOKENS, seed=seed + 1).softmax(-1)
+    attended = torch.einsum("bhrl,blhv,ehv->bre", weights, values, OUTPUTS)
+    if merged:
+        attended = torch.einsum("bhrl,blm,vm,ehv->bre", weights, values.flatten(2), DOWN[0], OUTPUTS)
+    target = Target(torch.arange(TOKENS), TOKENS, weights, weights, weights[..., :1])
+    return View(PairedBatch(held, [], [], attended, attended, TOKENS), attended, attended, attended, values, 1.0, [target])
+
+
+def refined(*views: View) -> tuple[Tensor, Tensor]:
+    """Shared values and outputs after one round from DOWN and OUTPUTS."""
+    v = drawn(OLD, VALUE, HIDDEN)
+    merged = Merged(OUTPUTS, v, DOWN @ v.flatten(0, 1), OUTPUTS, DOWN, list(range(OLD)), [list(range(OLD))])
+    refine(traits(), Attention(v=v, o=OUTPUTS), merged, list(views), 0.0)
+    return merged.v, merged.o
+
+
+def test_values_are_fitted_on_fitted_rows_and_taken_for_held_back_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other held-back rows the same comes out, with other fitted ones something else; where held-back rows want what was
+    there before, it stays."""
+    monkeypatch.setattr(fit_values, "ROUNDS", 1)
+    result = refined(view_of(False, 10), view_of(True, 30))
+    assert all(map(torch.equal, result, refined(view_of(False, 10), view_of(True, 40))))
+    assert not any(map(torch.equal, result, refined(view_of(False, 20), view_of(True, 30))))
+    assert not torch.equal(result[1], OUTPUTS)
+    content = refined(view_of(False, 10), view_of(True, 30, merged=True))
+    assert torch.equal(content[1], OUTPUTS)
