@@ -46,6 +46,7 @@ MAY_NAME_AN_ATTENTION = {  # with the reason
     "uptrain/model/packed.py": "an argument of torch's function",
 }
 LATE = {  # files whose imports inside functions are late for another reason than the time of starting up
+    "upfit.convert.describe": "torch, which is not needed to tell that a model is not there",
     "upfit.evaluate.harness.harness": "lm-evaluation-harness is an extra",
     "upfit.longcontext.ask.backends": "torch, which one backend of several needs",
 }

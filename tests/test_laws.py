@@ -5,9 +5,11 @@ in something that matters here; the full run covers them all.
 """
 
 import hashlib
+import itertools
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import Recipe, find_recipes, outline_of
 from upfit.errors import UpfitError
+from upfit.options import check
 from upfit.output import Output
 
 # Plain, biases, per-head norm, full-width norm, sinks, interleaved rotary, partial rotary, fused, hybrid, nested config, our
@@ -167,6 +170,25 @@ def test_identity(case: Case, recipe: Recipe) -> None:
     )
     assert torch.equal(after_logits, before_logits) if exact else torch.allclose(after_logits, before_logits, atol=1e-5)
     assert hashes(case.folder) == before, "the source was touched"
+
+
+def offered(recipe: Recipe, architecture: Architecture) -> list[Any]:
+    """The options of each command line that `upfit show` offers: `--a 1|2, or --b --c x (words)`."""
+    lines = re.sub(r"\(.*?\)", "", recipe.offers(architecture)).split(", or ")
+    hints, options = get_type_hints(recipe.options), []
+    for pairs in (re.findall(r"--(\S+)(?: ([^-\s]\S*))?", line) for line in lines):
+        names = [name.replace("-", "_") for name, _ in pairs]
+        for values in itertools.product(*(text.split("|") if text else [True] for _, text in pairs)):
+            kinds = [int if hints[name] is int else lambda value: value for name in names]
+            options.append(recipe.options(**{name: kind(v) for name, kind, v in zip(names, kinds, values, strict=True)}))
+    return options if recipe.offers(architecture) else []
+
+
+@pytest.mark.parametrize("recipe", find_recipes().values(), ids=lambda recipe: recipe.name)
+def test_what_is_offered_is_not_refused(case: Case, recipe: Recipe) -> None:
+    for options in offered(recipe, case.architecture):
+        check(options)
+        assert recipe.plan(case.architecture, options)
 
 
 @pytest.mark.parametrize("recipe", find_recipes().values(), ids=lambda recipe: recipe.name)

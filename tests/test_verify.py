@@ -24,7 +24,7 @@ from upfit.checkpoint.finished_shards import JOURNAL, FinishedShards
 from upfit.checkpoint.plan import Plan, Rule
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.safetensors_header import read_exactly
-from upfit.convert import conversion
+from upfit.convert import conversion, verify
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.convert.result import Conversion, Verification
@@ -260,3 +260,42 @@ def test_what_a_check_made_is_collected(frozen: bool) -> None:
         assert (gc.get_freeze_count() > 0) is frozen
     finally:
         gc.freeze()  # as conftest.py has it
+
+
+@pytest.mark.parametrize("speed", [3.0, 1.0])
+def test_a_large_model_is_verified_in_the_faster_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], speed: float
+) -> None:
+    """And what is promised to be equal bit for bit is."""
+    save_tiny(tmp_path / "source", tiny_llama().bfloat16())
+    computed: list[torch.dtype] = []
+
+    def compared(report: Verification, before: torch.Tensor, after: torch.Tensor, *more: Any) -> Verification:
+        computed.append(after.dtype)
+        return compare(report, before, after, *more)
+
+    monkeypatch.setattr(verify, "LARGE", 0)
+    monkeypatch.setattr(verify, "_seconds", lambda dtype: 1.0 if dtype == torch.float32 else speed)
+    monkeypatch.setattr(verify, "compare", compared)
+    known = get_recipe("diff")
+    answer = convert(known, str(tmp_path / "source"), tmp_path / "out", known.options(), Settings(), Output())
+    assert isinstance(answer.verify, Verification) and answer.verify.equal
+    assert computed == [torch.float32 if speed > 2 else torch.bfloat16]
+    told = "verifying in float32, which this machine multiplies 3.0 times as fast as bfloat16"
+    assert (told in capsys.readouterr().err) == (speed > 2)
+
+
+def test_what_does_not_hold_in_float32_is_looked_at_as_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path / "source", tiny_llama().bfloat16())
+    computed: list[torch.dtype] = []
+
+    def compared(report: Verification, before: torch.Tensor, after: torch.Tensor, *more: Any) -> Verification:
+        computed.append(after.dtype)
+        return compare(report, before, after + (1 if after.dtype == torch.float32 else 0), *more)
+
+    monkeypatch.setattr(verify, "LARGE", 0)
+    monkeypatch.setattr(verify, "_seconds", lambda dtype: 1.0 if dtype == torch.float32 else 3.0)
+    monkeypatch.setattr(verify, "compare", compared)
+    answer = run(tmp_path / "source", tmp_path / "out", "diff", {"variant": "v2"})
+    assert isinstance(answer.verify, Verification) and answer.verify.equal
+    assert computed == [torch.float32, torch.bfloat16]

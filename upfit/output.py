@@ -41,7 +41,8 @@ class Meter:
 
     def __init__(self, label: str, total: float, quiet: bool, bar: Progress | None) -> None:
         self.label, self.total, self.quiet, self.bar = label, total, quiet, bar
-        self.done, self.note, self.last = 0.0, "", time.monotonic()
+        self.done, self.note, self.began = 0.0, "", time.monotonic()
+        self.last = self.began
         self.lock = threading.Lock()
         self.task = bar.add_task(escape(label), total=total, note="") if bar else None
 
@@ -54,7 +55,8 @@ class Meter:
         elif not self.quiet and time.monotonic() - self.last >= PLAIN_LINE_SECONDS:
             self.last = time.monotonic()
             share = self.done / self.total if self.total else 1.0
-            print(f"{self.label}: {share:.0%} {note}".rstrip(), file=sys.stderr, flush=True)
+            left = "" if "left" in note else time_left(self.done, self.total, self.last - self.began)
+            print(f"{self.label}: {share:.0%}{left} {note}".rstrip(), file=sys.stderr, flush=True)
 
 
 class Output:
@@ -107,6 +109,16 @@ class Output:
         )
         with Progress(*columns, console=self.stderr, transient=True) as bar:
             yield Meter(label, total, False, bar)
+
+
+def time_left(done: float, total: float, seconds: float) -> str:
+    """`, 4 min left`, at the rate so far; empty where nothing is done or nothing is left."""
+    if not 0 < done < total:
+        return ""
+    rest = seconds * (total - done) / done
+    return (
+        f", {rest:.0f} s left" if rest < 90 else f", {rest / 60:.0f} min left" if rest < 5400 else f", {rest / 3600:.1f} h left"
+    )
 
 
 def human_bytes(count: float) -> str:

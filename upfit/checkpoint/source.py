@@ -47,19 +47,27 @@ def find_source(name: str, revision: str | None = None) -> Source:
 
     Raises UpfitError when it is neither, or cannot be fetched.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        check_model_files(path)
-        return Source(path.resolve(), name, None)
+    local = local_source(name)
+    if local is not None:
+        return local
     hub_id, tagged = id_and_revision(name)
-    if path.exists():
-        raise UpfitError(f"{name} is a file; give the model's folder or a hub id")
-    if not HUB_ID.fullmatch(hub_id) or name.startswith((".", "/", "~")):
-        raise UpfitError(f"no model folder at {name}; give an existing folder or a hub id such as org/model@revision")
     revision = revision or tagged
     path = _download(hub_id, revision)
     check_model_files(path)
     return Source(path, hub_id, revision)
+
+
+def local_source(name: str) -> Source | None:
+    """The folder that `name` is; None where it may be a hub id. Raises UpfitError when it can be neither."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        check_model_files(path)
+        return Source(path.resolve(), name, None)
+    if path.exists():
+        raise UpfitError(f"{name} is a file; give the model's folder or a hub id")
+    if not HUB_ID.fullmatch(id_and_revision(name)[0]) or name.startswith((".", "/", "~")):
+        raise UpfitError(f"no model folder at {name}; give an existing folder or a hub id such as org/model@revision")
+    return None
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -20,15 +20,20 @@ app = typer.Typer(
     name="upfit",
     help="Give a pretrained language model a new attention, and make it good again.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Answer as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that Upfit wrote.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model (also MODEL@REVISION).")]
+# Panels of `upfit --help`. `convert` alone is in none, so that it comes first.
+AROUND, TRAIN, MEASURE, MACHINE = "Around a conversion", "Training", "Measuring and publishing", "Getting started"
+ANSWER, PLACES, CHECKS = "Answer", "Source and output", "Checks"  # panels of flags that many commands share
+
+Json = Annotated[bool, typer.Option("--json", help="Answer as JSON on stdout.", rich_help_panel=ANSWER)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress.", rich_help_panel=ANSWER)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that Upfit wrote.", rich_help_panel=PLACES)]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub model (also MODEL@REVISION).", rich_help_panel=PLACES)
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -79,7 +84,13 @@ def flags_of(settings: type, unset: bool = False) -> list[inspect.Parameter]:
             (f"{flag(field.name)}/{flag('no_' + field.name)}",) if annotation in (bool, bool | None) else (flag(field.name),)
         )
         names = (flag(field.name),) if default is False else names
-        declared = typer.Option(*names, help=text.replace("[", "\\["), hidden=not field.metadata["flag"])
+        company = field.metadata["goes_with"]
+        declared = typer.Option(
+            *names,
+            help=text.replace("[", "\\["),
+            hidden=not field.metadata["flag"],
+            rich_help_panel=f"With {flag(company[0])}" if company else None,
+        )
         start = inspect.Parameter.empty if default is dataclasses.MISSING else default
         kind = Annotated[annotation, declared]  # type: ignore[valid-type]
         parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=start, annotation=kind))

@@ -8,41 +8,61 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from upfit import api
-from upfit.cli.base import Json, Overwrite, Quiet, Revision, app, show_result, with_flags
+from upfit.cli import early
+from upfit.cli.base import ANSWER, AROUND, CHECKS, PLACES, Json, Overwrite, Quiet, Revision, app, show_result, with_flags
 from upfit.convert.recipe import NoOptions, Recipe, find_recipes
 from upfit.output import Output
 
 if TYPE_CHECKING:
     from upfit.convert.result import Conversion
 
+# The flags that all conversions share.
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.", rich_help_panel=ANSWER)]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Type of all weights; default: kept (float32, bfloat16, float16)", rich_help_panel=PLACES),
+]
+ShardSize = Annotated[str | None, typer.Option(help="Largest file, e.g. 5GB; default: as the source.", rich_help_panel=PLACES)]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not check the result.", rich_help_panel=CHECKS)]
+NoVerifyBytes = Annotated[
+    bool,
+    typer.Option("--no-verify-bytes", help="Do not read back what was written; check the rest.", rich_help_panel=CHECKS),
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Fetch a hub model's files one at a time, and drop each when it is done with.",
+        rich_help_panel=PLACES,
+    ),
+]
+
 convert_app = typer.Typer(help="Convert a checkpoint to another attention.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
 
 
-def _add_conversion(target: typer.Typer, name: str, doc: str, options: type, run: "Callable[..., Conversion]") -> None:
+def _add_conversion(
+    target: typer.Typer, name: str, doc: str, options: type, run: "Callable[..., Conversion]", panel: str | None = None
+) -> None:
     """A command SRC OUT with the flags of `options` and those that all conversions share."""
 
     def command(
         source: Annotated[str, typer.Argument(metavar="SRC", help="Model folder, or hub id (id@revision).")],
         out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
         flags: dict[str, Any],
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")] = False,
-        dtype: Annotated[
-            str | None, typer.Option(help="Type of all weights; default: kept (float32, bfloat16, float16)")
-        ] = None,
+        dry_run: DryRun = False,
+        dtype: Dtype = None,
         revision: Revision = None,
-        max_shard_size: Annotated[str | None, typer.Option(help="Largest file, e.g. 5GB; default: as the source.")] = None,
-        no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")] = False,
-        no_verify_bytes: Annotated[
-            bool, typer.Option("--no-verify-bytes", help="Do not read back what was written; check the rest.")
-        ] = False,
-        stream: Annotated[
-            bool, typer.Option("--stream", help="Fetch a hub model's files one at a time, and drop each when it is done with.")
-        ] = False,
+        max_shard_size: ShardSize = None,
+        no_verify: NoVerify = False,
+        no_verify_bytes: NoVerifyBytes = False,
+        stream: Stream = False,
         overwrite: Overwrite = False,
         as_json: Json = False,
         quiet: Quiet = False,
     ) -> None:
+        if not stream:
+            early.check_conversion(source, out, flags, dtype, max_shard_size, overwrite)
         conversion = run(
             source,
             out,
@@ -63,7 +83,7 @@ def _add_conversion(target: typer.Typer, name: str, doc: str, options: type, run
             output.note(f"Next: upfit evaluate {conversion.out} --against {conversion.source.name}")
 
     command.__doc__ = doc
-    target.command(name)(with_flags(command, options, name))
+    target.command(name, rich_help_panel=panel)(with_flags(command, options, name))
 
 
 def _add_convert(recipe: Recipe) -> None:
@@ -74,11 +94,11 @@ def _add_convert(recipe: Recipe) -> None:
 for _recipe in find_recipes().values():
     _add_convert(_recipe)
 _add_conversion(
-    app, "merge", "Fold what a conversion added and training has learned into the stock class.", NoOptions, api.merge
+    app, "merge", "Fold what a conversion added and training has learned into the stock class.", NoOptions, api.merge, AROUND
 )
 
 
-@app.command()
+@app.command(rich_help_panel=AROUND)
 def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or hub id (id@revision).")],
     texts: Annotated[
@@ -95,6 +115,9 @@ def calibrate(
     quiet: Quiet = False,
 ) -> None:
     """Watch a model read text, and keep statistics of every attention layer for conversions that use data."""
+    early.check_statistics_output(out, overwrite)
+    early.check_calibration(texts, calibration_tokens)
+    early.check_model(model)
     output = Output(as_json, quiet)
     answer = api.calibrate(
         model,

@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from upfit import api
-from upfit.cli.base import Json, Quiet, Revision, app, show_result
+from upfit.cli import early
+from upfit.cli.base import AROUND, MACHINE, Json, Quiet, Revision, app, show_result
 from upfit.convert.recipe import find_recipes
 from upfit.output import Output
 
 
-@app.command("list")
+@app.command("list", rich_help_panel=AROUND)
 def list_command(as_json: Json = False) -> None:
     """Recipes, and the architectures they apply to."""
     from upfit.architecture.listing import MOVED, OWN, model_types
@@ -32,17 +33,18 @@ def list_command(as_json: Json = False) -> None:
     )
 
 
-@app.command()
+@app.command(rich_help_panel=AROUND)
 def show(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or hub id (id@revision).")],
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Architecture, heads, parameters, KV bytes per token, history, and what the model can become."""
+    early.check_model(model)
     show_result(api.describe(model, revision=revision), Output(as_json))
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINE)
 def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")] = Path("upfit-demo"),
     tokens: Annotated[str, typer.Option(help="Tokens to uptrain each conversion on.")] = "70k",
@@ -51,6 +53,8 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """All of it on the embedded model, on a CPU, in minutes: convert, uptrain, evaluate, table and plot."""
+    early.check_budget(tokens, None, None)
+    early.check_new_folder(out, overwrite)
     from upfit.demo.run import run_demo
     from upfit.demo.show import show as show_demo
 
@@ -60,7 +64,7 @@ def demo(
     show_demo(result, output)
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINE)
 def env(as_json: Json = False) -> None:
     """Versions and hardware, for bug reports."""
     from upfit.environment import environment

@@ -7,14 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from upfit import api
-from upfit.cli.base import Json, Overwrite, Quiet, Revision, app, show_result, with_flags
+from upfit.cli import early
+from upfit.cli.base import TRAIN, Json, Overwrite, Quiet, Revision, app, show_result, with_flags
 from upfit.longcontext.options import Options as SynthOptions
 from upfit.output import Output, human_count
 from upfit.plan.options import Options as PlanOptions
 from upfit.uptrain.config import Config as UptrainConfig
+from upfit.uptrain.config import resolve
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def prepare(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Files, folders, or a hub data set id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; work lies in OUT.upfit-work until it is whole.")],
@@ -27,6 +29,7 @@ def prepare(
     quiet: Quiet = False,
 ) -> None:
     """Turn text into token shards for uptraining (txt, jsonl, json, parquet, gz of them, hub data set)."""
+    early.check_texts(texts, out, tokenizer, overwrite)
     output = Output(as_json, quiet)
     answer = api.prepare(
         texts,
@@ -50,10 +53,11 @@ def _synth(
     quiet: Quiet = False,
 ) -> None:
     """Long-context training data: questions whose answers stand anywhere in 4k to 32k tokens (IN2)."""
+    early.check_synth(texts, out, SynthOptions(**flags))
     show_result(api.synth(texts, out, progress=not quiet, **flags), Output(as_json, quiet))
 
 
-app.command("synth")(with_flags(_synth, SynthOptions, "synth"))
+app.command("synth", rich_help_panel=TRAIN)(with_flags(_synth, SynthOptions, "synth"))
 
 
 def _plan(
@@ -63,10 +67,11 @@ def _plan(
     as_json: Json = False,
 ) -> None:
     """FLOPs, memory and GPU-hours of an uptraining, before anything runs."""
+    early.check_plan(model, PlanOptions(**flags))
     show_result(api.plan(model, revision=revision, **flags), Output(as_json))
 
 
-app.command("plan")(with_flags(_plan, PlanOptions, "plan"))
+app.command("plan", rich_help_panel=TRAIN)(with_flags(_plan, PlanOptions, "plan"))
 
 
 def _uptrain(
@@ -90,6 +95,7 @@ def _uptrain(
 ) -> None:
     """Train a converted model to be good again, with its former self as teacher."""
     settings = {name: value for name, value in flags.items() if value is not None}
+    early.check_training(model, data, out, resolve(config, settings), resume, overwrite)
     answer = api.uptrain(model, data, out, config=config, resume=resume, overwrite=overwrite, progress=not quiet, **settings)
     if os.environ.get("RANK", "0") == "0":  # under torchrun every process comes here, one tells
         output = Output(as_json, quiet)
@@ -98,4 +104,4 @@ def _uptrain(
             output.note(f"Next: upfit evaluate {out} --against SOURCE")
 
 
-app.command("uptrain")(with_flags(_uptrain, UptrainConfig, "uptrain", unset=True))
+app.command("uptrain", rich_help_panel=TRAIN)(with_flags(_uptrain, UptrainConfig, "uptrain", unset=True))

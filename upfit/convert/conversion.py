@@ -38,7 +38,7 @@ from upfit.checkpoint.side_files import check_side_files, copy_code, copy_side_f
 from upfit.checkpoint.source import Source, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.checkpoint.writer import write_shards
-from upfit.convert.recipe import MERGE, Fit, FitContext, Recipe, find_merge, outline_of
+from upfit.convert.recipe import MERGE, Fit, FitContext, Recipe, check_dtype, find_merge, outline_of
 from upfit.convert.result import Change, Conversion, Sensitivity, Unchecked, Verification
 from upfit.convert.verify import Promise, tolerance, verify
 from upfit.errors import UpfitError
@@ -49,7 +49,6 @@ from upfit.results import Origin
 
 CODE_NOTE = "auto_map left out: code of the source does not travel, and the classes of the result need none of it"
 FIT_FACTOR = 4  # what a fit keeps beside OUT, in bytes of the attention's weights: it may change the MLP's as well
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -267,8 +266,7 @@ def _with_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
 
     if name is None:
         return plan, None
-    if name not in DTYPES:
-        raise UpfitError(f"--dtype {name!r} is not known; choose one of {', '.join(DTYPES)}")
+    check_dtype(name)
     changed = dataclasses.replace(plan, config={"dtype": name} | edit_dtype(plan.config, name))
     return changed, safetensors_dtype(getattr(torch, name))
 
@@ -334,7 +332,7 @@ def _verified(
         if stream is None:
             check_places(folder, shards, job.checkpoint)
     output.note("verifying ...")
-    return verify(folder, job.source.path if stream is None else None, promise, job.out, job.unexpected)
+    return verify(folder, job.source.path if stream is None else None, promise, job.out, job.unexpected, output)
 
 
 def _promise(job: Job) -> Promise:

@@ -1,10 +1,8 @@
 """What `upfit show` tells of a folder, from its config and headers alone."""
 
+from typing import Any
+
 from upfit import provenance
-from upfit.architecture.grouped_class import is_grouped
-from upfit.architecture.layers import bind
-from upfit.architecture.meta_model import model_class_for
-from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known, has_two_ways
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import find_source
@@ -19,7 +17,12 @@ def describe(model: str, revision: str | None = None) -> Description:
 
     Raises UpfitError for a folder that cannot be read or an architecture that is not supported.
     """
-    source = find_source(model, revision)
+    source = find_source(model, revision)  # what is not there is told before torch is imported
+    from upfit.architecture.grouped_class import is_grouped
+    from upfit.architecture.layers import bind
+    from upfit.architecture.meta_model import model_class_for
+    from upfit.architecture.quantised import check_not_quantised
+
     with open_checkpoint(source.path) as checkpoint:
         check_known(checkpoint.config)
         check_not_quantised(checkpoint)
@@ -44,6 +47,19 @@ def describe(model: str, revision: str | None = None) -> Description:
             kv_heads=sorted({shape.kv_heads for shape in shapes}),
             head_dim=sorted({shape.head_dim for shape in shapes}),
             kv_bytes_per_token=architecture.kv_bytes_per_token,
+            sliding_windows=sliding_windows(checkpoint.config),
             history=provenance.read(source.path),
             can_become=[f"{name} {offer}".strip() for name, offer in dict.fromkeys(offers) if offer],
         )
+
+
+def sliding_windows(config: dict[str, Any]) -> dict[str, int]:
+    """Tokens of a sliding window -> layers that have it, as the config's class reads them; empty where all layers see all."""
+    from upfit.architecture.meta_model import read_as_class
+
+    parsed = read_as_class(config).get_text_config(decoder=True)
+    window, kinds = getattr(parsed, "sliding_window", None), getattr(parsed, "layer_types", None)
+    if not window or not getattr(parsed, "use_sliding_window", True):
+        return {}
+    layers = parsed.num_hidden_layers if kinds is None else kinds.count("sliding_attention")
+    return {str(window): layers} if layers else {}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from upfit.convert.result import Sensitivity
 
 MERGE = "merge"  # the name of recipes that go back to a stock class
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,12 @@ def find_merge(model_type: str) -> Recipe | None:
             if model_type in merges:
                 return merges[model_type]
     return None
+
+
+def check_dtype(name: str | None) -> None:
+    """Raise UpfitError unless weights can be written in the type `name`; None keeps theirs."""
+    if name is not None and name not in DTYPES:
+        raise UpfitError(f"--dtype {name!r} is not known; choose one of {', '.join(DTYPES)}")
 
 
 def get_recipe(name: str) -> Recipe:

@@ -149,11 +149,6 @@ class Conversion(Result):
     verify: Verification | Unchecked | None = absent()
 
     def show(self, output: Output) -> None:
-        if self.dry_run:
-            rows = [[row.tensor, str(row.before or []), str(row.after), row.rule] for row in self.tensors]
-            output.table(["tensor", "before", "after", "rule"], rows, "Would write")
-        if isinstance(self.sensitivity, Sensitivity):
-            _show_sensitivity(self.sensitivity, output)
         verb = "Would write" if self.dry_run else "Wrote"
         added = self.parameters[1] - self.parameters[0]
         more = f" (+{human_count(added)})" if added > 0 else ""
@@ -161,6 +156,11 @@ class Conversion(Result):
             f"{verb} {self.out}: {human_bytes(self.bytes[1])}, {human_count(self.parameters[1])} parameters{more}, "
             f"{cache_words(self.kv_heads, self.kv_bytes_per_token)}"
         )
+        if isinstance(self.sensitivity, Sensitivity):
+            _show_sensitivity(self.sensitivity, output)
+        if self.dry_run:
+            rows = [[row.tensor, str(row.before or []), str(row.after), row.rule] for row in self.tensors]
+            output.table(["tensor", "before", "after", "rule"], rows, "Would write")
         if isinstance(self.verify, Verification):
             output.line(f"Verified: {self.verify.structure}; {self.verify.numbers}")
             if self.verify.loss is not None and not self.verify.equal:
@@ -183,6 +183,7 @@ class Description(Result):
     kv_heads: key/value heads, the same
     head_dim: width of a head, the same
     kv_bytes_per_token: key/value cache of all layers, bytes a token, in the type of the weights
+    sliding_windows: tokens of a sliding window, and how many layers keep no more than that; empty without any
     history: the steps of recipe.json, oldest first
     can_become: attentions that it can be given
     """
@@ -199,6 +200,7 @@ class Description(Result):
     kv_heads: list[int]
     head_dim: list[int]
     kv_bytes_per_token: int
+    sliding_windows: dict[str, int]
     history: list[dict[str, Any]]
     can_become: list[str]
 
@@ -223,6 +225,10 @@ def as_rows(facts: dict[str, Any]) -> list[list[str]]:
         ["key/value heads", ", ".join(map(str, facts["kv_heads"]))],
         ["head width", ", ".join(map(str, facts["head_dim"]))],
         ["KV cache", f"{facts['kv_bytes_per_token']:,} bytes a token"],
+        *[
+            ["sliding window", f"{int(window):,} tokens in {layers} of {facts['layers']} layers"]
+            for window, layers in facts.get("sliding_windows", {}).items()
+        ],
     ]
 
 

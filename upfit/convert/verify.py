@@ -2,21 +2,27 @@
 
 The structure is always checked (on the meta device, in seconds, whatever the size). The numerical part loads the source and
 the result one after the other and runs them over a short text; it is left out, and says so, when memory does not allow it.
-Where the result is of another type, it is held against the source rounded to that type.
+Where the result is of another type, it is held against the source rounded to that type. A large model is run in float32 where
+this machine is faster in that; what does not hold there is looked at once more in the type that is stored.
 """
 
 import math
 import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfit.architecture.loading import check_structure, garbage_collected, load_strictly
 from upfit.architecture.meta_model import quiet_transformers, vocabulary
-from upfit.checkpoint.reader import most_positions, open_checkpoint, read_config
+from upfit.checkpoint.reader import most_positions, open_checkpoint, read_config, torch_dtype
 from upfit.convert.result import Verification
 from upfit.errors import UpfitError
+from upfit.output import Output
 from upfit.text.tokenizer import no_panic
 
 if TYPE_CHECKING:
@@ -28,6 +34,9 @@ FALLBACK_SEED = 0
 CLOSE = {"float32": 1e-4, "float64": 1e-8}  # of the largest logit, where a plan promises equality to rounding
 CLOSE_MOVED = CLOSE | {"float64": 1e-6}  # between two families, one of which may have float32 inside (GPT-J's rotation)
 CLOSE_COARSE = 3e-2
+LARGE = 10**8  # bytes of weights, below which it does not matter in which type a model is run
+WORTH_WHILE = 1.5  # times as fast
+STEPS = 2  # of a model: loaded, run
 WINDOWS = 8  # pieces of the sample text, over which the interval of its loss is taken
 STUDENT = 2.365  # of 95 % with WINDOWS - 1 degrees of freedom
 FAILED = "the result failed its check and was not kept"
@@ -43,7 +52,12 @@ class Promise:
 
 
 def verify(
-    folder: Path, source: Path | None, promise: Promise, named: Path, allowed: frozenset[str] = frozenset()
+    folder: Path,
+    source: Path | None,
+    promise: Promise,
+    named: Path,
+    allowed: frozenset[str] = frozenset(),
+    output: Output | None = None,
 ) -> Verification:
     """Check `folder`, made from `source`, for what the plan promises. `named` is what the folder will be called. Without a
     `source`, only the structure is checked.
@@ -65,10 +79,69 @@ def verify(
     ids, is_text = sample_ids(source)
     if ids is None:
         return Verification(structure, "not compared: this class takes more than token ids")
-    before, after = _logits(source, ids, allowed, promise.dtype), _logits(folder, ids, allowed)
+    output = output or Output(quiet=True)
+    whole = Verification(structure, "")
+    faster = faster_in_float32(folder)
+    if faster:
+        output.note(f"verifying in float32, which this machine multiplies {faster:.1f} times as fast as bfloat16")
+        with suppress(UpfitError):  # what is not equal there is looked at as it is stored
+            return _compared(whole, folder, source, promise, allowed, ids, is_text, output, in_float32=True)
+    return _compared(whole, folder, source, promise, allowed, ids, is_text, output)
+
+
+def _compared(
+    report: Verification,
+    folder: Path,
+    source: Path,
+    promise: Promise,
+    allowed: frozenset[str],
+    ids: "torch.Tensor",
+    is_text: bool,
+    output: Output,
+    in_float32: bool = False,
+) -> Verification:
+    """`report` with the numerical part: both models run, one after the other, as they are stored or in float32."""
+    sizes = [_weight_bytes(place) for place in (source, folder)]
+    with output.progress("verifying", sum(sizes)) as meter:
+        before = _logits(source, ids, allowed, promise.dtype, in_float32, partial(meter.advance, sizes[0] / STEPS))
+        after = _logits(folder, ids, allowed, "", in_float32, partial(meter.advance, sizes[1] / STEPS))
     if before is None or after is None:
-        return Verification(structure, "not compared: this class takes more than token ids")
-    return compare(Verification(structure, ""), before, after, ids if is_text else None, promise)
+        return replace(report, numbers="not compared: this class takes more than token ids")
+    return compare(report, before, after, ids if is_text else None, promise)
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def faster_in_float32(folder: Path) -> float | None:
+    """How many times as fast this machine multiplies float32 as bfloat16, where most of the weights in `folder` are of that;
+    None where that is not worth while, or memory does not allow it. (float16 may overflow where float32 would not show it.)"""
+    import psutil
+    import torch
+
+    with open_checkpoint(folder) as checkpoint:
+        stored = torch_dtype(max(checkpoint.tensors.values(), key=lambda info: info.nbytes).dtype)
+    size = _weight_bytes(folder)
+    if stored != torch.bfloat16 or size < LARGE:
+        return None
+    if 2 * size * MEMORY_FACTOR > psutil.virtual_memory().available:
+        return None
+    ratio = _seconds(stored) / _seconds(torch.float32)
+    return ratio if ratio > WORTH_WHILE else None
+
+
+def _seconds(dtype: "torch.dtype") -> float:
+    """Time of a small product in this type, the best of a few."""
+    import torch
+
+    tokens, weights = torch.ones(SAMPLE_TOKENS, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    times = []
+    for _ in range(4):  # the first one sets up what the others use
+        began = time.perf_counter()
+        tokens @ weights
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def tolerance(dtype: str, moved: bool) -> float:
@@ -133,7 +206,7 @@ def _memory_short(source: Path, folder: Path) -> str:
     """Why the numerical part cannot run; empty when it can."""
     import psutil
 
-    size = max(sum(file.stat().st_size for file in place.glob("*.safetensors")) for place in (source, folder))
+    size = max(map(_weight_bytes, (source, folder)))
     free = psutil.virtual_memory().available
     if size * MEMORY_FACTOR > free:
         return f"it needs {size * MEMORY_FACTOR / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
@@ -168,9 +241,16 @@ def sample_ids(folder: Path) -> tuple["torch.Tensor | None", bool]:
     return torch.randint(0, size, (1, min(64, longest)), generator=generator), False
 
 
-def _logits(folder: Path, ids: "torch.Tensor", allowed: frozenset[str], dtype: str = "") -> "torch.Tensor | None":
+def _logits(
+    folder: Path,
+    ids: "torch.Tensor",
+    allowed: frozenset[str],
+    dtype: str,
+    in_float32: bool,
+    advance: Callable[[], None],
+) -> "torch.Tensor | None":
     """[T, vocabulary] logits of the model in `folder`, its weights rounded to `dtype`; None when its class cannot run on token
-    ids alone."""
+    ids alone. With `in_float32` it computes in that; `advance` is called when it is loaded, and when it has run."""
     import torch
 
     options = {"dtype": getattr(torch, dtype)} if dtype else {}
@@ -178,12 +258,17 @@ def _logits(folder: Path, ids: "torch.Tensor", allowed: frozenset[str], dtype: s
         model = load_strictly(folder, unexpected=allowed, **options)
         if dtype:
             _round(model, getattr(torch, dtype))
+        advance()
+        if in_float32:
+            model.float()
         try:
             inputs = {"input_ids": ids}
             if model.config.is_encoder_decoder:
                 inputs["decoder_input_ids"] = ids
             with torch.no_grad():
-                return model(**inputs, use_cache=False).logits[0].clone()
+                logits = model(**inputs, use_cache=False).logits[0].clone()
+            advance()
+            return logits
         except (TypeError, ValueError, AttributeError):
             return None
         finally:

@@ -1,7 +1,7 @@
 """Differential attention: a second softmax map is subtracted from the first, so that noise common to both cancels."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from upfit.architecture.decoder_check import check_decoder, class_shapes
 from upfit.checkpoint.plan import Plan, Rule, Tensors
@@ -248,8 +248,10 @@ def _trials(architecture: "Architecture") -> list[Options]:
 
 
 def _offers(architecture: "Architecture") -> str:
-    possible = [options.variant for options in _trials(architecture)]
-    return f"--variant {'|'.join(possible)}" if possible else ""
+    variants = [name for name in get_args(Variant) if possible(plan, architecture, Options(variant=name))]
+    exact = "diffllama" not in variants and possible(plan, architecture, Options(variant="diffllama", exact=True))
+    offers = [f"--variant {'|'.join(variants)}"] if variants else []
+    return ", or ".join([*offers, *(["--variant diffllama --exact"] if exact else [])])
 
 
 def _shapes(architecture: "Architecture", options: Options) -> "list[Geometry]":

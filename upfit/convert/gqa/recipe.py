@@ -80,6 +80,8 @@ def plan(architecture: "Architecture", options: Options) -> Plan | Fit:
     unchanged = len(architecture.layers) - len(changed)
     if changed and unchanged:
         notes.append(f"{unchanged} layers already have {options.kv_heads} key/value heads or fewer and stay as they are")
+    if not changed:
+        notes.append(f"the model has {options.kv_heads} key/value heads already: its weights are copied as they are")
     config = architecture.with_kv_heads(options.kv_heads)
     method = "mean" if options.method == "auto" else options.method
     aligned = options.method in ("auto", "aligned")
@@ -183,7 +185,9 @@ def _can_be_one(architecture: "Architecture") -> bool:
 
 
 def plan_multi_query(architecture: "Architecture", options: MultiQueryOptions) -> Plan | Fit:
-    """One key/value head in every layer."""
+    """One key/value head in every layer. Raises UpfitError for a model that has no more already."""
+    if architecture.kv_heads == 1:
+        raise UpfitError("the model has one key/value head already, so mqa would copy it; there is nothing to convert")
     return plan(architecture, Options(1, **asdict(options)))
 
 
@@ -205,7 +209,7 @@ RECIPES = (
         paper=MQA_PAPER,
         options=MultiQueryOptions,
         plan=plan_multi_query,
-        identity=lambda architecture: MultiQueryOptions() if architecture.kv_heads == 1 else None,
+        identity=lambda architecture: None,
         trials=lambda architecture: [MultiQueryOptions(method="first")] if _can_be_one(architecture) else [],
         offers=lambda architecture: "(one key/value head)" if _can_be_one(architecture) else "",
         shapes=lambda architecture, options: _shapes(architecture, Options(1)),

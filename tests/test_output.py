@@ -1,0 +1,25 @@
+"""What is printed while a command works."""
+
+import pytest
+
+from upfit import output
+from upfit.output import Meter, time_left
+
+
+@pytest.mark.parametrize(
+    ("done", "seconds", "words"),
+    [(0, 5, ""), (10, 5, ""), (5, 20, ", 20 s left"), (1, 20, ", 3 min left"), (1, 2000, ", 5.0 h left")],
+)
+def test_the_time_that_is_left_goes_by_the_rate_so_far(done: float, seconds: float, words: str) -> None:
+    assert time_left(done, 10, seconds) == words
+
+
+def test_a_plain_line_tells_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every task, such as aligning and verifying, where there is no terminal for a bar."""
+    now = [100.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    meter = Meter("aligning", 8, quiet=False, bar=None)
+    for _ in range(2):
+        now[0] += 40
+        meter.advance(1, "error 0.1")
+    assert capsys.readouterr().err == "aligning: 12%, 5 min left error 0.1\naligning: 25%, 4 min left error 0.1\n"
