@@ -96,7 +96,7 @@ def prose(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """What GitHub lets links to a page end with: its headings in small letters, without punctuation, numbered where they repeat."""
+    """What GitHub lets links to a page end with: its headings in small letters, no punctuation, numbered where they repeat."""
     taken: dict[str, int] = {}
     for heading in re.findall(r"(?m)^#{1,6} +(.+?) *#*$", prose(text)):
         words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
