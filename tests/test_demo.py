@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.parts import shared_runs
 from tests.records import evaluate
 from upfit import provenance
 from upfit.convert.describe import describe
@@ -15,6 +16,7 @@ from upfit.demo.text import standard_library
 from upfit.errors import UpfitError
 from upfit.evaluate.options import Options
 from upfit.output import Output
+from upfit.text import Document
 
 QUIET = Output(quiet=True)
 
@@ -39,6 +41,12 @@ def test_training_and_held_out_files_are_apart() -> None:
     training, held_out = standard_library()
     assert not set(training) & set(held_out)
     assert len(training) > 5 * len(held_out) > 50
+
+
+def test_held_out_files_repeat_little_of_the_training_files() -> None:
+    """Files that repeat another one are left out: 2.1 % of the runs of 16 words were shared before, and 0.8 % are now."""
+    training, held_out = ([Document(path.read_text("utf-8"), path.name) for path in files] for files in standard_library())
+    assert shared_runs(held_out, training) < 0.012
 
 
 @pytest.mark.slow
