@@ -58,6 +58,12 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run_demo(tmp_path / "demo", "20k", False, QUIET)
     show(result, QUIET)
     source = result["source"]
+    held_out = [str(path) for path in standard_library()[1]]
+    folder = tmp_path / "demo" / "gqa-2-mean"
+    measured = evaluate(str(folder), Options(against=str(embedded_model()), data=held_out, length=512, windows=8), QUIET)
+    assert measured["difference"]["nats_per_token"] == result["conversions"][1]["converted"]["difference"]
+    assert measured["against"]["loss"]["nats_per_token"] == source["loss"]
+    assert measured["against"]["cache"]["bytes_per_token"] == source["kv_bytes_per_token"]
     assert [row["name"] for row in result["conversions"]] == ["gqa-2-aligned", "gqa-2-mean"]
     for row in result["conversions"]:
         assert row["converted"]["difference"]["low"] > 0, "merging heads costs something"
