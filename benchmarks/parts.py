@@ -116,12 +116,12 @@ def weave(train: Path, held_out: list[Window], length: int, out: Path) -> None:
     if len(held_out) > total // 10:
         raise SystemExit(f"{rows} rows to train on are too few beside {len(held_out)} held-out ones; give a smaller --holdout")
     held, trained = dict(zip(places, held_out, strict=True)), iter(range(rows))
-    pieces, starts, after_held = [], [], True
+    pieces, starts, after_held = list[np.ndarray](), list[np.ndarray](), True
     for number in range(total):
         begin = number * length
         if number in held:
             pieces.append(held[number].ids)
-            starts.append([begin])
+            starts.append(np.array([begin]))
         else:
             first = next(trained) * length
             inside = begin + shards.document_starts(first, first + length)
@@ -129,7 +129,7 @@ def weave(train: Path, held_out: list[Window], length: int, out: Path) -> None:
             starts.append(np.union1d(inside, [begin] if after_held else []))
         after_held = number in held
     pieces.append(np.zeros(1, dtype=np.int64))  # the label of the last row's end, a document of its own
-    starts.append([total * length])
+    starts.append(np.array([total * length]))
     _write(out, shards, np.concatenate(pieces), np.concatenate(starts).astype(np.int64))
     assert TextRows(Shards(out), length, len(held_out), 0).holdout == places, "upfit uptrain keeps other rows back"
 
