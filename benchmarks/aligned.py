@@ -1,9 +1,11 @@
 """What each way of merging key/value heads costs before any training: loss on prose and code, short and long, paired intervals.
 
-    python benchmarks/aligned.py MODEL SCRATCH --kv-heads 1 --calibration TEXT --results benchmarks/results/NAME.json
+    python -m benchmarks.aligned MODEL SCRATCH --kv-heads 1 --calibration TEXT --results benchmarks/results/NAME.json
 
 The loss is measured on Upfit's default text (the language reference and a fixed list of standard-library files), which must not
-be in TEXT. Conversions whose folder stands in SCRATCH already are not done again.
+be in TEXT: what the two share all the same is counted, and stands in the results. Ridges and steps of the refit are chosen by
+Upfit on windows of TEXT that it holds back, so nothing is chosen on what is reported. Conversions whose folder stands in
+SCRATCH already are not done again.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.parts import read_documents, shared_runs, windows_record
 from upfit import provenance
 from upfit.architecture.attention import Attention, Layer
 from upfit.architecture.layers import Architecture
@@ -73,6 +76,8 @@ def main() -> None:
             print(method, length, json.dumps(table[method][str(length)]["all"]), flush=True)
     results = {
         "kv_heads": args.kv_heads,
+        "text": {str(n): windows_record(some, n) for n, some in windows.items()},
+        "shared_with_calibration": shared_runs(python_documents(), read_documents([args.calibration])),
         "table": table,
         "seconds": seconds,
         "aligned": _without_places(refits),
@@ -97,7 +102,15 @@ def _losses(folder: Path, windows: dict[int, list[Window]]) -> dict[int, Losses]
 
 
 def _row(windows: list[Window], losses: Losses, against: Losses | None) -> dict[str, Any]:
-    """Losses, or their paired differences, of all windows, of each kind, and (all) by position in the window."""
+    """Losses, or their paired differences, of all windows, of each kind, and (all) by position in the window.
+
+    `loss` and `difference` have intervals over windows; those over documents are wider where windows of one are alike.
+    """
+    documents = np.unique([window.document for window in windows], return_inverse=True)[1]
+
+    def by_document(values: np.ndarray) -> np.ndarray:
+        return np.bincount(documents[some], values)[np.unique(documents[some])]
+
     kinds = np.array([window.kind for window in windows])
     rows: dict[str, Any] = {}
     costs, tokens = losses.nats.sum(1), losses.tokens.sum(1).astype(float)
@@ -107,6 +120,8 @@ def _row(windows: list[Window], losses: Losses, against: Losses | None) -> dict[
         if against is not None:
             other = against.nats.sum(1)[some]
             rows[kind]["difference"] = difference_interval(costs[some], tokens[some], other, tokens[some]).record()
+            mine, theirs, lengths = (by_document(values) for values in (costs[some], other, tokens[some]))
+            rows[kind]["difference_by_document"] = difference_interval(mine, lengths, theirs, lengths).record()
     if against is not None:
         gap = (losses.nats.sum(0) - against.nats.sum(0)) / losses.tokens.sum(0)
         rows["by_position"] = {f"part {part + 1} of {PARTS}": float(value) for part, value in enumerate(gap)}

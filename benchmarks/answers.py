@@ -1,6 +1,6 @@
 """Does learning answers on long contexts (IN2) do more for a model than learning the same answers on short ones?
 
-    python benchmarks/answers.py MODEL SCRATCH --text TEXT... --held HELD --results benchmarks/results/NAME.json
+    python -m benchmarks.answers MODEL SCRATCH --text TEXT... --held HELD --results benchmarks/results/NAME.json
         [--items 400] [--min-tokens 1024] [--max-tokens 2048] [--seeds 3] [--families ...] [--probes ...]
 
 Two arms from one start: `long`, questions whose answers stand anywhere in contexts of --min-tokens to --max-tokens, and
@@ -8,7 +8,8 @@ Two arms from one start: `long`, questions whose answers stand anywhere in conte
 of the same size: as many examples and learned tokens, the same batches, rates and steps). A seed is an order of the questions.
 Told are loss on HELD text, and average and gap of the probes by score and by nats of the true answer, before and after; those
 whose pattern was trained on say so. MODEL's config is first told to take --max-tokens positions. Runs whose result stands in
-SCRATCH already are not done again.
+SCRATCH already are not done again. Nothing is chosen here: rate, steps and families are given. Runs of words that HELD shares
+with TEXT are counted, and stand in the results.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from benchmarks.parts import read_documents, shared_runs
 from upfit.environment import environment
 from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options as EvaluateOptions
@@ -61,7 +63,14 @@ def main() -> None:
             rows.append({"arm": arm, "seed": seed} | _run(args, base, arm, short_share, seed))
             print(json.dumps(rows[-1]), flush=True)
     settings = {key: value for key, value in vars(args).items() if not isinstance(value, Path) and key not in ("text", "held")}
-    told = {"settings": settings, "rows": rows, "summary": _summary(rows), "environment": environment()}
+    shared = shared_runs(read_documents([args.held]), read_documents(args.text))
+    told = {
+        "settings": settings,
+        "shared_with_train": shared,
+        "rows": rows,
+        "summary": _summary(rows),
+        "environment": environment(),
+    }
     args.results.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 

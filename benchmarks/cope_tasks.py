@@ -1,7 +1,7 @@
 """The small decoders of the CoPE paper, trained from scratch on one of its tasks, with different positions.
 
-    python benchmarks/cope_tasks.py counting --variables 1 --results benchmarks/results/NAME.json
-    python benchmarks/cope_tasks.py counting --max-steps 64 --layers 2 --hidden 128 --train-steps 600 --learning-rate 1e-3 ...
+    python -m benchmarks.cope_tasks counting --variables 1 --results benchmarks/results/NAME.json
+    python -m benchmarks.cope_tasks counting --max-steps 64 --layers 2 --hidden 128 --train-steps 600 --learning-rates 1e-3 ...
 
 Positions: absolute (a learned embedding added to each token's), relative (learned, by distance, on keys; one table for all
 layers), rope, cope, rope+cope. The rest is the same for all, and as the authors' code and `run.sh` have it (arXiv 2405.18719;
@@ -12,9 +12,11 @@ kernels), and position logits are not divided by √d (`--scale code`). Not publ
 and selective copy, and how CoPE goes with RoPE (gates and position logits from queries and keys before the rotation).
 
 CoPE is `upfit.modeling.cope_equations`. Told are errors in % on test items that no run trains on, the same for all runs, over
-answers and over whole sequences; intervals are over seeds (initial weights, order, dropout). Longer programs are cut to a block
-as much longer; absolute positions beyond the training block have never been trained, relative ones are those of its end. The
-results file is written after each run, and runs that stand in it already are not done again.
+answers and over whole sequences; intervals are over seeds (initial weights, order, dropout). With several --learning-rates each
+kind of positions takes the one with the fewest errors on items drawn for choosing, after --choose-steps. Items are drawn at
+random, so test items may stand in the training set: their share is told. Longer programs are cut to a block as much longer;
+absolute positions beyond the training block have never been trained, relative ones are those of its end. The results file is
+written after each run, and runs that stand in it already are not done again.
 """
 
 import argparse
@@ -237,17 +239,46 @@ def tested(model: Decoder, test: list[Encoded], batch: int, device: torch.device
     return {"error": 100 * wrong / answers, "sequence_error": 100 * failed / len(test), "nats": nats / answers}
 
 
-def run(args: argparse.Namespace, task: Task, positions: str, seed: int, device: torch.device) -> dict[str, Any]:
-    """Train one model and test it."""
+def trained_on(args: argparse.Namespace, task: Task) -> list[Encoded]:
+    """The items of the training set, the same for all runs; empty where every step draws new ones."""
+    return take(items(task.train, task.vocabulary, "train"), args.train_samples)
+
+
+def shared_items(args: argparse.Namespace, task: Task) -> dict[str, float]:
+    """The share of each split's test items that stand in the training set, token by token."""
+    train = {item.ids.tobytes() for item in trained_on(args, task)}
+    tests = {name: take(items(make, task.vocabulary, f"test {name}"), args.test_samples) for name, make in task.splits.items()}
+    return {name: sum(item.ids.tobytes() in train for item in test) / len(test) for name, test in tests.items()}
+
+
+def chosen(args: argparse.Namespace, task: Task, positions: str, device: torch.device) -> dict[str, Any]:
+    """The learning rate with the fewest errors on items drawn for choosing, and the errors with each."""
+    if len(args.learning_rates) < 2:
+        return {"learning_rate": args.learning_rates[0], "tried": {}}
+    short = argparse.Namespace(**vars(args) | {"train_steps": args.choose_steps})
+    runs = {rate: run(short, task, positions, 0, device, rate, "choose") for rate in args.learning_rates}
+    errors = {rate: runs[rate]["splits"]["in distribution"]["error"] for rate in runs}
+    return {"learning_rate": min(errors, key=lambda rate: errors[rate]), "tried": {f"{r:g}": e for r, e in errors.items()}}
+
+
+def run(
+    args: argparse.Namespace,
+    task: Task,
+    positions: str,
+    seed: int,
+    device: torch.device,
+    learning_rate: float | None = None,
+    part: str = "test",
+) -> dict[str, Any]:
+    """Train one model and test it on items of `part`, of "choose" on one split alone; at the first learning rate by default."""
     torch.manual_seed(seed)
     model = Decoder(args, task, positions).to(device)
     if args.train_samples:
-        kept = take(items(task.train, task.vocabulary, "train"), args.train_samples)
-        batches = passes(kept, args.batch, seed)
+        batches = passes(trained_on(args, task), args.batch, seed)
     else:
         source = items(task.train, task.vocabulary, f"train {seed}")
         batches = iter(lambda: take(source, args.batch), None)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate or args.learning_rates[0])
     start, losses = time.monotonic(), []
     for step in range(1, args.train_steps + 1):
         ids, wanted = collate(next(batches), args.loss_on == "all", device)
@@ -261,8 +292,8 @@ def run(args: argparse.Namespace, task: Task, positions: str, seed: int, device:
             print(f"{positions} seed {seed} step {step}: loss {curve:.4f}, {time.monotonic() - start:.0f} s", flush=True)
     seconds = time.monotonic() - start
     splits = {}
-    for name, make in task.splits.items():
-        test = take(items(make, task.vocabulary, f"test {name}"), args.test_samples)
+    for name in task.splits if part == "test" else ("in distribution",):
+        test = take(items(task.splits[name], task.vocabulary, f"{part} {name}"), args.test_samples)
         splits[name] = tested(model, test, args.batch, device)
     told = torch.stack(losses).float().cpu().numpy()
     return {
@@ -322,7 +353,8 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     add("--attention-dropout", type=float, default=0.0, help="on attention weights")
     add("--cope-positions", type=int, help="positions of CoPE; default: one more than training tokens")
     add("--scale", choices=("paper", "code"), default="paper", help="CoPE: q·k/√d + q·e, or (q·k + q·e)/√d")
-    add("--learning-rate", type=float, default=7e-5, help="of Adam, constant")
+    add("--learning-rates", type=float, nargs="+", default=[7e-5], help="of Adam, constant: one, or several to choose from")
+    add("--choose-steps", type=int, default=500, help="steps with which each of several learning rates is tried")
     add("--batch", type=int, default=64, help="sequences of a step")
     add("--loss-on", choices=("answers", "all"), default="answers", help="which tokens are trained on")
     add("--train-steps", type=int, help="steps; default: 15700, flipflop 10000")
@@ -344,17 +376,26 @@ def main() -> None:
     args = parsed()
     task, device = task_of(args), torch.device(args.device)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    told: dict[str, Any] = {"settings": settings, "environment": environment() | {"device": args.device}, "runs": []}
+    told: dict[str, Any] = {
+        "settings": settings,
+        "environment": environment() | {"device": args.device},
+        "chosen": {},
+        "runs": [],
+    }
     if args.results.exists():
         before = json.loads(args.results.read_text(encoding="utf-8"))
         if any(before[key] != told[key] for key in ("settings", "environment")):
             raise SystemExit(f"{args.results} holds runs with other settings or of another machine; give another --results")
-        told["runs"] = before["runs"]
+        told |= {"runs": before["runs"], "chosen": before["chosen"]}
+    told["shared_with_train"] = shared_items(args, task)
     done = {(one["positions"], one["seed"]) for one in told["runs"]}
     for positions in args.positions:
+        if all((positions, seed) in done for seed in range(args.seeds)):
+            continue
+        choice = told["chosen"][positions] = told["chosen"].get(positions) or chosen(args, task, positions, device)
         for seed in range(args.seeds):
             if (positions, seed) not in done:
-                told["runs"].append(run(args, task, positions, seed, device))
+                told["runs"].append(run(args, task, positions, seed, device, choice["learning_rate"]))
                 told["summary"] = summary(told["runs"])
                 args.results.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     for row in summary(told["runs"]):

@@ -1,9 +1,10 @@
 """Loss of a model before conversion, after it, and after uptraining, on text held out from the uptraining; paired intervals.
 
-    python benchmarks/recovery.py MODEL TEXT SCRATCH --kv-heads 1 --tokens 50k --results benchmarks/results/NAME.json
+    python -m benchmarks.recovery MODEL TEXT SCRATCH --kv-heads 1 --tokens 50k --results benchmarks/results/NAME.json
 
 TEXT is a folder of files to train on. The loss is measured on Upfit's default text (the language reference and a fixed list of
-standard-library files), which must not be in TEXT. Steps whose folder stands in SCRATCH already are not done again.
+standard-library files), which must not be in TEXT: what the two share all the same is counted, and stands in the results.
+Nothing is chosen here. Steps whose folder stands in SCRATCH already are not done again.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.parts import read_documents, shared_runs
 from upfit import provenance
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
@@ -18,6 +20,7 @@ from upfit.environment import environment
 from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.options import Options
 from upfit.output import Output
+from upfit.text import python_documents
 from upfit.uptrain.config import resolve
 from upfit.uptrain.data.prepare import prepare
 from upfit.uptrain.train import uptrain
@@ -52,6 +55,7 @@ def main() -> None:
         rows["source"] = _row(told["against"], None)
         rows[name] = _row(told["model"], told["difference"])
         rows["text"] = told["data"]
+    rows["shared_with_train"] = shared_runs(python_documents(), read_documents([str(args.text)]))
     kept = ("verb", "options", "measurements", "versions")  # not where the folders lay
     rows["steps"] = [{key: step[key] for key in kept} for step in provenance.read(trained)]
     rows["environment"] = environment()

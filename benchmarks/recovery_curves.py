@@ -1,14 +1,15 @@
 """What it takes to recover: the same conversions uptrained by each method at equal FLOPs, beside the source on the same text.
 
-    python benchmarks/recovery_curves.py SOURCE DATA SCRATCH --starts aligned=FOLDER mean=FOLDER --budget 2M --choose-at 200k \
+    python -m benchmarks.recovery_curves SOURCE TEXT SCRATCH --starts aligned=FOLDER mean=FOLDER --budget 2M --choose-at 200k \
         --learning-rates 3e-4 1e-3 3e-3 --seeds 3 --results benchmarks/results/NAME.json
 
 --budget is in tokens of distillation; what another method costs less or more it gets more or fewer tokens for (forward pass of
 the model counted as `upfit plan` does, backward twice that, the teacher's forward pass counted). Each method runs --choose-at
-with each learning rate and one seed, and the best of them by held-out loss runs the whole budget with every seed. The control
-is SOURCE trained on the same text with cross-entropy: what it gains is adaptation to the text, not recovery, so the gap of a
-conversion is to the control at equal FLOPs. Losses are of rows of DATA that no run trains on, measured --points times on the
-way. Runs whose folder stands in SCRATCH already are not done again. A plot goes beside the results.
+with each learning rate and one seed, and the best of them runs the whole budget with every seed. TEXT is split by document into
+three parts (parts.py): runs train on the first, rates are chosen by the loss on the second, every loss told is of the third,
+measured --points times on the way. A best rate at an edge of the range says so. The control is SOURCE trained on the same text
+with cross-entropy: what it gains is adaptation to the text, not recovery, so the gap of a conversion is to the control at equal
+FLOPs, seed by seed. Runs whose folder stands in SCRATCH already are not done again. A plot goes beside the results.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.parts import full_windows, read_documents, split, weave, windows_record
 from upfit import provenance
 from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint, read_config
@@ -26,6 +28,7 @@ from upfit.environment import environment
 from upfit.output import Output
 from upfit.plan.trace import trace
 from upfit.uptrain.config import resolve
+from upfit.uptrain.data.prepare import prepare
 from upfit.uptrain.train import uptrain
 
 LAYERWISE_SHARE = 0.2  # of the FLOPs
@@ -36,7 +39,7 @@ SHARES = (0.5, 0.8, 0.9)  # of the gap
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source")
-    parser.add_argument("data")
+    parser.add_argument("text", help="file or folder of text: split into parts to train on, to choose by and to report")
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--starts", nargs="+", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
@@ -47,13 +50,15 @@ def main() -> None:
     parser.add_argument("--layerwise-rate", type=float, default=None, help="of that stage; default: what upfit chooses")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--points", type=int, default=10, help="measurements of the held-out rows on the way")
-    parser.add_argument("--holdout", type=int, default=32, help="rows kept back from training, on which losses are told")
+    parser.add_argument("--holdout", type=int, default=32, help="rows to choose rates by, and as many to report")
     parser.add_argument("--results", type=Path, required=True)
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
+    text = prepared(args)
     starts = dict(start.split("=", 1) for start in args.starts)
     control = _best(args, "source", args.source, "ce")
-    told: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k in KEPT}, "control": control, "runs": []}
+    settings = {k: v for k, v in vars(args).items() if k in KEPT}
+    told: dict[str, Any] = {"settings": settings, "text": text, "control": control, "runs": []}
     for name, folder in starts.items():
         for method in args.methods:
             told["runs"].append(row := _best(args, name, folder, method))
@@ -61,9 +66,10 @@ def main() -> None:
                 others = [other for other in told["runs"] if other["start"] == name and other is not row]
                 for run in row["runs"] if others else []:
                     run["curve"].insert(0, others[0]["runs"][0]["curve"][0])
-            row["gaps"] = [_gaps(run, control["runs"][0]) for run in row["runs"]]
+            row["gaps"] = [_gaps(*pair) for pair in zip(row["runs"], control["runs"], strict=True)]
             ends = [f"{run['curve'][-1][1]:.4f}" for run in row["runs"]]
-            print(name, method, row["learning_rate"], "ends at", *ends, "closed", row["gaps"], flush=True)
+            edge = "(edge of the range)" if row["at_edge"] else ""
+            print(name, method, row["learning_rate"], edge, "ends at", *ends, "closed", row["gaps"], flush=True)
     args.results.write_text(json.dumps(told | {"environment": environment()}, indent=1) + "\n", encoding="utf-8")
     _plot(told, args.results.with_suffix(".png"))
 
@@ -88,23 +94,43 @@ def flops(folder: str, teacher: str, length: int) -> dict[str, float]:
     return {"ce": 3 * student.forward, "kl": taught, "kl+ce": taught, "layerwise": body + 3 * attention}
 
 
+def prepared(args: argparse.Namespace) -> dict[str, Any]:
+    """The three parts of the text, as tokens to train on with rows held out; what the results say of them."""
+    parts = split(read_documents([args.text]))
+    train = args.scratch / "parts" / "train"
+    if not train.exists():
+        prepare([str(parts.write(args.scratch / "parts")["train"])], train, args.source, "text", Output(quiet=True))
+    held_out_parts = parts.items()[1:]
+    # Equally many of both parts, so that all runs train on the same rows in the same order.
+    args.holdout = min(len(full_windows(part, args.source, args.length, args.holdout)) for _, part in held_out_parts)
+    record: dict[str, Any] = parts.record() | {"held_out": {}}
+    for name, part in held_out_parts:
+        held_out = full_windows(part, args.source, args.length, args.holdout)
+        record["held_out"][name] = windows_record(held_out, args.length)
+        if not (args.scratch / "parts" / name).exists():
+            weave(train, held_out, args.length, args.scratch / "parts" / name)
+    return record
+
+
 def _best(args: argparse.Namespace, name: str, folder: str, method: str) -> dict[str, Any]:
     """The method's runs of the whole budget at the learning rate that was best in a short one."""
-    tried = {rate: _run(args, name, folder, method, rate, args.choose_at, 0) for rate in args.learning_rates}
+    tried = {rate: _run(args, name, folder, method, rate, args.choose_at, 0, "choose") for rate in args.learning_rates}
     rate = min(tried, key=lambda one: float(tried[one]["curve"][-1][1]))
-    seeds = range(1 if name == "source" else args.seeds)
     return {
         "start": name,
         "method": method,
         "learning_rate": rate,
+        "at_edge": len(tried) < 3 or rate in (min(tried), max(tried)),
         "tried": {f"{one:g}": run["curve"][-1][1] for one, run in tried.items()},
-        "runs": [_run(args, name, folder, method, rate, args.budget, seed) for seed in seeds],
+        "runs": [_run(args, name, folder, method, rate, args.budget, seed, "report") for seed in range(args.seeds)],
     }
 
 
-def _run(args: argparse.Namespace, name: str, folder: str, method: str, rate: float, budget: int, seed: int) -> dict[str, Any]:
-    """`curve`: [FLOPs in tokens of distillation, held-out cross-entropy in nats a token], from before the first step."""
-    out = args.scratch / f"{name}-{method}-{rate:g}-{budget}-{seed}"
+def _run(
+    args: argparse.Namespace, name: str, folder: str, method: str, rate: float, budget: int, seed: int, part: str
+) -> dict[str, Any]:
+    """`curve`: [FLOPs in tokens of distillation, cross-entropy of `part` in nats a token], from before the first step."""
+    out = args.scratch / f"{part}-{name}-{method}-{rate:g}-{budget}-{seed}"
     costs = flops(folder, args.source, args.length)
     unit = costs["kl"]
     settings: dict[str, Any] = {"length": args.length, "learning_rate": rate, "holdout": args.holdout, "seed": seed}
@@ -120,12 +146,12 @@ def _run(args: argparse.Namespace, name: str, folder: str, method: str, rate: fl
     else:
         settings |= {"stages": stage, "tokens": str(round(budget * unit / costs[method]))}
     # About a hundred steps, or as many as there are rows. What only chooses a rate is measured before and after.
-    every = max(1, min(100, budget // args.length) // args.points) if budget != args.choose_at else None
+    every = max(1, min(100, budget // args.length) // args.points) if part == "report" else None
     if not out.exists():
         if method != "ce":
             settings["teacher"] = args.source
         config = resolve(None, settings | {"measure_every": every})
-        uptrain(folder, args.data, out, config, True, False, Output(quiet=True), tables)
+        uptrain(folder, str(args.scratch / "parts" / part), out, config, True, False, Output(quiet=True), tables)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trained = [step for step in provenance.read(out) if step["verb"] == "uptrain"]
     whole = [step["measurements"]["holdout"] for step in trained if step["stage"] != "layerwise"][-1]
@@ -163,7 +189,9 @@ def _plot(told: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5 * len(starts), 4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, start in zip(figure.subplots(1, len(starts), squeeze=False)[0], starts, strict=True):
-        axes.plot(*np.array(told["control"]["runs"][0]["curve"]).T, color="black", linestyle="--", label="source, ce")
+        for number, run in enumerate(told["control"]["runs"]):
+            label = None if number else "source, ce"
+            axes.plot(*np.array(run["curve"]).T, color="black", linestyle="--", label=label)
         for number, row in enumerate(row for row in told["runs"] if row["start"] == start):
             for run in row["runs"]:
                 label = f"{row['method']}, {row['learning_rate']:g}" if run is row["runs"][0] else None

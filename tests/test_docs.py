@@ -16,6 +16,7 @@ from upfit.convert.recipe import find_recipes
 ROOT = Path(__file__).parent.parent
 WORTH_TELLING = 0.02  # nats a token: what CPUs and patch versions of the library may change of the tutorial's figures
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKED_PAGES = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "upfit").rglob("README.md"))]
 
 
 @lru_cache
@@ -89,10 +90,57 @@ def test_the_page_of_functions_runs_as_written(tmp_path: Path, monkeypatch: pyte
     assert set(re.findall(r"(?m)^\| `(\w+)\(", page)) == set(api.__all__)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def prose(text: str) -> str:
+    """A page without its blocks of code, whose comments look like headings."""
+    return re.sub(r"(?ms)^```.*?^```", "", text)
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub lets links to a page end with: its headings in small letters, no punctuation, numbered where they repeat."""
+    taken: dict[str, int] = {}
+    for heading in re.findall(r"(?m)^#{1,6} +(.+?) *#*$", prose(text)):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        taken[slug] = taken.get(slug, -1) + 1
+        if taken[slug]:
+            taken[f"{slug}-{taken[slug]}"] = 0
+    return set(taken)
+
+
+def dead_links(page: Path) -> list[str]:
+    """The links of a page to files that are not there, or to headings that a page does not have."""
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("page", LINKED_PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    assert dead_links(page) == []
+
+
+def test_a_dead_link_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# The *first*, one\n## `upfit show`: 2 words\n## Twice\n## Twice\n```\n# no heading\n[no](link)\n```\n"
+        "[a](#the-first-one) [b](page.md#upfit-show-2-words) [c](#twice-1) [d](https://example.org/#x) [e](page.md)\n"
+        "[f](#no-heading) [g](other.md) [h](page.md#twice-2)\n"
+    )
+    assert dead_links(page) == ["#no-heading", "other.md", "page.md#twice-2"]
+
+
+def test_rows_of_tables_stand_once() -> None:
+    """No flag has two rows in a page's table."""
+    for page in LINKED_PAGES:
+        for table in re.findall(r"(?m)(?:^\|.*\n)+", page.read_text(encoding="utf-8")):
+            flags = re.findall(r"(?m)^\| `(--[^`]+)`", table)
+            assert len(flags) == len(set(flags)), f"{page.name}: {[flag for flag in flags if flags.count(flag) > 1]}"
 
 
 def test_the_page_of_architectures_is_up_to_date() -> None:

@@ -13,11 +13,10 @@ from upfit.checkpoint.work_folder import work_folder
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.demo import embedded_model
+from upfit.demo.measure import Measure
 from upfit.demo.text import standard_library
 from upfit.durable import remove_tree, write_whole
 from upfit.errors import UpfitError
-from upfit.evaluate.evaluate import evaluate
-from upfit.evaluate.options import Options
 from upfit.output import Output
 from upfit.uptrain.config import resolve
 from upfit.uptrain.data.prepare import prepare
@@ -75,8 +74,8 @@ def _everything(out: Path, tokens: str, output: Output) -> dict[str, Any]:
     text, statistics = out / TEXT, out / STATISTICS
     text.write_text("\n".join(path.read_text("utf-8") for path in training[::CALIBRATION_SHARE]), encoding="utf-8")
     calibrate(str(source), [str(text)], statistics, CALIBRATION_TOKENS, LENGTH, None, False, output)
-    measure = _Measure([str(path) for path in held_out], output)
-    result: dict[str, Any] = {"tokens": tokens, "source": measure(source, None), "conversions": []}
+    measure = Measure(source, [str(path) for path in held_out], LENGTH, WINDOWS)
+    result: dict[str, Any] = {"tokens": tokens, "text": measure.text(), "source": measure.source, "conversions": []}
     for conversion in CONVERSIONS:
         output.note(f"{conversion.name}: converting, uptraining on {tokens} tokens, measuring")
         converted, uptrained = out / conversion.name, out / f"{conversion.name}-uptrained"
@@ -86,8 +85,8 @@ def _everything(out: Path, tokens: str, output: Output) -> dict[str, Any]:
         uptrain(str(converted), str(out / TOKENS), uptrained, config, False, False, output)
         row = {
             "name": conversion.name,
-            "converted": measure(converted, source),
-            "uptrained": measure(uptrained, source),
+            "converted": measure(converted),
+            "uptrained": measure(uptrained),
             "curve": _curve(uptrained),
         }
         result["conversions"].append(row)
@@ -124,24 +123,6 @@ def _clear(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for path in out.iterdir():
         remove_tree(path)
-
-
-@dataclass(frozen=True)
-class _Measure:
-    """Loss of a folder on the held-out files, and its paired difference to another folder."""
-
-    held_out: list[str]
-    output: Output
-
-    def __call__(self, folder: Path, against: Path | None) -> dict[str, Any]:
-        options = Options(against=str(against) if against else None, data=self.held_out, length=LENGTH, windows=WINDOWS)
-        result = evaluate(str(folder), options, Output(quiet=True)).record()
-        return {
-            "folder": str(folder),
-            "loss": result["model"]["loss"]["nats_per_token"],
-            "difference": result["difference"]["nats_per_token"] if against else None,
-            "kv_bytes_per_token": result["model"]["cache"]["bytes_per_token"],
-        }
 
 
 def _curve(folder: Path) -> list[list[float]]:
