@@ -1,4 +1,4 @@
-"""Runs tests on a changed checkout, in forks of one process that has imported torch and transformers; and finds which tests to run."""
+"""Which tests run a line, and a process that runs tests on changed checkouts: it imports what is heavy once, and forks."""
 
 import json
 import os

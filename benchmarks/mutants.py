@@ -3,9 +3,10 @@
     pip install cosmic-ray pytest-cov
     python -m benchmarks.mutants SCRATCH [--sample 150] [--seed 0] [--kinds] [--results benchmarks/results/NAME.json]
 
-Changes are drawn by seed: first a place in the files that carry the load (`mutants.toml`), then one of cosmic-ray's operators for
-that place (another comparison, another number, `not`, a loop that never runs ...). What only the type checker looks at (annotations, assertions, `frozen`) is left as it is.
-`--kinds` makes again, instead, the changes listed in `mutants.toml`, which tests did not notice once.
+Changes are drawn by seed: first a place in the files that carry the load (`mutants.toml`), then one of cosmic-ray's
+operators for that place (another comparison, another number, `not`, a loop that never runs ...). What only the type checker
+looks at (annotations, assertions, `frozen`) is left as it is. `--kinds` makes again, instead, the changes listed in
+`mutants.toml`, which tests did not notice once.
 
 A change is caught if a test fails that passes without it, or hangs. Which tests run a line is measured once (coverage.py, a
 context a test) and kept in SCRATCH, so that the next run of the same commit begins at once. Of these, tests of the changed
