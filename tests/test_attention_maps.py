@@ -18,7 +18,15 @@ from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.evaluate.options import Options
-from upfit.evaluate.probes.attention_maps import all_maps, choose, places, record_by_head, record_maps
+from upfit.evaluate.probes.attention_maps import (
+    all_maps,
+    choose,
+    head_maps,
+    places,
+    record_by_head,
+    record_maps,
+    watching,
+)
 from upfit.output import Output, to_json
 from upfit.provenance import head_order
 
@@ -66,6 +74,19 @@ def assert_as_eager(model: Any) -> None:
 def test_maps_of_converted_models_are_those_that_reach_the_values(tmp_path: Path, recipe: str, options: dict[str, Any]) -> None:
     _, out = converted(tmp_path, recipe, options)
     assert_as_eager(shaken(AutoModelForCausalLM.from_pretrained(out)))
+
+
+def test_a_row_of_the_maps_is_that_query_s_with_its_own_lambda(tmp_path: Path) -> None:
+    """λ of a differential pair depends on the token: the map of one query position takes that position's."""
+    _, out = converted(tmp_path, "diff", {"variant": "v2"})
+    model, rows, whole = shaken(AutoModelForCausalLM.from_pretrained(out)), list[torch.Tensor](), list[torch.Tensor]()
+    ids = torch.randint(3, 90, (1, 24), generator=torch.Generator().manual_seed(0))
+    for row, maps in ((17, rows), (None, whole)):
+        with torch.no_grad(), watching(model, lambda seen, row=row, maps=maps: maps.append(head_maps(seen, row))):
+            model(input_ids=ids, use_cache=False)
+    assert len(rows) == len(whole) > 0
+    for one, every in zip(rows, whole, strict=True):
+        torch.testing.assert_close(one[:, 0], every[:, 17], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])

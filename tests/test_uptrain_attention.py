@@ -43,6 +43,17 @@ def test_rates_and_decay(workshop: Workshop, tmp_path: Path) -> None:
         assert told[id(parameter)] == expected, name
 
 
+def test_the_embeddings_of_positions_learn_ten_times_as_fast(workshop: Workshop, tmp_path: Path) -> None:
+    options = {"positions": 6, "span": 20, "gates": "constant"}
+    recipe = find_recipes()["cope"]
+    convert(recipe, str(workshop.teacher), tmp_path / "cope", recipe.options(**options), Settings(verify=False), QUIET)
+    model = load(tmp_path / "cope", torch.float32, torch.device("cpu"))
+    optimizer = make_optimizer(model, config(added_rate=3.0))
+    scales = {id(p): group["scale"] for group in optimizer.param_groups for p in group["params"]}
+    added = {name.rpartition(".")[2]: scales[id(p)] for name, p in model.named_parameters() if "cope" in name}
+    assert added == {"cope_embeddings": 30.0, "cope_gate_bias": 3.0}
+
+
 def test_progress_goes_from_0_to_1(workshop: Workshop, tmp_path: Path) -> None:
     model = load(differential(workshop, tmp_path / "dex", variant="dex"), torch.float32, torch.device("cpu"))
     modules = list(converted_modules.converted(model))

@@ -144,6 +144,58 @@ def test_padding_and_packing_change_nothing(tmp_path: Path) -> None:
         assert torch.allclose(packed, alone, atol=1e-10)
 
 
+@pytest.mark.parametrize("scale", ["paper", "code"])
+@pytest.mark.parametrize("gates", ["content", "keys"])
+def test_the_module_is_the_equations_from_its_weights(tmp_path: Path, gates: str, scale: str) -> None:
+    """Equations 3 to 9 of arXiv 2405.18719 word for word, query by query and key by key, from the tensors of a file."""
+    _, out = made(tmp_path, gates=gates, scale=scale)
+    model = learned(loaded(out, torch.float64))
+    attention, tokens = model.model.layers[0].self_attn, 24
+    with torch.no_grad():
+        attention.cope_gate_scale.mul_(torch.linspace(5, 15, len(attention.cope_gate_scale)))  # gates that choose
+        x = torch.randn(1, tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        cos, sin = model.model.rotary_emb(x, torch.arange(tokens)[None])
+        given = attention(x, position_embeddings=(cos, sin), attention_mask=None)[0]
+        q, k, v = (getattr(attention, f"{part}_proj")(x)[0].unflatten(-1, (-1, attention.head_dim)) for part in "qkv")
+        turned = [
+            states * cos[0, :, None]
+            + torch.cat([-states[..., states.shape[-1] // 2 :], states[..., : states.shape[-1] // 2]], -1) * sin[0, :, None]
+            for states in (q, k)
+        ]
+        gate_k = attention.cope_gate_keys(x)[0].unflatten(-1, (-1, attention.head_dim)) if gates == "keys" else k
+        root, e = attention.head_dim**-0.5, attention.cope_embeddings
+        last, outputs = e.shape[-2] - 1, torch.zeros(tokens, q.shape[1], attention.head_dim, dtype=torch.float64)
+        for head in range(q.shape[1]):
+            own = head // (q.shape[1] // k.shape[1])
+            z = q[:, head] @ e.T * (root if scale == "code" else 1.0)
+            for i in range(tokens):
+                logits, position = torch.zeros(i + 1, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+                for j in reversed(range(i + 1)):
+                    gate = (
+                        attention.cope_gate_scale[head] * (q[i, head] @ gate_k[j, own]) * root + attention.cope_gate_bias[head]
+                    )
+                    position = (position + torch.sigmoid(gate)).clamp(max=last)
+                    low = int(position)
+                    high = min(low + 1, last)
+                    between = z[i, low] + (position - low) * (z[i, high] - z[i, low])
+                    logits[j] = turned[0][i, head] @ turned[1][j, own] * root + between
+                outputs[i, head] = logits.softmax(0) @ v[: i + 1, own]
+        torch.testing.assert_close(given[0], attention.o_proj(outputs.flatten(1)), rtol=1e-9, atol=1e-11)
+
+
+def test_what_was_learned_counts_at_once(tmp_path: Path) -> None:
+    """A model that was run before it was trained is not taken for one that has learned nothing."""
+    _, out = made(tmp_path, gates="constant")
+    model, ids = loaded(out, torch.float64), ids_of()
+    with torch.no_grad():
+        before = model(ids).logits
+        assert torch.equal(before, model(ids).logits)
+        after = learned(model)(ids).logits
+        assert not torch.allclose(before, after, atol=1e-3)
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(loaded(tmp_path / "saved", torch.float64)(ids).logits, after)
+
+
 @pytest.mark.parametrize("gates", GATES)
 def test_everything_new_moves_within_ten_steps(tmp_path: Path, gates: str) -> None:
     """Embeddings get a gradient in every layer at once, gates as soon as those are not zero."""

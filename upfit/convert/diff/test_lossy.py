@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.folders import letter_tokenizer
 from tests.tiny import tiny_model
 from upfit.calibration.observe import Seen
 from upfit.checkpoint.reader import open_checkpoint
@@ -16,7 +17,7 @@ from upfit.convert.conversion import Settings, convert, merge
 from upfit.convert.diff.entropy import entropy
 from upfit.convert.diff.paper import lambda_vectors, pairs
 from upfit.convert.diff.recipe import Options
-from upfit.convert.diff.split import choose, naive
+from upfit.convert.diff.split import FIRST_SCALES, LAMBDAS, SECOND_SCALES, choose, naive
 from upfit.convert.diff.test_diff import QUIET, RECIPE, ids_of, loaded, made, shaken, still_after_ten_steps
 from upfit.demo import embedded_model
 from upfit.errors import UpfitError
@@ -124,6 +125,74 @@ def test_the_half_that_matters_is_kept() -> None:
     assert bool((split.scale[:, 1, 2:6] == 0).all()) and bool((split.scale[:, 1, [0, 1, 6, 7]] > 0).all())
     whole, halves = seen.attended(), split.outputs(seen) * split.gain[:, None].double()
     assert float((whole - halves).square().sum() / whole.square().sum()) < 0.01
+
+
+def test_halves_are_divided_by_what_the_softmax_sees() -> None:
+    """Large scores that are alike for all keys change no attention: the part that tells keys apart is the one to keep."""
+    seen = seen_of(1, 1, 40, 4)
+    q, k = seen.q.clone(), seen.k.clone()
+    q[..., :2], k[..., :2] = 5.0, 2.0  # the same for each key
+    k[..., 30:, :2] = -2.0  # but for keys that almost no query weighs
+    q[..., 2:] = 3.0
+    k[..., 30:, 2:] = -9.0
+    seen = replace(seen, q=q, k=k)
+    weights = causal_map(q[0, 0], k[0, 0], seen.scaling)
+    parts = [q[0, 0][:, pair] @ k[0, 0][:, pair].T * seen.scaling for pair in ([0, 1], [2, 3])]
+    kept = [float((weights * (part - (weights * part).sum(1, keepdim=True)).square()).sum()) for part in parts]
+    alike = [float(part[weights > 0].var()) for part in parts]
+    assert kept[0] < kept[1]
+    assert alike[0] > 0
+    split = choose([(seen, torch.arange(40), 40)], torch.arange(4).reshape(2, 2))
+    assert bool((split.scale[0, 0, 2:] > 0).all()) and bool((split.scale[0, 0, :2] == 0).all())
+
+
+def test_scales_and_lambda_are_the_best_of_the_grid() -> None:
+    """Of every combination, tried one after the other on the head's own output, none comes nearer."""
+    seen = seen_of(2, 1, 30, 8)
+    split = choose([(seen, torch.arange(30), 30)], torch.arange(8).reshape(4, 2))
+    whole, mask = seen.attended(), split.scale > 0
+    for head in range(2):
+        errors = {}
+        for first in FIRST_SCALES:
+            for second in SECOND_SCALES:
+                for share in LAMBDAS:
+                    scale = mask * torch.tensor([first, second])[:, None]
+                    tried = replace(split, scale=scale, lambdas=torch.full((2,), share)).outputs(seen)[:, :, head]
+                    gain = (tried * whole[:, :, head]).sum() / tried.square().sum()
+                    errors[first, second, share] = float((whole[:, :, head] - gain * tried).square().sum()), float(gain)
+        best = min(errors, key=lambda key: errors[key][0])
+        assert split.scale[head].amax(1).tolist() == pytest.approx(best[:2]) and float(split.lambdas[head]) == pytest.approx(
+            best[2]
+        )
+        assert float(split.gain[head]) == pytest.approx(errors[best][1], rel=1e-4)
+
+
+def spread(tmp_path: Path) -> Path:
+    """DEX of the half that spreads, of a model whose odd heads attend to all tokens alike and whose even heads to few."""
+    model: Any = tiny_model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            rows = layer.self_attn.q_proj.weight.unflatten(0, (-1, model.config.head_dim))
+            rows[1::2], rows[0::2] = 0.0, 50 * rows[0::2]
+    model.save_pretrained(tmp_path / "source")
+    letter_tokenizer().save_pretrained(tmp_path / "source")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"the {n} of {n * n} is here; return {n};" for n in range(400)))
+    options = {"calibration": [str(tmp_path / "text.txt")], "calibration_tokens": "512", "calibration_length": 64}
+    return made(tmp_path, variant="dex", heads="entropy", **options)[1]
+
+
+def test_heads_that_spread_are_changed_and_no_others(tmp_path: Path) -> None:
+    """In the file, and after training in the stock class."""
+    out = spread(tmp_path)
+    with open_checkpoint(out) as checkpoint:
+        for layer in range(2):
+            heads = checkpoint.read(f"model.layers.{layer}.self_attn.dex_heads")
+            assert heads.tolist() == [0.0, 1.0] * (len(heads) // 2)
+    shaken(loaded(out)).save_pretrained(tmp_path / "trained")
+    merge(str(tmp_path / "trained"), tmp_path / "merged", Settings(), QUIET)
+    with torch.no_grad():
+        wanted, given = loaded(tmp_path / "trained")(ids_of()).logits, loaded(tmp_path / "merged")(ids_of()).logits
+    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
 
 
 def evaluated(folder: Path) -> float:
