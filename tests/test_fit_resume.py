@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.folders import letter_tokenizer, save_tiny, tiny_llama
 from tests.test_fit_work import stop_at
 from tests.tiny import BUILDABLE, tiny_model
+from tests.warm_python import ENVIRONMENT, shared_python
 from upfit import provenance
 from upfit.calibration import fit_work
 from upfit.calibration.calibrate import calibrate
@@ -273,7 +273,8 @@ Shop(Path(sys.argv[1])).fit("aligned", "killed")
 @pytest.mark.slow
 def test_killed_is_resumed(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that cannot even say goodbye, between the renames of a layer."""
-    done = subprocess.run([sys.executable, "-c", KILLED, str(shop.folder)], cwd=Path(__file__).parent.parent)
+    (shop.folder / "killed.py").write_text(KILLED)
+    done = subprocess.run([shared_python(), str(shop.folder / "killed.py"), str(shop.folder)], env=ENVIRONMENT)
     assert done.returncode == -signal.SIGKILL and not (shop.folder / "killed").exists()
     assert Loads(monkeypatch).of(lambda: shop.fit("aligned", "killed")) == [1, 2]
     assert content(shop.folder / "killed") == content(shop.fit("aligned", "not killed"))

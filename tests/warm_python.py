@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 SERVER = ROOT / "tests" / "warm_server.py"
 
 
+PATIENCE = 120.0  # seconds; it may be importing still
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -35,6 +36,7 @@ def warm_python(environment: dict[str, str], checkout: Path = ROOT) -> Iterator[
         server = _serve(Path(folder), environment, checkout)
         try:
             yield str(_program(Path(folder), server))
+            server.communicate(timeout=PATIENCE)  # it ends with its standard input, as the shared one has to
         finally:
             server.kill()
             server.wait()

@@ -46,8 +46,9 @@ def server(path: str) -> None:
         gc.freeze()  # what is imported is no garbage: forks need not look
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are not waited for
         while True:
-            if sys.stdin.fileno() in select.select([listener, sys.stdin], [], [])[0]:
-                return shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+            if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
+                shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+                os._exit(0)  # libraries would complain of what is frozen
             connection, _ = listener.accept()
             if os.fork() == 0:
                 listener.close()
