@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.decoder_check import auto_map, class_shapes
-from upfit.architecture.names import name_map
 from upfit.checkpoint.plan import Rule, Tensors
 from upfit.errors import UpfitError
 
@@ -68,6 +67,8 @@ def own_config(architecture: "Architecture", config: dict[str, Any], variant: st
 
 def attention_classes(architecture: "Architecture") -> list[str]:
     """Names of the classes of this model's attention modules."""
+    from upfit.architecture.names import name_map
+
     classes = name_map(architecture.config).classes
     return sorted({classes[layer.path] for layer in architecture.layers})
 
