@@ -190,7 +190,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     text.write_text("so many words and more of them. " * 40, encoding="utf-8")
     options = Options(against=str(source), data=[str(text)], length=32, windows=4, record=True, dtype="float32")
     told = evaluate(str(root / "made"), options, QUIET)
-    yield root / "made", {"convert": converted, "evaluate": told}
+    yield root / "made", {"convert": converted.record(), "evaluate": told}
 
 
 def test_json_report_card_and_comparison_say_the_same_of_sizes_and_losses(
