@@ -22,6 +22,7 @@ from upfit.options import as_kind, from_keywords, parse_size
 from upfit.output import Output
 from upfit.plan.options import Options as PlanOptions
 from upfit.publish.options import Options as PushOptions
+from upfit.text.files import FIELD
 from upfit.uptrain.config import Config as UptrainConfig
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def calibrate(
     texts: Texts,
     out: Place,
     *,
+    field: str = FIELD,
     calibration_tokens: Count = "64k",
     calibration_length: int | None = None,
     revision: str | None = None,
@@ -137,13 +139,14 @@ def calibrate(
 ) -> "Calibration":
     """Watch a model read text, and keep statistics of every attention layer in the file `out`, NAME.safetensors.
 
+    field: field of JSON and parquet that holds the text
     calibration_tokens: tokens of text to use
     calibration_length: tokens of a window: the length to be served; default: 2048, or what the model allows
     """
     from upfit.calibration.calibrate import calibrate as run
 
     tokens, length, output = str(calibration_tokens), calibration_length, Output(quiet=not progress)
-    return run(str(model), _texts(texts), Path(out), tokens, length, revision, overwrite, output)
+    return run(str(model), _texts(texts), Path(out), tokens, length, revision, overwrite, output, field)
 
 
 def prepare(
@@ -151,7 +154,7 @@ def prepare(
     out: Place,
     *,
     tokenizer: Place,
-    field: str = "text",
+    field: str = FIELD,
     tokens: Count | None = None,
     workers: int | None = None,
     overwrite: bool = False,

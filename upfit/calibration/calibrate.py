@@ -38,6 +38,7 @@ from upfit.checkpoint.work_folder import work_folder
 from upfit.durable import write_whole
 from upfit.errors import UpfitError
 from upfit.output import Output
+from upfit.text.files import FIELD
 
 
 def calibrate(
@@ -49,8 +50,9 @@ def calibrate(
     revision: str | None,
     overwrite: bool,
     output: Output,
+    field: str = FIELD,
 ) -> Calibration:
-    """Write the statistics of `model` on `texts` to the file `out`.
+    """Write the statistics of `model` on `texts`, whose JSON and parquet have it in `field`, to the file `out`.
 
     Raises UpfitError for anything that cannot be read, an `out` that exists, or a model that cannot be run on plain text.
     """
@@ -64,7 +66,7 @@ def calibrate(
         check_statistics(out)
     if not out.parent.is_dir():
         raise UpfitError(f"there is no folder {out.parent}; make it first")
-    check_texts(texts)
+    check_texts(texts, field)
     source, began = find_source(model, revision), time.monotonic()
     check_place(out, [source.path, *map(Path, texts)], 0)
     with open_checkpoint(source.path) as stored:
@@ -72,7 +74,7 @@ def calibrate(
         check_not_quantised(stored)
         checkpoint, architecture = open_model(stored)
         try:
-            sample = sample_for(source.path, checkpoint, texts, tokens, length, output)
+            sample = sample_for(source.path, checkpoint, texts, tokens, length, output, field)
         except Opaque as reason:
             raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
         output.note(f"calibrating on {sample.tokens:,} tokens in windows of {' and '.join(map(str, sorted(sample.windows)))}")

@@ -15,7 +15,8 @@ from upfit.checkpoint.reader import Checkpoint, most_positions
 from upfit.errors import UpfitError
 from upfit.options import parse_count
 from upfit.output import Output
-from upfit.text import Document, file_documents, find_files, library_documents
+from upfit.text import Document, file_documents, library_documents
+from upfit.text.files import FIELD, check_field, named_files
 from upfit.text.plain import pieces
 from upfit.text.tokenizer import identity, no_panic
 from upfit.text.windows import encode, prefix_ids
@@ -56,18 +57,20 @@ class Sample:
         return pieces, purposes
 
 
-def read_documents(texts: list[str] | None, tokens: int, output: Output | None = None) -> list[Document]:
+def read_documents(texts: list[str] | None, tokens: int, output: Output | None = None, field: str = FIELD) -> list[Document]:
     """The files `texts`, or without any the standard library of the running Python. What is left out is noted on `output`."""
     if texts:
-        return file_documents(texts, 2 * tokens * BYTES_PER_TOKEN, FLAG, output)
+        return file_documents(texts, 2 * tokens * BYTES_PER_TOKEN, FLAG, output, field)
     return library_documents()
 
 
-def check_texts(texts: list[str] | None) -> None:
-    """A cheap look before a model is read. Raises UpfitError when one of the files and folders `texts` is not there."""
+def check_texts(texts: list[str] | None, field: str = FIELD) -> None:
+    """A cheap look before a model is read. Raises UpfitError when one of the files and folders `texts` is not there, or when
+    none can have the `field`."""
     if texts and not any(map(is_statistics, texts)):
-        for name in texts:
-            find_files(name, FLAG)
+        named_files(texts, FLAG, field)
+    elif texts:
+        check_field([Path(name) for name in texts], field)
 
 
 def make_sample(documents: list[Document], tokenizer: Any, tokens: int, length: int, text: dict[str, Any]) -> Sample:
@@ -166,8 +169,10 @@ def sample_for(
     tokens: str | None,
     length: int | None,
     output: Output | None = None,
+    field: str = FIELD,
 ) -> Sample:
-    """Windows of calibration text for this model. What is left out of the text is noted on `output`.
+    """Windows of calibration text for this model. `field` has the text in JSON and parquet; what is left out is noted on
+    `output`.
 
     Raises UpfitError for text or sizes that cannot be used, Opaque when the model's folder has no tokenizer of its own.
     """
@@ -179,8 +184,8 @@ def sample_for(
     if length is not None and longest is not None and length > longest:
         raise UpfitError(f"--calibration-length {length} is above the model's {longest} positions; give at most {longest}")
     length = length or min(LENGTH, longest or LENGTH)
-    text = {"files": texts or "the standard library of Python", "length": length}
-    sample = make_sample(read_documents(texts, count, output), tokenizer, count, length, text)
+    text = {"files": texts or "the standard library of Python", "length": length} | ({} if field == FIELD else {"field": field})
+    sample = make_sample(read_documents(texts, count, output, field), tokenizer, count, length, text)
     known = vocabulary(checkpoint.config)
     if known is not None and max(int(rows.max()) for rows in sample.windows.values()) >= known:
         raise Opaque(f"its tokenizer has more than the model's {known} ids, so it belongs to another model")

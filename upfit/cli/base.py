@@ -15,6 +15,7 @@ from upfit.errors import UpfitError
 from upfit.options import check, check_values, choices, fits, flag, help_of
 from upfit.output import Output
 from upfit.results import Result
+from upfit.text.files import FIELD_HELP
 
 app = typer.Typer(
     name="upfit",
@@ -34,6 +35,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output 
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub model (also MODEL@REVISION).", rich_help_panel=PLACES)
 ]
+
+Field = Annotated[str, typer.Option(help=f"{FIELD_HELP[0].upper()}{FIELD_HELP[1:]}.")]
 
 
 @app.callback(invoke_without_command=True)

@@ -9,9 +9,10 @@ import typer
 
 from upfit import api
 from upfit.cli import early
-from upfit.cli.base import ANSWER, AROUND, CHECKS, PLACES, Json, Overwrite, Quiet, Revision, app, show_result, with_flags
+from upfit.cli.base import ANSWER, AROUND, CHECKS, PLACES, Field, Json, Overwrite, Quiet, Revision, app, show_result, with_flags
 from upfit.convert.recipe import NoOptions, Recipe, find_recipes
 from upfit.output import Output
+from upfit.text.files import FIELD
 
 if TYPE_CHECKING:
     from upfit.convert.result import Conversion
@@ -105,6 +106,7 @@ def calibrate(
         list[str], typer.Argument(metavar="TEXT...", help="Files (.txt, .jsonl, .json, .parquet, .gz ...) or folders.")
     ],
     out: Annotated[Path, typer.Argument(metavar="STATS", help="Statistics file to write, NAME.safetensors.")],
+    field: Field = FIELD,
     calibration_tokens: Annotated[str, typer.Option(help="Tokens of text to use.")] = "64k",
     calibration_length: Annotated[
         int | None, typer.Option(help="Tokens of a window: the length to be served; default: 2048, or what the model allows.")
@@ -116,13 +118,14 @@ def calibrate(
 ) -> None:
     """Watch a model read text, and keep statistics of every attention layer for conversions that use data."""
     early.check_statistics_output(out, overwrite)
-    early.check_calibration(texts, calibration_tokens)
+    early.check_calibration(texts, calibration_tokens, field)
     early.check_model(model)
     output = Output(as_json, quiet)
     answer = api.calibrate(
         model,
         texts,
         out,
+        field=field,
         calibration_tokens=calibration_tokens,
         calibration_length=calibration_length,
         revision=revision,

@@ -19,7 +19,7 @@ from upfit.options import parse_count, parse_share, parse_size
 from upfit.plan.hardware import find_gpu
 from upfit.plan.options import Options as PlanOptions
 from upfit.plan.options import check_options
-from upfit.text.files import find_files, local_inputs
+from upfit.text.files import FIELD, check_field, local_inputs, named_files
 from upfit.uptrain.config import Config
 from upfit.uptrain.config import check as check_config
 
@@ -45,17 +45,18 @@ def check_conversion(
     check_dtype(dtype)
     if shard is not None:
         parse_size(shard, "--max-shard-size")
-    check_calibration(flags.get("calibration"), flags.get("calibration_tokens"))
+    check_calibration(flags.get("calibration"), flags.get("calibration_tokens"), flags.get("field", FIELD))
     check_output(out, local_folder(source), 0, overwrite)
 
 
-def check_calibration(texts: list[str] | None, tokens: str | None) -> None:
-    """Text to calibrate on, or one statistics file, and how much of it."""
+def check_calibration(texts: list[str] | None, tokens: str | None, field: str) -> None:
+    """Text to calibrate on, or one statistics file, how much of it, and where it is in JSON and parquet."""
     if tokens is not None:
         parse_count(tokens, "--calibration-tokens")
-    for name in texts or ():
-        if not name.endswith(STATISTICS):
-            find_files(name, "--calibration")
+    if texts and any(name.endswith(STATISTICS) for name in texts):
+        check_field([Path(name) for name in texts], field)
+    elif texts:
+        named_files(texts, "--calibration", field)
 
 
 def check_statistics_output(out: Path, overwrite: bool) -> None:
@@ -81,15 +82,15 @@ def check_page(out: Path | None, overwrite: bool) -> None:
         check_file(out, overwrite)
 
 
-def check_texts(texts: list[str], out: Path, tokenizer: str, overwrite: bool) -> None:
+def check_texts(texts: list[str], out: Path, tokenizer: str, overwrite: bool, field: str) -> None:
     """Text, and the folder that `prepare` and `synth` make of it."""
-    local = local_inputs(texts)
+    local = local_inputs(texts, field)
     check_tokenizer(tokenizer)
     check_output(out, [*local, *local_folder(tokenizer)], 0, overwrite)
 
 
 def check_synth(texts: list[str], out: Path, options: SynthOptions) -> None:
-    check_texts(texts, out, options.tokenizer, overwrite=False)
+    check_texts(texts, out, options.tokenizer, False, options.field)
     local_inputs(options.decontaminate or [])
 
 
@@ -124,8 +125,8 @@ def check_training(model: str, data: str, out: Path, config: Config, resume: boo
 
 def check_evaluation(model: str, options: EvaluateOptions) -> None:
     check_measures(options)
-    for name in options.data or ():
-        find_files(name)
+    if options.data:
+        named_files(options.data, "--data", options.field)
     check_model(model)
     check_model(options.against)
 

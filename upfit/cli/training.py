@@ -8,10 +8,11 @@ import typer
 
 from upfit import api
 from upfit.cli import early
-from upfit.cli.base import TRAIN, Json, Overwrite, Quiet, Revision, app, show_result, with_flags
+from upfit.cli.base import TRAIN, Field, Json, Overwrite, Quiet, Revision, app, show_result, with_flags
 from upfit.longcontext.options import Options as SynthOptions
 from upfit.output import Output, human_count
 from upfit.plan.options import Options as PlanOptions
+from upfit.text.files import FIELD
 from upfit.uptrain.config import Config as UptrainConfig
 from upfit.uptrain.config import resolve
 
@@ -21,7 +22,7 @@ def prepare(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Files, folders, or a hub data set id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; work lies in OUT.upfit-work until it is whole.")],
     tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer is used: folder or hub id.")],
-    field: Annotated[str, typer.Option(help="Field of JSON and parquet that holds the text.")] = "text",
+    field: Field = FIELD,
     tokens: Annotated[str | None, typer.Option(help="Stop after so many tokens, such as 100M; default: all.")] = None,
     workers: Annotated[int | None, typer.Option(help="Batches tokenised at a time; default: as many as cores.")] = None,
     overwrite: Overwrite = False,
@@ -29,7 +30,7 @@ def prepare(
     quiet: Quiet = False,
 ) -> None:
     """Turn text into token shards for uptraining (txt, jsonl, json, parquet, gz of them, hub data set)."""
-    early.check_texts(texts, out, tokenizer, overwrite)
+    early.check_texts(texts, out, tokenizer, overwrite, field)
     output = Output(as_json, quiet)
     answer = api.prepare(
         texts,

@@ -46,6 +46,7 @@ from upfit.modeling.registry import family, is_own
 from upfit.options import as_flags, check
 from upfit.output import Output
 from upfit.results import Origin
+from upfit.text.files import FIELD
 
 CODE_NOTE = "auto_map left out: code of the source does not travel, and the classes of the result need none of it"
 FIT_FACTOR = 4  # what a fit keeps beside OUT, in bytes of the attention's weights: it may change the MLP's as well
@@ -92,7 +93,7 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     all; the source is never touched.
     """
     check(options)
-    check_texts(getattr(options, "calibration", None))
+    check_texts(getattr(options, "calibration", None), getattr(options, "field", FIELD))
     with _opened(source, out, options, recipe, settings, output) as (job, context, work, stream):
         preview: Sensitivity | dict[str, Any] | None = None
         if job.fit is not None and not settings.dry_run:

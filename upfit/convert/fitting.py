@@ -22,6 +22,7 @@ from upfit.calibration.statistics_file import fingerprint
 from upfit.calibration.teacher_student import LayerPair, PairedBatch, open_pair, pass_by
 from upfit.checkpoint.plan import Rule
 from upfit.checkpoint.reader import torch_dtype
+from upfit.text.files import FIELD
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
@@ -43,8 +44,10 @@ class Calibration:
         return {"tokens": sample.tokens, "windows": {n: len(w) for n, w in sample.windows.items()}, **sample.text}
 
 
-def read_calibration(context: "FitContext", texts: list[str] | None, tokens: str | None, length: int | None) -> Calibration:
-    """The windows of calibration text.
+def read_calibration(
+    context: "FitContext", texts: list[str] | None, tokens: str | None, length: int | None, field: str = FIELD
+) -> Calibration:
+    """The windows of calibration text, which is in `field` where a file has fields.
 
     Raises UpfitError for text that cannot be used, Opaque for a model without a tokenizer.
     """
@@ -52,9 +55,8 @@ def read_calibration(context: "FitContext", texts: list[str] | None, tokens: str
         context.output.note(
             "no --calibration text: calibrating on Python's standard library; text like what the model will serve is better"
         )
-    return Calibration(
-        sample_for(context.folder, context.checkpoint, texts, tokens, length, context.output), fingerprint(context.checkpoint)
-    )
+    sample = sample_for(context.folder, context.checkpoint, texts, tokens, length, context.output, field)
+    return Calibration(sample, fingerprint(context.checkpoint))
 
 
 @dataclass

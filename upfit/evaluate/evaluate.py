@@ -26,7 +26,8 @@ from upfit.evaluate.result import ABOUT, Evaluation
 from upfit.evaluate.speed import hardware, measure_speed, settle_lengths
 from upfit.options import as_flags
 from upfit.output import Output
-from upfit.text import Document, file_documents, find_files, python_documents
+from upfit.text import Document, file_documents, python_documents
+from upfit.text.files import named_files
 from upfit.text.windows import Window, digest, make_windows, retokenised, same_tokens
 
 DEFAULT_LENGTH = 512
@@ -88,8 +89,8 @@ def evaluate(model: str, options: Options, output: Output) -> Evaluation:
     Raises UpfitError for whatever the user can mend: no tokenizer, no text, not a causal model, too long a window.
     """
     check_options(options)
-    for name in options.data or ():
-        find_files(name)  # before a model is fetched
+    if options.data:
+        named_files(options.data, "--data", options.field)  # before a model is fetched
     device = pick_device(options.device)
     source = find_source(model, options.revision)
     if options.record:
@@ -239,7 +240,8 @@ def _lay_windows(subjects: list[Subject], options: Options, output: Output) -> t
 
 def _documents(options: Options, length: int, output: Output) -> list[Document]:
     if options.data:
-        return file_documents(options.data, max(READ_BYTES, BYTES_PER_TOKEN * length * options.windows), output=output)
+        budget = max(READ_BYTES, BYTES_PER_TOKEN * length * options.windows)
+        return file_documents(options.data, budget, output=output, field=options.field)
     output.note(
         "no --data: measuring on the reference and library sources of this Python, half prose and half code; "
         "a model may have seen them in training"

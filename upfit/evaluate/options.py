@@ -6,6 +6,7 @@ from typing import Literal
 
 from upfit.errors import UpfitError
 from upfit.options import check, option
+from upfit.text.files import FIELD, FIELD_HELP
 
 CONTEXT_PROBES = ("val-document", "val-code", "val-database", "key-value", "multi-needle", "variable-tracking")
 SEVERAL_LENGTHS = (*CONTEXT_PROBES, "position")
@@ -20,6 +21,7 @@ class Options:
     data: list[str] | None = option(
         None, help="text: files (.txt, .jsonl, .json, .parquet, .gz ...) or folders of them; default: text of this Python"
     )
+    field: str = option(FIELD, goes_with=("data",), help=FIELD_HELP)
     length: int | None = option(
         None, at_least=8, help="tokens in a window; default: 512, or what the model takes if that is less"
     )

@@ -7,6 +7,7 @@ from typing import Literal
 
 from upfit.errors import UpfitError
 from upfit.options import check, option
+from upfit.text.files import FIELD, FIELD_HELP
 
 Ask = Literal["template", "dataset", "openai", "hf", "file"]
 MODELS = ("openai", "hf", "file")
@@ -48,7 +49,7 @@ class Options:
     )
     format: Literal["plain", "chat"] = option("plain", help="words around the context: plain, or the tokenizer's chat template")
     decontaminate: list[str] | None = option(None, help="text to be tested on: what shares ten words in a row is left out")
-    field: str = option("text", help="field of JSON and parquet that holds the text")
+    field: str = option(FIELD, help=FIELD_HELP)
     seed: int = option(0, help="seed of all that is drawn")
     shard: str = option("0/1", help="this process's part, such as 2/8; all parts share OUT, the last one puts them together")
     export: Export = option("none", help="also write the examples as text: for TRL, as messages, or as FILM's fields")

@@ -45,7 +45,7 @@ def synth(texts: list[str], out: Path, options: Options, output: Output) -> Synt
     settings or text that will not do, and when `out` is taken.
     """
     shard, shards = check_options(options)
-    local = local_inputs(texts)
+    local = local_inputs(texts, options.field)
     local_inputs(options.decontaminate or [])
     check_families(options)
     size = sum(path.stat().st_size for source in local for path in files_of(source))

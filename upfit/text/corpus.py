@@ -17,7 +17,7 @@ def documents(inputs: list[str], field: str, output: Output) -> Iterator[tuple[s
 
     Raises UpfitError for what cannot be read, and for a folder that holds no text.
     """
-    reader = Reader(field, "name the field with --field")
+    reader = Reader(field)
     try:
         for name in inputs:
             path = Path(name).expanduser()

@@ -14,6 +14,8 @@ from upfit.errors import UpfitError
 Form = Literal["text", "lines", "json", "parquet"]
 FORMS: dict[str, Form] = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet"}
 PACKED = ".gz"
+FIELD = "text"  # what holds the text of JSON and parquet, unless --field says another
+FIELD_HELP = "field of JSON and parquet that holds the text"
 # Read when found in a folder by verbs that sample; a file named outright is read whatever it is called.
 # fmt: off
 TEXT_SUFFIXES = frozenset({
@@ -79,11 +81,24 @@ def find_files(name: str, flag: str = "--data") -> list[Path]:
     return paths
 
 
-def local_inputs(inputs: list[str]) -> list[Path]:
+def named_files(names: list[str], flag: str, field: str = FIELD) -> list[Path]:
+    """The files that `find_files` finds for all of `names`. Raises UpfitError for a `field` that none of them can have."""
+    files = [file for name in names for file in find_files(name, flag)]
+    check_field(files, field)
+    return files
+
+
+def check_field(files: list[Path], field: str) -> None:
+    """Raise UpfitError when `field` is named and none of the `files` has any."""
+    if field != FIELD and all(form_of(file) == "text" for file in files):
+        raise UpfitError(f"--field {field} is for {', '.join(FORMS)} files, and there are none; leave it out")
+
+
+def local_inputs(inputs: list[str], field: str = FIELD) -> list[Path]:
     """Those of `inputs` that lie here, `~` being the home folder.
 
-    Raises UpfitError for one that is neither here nor named like a data set of the hub, one that is no ordinary file, and a
-    folder without files.
+    Raises UpfitError for one that is neither here nor named like a data set of the hub, one that is no ordinary file, a folder
+    without files, and a `field` that none of the inputs can have.
     """
     local = []
     for name in inputs:
@@ -93,6 +108,8 @@ def local_inputs(inputs: list[str]) -> list[Path]:
             local.append(path)
         elif not HUB_DATA.fullmatch(name) or inner_suffix(path) in TEXT_SUFFIXES:
             raise UpfitError(f"no file or folder at {name}; give a path, or a hub data set such as org/name")
+    if len(local) == len(inputs):
+        check_field([file for path in local for file in files_of(path)], field)
     return local
 
 

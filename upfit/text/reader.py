@@ -8,20 +8,20 @@ from upfit.bounded import check_ordinary
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.text.entries import Ahead, Entry, line_entries, text_of, value_entries
-from upfit.text.files import NotText, form_of, is_packed
+from upfit.text.files import FIELD, NotText, form_of, is_packed
 from upfit.text.packed import Damaged, Growth, opened, unpacked_size
 from upfit.text.plain import whole_text
 from upfit.text.tables import parquet_entries, parquet_rows, parquet_sizes
 
-EACH_LINE = 'each document must be {"text": "..."}'
+HINT = "name the field with --field"
 
 
 @dataclasses.dataclass
 class Reader:
     """Reads documents of the files' `field`, and keeps account of what it leaves out; `hint` ends errors about the field."""
 
-    field: str = "text"
-    hint: str = EACH_LINE
+    field: str = FIELD
+    hint: str = HINT
     nulls: int = 0  # entries whose text is null
     first_null: str = ""
     left_out: list[NotText] = dataclasses.field(default_factory=list)  # files of folders

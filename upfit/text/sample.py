@@ -6,7 +6,7 @@ from pathlib import Path
 from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.text.documents import Document
-from upfit.text.files import NotText, find_files, form_of
+from upfit.text.files import FIELD, NotText, check_field, find_files, form_of
 from upfit.text.plain import BLOCKS, LARGEST, LEAST_BLOCK, beginning, read_blocks
 from upfit.text.reader import Reader
 
@@ -25,16 +25,19 @@ class TextFile:
         return sum(self.sizes)
 
 
-def file_documents(names: list[str], budget: int, flag: str = "--data", output: Output | None = None) -> list[Document]:
+def file_documents(
+    names: list[str], budget: int, flag: str = "--data", output: Output | None = None, field: str = FIELD
+) -> list[Document]:
     """The documents in the files and folders `names`, which hold text in any form that `docs/prepare.md` lists.
 
-    `flag` is named in errors; what is left out is noted on `output`. Of text above `budget` bytes only parts are read, at most
-    so many bytes, spread evenly over the files and inside each. There, of a document longer than a quarter of `budget` the
-    beginning is read, in proportion to its length: the share of long documents is what it is in the text.
+    `field` has the text in JSON and parquet. `flag` is named in errors; what is left out is noted on `output`. Of text above
+    `budget` bytes only parts are read, at most so many bytes, spread evenly over the files and inside each. There, of a
+    document longer than a quarter of `budget` the beginning is read, in proportion to its length: the share of long documents
+    is what it is in the text.
 
-    Raises UpfitError when a name is not there, or holds no text, for damaged files, and for JSON without the field "text".
+    Raises UpfitError when a name is not there, or holds no text, for damaged files, and for JSON without the field.
     """
-    reader = Reader()
+    reader = Reader(field)
     files = _measured(names, flag, reader)
     quota = Quota(budget, sum(file.size for file in files))
     documents: list[Document] = []
@@ -54,6 +57,7 @@ def file_documents(names: list[str], budget: int, flag: str = "--data", output: 
 
 def _measured(names: list[str], flag: str, reader: Reader) -> list[TextFile]:
     paths = [(path, not Path(name).expanduser().is_file()) for name in names for path in find_files(name, flag)]
+    check_field([path for path, _ in paths], reader.field)
     return [TextFile(path, reader.sizes(path), in_folder) for path, in_folder in paths[:: -(-len(paths) // MOST_FILES)]]
 
 

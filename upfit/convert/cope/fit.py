@@ -47,7 +47,8 @@ class Layout:
 
 def fit(context: "FitContext", plan: Plan, options: Options, chosen: "list[Layer]") -> Plan:
     """`plan` with its config completed and a rule for each layer. Raises UpfitError when the gates asked for cannot be had."""
-    calibration = read_calibration(context, options.calibration, options.calibration_tokens, options.calibration_length)
+    sizes = (options.calibration_tokens, options.calibration_length)
+    calibration = read_calibration(context, options.calibration, *sizes, options.field)
     words = {name: value for name, value in asdict(options).items() if name not in CALIBRATION}
     settings = {"recipe": "cope", "config": plan.config, **words}
     fits = LayerFits(context, calibration, "gates", settings, chosen, alone=True)

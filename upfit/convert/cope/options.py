@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from upfit.options import option
+from upfit.text.files import FIELD, FIELD_HELP
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Layer
 
 
 ON_TEXT = ("gates", "content", "keys")  # constant ones are not set on text
-CALIBRATION = ("calibration", "calibration_tokens", "calibration_length")
+CALIBRATION = ("calibration", "calibration_tokens", "calibration_length", "field")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Options:
     calibration: list[str] | None = option(
         None, goes_with=ON_TEXT, help="text files or folders to set the gates on; default: Python's standard library"
     )
+    field: str = option(FIELD, goes_with=("calibration",), help=FIELD_HELP)
     calibration_tokens: str | None = option(
         None, goes_with=ON_TEXT, help="tokens of calibration text to use, such as 64k (the default)"
     )

@@ -25,7 +25,7 @@ def entropy(seen: Seen, rows: Tensor, keys: int) -> Tensor:
     return share.sum((0, 2))
 
 
-def with_spread_heads(context: "FitContext", plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
+def with_spread_heads(context: "FitContext", plan: Plan, sources: tuple[list[str] | None, str | None, int | None, str]) -> Plan:
     """`plan` with `dex_heads` 1 for the half of each layer's heads with the highest entropy on calibration text, else 0."""
     layers = {layer.path: layer for layer in context.architecture.layers}
     settings = {"recipe": "diff", "config": plan.config, "variant": "dex"}

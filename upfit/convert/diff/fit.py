@@ -49,7 +49,9 @@ class Fitting:
     refit: bool = True
 
 
-def fit(context: "FitContext", fitting: Fitting, plan: Plan, sources: tuple[list[str] | None, str | None, int | None]) -> Plan:
+def fit(
+    context: "FitContext", fitting: Fitting, plan: Plan, sources: tuple[list[str] | None, str | None, int | None, str]
+) -> Plan:
     """Run both models through the layers and give `plan` rules that read the results, which stand in the folder of the fit.
 
     Raises UpfitError for calibration text that cannot be used, Opaque for a model that cannot be run on text.

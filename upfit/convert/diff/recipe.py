@@ -10,6 +10,7 @@ from upfit.convert.diff.merge import plan_merge
 from upfit.convert.recipe import MERGE, Fit, FitContext, NoOptions, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import flag, option
+from upfit.text.files import FIELD, FIELD_HELP
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +65,7 @@ class Options:
         goes_with=FITTED_VARIANTS,
         help="text files or folders; with dex for --heads entropy; default: Python's standard library",
     )
+    field: str = option(FIELD, goes_with=("calibration",), help=FIELD_HELP)
     calibration_tokens: str | None = option(
         None, goes_with=FITTED_VARIANTS, help="tokens of calibration text to use, such as 64k (the default)"
     )
@@ -159,8 +161,8 @@ def _plan_dex(architecture: "Architecture", options: Options) -> Plan | Fit:
     return Fit(outline, run)
 
 
-def _sources(options: Options) -> tuple[list[str] | None, str | None, int | None]:
-    return options.calibration, options.calibration_tokens, options.calibration_length
+def _sources(options: Options) -> tuple[list[str] | None, str | None, int | None, str]:
+    return options.calibration, options.calibration_tokens, options.calibration_length, options.field
 
 
 def _plan_split(architecture: "Architecture", options: Options) -> Plan | Fit:

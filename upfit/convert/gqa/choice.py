@@ -21,6 +21,7 @@ class Choice:
     calibration: list[str] | None
     tokens: str | None
     length: int | None
+    field: str
 
 
 def statistics_for(context: "FitContext", choice: Choice) -> Statistics | None:

@@ -29,7 +29,7 @@ def fit(context: "FitContext", choice: Choice, plan: Plan) -> Plan:
     """
     statistics = statistics_for(context, choice)
     if statistics is None:
-        calibration = read_calibration(context, choice.calibration, choice.tokens, choice.length)
+        calibration = read_calibration(context, choice.calibration, choice.tokens, choice.length, choice.field)
     else:
         calibration = Calibration(statistics.sample, statistics.model)
     settings = Settings(choice.kv_heads, choice.refit)

@@ -10,6 +10,7 @@ from upfit.convert.recipe import Fit, FitContext, Recipe, outline_of
 from upfit.errors import UpfitError
 from upfit.options import option
 from upfit.provenance import BLIND, METHOD_RAN, NOT_ALIGNED, STATE
+from upfit.text.files import FIELD, FIELD_HELP
 
 if TYPE_CHECKING:
     from upfit.architecture.attention import Attention, Geometry, Layer
@@ -42,6 +43,7 @@ class MultiQueryOptions:
         goes_with=ALIGNED,
         help="text files or folders, or one statistics file of `upfit calibrate`; default: Python's standard library",
     )
+    field: str = option(FIELD, goes_with=("calibration",), help=FIELD_HELP)
     calibration_tokens: str | None = option(
         None, goes_with=ALIGNED, help="tokens of calibration text to use, such as 64k (the default)"
     )
@@ -117,8 +119,8 @@ def _fit(options: Options, outline: Plan, fallback: "Callable[[str], Plan] | Non
     def choice() -> "Choice":
         from upfit.convert.gqa.choice import Choice
 
-        sizes = (options.calibration_tokens, options.calibration_length)
-        return Choice(options.kv_heads, options.refit, options.calibration, *sizes)
+        how = (options.calibration_tokens, options.calibration_length, options.field)
+        return Choice(options.kv_heads, options.refit, options.calibration, *how)
 
     def run(context: FitContext) -> Plan:
         from upfit.convert.gqa.fit import fit

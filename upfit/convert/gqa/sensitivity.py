@@ -39,7 +39,7 @@ def predict(context: "FitContext", choice: Choice) -> Sensitivity:
         rows = [_row(context, layers[path], known, counts) for path, known in stored]
     else:
         sample = sample_for(
-            context.folder, context.checkpoint, choice.calibration, choice.tokens, choice.length, context.output
+            context.folder, context.checkpoint, choice.calibration, choice.tokens, choice.length, context.output, choice.field
         )
         model, batches = open_pair(context.checkpoint, architecture, sample)
         with context.output.progress("watching", len(model.blocks)) as meter:

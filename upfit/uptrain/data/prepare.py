@@ -59,7 +59,7 @@ def prepare(
     limit = parse_count(tokens, "--tokens") if tokens is not None else None
     if workers is not None and workers < 1:
         raise UpfitError(f"--workers got {workers}; it takes 1 or more")
-    local = local_inputs(inputs)
+    local = local_inputs(inputs, field)
     files = [path for source in local for path in files_of(source)]
     size = sum(path.stat().st_size for path in files)
     check_output(out, [*local, *local_folder(tokenizer)], size, overwrite)
