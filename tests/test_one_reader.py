@@ -17,6 +17,8 @@ from upfit.cli import app
 from upfit.convert.recipe import Fit, FitContext, get_recipe
 from upfit.errors import UpfitError
 from upfit.output import Output
+from upfit.text import file_documents
+from upfit.text.files import local_inputs, named_files
 
 TEXTS = ["one\ntwo", "Größe 東京", "three"]
 FIELDS = ("text", "body")  # of every row; the other one has other text
@@ -147,6 +149,14 @@ def test_a_field_that_cannot_be_is_told_in_one_line(tmp_path: Path, context: Fit
         line = str(caught.value)
         assert "\n" not in line and ("; leave it out" if form == "txt" else "name the field with --field") in line
         assert ("is for .jsonl, .ndjson, .json, .parquet files" if form == "txt" else "(found: ") in line
+
+
+def test_plain_text_may_stand_beside_files_that_have_the_field(tmp_path: Path) -> None:
+    texts = [*written(tmp_path, "jsonl", "body"), *written(tmp_path, "txt", "body")]
+    names = [str(tmp_path / "text.jsonl"), str(tmp_path / "text.txt")]
+    assert local_inputs(names, "body") == named_files(names, "--data", "body") == [Path(name) for name in names]
+    assert [document.text for document in file_documents(names, 10**6, field="body")] == texts
+    assert local_inputs(["org/name", names[1]], "body") == [Path(names[1])]  # the hub's rows have fields
 
 
 COMMANDS = {
