@@ -79,14 +79,19 @@ def test_maps_of_converted_models_are_those_that_reach_the_values(tmp_path: Path
 def test_a_row_of_the_maps_is_that_query_s_with_its_own_lambda(tmp_path: Path) -> None:
     """λ of a differential pair depends on the token: the map of one query position takes that position's."""
     _, out = converted(tmp_path, "diff", {"variant": "v2"})
-    model, rows, whole = shaken(AutoModelForCausalLM.from_pretrained(out)), list[torch.Tensor](), list[torch.Tensor]()
+    model = shaken(AutoModelForCausalLM.from_pretrained(out))
     ids = torch.randint(3, 90, (1, 24), generator=torch.Generator().manual_seed(0))
-    for row, maps in ((17, rows), (None, whole)):
-        with torch.no_grad(), watching(model, lambda seen, row=row, maps=maps: maps.append(head_maps(seen, row))):
+
+    def maps(row: int | None) -> list[torch.Tensor]:
+        watched: list[torch.Tensor] = []
+        with torch.no_grad(), watching(model, lambda seen: watched.append(head_maps(seen, row))):
             model(input_ids=ids, use_cache=False)
+        return watched
+
+    rows, whole = maps(17), maps(None)
     assert len(rows) == len(whole) > 0
-    for one, every in zip(rows, whole, strict=True):
-        torch.testing.assert_close(one[:, 0], every[:, 17], rtol=TOLERANCE, atol=TOLERANCE)
+    for row, layer in zip(rows, whole, strict=True):
+        torch.testing.assert_close(row[:, 0], layer[:, 17], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])

@@ -1,5 +1,6 @@
 """What CI runs besides the newest versions is what pyproject.toml says is the oldest."""
 
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -29,3 +30,9 @@ def test_the_oldest_part_is_of_files_that_are_there() -> None:
     """A file that was renamed would stop the run, but one that was taken out with its last test would not be missed."""
     files = [line for line in (ROOT / ".ci" / "oldest-tests.txt").read_text(encoding="utf-8").split() if line]
     assert files and all((ROOT / name.partition("::")[0]).exists() for name in files)
+
+
+def test_nothing_that_was_fetched_is_committed() -> None:
+    """Packages and archives come from where they are published."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert not [name for name in files if name.endswith((".whl", ".gz", ".zip", ".pt", ".bin"))]

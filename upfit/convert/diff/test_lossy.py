@@ -177,7 +177,8 @@ def spread(tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "source")
     letter_tokenizer().save_pretrained(tmp_path / "source")
     (tmp_path / "text.txt").write_text("\n\n".join(f"the {n} of {n * n} is here; return {n};" for n in range(400)))
-    options = {"calibration": [str(tmp_path / "text.txt")], "calibration_tokens": "512", "calibration_length": 64}
+    options: dict[str, Any] = {"calibration": [str(tmp_path / "text.txt")], "calibration_length": 64}
+    options |= {"calibration_tokens": "512"}
     return made(tmp_path, variant="dex", heads="entropy", **options)[1]
 
 
