@@ -12,7 +12,7 @@ import pytest
 
 from tests.folders import save_tiny
 from upfit.architecture.listing import NOT_LOOKED_AT
-from upfit.convert.result import Verification, cache_words, sanity_words
+from upfit.convert.result import Change, Verification, cache_words, change_rows, sanity_words
 from upfit.errors import UpfitError
 from upfit.options import as_flags, parse_count, parse_share, parse_size
 
@@ -54,6 +54,17 @@ def test_help_does_not_import_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "--kv-heads" in done.stdout
+
+
+def test_layers_that_change_alike_share_a_row_of_a_dry_run() -> None:
+    odd = {3: [2, 8]}
+    changes = [Change("embed", None, [1], "new")]
+    changes += [Change(f"layers.{n}.experts.7.k", [8, 8], odd.get(n, [4, 8]), "mean") for n in (0, 1, 2, 3, 4, 6, 10)]
+    assert change_rows(changes) == [
+        ["embed", "[]", "[1]", "new"],
+        ["layers.0-2,4,6,10.experts.7.k", "[8, 8]", "[4, 8]", "mean"],
+        ["layers.3.experts.7.k", "[8, 8]", "[2, 8]", "mean"],
+    ]
 
 
 def test_convert_and_show_as_json(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ LINES = {  # words of a command line -> what its line says
     "plan MODEL": "--tokens",
     "uptrain ./nope d out --tokens 1M": NO_MODEL,
     "uptrain MODEL ./nope out --tokens 1M": "nope has no manifest.json",
+    "uptrain MODEL bare out --tokens 1M": "bare TOKENS --tokenizer MODEL",
     "uptrain MODEL bare full --tokens 1M": TAKEN,
     "uptrain MODEL bare out --tokens x": NO_COUNT,
     "uptrain MODEL bare out --tokens 1M --config ./nope": "nope",
@@ -69,6 +70,7 @@ CONVERT = {
     "MODEL out --max-shard-size big": "--max-shard-size got 'big'",
 }
 OF_ONE = {
+    "MODEL out --kv-heads 2": "for an attention; choose one of cope, diff, gqa, mqa, then give SRC and OUT",
     "gqa MODEL out --kv-heads 2 --method typo": "--method 'typo' is not known",
     "gqa MODEL out --kv-heads 2 --calibration ./nope": "--calibration ./nope is not here",
     "gqa MODEL out --kv-heads 2 --calibration-tokens x": NO_COUNT,

@@ -75,7 +75,8 @@ def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     at = f" at revision {revision}" if revision else ""
-    with hub_errors(lambda reason: UpfitError(f"no folder {hub_id} here, and the hub does not give it{at}: {reason}")):
+    failed = f"no folder {hub_id} here, and the hub does not give it{at}"
+    with hub_errors(lambda reason: UpfitError(f"{failed}: {reason}; give an existing folder, or check id and network")):
         commit, weights = _weights_of(hub_id, revision)
         wanted, never = [*weights, *SMALL_FILES], [f"*{suffix}" for suffix in NEVER_COPIED - {".safetensors"}]
         revision = commit or revision

@@ -20,6 +20,7 @@ from upfit.text.files import FIELD_HELP
 app = typer.Typer(
     name="upfit",
     help="Give a pretrained language model a new attention, and make it good again.",
+    epilog="Begin with `upfit demo`, or `upfit show MODEL`. Then: convert, evaluate, prepare, plan, uptrain, evaluate, report.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

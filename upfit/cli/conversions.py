@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from upfit import api
 from upfit.cli import early
 from upfit.cli.base import ANSWER, AROUND, CHECKS, PLACES, Field, Json, Overwrite, Quiet, Revision, app, show_result, with_flags
 from upfit.convert.recipe import NoOptions, Recipe, find_recipes
+from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.text.files import FIELD
 
@@ -38,7 +40,18 @@ Stream = Annotated[
     ),
 ]
 
-convert_app = typer.Typer(help="Convert a checkpoint to another attention.", no_args_is_help=True)
+
+class Attentions(TyperGroup):
+    """`upfit convert`: what follows is the name of an attention, which is easily forgotten."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            allowed = ", ".join(sorted(self.commands))
+            raise UpfitError(f"convert got {args[0]} for an attention; choose one of {allowed}, then give SRC and OUT")
+        return super().resolve_command(ctx, args)
+
+
+convert_app = typer.Typer(cls=Attentions, help="Convert a checkpoint to another attention.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
 
 

@@ -14,7 +14,7 @@ from upfit.output import Output
 
 @app.command("list", rich_help_panel=AROUND)
 def list_command(as_json: Json = False) -> None:
-    """Recipes, and the architectures they apply to."""
+    """Attentions that a model can be given, and the architectures they apply to."""
     from upfit.architecture.listing import MOVED, OWN, model_types
 
     output, types = Output(as_json), model_types()

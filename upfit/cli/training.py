@@ -87,7 +87,7 @@ def _uptrain(
     flags: dict[str, Any],
     config: Annotated[
         Path | None,
-        typer.Option(help="TOML file with these and more settings (see docs); flags go first."),
+        typer.Option(help="TOML file with these and more settings (docs/uptrain-settings.md); flags go first."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of OUT.")] = False,
     overwrite: Overwrite = False,

@@ -1,11 +1,14 @@
 """What `upfit convert`, `merge` and `show` answer."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from upfit.output import Output, cache_change, human_bytes, human_count
 from upfit.provenance import method_ran
 from upfit.results import Origin, Part, Result, absent
+
+LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # in a tensor's name
 
 
 @dataclass(frozen=True)
@@ -159,12 +162,29 @@ class Conversion(Result):
         if isinstance(self.sensitivity, Sensitivity):
             _show_sensitivity(self.sensitivity, output)
         if self.dry_run:
-            rows = [[row.tensor, str(row.before or []), str(row.after), row.rule] for row in self.tensors]
-            output.table(["tensor", "before", "after", "rule"], rows, "Would write")
+            output.table(["tensor", "before", "after", "rule"], change_rows(self.tensors), "Would write")
         if isinstance(self.verify, Verification):
             output.line(f"Verified: {self.verify.structure}; {self.verify.numbers}")
             if self.verify.loss is not None and not self.verify.equal:
                 output.line(sanity_words(self.verify))
+
+
+def change_rows(changes: list[Change]) -> list[list[str]]:
+    """Rows of tensor, before, after and rule. Layers that change alike share a row, which has their numbers as ranges."""
+    layers: dict[tuple[str, ...], list[int]] = {}
+    for change in changes:
+        number = LAYER.search(change.tensor)
+        name = change.tensor if number is None else f"{change.tensor[: number.start()]}\0{change.tensor[number.end() :]}"
+        numbers = layers.setdefault((name, str(change.before or []), str(change.after), change.rule), [])
+        numbers += [] if number is None else [int(number[0])]
+    return [[name.replace("\0", _ranges(numbers)), *cells] for (name, *cells), numbers in layers.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Numbers that ascend, as text: 0-3,5."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
 
 
 @dataclass(frozen=True, repr=False)

@@ -37,10 +37,11 @@ class Options:
     probe: list[str] | None = option(
         None,
         help="also ask of long contexts (val-document, val-code, val-database, key-value, multi-needle, variable-tracking), "
-        "tell the loss by position, ask for a needle, or to do counting, flipflop or selective-copy; repeatable",
+        "measure the loss by position (position), ask for a hidden sentence (needle), or set small tasks (counting, flipflop, "
+        "selective-copy); repeatable",
     )
     ablate: str | None = option(
-        None, help="also measure MODEL without a part that a conversion added, by the name on its page: is it of any use?"
+        None, help="also measure MODEL without a part that a conversion added, such as cope: is it of any use?"
     )
     record: bool = option(False, help="keep the result in MODEL's recipe.json, for its report and its model card")
     probe_samples: int = option(

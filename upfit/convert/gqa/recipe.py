@@ -53,7 +53,7 @@ class MultiQueryOptions:
         help="tokens of a calibration window: the length to be served; default: 2048, or what the model allows",
     )
     refit: bool = option(
-        True, goes_with=ALIGNED, help="fit Q, K, O and the MLP's last matrix in the converted model's own stream"
+        True, goes_with=ALIGNED, help="after the merge fit Q, K, O and the MLP's last matrix to the source, layer by layer"
     )
     seed: int = option(0, help="seed of --method random")
 

@@ -139,7 +139,8 @@ class Shards:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
-        raise UpfitError(f"{folder} has no {MANIFEST}; make token shards with upfit prepare TEXT {folder} --tokenizer MODEL")
+        places = f"{folder} TOKENS" if folder.exists() else f"TEXT {folder}"  # what is there may be the text itself
+        raise UpfitError(f"{folder} has no {MANIFEST}; make token shards with upfit prepare {places} --tokenizer MODEL")
     manifest = read_json(path, MANIFEST_BYTES)
     with shaped(f"{path} is not a manifest of format 1 or {FORMAT}; run upfit prepare again"):
         _check_manifest(manifest)
