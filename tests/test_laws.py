@@ -173,15 +173,21 @@ def test_identity(case: Case, recipe: Recipe) -> None:
 
 
 def offered(recipe: Recipe, architecture: Architecture) -> list[Any]:
-    """The options of each command line that `upfit show` offers: `--a 1|2, or --b --c x (words)`."""
-    lines = re.sub(r"\(.*?\)", "", recipe.offers(architecture)).split(", or ")
+    """The options of each command line that `upfit show` offers: `--a 1|2, or --b --c N (words)`; a word in capitals stands for
+    what the recipe's first trial has there."""
+    lines = re.sub(r"\(.*?\)", "", recipe.offers(architecture)).split(", or ") if recipe.offers(architecture) else []
     hints, options = get_type_hints(recipe.options), []
+
+    def value(name: str, text: str) -> Any:
+        if text.isupper():
+            return getattr(recipe.trials(architecture)[0], name)
+        return int(text) if hints[name] is int else text or True
+
     for pairs in (re.findall(r"--(\S+)(?: ([^-\s]\S*))?", line) for line in lines):
         names = [name.replace("-", "_") for name, _ in pairs]
-        for values in itertools.product(*(text.split("|") if text else [True] for _, text in pairs)):
-            kinds = [int if hints[name] is int else lambda value: value for name in names]
-            options.append(recipe.options(**{name: kind(v) for name, kind, v in zip(names, kinds, values, strict=True)}))
-    return options if recipe.offers(architecture) else []
+        for texts in itertools.product(*(text.split("|") for _, text in pairs)):
+            options.append(recipe.options(**{name: value(name, text) for name, text in zip(names, texts, strict=True)}))
+    return options
 
 
 @pytest.mark.parametrize("recipe", find_recipes().values(), ids=lambda recipe: recipe.name)

@@ -191,7 +191,7 @@ def test_a_burst_is_left_out_exactly_and_resumably(shop: Workshop, tmp_path: Pat
     report = shop.run(tmp_path / "whole", **settings)
     assert weights(tmp_path / "whole") == weights(tmp_path / "law")
     told = [{"step": 5, "data_of_steps": [5, 8]}, {"step": 8, "data_of_steps": [11, 14]}]
-    assert report.rollbacks == told == provenance.read(tmp_path / "whole")[-1]["measurements"]["rollbacks"]
+    assert report.record()["rollbacks"] == told == provenance.read(tmp_path / "whole")[-1]["measurements"]["rollbacks"]
     assert [line["rollbacks"] for line in metrics(tmp_path / "whole")] == [0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert [line["skipped"] for line in metrics(tmp_path / "whole")] == [0, 0, 0, *[1] * 9]
     for stop in (7, 9, 99):  # steps since the start, those of bursts counted: in the first burst, in the second
