@@ -17,19 +17,21 @@ LONGEST = 30.0  # seconds: a test that takes more says nothing in time
 MOST = 120  # tests a change
 
 
-def measure_coverage(root: Path, scratch: Path, slow: list[str], workers: int) -> tuple[Path, dict[str, float]]:
+def measure_coverage(
+    root: Path, scratch: Path, tests: list[str], slow: list[str], workers: int
+) -> tuple[Path, dict[str, float]]:
     """Which tests run which lines, and how long each takes: measured unless SCRATCH holds it for this very code.
 
-    All tests that are not slow, and the slow ones in the paths `slow`.
+    Those in the files `tests`; of all, where none are named, the slow ones in the paths `slow` alone.
     """
     data, durations = scratch / COVERAGE, scratch / DURATIONS
-    state = _state(root)
+    state = " ".join([_state(root), *tests])
     if durations.exists() and (known := json.loads(durations.read_text()))["state"] == state:
         return data, known["seconds"]
     checkout, known = copy_checkout(root, scratch / "measured"), {"state": state, "seconds": {}}
     variables = dict(os.environ) | {"COVERAGE_FILE": str(data), "PYTHONPATH": str(checkout), "MUTANT_DURATIONS": str(durations)}
     words = ["-n", str(workers), "-p", "benchmarks.mutant_durations", "--cov=upfit", "--cov-context=test", "--cov-report="]
-    for number, which in enumerate((["-m", "not slow"], ["-m", "slow", "--cov-append", *slow])):
+    for number, which in enumerate((["-m", "not slow", *tests], ["-m", "slow", "--cov-append", *(tests or slow)])):
         with open(scratch / f"measured-{number}.log", "w") as log:
             subprocess.run(
                 [sys.executable, "-m", "pytest", *words, *which], cwd=checkout, env=variables, stdout=log, stderr=log

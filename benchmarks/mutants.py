@@ -1,7 +1,7 @@
 """Do the tests notice when the code is wrong? Changes code in small ways, and runs the tests that run the changed line.
 
     pip install cosmic-ray pytest-cov
-    python -m benchmarks.mutants SCRATCH [--sample 150] [--seed 0] [--kinds] [--results benchmarks/results/NAME.json]
+    python -m benchmarks.mutants SCRATCH [--sample 150] [--seed 0] [--kinds] [--tests FILE ...] [--results NAME.json]
 
 Changes are drawn by seed: first a place in the files that carry the load (`mutants.toml`), then one of cosmic-ray's
 operators for that place (another comparison, another number, `not`, a loop that never runs ...). What only the type checker
@@ -71,13 +71,14 @@ def main() -> None:
     parser.add_argument("--kinds", action="store_true", help="the changes listed in mutants.toml instead of drawn ones")
     parser.add_argument("--only", help="those kinds whose name holds this")
     parser.add_argument("--seconds", type=float, default=60, help="of tests a change, measured without one (default 60)")
+    parser.add_argument("--tests", nargs="+", default=[], help="test files to choose from (default: all)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     args.scratch = args.scratch.resolve()
     args.scratch.mkdir(parents=True, exist_ok=True)
     lists = tomllib.loads(LISTS.read_text(encoding="utf-8"))
-    covering = Covering(measure_coverage(ROOT, args.scratch, lists["slow"], args.workers))
+    covering = Covering(measure_coverage(ROOT, args.scratch, args.tests, lists["slow"], args.workers))
     mutants = list(kinds(lists["kind"], args.only)) if args.kinds else drawn(lists["files"], args.sample, args.seed)
     verdicts = run_all(mutants, covering, lists.get("equivalent", []), args)
     counts = Counter(verdict.outcome for verdict in verdicts)
