@@ -1,6 +1,7 @@
 """What is printed while a command works."""
 
 import pytest
+from rich.progress import Progress
 
 from upfit import output
 from upfit.output import Meter, time_left
@@ -23,3 +24,24 @@ def test_a_plain_line_tells_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         now[0] += 40
         meter.advance(1, "error 0.1")
     assert capsys.readouterr().err == "aligning: 12%, 5 min left error 0.1\naligning: 25%, 4 min left error 0.1\n"
+
+
+def test_what_an_earlier_run_did_says_nothing_of_the_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    meter = Meter("aligning", 8, quiet=False, bar=None)
+    meter.start_at(4)
+    now[0] += 40
+    meter.advance(1)
+    assert capsys.readouterr().err == "aligning: 62%, 2 min left\n"
+
+
+def test_a_bar_begins_where_an_earlier_run_ended() -> None:
+    with Progress(disable=True) as bar:
+        meter = Meter("aligning", 8, quiet=False, bar=bar)
+        meter.start_at(4)
+        assert bar.tasks[0].completed == 4 and bar.tasks[0].speed is None
+        meter.advance(1)
+        assert bar.tasks[0].completed == 5

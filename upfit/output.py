@@ -41,10 +41,16 @@ class Meter:
 
     def __init__(self, label: str, total: float, quiet: bool, bar: Progress | None) -> None:
         self.label, self.total, self.quiet, self.bar = label, total, quiet, bar
-        self.done, self.note, self.began = 0.0, "", time.monotonic()
+        self.done, self.start, self.note, self.began = 0.0, 0.0, "", time.monotonic()
         self.last = self.began
         self.lock = threading.Lock()
         self.task = bar.add_task(escape(label), total=total, note="") if bar else None
+
+    def start_at(self, done: float) -> None:
+        """Count `done` as done by an earlier run: it says nothing of the time that is left."""
+        self.done = self.start = done
+        if self.bar is not None and self.task is not None:
+            self.bar.reset(self.task, completed=int(done))
 
     def advance(self, amount: float, note: str = "") -> None:
         """Count `amount` more as done; `note` (a loss, a rate) is shown beside it."""
@@ -55,7 +61,8 @@ class Meter:
         elif not self.quiet and time.monotonic() - self.last >= PLAIN_LINE_SECONDS:
             self.last = time.monotonic()
             share = self.done / self.total if self.total else 1.0
-            left = "" if "left" in note else time_left(self.done, self.total, self.last - self.began)
+            done, total = self.done - self.start, self.total - self.start
+            left = "" if "left" in note else time_left(done, total, self.last - self.began)
             print(f"{self.label}: {share:.0%}{left} {note}".rstrip(), file=sys.stderr, flush=True)
 
 

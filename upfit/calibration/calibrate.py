@@ -150,7 +150,7 @@ def _gather(
         for batch, hidden in zip(batches, work.hidden(start), strict=True):
             batch.teacher = hidden.to(batch.teacher.device)
     with output.progress("calibrating", len(model.blocks)) as meter:
-        meter.advance(start)
+        meter.start_at(start)
         for index in range(start, len(model.blocks)):
             layer = gather_layer(model, architecture, index, batches)
             work.keep(index, layer, [batch.teacher for batch in batches])

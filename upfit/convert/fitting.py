@@ -85,7 +85,7 @@ class LayerFits:
         if done.next:
             self.context.output.note(f"going on after layer {done.next} of {done.total}")
         with self.context.output.progress(self.title, len(self.layers)) as meter:
-            meter.advance(len(done.layers))
+            meter.start_at(len(done.layers))
             if work.finished:
                 return
             model, batches, carried = self._open()

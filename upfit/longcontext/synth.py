@@ -186,7 +186,7 @@ def _do_part(path: Path, indices: range, ask: Asker, composer: Composer, options
         return
     done = _repaired(path)
     with open(path, "a", encoding="utf-8") as file, output.progress("questions", len(indices)) as meter:
-        meter.advance(done)
+        meter.start_at(done)
         for number, index in enumerate(indices[done:], 1):
             item = ask(index)
             if not isinstance(item, str) and not composer.fits(item):

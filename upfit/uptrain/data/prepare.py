@@ -108,7 +108,7 @@ def _written(
         if read:
             output.note(f"going on from {human_count(writer.tokens)} tokens of {read} documents in {work}")
         passed = sum(nbytes for _, nbytes in islice(texts, read))
-        meter.advance(writer.tokens if limit else passed, f"{human_count(writer.tokens)} tokens")
+        meter.start_at(writer.tokens if limit else passed)
         known, start = writer.tokens, time.monotonic()
         _write(work, writer, texts, read, tokenizer, limit, workers, meter)
     written, seconds = writer.tokens - known, max(time.monotonic() - start, 1e-9)

@@ -28,7 +28,7 @@ def train(run: Run) -> bool:
     began, first, done = time.monotonic(), run.counters.step, 0
     run.progress.stand_at(run.counters)
     with run.output.progress("uptrain", plan.steps) as meter:
-        meter.advance(first)
+        meter.start_at(first)
         while run.counters.step < plan.steps:
             counters, start = run.counters, time.monotonic()
             groups, trouble = take(run)
