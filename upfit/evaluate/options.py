@@ -41,7 +41,7 @@ class Options:
         "selective-copy); repeatable",
     )
     ablate: str | None = option(
-        None, help="also measure MODEL without a part that a conversion added, such as cope: is it of any use?"
+        None, help="also measure MODEL without a part that a conversion added, by the name of its attention: is it of any use?"
     )
     record: bool = option(False, help="keep the result in MODEL's recipe.json, for its report and its model card")
     probe_samples: int = option(
