@@ -8,11 +8,11 @@ operators for that place (another comparison, another number, `not`, a loop that
 looks at (annotations, assertions, `frozen`) is left as it is. `--kinds` makes again, instead, the changes listed in
 `mutants.toml`, which tests did not notice once.
 
-A change is caught if a test fails that passes without it, or hangs. Which tests run a line is measured once (coverage.py, a
-context a test) and kept in SCRATCH, so that the next run of the same commit begins at once. Of these, tests of the changed
-file's own room and short ones come first, and as many run as take `--seconds` together; where nothing ran a line in the tests'
-own process, nobody could notice, and the change has survived. What changes nothing that can be seen (an equivalent mutant) is
-listed with its reason in `mutants.toml`, and told apart.
+A change is caught if a test fails, or hangs; all chosen tests are run without any change first, and have to pass. Which
+tests run a line is measured once (coverage.py, a context a test) and kept in SCRATCH, so that the next run of the same commit
+begins at once. Of these, tests of the changed file's own room and short ones come first, and as many run as take `--seconds`
+together; where nothing ran a line in the tests' own process, nobody could notice, and the change has survived. What changes
+nothing that can be seen (an equivalent mutant) is listed with its reason in `mutants.toml`, and told apart.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from upfit.environment import environment
 
 ROOT = Path(__file__).parent.parent
 LISTS = ROOT / "benchmarks" / "mutants.toml"
+HOUR = 3600.0
 LEFT_OUT = ("VariableInserter", "VariableReplacer", "NoOp")  # the first two want names from their user
 
 
@@ -189,6 +190,9 @@ def run_all(
         return Verdict(mutant.file, mutant.lines[0], mutant.name, mutant.change, outcome, by)
 
     with ThreadPoolExecutor(args.workers) as pool, runner:
+        chosen = {test for mutant in mutants for test in covering.tests(mutant.file, mutant.lines, args.seconds)}
+        if failed := runner.run(args.scratch / "checkout-0", sorted(chosen), HOUR):
+            raise SystemExit(f"{failed} without any change: nothing can be said")
         return list(pool.map(run, mutants))
 
 

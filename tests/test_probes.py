@@ -211,6 +211,12 @@ def test_no_effect_of_depth_gives_even_p_values(monkeypatch: pytest.MonkeyPatch)
     assert depths.gap(draw.normal(size=(6, 5)) + 3 * np.eye(5)[0]).p_value < 0.02
 
 
+def test_a_gap_that_every_deal_shows_is_no_finding() -> None:
+    """Scores that are the same at every depth, and the same of every context, tie with what chance gives."""
+    assert depths.gap(np.ones((6, 5))).p_value == 1
+    assert depths.gap(np.array([[1.0, 0.0]])).p_value == 1
+
+
 def test_the_null_gap_is_that_of_coins() -> None:
     """Sixteen bins of 25 even coins: a mean gap of 0.35, and above 0.48 one time in twenty."""
     null = depths.gap((np.random.default_rng(1).random((25, 16)) < 0.5).astype(float)).null

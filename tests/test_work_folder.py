@@ -344,3 +344,13 @@ def test_a_name_that_is_too_long_and_a_link_to_nothing(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "nothing")
     with pytest.raises(UpfitError, match="a link to nothing"):
         check_output(tmp_path / "out", [], 0, False)
+
+
+def test_every_file_and_folder_of_a_tree_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that only the folder's pages in memory know of is gone after a power cut."""
+    (tmp_path / "tree" / "inner").mkdir(parents=True)
+    (tmp_path / "tree" / "inner" / "file").touch()
+    synced: set[Path] = set()
+    monkeypatch.setattr(durable, "sync_path", synced.add)
+    durable.sync_tree(tmp_path / "tree")
+    assert synced == {tmp_path / "tree", tmp_path / "tree" / "inner", tmp_path / "tree" / "inner" / "file"}

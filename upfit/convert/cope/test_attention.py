@@ -191,6 +191,15 @@ def test_far_keys_are_plain() -> None:
     assert not grad[:, :, :500].any() and grad[:, :, 590:].any()
 
 
+def test_the_band_ends_at_the_last_position_and_not_before() -> None:
+    """Open gates count tokens: of nine positions the last one is reached at eight keys, and a band of seven is too short."""
+    rows = random_inputs(queries=30, gated=False, bias=40.0)
+    seen = Sight(30, 30).rows(29, 30, torch.device("cpu")).flip(-1)
+    row = replace(rows, q=rows.q[:, :, 29:], z=rows.z[:, :, 29:])
+    assert near_gates(row, seen, 8).shape[-1] == 8
+    assert near_gates(row, seen, 7).shape[-1] > 7
+
+
 def test_autocast_lowers_content_and_not_gates() -> None:
     """q, k and v are taken as plain attention would take them; a position is a sum of many gates, so those stay as they are."""
     inputs, sight = cast(random_inputs(queries=200, positions=64), torch.float32), Sight(200, 200)

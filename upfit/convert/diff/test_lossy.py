@@ -1,5 +1,6 @@
 """Differential variants that lose something: the papers' equations, what calibration gains, what merges, what is refused."""
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from upfit.convert.conversion import Settings, convert, merge
 from upfit.convert.diff.entropy import entropy
 from upfit.convert.diff.paper import lambda_vectors, pairs
 from upfit.convert.diff.recipe import Options
-from upfit.convert.diff.split import FIRST_SCALES, LAMBDAS, SECOND_SCALES, choose, naive
+from upfit.convert.diff.split import FIRST_SCALES, LAMBDAS, SECOND_SCALES, _best, _variances, choose, naive
 from upfit.convert.diff.test_diff import QUIET, RECIPE, ids_of, loaded, made, shaken, still_after_ten_steps
 from upfit.demo import embedded_model
 from upfit.errors import UpfitError
@@ -128,22 +129,27 @@ def test_the_half_that_matters_is_kept() -> None:
 
 
 def test_halves_are_divided_by_what_the_softmax_sees() -> None:
-    """Large scores that are alike for all keys change no attention: the part that tells keys apart is the one to keep."""
-    seen = seen_of(1, 1, 40, 4)
-    q, k = seen.q.clone(), seen.k.clone()
-    q[..., :2], k[..., :2] = 5.0, 2.0  # the same for each key
-    k[..., 30:, :2] = -2.0  # but for keys that almost no query weighs
-    q[..., 2:] = 3.0
-    k[..., 30:, 2:] = -9.0
-    seen = replace(seen, q=q, k=k)
-    weights = causal_map(q[0, 0], k[0, 0], seen.scaling)
-    parts = [q[0, 0][:, pair] @ k[0, 0][:, pair].T * seen.scaling for pair in ([0, 1], [2, 3])]
-    kept = [float((weights * (part - (weights * part).sum(1, keepdim=True)).square()).sum()) for part in parts]
-    alike = [float(part[weights > 0].var()) for part in parts]
-    assert kept[0] < kept[1]
-    assert alike[0] > 0
-    split = choose([(seen, torch.arange(40), 40)], torch.arange(4).reshape(2, 2))
-    assert bool((split.scale[0, 0, 2:] > 0).all()) and bool((split.scale[0, 0, :2] == 0).all())
+    """The variance of a group's part of the scores under the attention weights, row by row and key by key."""
+    heads, tokens, groups = 2, 12, torch.arange(4).reshape(2, 2)
+    seen, wanted = seen_of(heads, 1, tokens, 4), torch.zeros(heads, 2, dtype=torch.float64)
+    for row, head, i in itertools.product(range(2), range(heads), range(tokens)):
+        q, k = seen.q[row, head, i], seen.k[row, 0, : i + 1]
+        weights = (k @ q * seen.scaling).softmax(0)
+        for number, group in enumerate(groups):
+            part = k[:, group] @ q[group] * seen.scaling
+            wanted[head, number] += weights @ (part - weights @ part).square()
+    torch.testing.assert_close(_variances(seen, torch.arange(tokens), tokens, groups), wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("first, second, share", [(1.0, 0.5, 0.02), (1.3, 1.0, 0.2), (1.8, 1.5, 0.5)])
+def test_a_head_that_is_a_difference_is_found_in_the_grid(first: float, second: float, share: float) -> None:
+    """With the factor that the output projection is to take up."""
+    halves = drawn(len(FIRST_SCALES) + len(SECOND_SCALES), 50)
+    plus, minus = halves[FIRST_SCALES.index(first)], halves[len(FIRST_SCALES) + SECOND_SCALES.index(second)]
+    outputs = torch.cat([(2 * (plus - share * minus))[None], halves])
+    split = _best((outputs @ outputs.T)[None], torch.ones(1, 2, 4))
+    assert split.scale[0].amax(1).tolist() == pytest.approx([first, second])
+    assert [float(split.lambdas[0]), float(split.gain[0])] == pytest.approx([share, 2])
 
 
 def test_scales_and_lambda_are_the_best_of_the_grid() -> None:
