@@ -111,19 +111,17 @@ def check_budget(tokens: str | None, share: str | None, original: str | None) ->
 
 
 def check_training(model: str, data: str, out: Path, config: Config, resume: bool, overwrite: bool) -> None:
-    """The arguments of `uptrain`; with `resume` OUT may be the finished result."""
+    """The arguments of `uptrain`; with `resume` OUT may be finished, and DATA is no longer needed then."""
     from upfit.longcontext.contexts import CONTEXTS  # imports numpy
     from upfit.uptrain.data.sources import Sources
 
     check_config(config)
     check_budget(config.tokens, config.share, config.original_tokens)
     check_model(model)
-    folder = Path(data).expanduser()
-    if not folder.is_dir():
-        Sources.open(data)
-    if not resume:
-        check_output(out, local_folder(model), 0, overwrite)
-    if folder.is_dir() and not (folder / CONTEXTS).exists():  # no questions
+    if resume:
+        return
+    check_output(out, local_folder(model), 0, overwrite)
+    if not (Path(data).expanduser() / CONTEXTS).exists():  # no questions
         Sources.open(data)
 
 
