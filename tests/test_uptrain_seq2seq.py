@@ -15,8 +15,9 @@ from tests.test_uptrain_resume import Interrupting
 from tests.uptraining import QUIET, Workshop, metrics, text, weights
 from upfit import provenance
 from upfit.errors import UpfitError
+from upfit.text.spans import Vocabulary, corrupt, cut, sizes_of
 from upfit.uptrain.data.prepare import prepare
-from upfit.uptrain.data.spans import Vocabulary, corrupt, cut, find_vocabulary, fitting, sizes_of
+from upfit.uptrain.data.spans import find_vocabulary, fitting
 from upfit.uptrain.model.losses import Objective
 from upfit.uptrain.model.model_traits import ModelTraits, load
 from upfit.uptrain.model.seq2seq import Seq2Seq

@@ -11,6 +11,7 @@ from upfit.errors import UpfitError
 from upfit.longcontext.contexts import CONTEXTS, Contexts
 from upfit.longcontext.wording import Wording
 from upfit.options import shown
+from upfit.text.spans import Vocabulary
 from upfit.text.tokenizer import identity, load_tokenizer
 from upfit.uptrain.config import OF_ANSWERS, OF_TEXT, Config, default
 from upfit.uptrain.data import spans
@@ -18,7 +19,6 @@ from upfit.uptrain.data.answers import AnswerRows, fingerprint
 from upfit.uptrain.data.dataloader import StepSampler
 from upfit.uptrain.data.shards import Shards
 from upfit.uptrain.data.sources import Sources
-from upfit.uptrain.data.spans import Vocabulary
 from upfit.uptrain.schedule import Plan, make_answers_plan, make_plan
 
 

@@ -18,55 +18,21 @@ from typing import Any
 import numpy as np
 
 from upfit.errors import UpfitError
+from upfit.text.spans import SENTINEL, Sizes, Vocabulary, corrupt, sentinels, sizes_of
 from upfit.uptrain.data.rows import IGNORE, Row, Rows
 
-NOISE, MEAN_SPAN = 0.15, 3.0  # share of the tokens that are left out; tokens of a span on average
-SENTINEL = "<extra_id_{}>"
 DEFAULT_LENGTH = 512  # of T5's own pretraining
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The ids of the sentinels, in the order in which they are used, and of the end token."""
-
-    sentinels: tuple[int, ...]
-    end: int
 
 
 def find_vocabulary(tokenizer: Any) -> Vocabulary:
     """Raises UpfitError for a tokenizer without sentinels: its model was not trained on spans."""
-    sentinels: list[int] = []
-    known = tokenizer.get_vocab()
-    while (name := SENTINEL.format(len(sentinels))) in known:
-        sentinels.append(known[name])
-    if not sentinels:
+    ids = sentinels(tokenizer)
+    if not ids:
         raise UpfitError(
             f"the tokenizer has no {SENTINEL.format(0)}, and encoder-decoders are trained on spans that sentinels stand "
             "for, as T5 is; a model that was pretrained on something else is not supported"
         )
-    return Vocabulary(tuple(sentinels), int(tokenizer.eos_token_id))
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of every row: `text` tokens, of which `noise` are left out in `spans` spans."""
-
-    text: int
-    noise: int
-    spans: int
-
-    @property
-    def input(self) -> int:
-        return self.text - self.noise + self.spans + 1
-
-    @property
-    def labels(self) -> int:
-        return self.noise + self.spans + 1
-
-
-def sizes_of(text: int) -> Sizes:
-    noise = min(max(round(text * NOISE), 1), text - 1)
-    return Sizes(text, noise, min(max(round(noise / MEAN_SPAN), 1), text - noise))
+    return Vocabulary(ids, int(tokenizer.eos_token_id))
 
 
 def fitting(length: int) -> Sizes:
@@ -79,29 +45,6 @@ def fitting(length: int) -> Sizes:
     if text < 2:
         raise UpfitError(f"--length {length} is too short for span corruption; give 3 or more")
     return sizes_of(text)
-
-
-def cut(total: int, parts: int, random: np.random.Generator) -> np.ndarray:
-    """`total` things as `parts` runs of at least one, every way as likely as any other; int64 [parts]."""
-    borders = np.sort(random.choice(total - 1, parts - 1, replace=False)) + 1
-    return np.diff(np.concatenate([[0], borders, [total]]))
-
-
-def corrupt(
-    text: np.ndarray, sizes: Sizes, vocabulary: Vocabulary, random: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Input and labels, int64, of the tokens `text`. What is kept comes first and what is left out last, as in T5."""
-    text_lengths = cut(sizes.text - sizes.noise, sizes.spans, random)
-    lost = cut(sizes.noise, sizes.spans, random)
-    inputs: list[Any] = []
-    labels: list[Any] = []
-    at = 0
-    for sentinel, before, gone in zip(vocabulary.sentinels, text_lengths, lost, strict=False):
-        inputs += [text[at : at + before], [sentinel]]
-        labels += [[sentinel], text[at + before : at + before + gone]]
-        at += before + gone
-    end = [[vocabulary.end]]
-    return np.concatenate(inputs + end).astype(np.int64), np.concatenate(labels + end).astype(np.int64)
 
 
 @dataclass(frozen=True)

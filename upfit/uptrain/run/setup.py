@@ -20,12 +20,13 @@ from upfit.checkpoint.source import Source, find_source, teacher_source
 from upfit.errors import UpfitError
 from upfit.options import shown
 from upfit.output import Output, human_count
+from upfit.text.spans import Vocabulary
 from upfit.text.tokenizer import load_tokenizer
 from upfit.uptrain.config import FREE, Config, default
 from upfit.uptrain.data.answers import AnswerRows
 from upfit.uptrain.data.dataloader import StepSampler
 from upfit.uptrain.data.open_data import Data, lay_out
-from upfit.uptrain.data.spans import Vocabulary, find_vocabulary
+from upfit.uptrain.data.spans import find_vocabulary
 from upfit.uptrain.default_stages import wants_care
 from upfit.uptrain.model import model_traits
 from upfit.uptrain.model.compiled import compile_layers
