@@ -29,7 +29,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _parquet(path: Path, field: str, hint: str) -> Any:
+def _parquet(path: Path, field: str | None, hint: str) -> Any:
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -38,9 +38,19 @@ def _parquet(path: Path, field: str, hint: str) -> Any:
     with _damage(path):
         file = parquet.ParquetFile(path)
     names = file.schema_arrow.names
-    if field not in names:
+    if field is not None and field not in names:
         raise UpfitError(f"{path} has no column {field!r} (found: {', '.join(names)[:300]}); {hint}")
     return file
+
+
+def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Each row, with all of its columns."""
+    file = _parquet(path, None, "")
+    growth, packed = Growth(path), path.stat().st_size
+    with _damage(path):
+        for batch in file.iter_batches(batch_size=ROWS):
+            growth.add(batch.nbytes, packed)
+            yield from batch.to_pylist()
 
 
 def parquet_rows(path: Path, field: str, hint: str) -> int:
