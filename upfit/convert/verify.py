@@ -1,7 +1,8 @@
 """Checks a written folder: it loads completely into its class, it is finite, and its logits are what the recipe promised.
 
 The structure is always checked (on the meta device, in seconds, whatever the size). The numerical part loads the source and
-the result one after the other and runs them over a short text; it is left out, and says so, when memory does not allow it.
+the result one after the other and runs them over a short text, and what else their class takes, such as sound, which is random;
+it is left out, and says so, when memory does not allow it.
 Where the result is of another type, it is held against the source rounded to that type. A large model is run in float32 where
 this machine is faster in that; what does not hold there is looked at once more in the type that is stored.
 """
@@ -15,13 +16,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.loading import check_structure, garbage_collected, load_strictly
-from upfit.architecture.meta_model import quiet_transformers, vocabulary
+from upfit.architecture.meta_model import quiet_transformers, read_as_class, vocabulary
+from upfit.bounded import reason
 from upfit.checkpoint.reader import most_positions, open_checkpoint, read_config, torch_dtype
 from upfit.convert.result import Verification
 from upfit.errors import UpfitError
+from upfit.examples.random_inputs import possible_inputs
 from upfit.output import Output
 from upfit.text.tokenizer import no_panic
 
@@ -78,7 +81,7 @@ def verify(
         return Verification(structure, f"not compared: {short}")
     ids, is_text = sample_ids(source)
     if ids is None:
-        return Verification(structure, "not compared: this class takes more than token ids")
+        return Verification(structure, "not compared: the config tells of no vocabulary")
     output = output or Output(quiet=True)
     whole = Verification(structure, "")
     faster = faster_in_float32(folder)
@@ -103,11 +106,13 @@ def _compared(
     """`report` with the numerical part: both models run, one after the other, as they are stored or in float32."""
     sizes = [_weight_bytes(place) for place in (source, folder)]
     with output.progress("verifying", sum(sizes)) as meter:
-        before = _logits(source, ids, allowed, promise.dtype, in_float32, partial(meter.advance, sizes[0] / STEPS))
-        after = _logits(folder, ids, allowed, "", in_float32, partial(meter.advance, sizes[1] / STEPS))
-    if before is None or after is None:
-        return replace(report, numbers="not compared: this class takes more than token ids")
-    return compare(report, before, after, ids if is_text else None, promise)
+        before = _run(source, ids, allowed, promise.dtype, in_float32, partial(meter.advance, sizes[0] / STEPS))
+        if isinstance(before, str):
+            return replace(report, numbers=f"not compared: the source's own class does not run here ({before})")
+        after = _run(folder, before.keywords, allowed, "", in_float32, partial(meter.advance, sizes[1] / STEPS))
+    if isinstance(after, str):
+        raise UpfitError(f"{FAILED}: its class does not run where the source's does ({after}); please report it")
+    return compare(report, before.logits, after.logits, ids if is_text and before.reads(ids) else None, promise)
 
 
 def _weight_bytes(folder: Path) -> int:
@@ -224,7 +229,7 @@ def sample_ids(folder: Path) -> tuple["torch.Tensor | None", bool]:
     import torch
 
     config = read_config(folder)
-    size, longest = vocabulary(config), min(SAMPLE_TOKENS, most_positions(config) or SAMPLE_TOKENS)
+    size, longest = vocabulary(config) or _read_vocabulary(config), min(SAMPLE_TOKENS, most_positions(config) or SAMPLE_TOKENS)
     if size is None:
         return None, False
     try:
@@ -241,16 +246,37 @@ def sample_ids(folder: Path) -> tuple["torch.Tensor | None", bool]:
     return torch.randint(0, size, (1, min(64, longest)), generator=generator), False
 
 
-def _logits(
+def _read_vocabulary(config: dict[str, Any]) -> int | None:
+    """The number of token ids that are read, as the config tells it; None where it does not."""
+    parsed = read_as_class(config)
+    encoder = parsed.get_text_config(encoder=True) if parsed.is_encoder_decoder else parsed.get_text_config()
+    size = getattr(encoder, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """The `keywords` that a forward was given, and its `logits` [T, vocabulary] of the first row."""
+
+    keywords: "dict[str, torch.Tensor]"
+    logits: "torch.Tensor"
+
+    def reads(self, ids: "torch.Tensor") -> bool:
+        """Whether the model was given nothing but `ids`, so that its loss on them has a meaning."""
+        return all(value is ids for value in self.keywords.values())
+
+
+def _run(
     folder: Path,
-    ids: "torch.Tensor",
+    inputs: "torch.Tensor | dict[str, torch.Tensor]",
     allowed: frozenset[str],
     dtype: str,
     in_float32: bool,
     advance: Callable[[], None],
-) -> "torch.Tensor | None":
-    """[T, vocabulary] logits of the model in `folder`, its weights rounded to `dtype`; None when its class cannot run on token
-    ids alone. With `in_float32` it computes in that; `advance` is called when it is loaded, and when it has run."""
+) -> _Ran | str:
+    """What the model in `folder`, its weights rounded to `dtype`, makes of token ids and whatever else its class takes, or of
+    all that another one was given; why it does not run where it does not. With `in_float32` it computes in that; `advance` is
+    called when it is loaded, and when it has run."""
     import torch
 
     options = {"dtype": getattr(torch, dtype)} if dtype else {}
@@ -261,18 +287,28 @@ def _logits(
         advance()
         if in_float32:
             model.float()
+        candidates = [inputs] if isinstance(inputs, dict) else list(possible_inputs(model, inputs))
         try:
-            inputs = {"input_ids": ids}
-            if model.config.is_encoder_decoder:
-                inputs["decoder_input_ids"] = ids
-            with torch.no_grad():
-                logits = model(**inputs, use_cache=False).logits[0].clone()
+            ran = _first_that_runs(model, candidates)
             advance()
-            return logits
-        except (TypeError, ValueError, AttributeError):
-            return None
+            return ran
         finally:
             del model
+
+
+def _first_that_runs(model: Any, candidates: "list[dict[str, torch.Tensor]]") -> _Ran | str:
+    """What the first of the `candidates` gives that the model's forward accepts; why it accepts none."""
+    import torch
+
+    complaint = ""
+    for keywords in candidates:
+        cast = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in keywords.items()}
+        try:
+            with torch.no_grad():
+                return _Ran(keywords, model(**cast, use_cache=False).logits[0].clone())
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:  # each class has its own
+            complaint = complaint or reason(error)
+    return complaint
 
 
 def _round(model: "torch.nn.Module", dtype: "torch.dtype") -> None:
