@@ -40,10 +40,15 @@ def save(folder: Path, model: Any, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_t5(tmp_path_factory.mktemp("t5"))
+
+
+def save_t5(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
     settings: dict[str, Any] = dict(vocab_size=130, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     ids: dict[str, Any] = dict(pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
     config = T5Config(**settings, **ids)
-    return save(tmp_path_factory.mktemp("t5"), T5ForConditionalGeneration(config), tokenizer_with(*SENTINELS))
+    return save(folder, T5ForConditionalGeneration(config), tokenizer_with(*SENTINELS))
 
 
 def bart(folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> Path:

@@ -51,8 +51,8 @@ def audio_folder(folder: Path, lines: list[dict[str, Any]] | None = None) -> Pat
     return folder
 
 
-def save_whisper(folder: Path, multilingual: bool = False) -> Path:
-    torch.manual_seed(0)
+def save_whisper(folder: Path, multilingual: bool = False, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
     ids = dict(pad_token_id=1, bos_token_id=1, eos_token_id=1, decoder_start_token_id=START)
     sizes = dict(vocab_size=100, d_model=16, encoder_layers=1, decoder_layers=1, num_mel_bins=8)
     heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")} | {

@@ -13,6 +13,7 @@ from upfit.checkpoint.source import local_source
 from upfit.convert.recipe import check_dtype
 from upfit.errors import UpfitError
 from upfit.evaluate.options import Options as EvaluateOptions
+from upfit.evaluate.options import check_data
 from upfit.evaluate.options import check_options as check_measures
 from upfit.longcontext.options import Options as SynthOptions
 from upfit.options import parse_count, parse_share, parse_size
@@ -127,8 +128,7 @@ def check_training(model: str, data: str, out: Path, config: Config, resume: boo
 
 def check_evaluation(model: str, options: EvaluateOptions) -> None:
     check_measures(options)
-    if options.data:
-        named_files(options.data, "--data", options.field)
+    check_data(options)
     check_model(model)
     check_model(options.against)
 

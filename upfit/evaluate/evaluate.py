@@ -1,8 +1,7 @@
 """`upfit evaluate`: load, measure, compare, and collect everything in an `Evaluation`, which prints itself."""
 
-import os
 import shlex
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,20 +13,30 @@ from upfit.errors import UpfitError
 from upfit.evaluate import measures
 from upfit.evaluate.ablate import ablated
 from upfit.evaluate.cache import measure_cache
+from upfit.evaluate.encoder_decoder import evaluate as encoder_decoder
 from upfit.evaluate.harness import harness
 from upfit.evaluate.harness import scores as harness_scores
-from upfit.evaluate.load import check_model, free, load_config, load_model, load_tokenizer, most_positions, pick_device
+from upfit.evaluate.load import (
+    check_model,
+    free,
+    is_encoder_decoder,
+    load_config,
+    load_model,
+    load_tokenizer,
+    most_positions,
+    pick_device,
+)
 from upfit.evaluate.loss import Losses, difference, window_losses
-from upfit.evaluate.options import Options, check_options
+from upfit.evaluate.options import Options, check_data, check_options
 from upfit.evaluate.probes import attention_maps, needle
 from upfit.evaluate.probes.registry import PROBES, make_samples
 from upfit.evaluate.probes.summaries import Depths, Needle, ProbeSummary
-from upfit.evaluate.result import ABOUT, Evaluation
+from upfit.evaluate.record import check_recordable, finished
+from upfit.evaluate.result import Evaluation
 from upfit.evaluate.speed import hardware, measure_speed, settle_lengths
 from upfit.options import as_flags
 from upfit.output import Output
 from upfit.text import Document, file_documents, python_documents
-from upfit.text.files import named_files
 from upfit.text.windows import Window, digest, make_windows, retokenised, same_tokens
 
 DEFAULT_LENGTH = 512
@@ -89,16 +98,18 @@ def evaluate(model: str, options: Options, output: Output) -> Evaluation:
     Raises UpfitError for whatever the user can mend: no tokenizer, no text, not a causal model, too long a window.
     """
     check_options(options)
-    if options.data:
-        named_files(options.data, "--data", options.field)  # before a model is fetched
+    check_data(options)  # before a model is fetched
     device = pick_device(options.device)
     source = find_source(model, options.revision)
     if options.record:
-        _check_recordable(source)
+        check_recordable(source)
+    command = shlex.join(["upfit", "evaluate", model, *as_flags(options)])
+    if is_encoder_decoder(source):
+        return encoder_decoder.evaluate(source, options, device, command, output)
     subjects = [_subject(source)]
     subjects[0].ablate = options.ablate
     if options.against is not None:
-        subjects.append(_subject(find_source(options.against)))
+        subjects.append(_subject(_decoder(find_source(options.against), source)))
     lengths = settle_lengths(options.speed_lengths, options.speed_steps, _least(subjects)) if options.speed else []
     same, data = _lay_windows(subjects, options, output)
     if options.tasks:
@@ -124,18 +135,12 @@ def evaluate(model: str, options: Options, output: Output) -> Evaluation:
         speed=speed,
         data=data,
         hardware=hardware(device),
-        command=shlex.join(["upfit", "evaluate", model, *as_flags(options)]),
+        command=command,
         options={},
         versions={},
         date="",
     )
-    measurements = {key: value for key, value in result.record().items() if key not in ABOUT}
-    entry = provenance.step("evaluate", second.source.record() if second else {}, asdict(options), measurements)
-    entry["command"] = result.command
-    if options.record:
-        provenance.append(source.path, entry)
-        output.note(f"kept in {source.path / provenance.FILE}")
-    return replace(result, options=entry["options"], versions=entry["versions"], date=entry["date"])
+    return finished(result, source, second.source if second else None, options, output)
 
 
 def _ablation(subject: Subject) -> measures.Ablation | None:
@@ -177,19 +182,12 @@ def _with_needle(summary: measures.Subject, **changes: Any) -> measures.Subject:
     return replace(summary, probes={**(summary.probes or {}), "needle": replace(_needle(summary), **changes)})
 
 
-def _check_recordable(source: Source) -> None:
-    if not (source.path / provenance.FILE).exists():
+def _decoder(source: Source, model: Source) -> Source:
+    if is_encoder_decoder(source):
         raise UpfitError(
-            f"--record: {source.name} has no {provenance.FILE}, so Upfit did not write it and will not change it; "
-            "keep the answer with --json > FILE instead"
+            f"--against {source.name} is an encoder-decoder, and {model.name} a decoder; give one of the same kind"
         )
-    if (source.path / provenance.FILE).is_symlink() or source.path.parent.name == "snapshots":
-        raise UpfitError(
-            f"--record: {source.name} lies in the hub's cache, which is not changed; keep the answer with --json > FILE instead"
-        )
-    if not os.access(source.path, os.W_OK):
-        raise UpfitError(f"--record: {source.path} cannot be written to; keep the answer with --json > FILE instead")
-    provenance.read(source.path)
+    return source
 
 
 def _subject(source: Source) -> Subject:

@@ -29,13 +29,21 @@ def pick_device(name: str) -> torch.device:
 
 def load_config(source: Source) -> Any:
     """The model's text configuration. Raises UpfitError when there is none or transformers does not know its type."""
+    return _whole_config(source).get_text_config(decoder=True)
+
+
+def is_encoder_decoder(source: Source) -> bool:
+    """Raises UpfitError as `load_config` does."""
+    return bool(_whole_config(source).is_encoder_decoder)
+
+
+def _whole_config(source: Source) -> Any:
     if not (source.path / "config.json").exists():
         raise UpfitError(f"{source.name} has no config.json; give a Hugging Face model folder")
     try:
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
+        return AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UpfitError(f"{source.name} has a config.json that does not load: {_first_line(error)}") from error
-    return config.get_text_config(decoder=True)
 
 
 def most_positions(config: Any) -> int | None:
@@ -72,7 +80,16 @@ def load_model(source: Source, dtype: str, device: torch.device) -> Any:
 
     Raises UpfitError when it is not one, needs code from its folder, or lacks weights that its class wants.
     """
-    model = load_strictly(source.path, AutoModelForCausalLM, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    return _loaded(source, AutoModelForCausalLM, dtype, device)
+
+
+def load_encoder_decoder(source: Source, dtype: str, device: torch.device) -> Any:
+    """As `load_model`, of the class that the config names."""
+    return _loaded(source, None, dtype, device)
+
+
+def _loaded(source: Source, auto_class: Any, dtype: str, device: torch.device) -> Any:
+    model = load_strictly(source.path, auto_class, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     return torch.nn.Module.to(model, device)
 
 

@@ -47,6 +47,40 @@ class CacheGrowth(Part):
 
 
 @dataclass(frozen=True)
+class CrossCache(Part):
+    """Cache of what the decoder's cross-attention reads: filled once, from the encoder.
+
+    bytes_per_position: bytes for each position of the encoder
+    positions: positions of the encoder that it was measured on
+    bytes: size for that many, bytes
+    """
+
+    bytes_per_position: float
+    positions: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class WordErrors(Part):
+    """What a model that hears writes of recordings (greedily), in words, without case and punctuation.
+
+    rate: wrong words over words of the transcripts
+    words: words of the transcripts
+    substituted: words written for others
+    missing: words that were not written
+    added: words that nobody said
+    recordings: number of recordings
+    """
+
+    rate: Interval
+    words: int
+    substituted: int
+    missing: int
+    added: int
+    recordings: int
+
+
+@dataclass(frozen=True)
 class TaskScores(Part):
     """A task of lm-evaluation-harness.
 
@@ -82,6 +116,8 @@ class Subject(Part):
     cache: its cache; None where it has none
     probes: what each probe found, by name; None without any
     tasks: what it scored in each task, by label; None without any
+    cross_cache: the cache of its cross-attention; None where it has no encoder
+    word_errors: what it wrote of recordings; None where it does not hear
     """
 
     name: str
@@ -94,6 +130,8 @@ class Subject(Part):
     cache: CacheGrowth | None
     probes: dict[str, ProbeSummary] | None
     tasks: dict[str, TaskScores] | None
+    cross_cache: CrossCache | None = absent()
+    word_errors: WordErrors | None = absent()
 
 
 @dataclass(frozen=True)
@@ -208,10 +246,11 @@ class Text(Part):
 
     source: files and folders, or python: the sources of this Python
     documents: number of documents
-    windows: number of windows
-    length: length of a window, tokens
+    windows: number of windows, or of examples
+    length: length of a window, or of what the decoder reads at most, tokens
     tokens: number of tokens
-    sha256: of the text of all windows
+    sha256: of the text of all windows, or of all that the model was shown
+    examples: what an encoder-decoder was shown: text pairs, spans or sound
     """
 
     source: str | list[str]
@@ -220,6 +259,7 @@ class Text(Part):
     length: int
     tokens: int
     sha256: str
+    examples: str | None = absent()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from upfit.errors import UpfitError
 from upfit.options import check, option
-from upfit.text.files import FIELD, FIELD_HELP
+from upfit.text.files import FIELD, FIELD_HELP, holds_recordings, named_files
 
 CONTEXT_PROBES = ("val-document", "val-code", "val-database", "key-value", "multi-needle", "variable-tracking")
 SEVERAL_LENGTHS = (*CONTEXT_PROBES, "position")
@@ -19,13 +19,17 @@ class Options:
 
     against: str | None = option(None, help="a second model (folder, hub id or id@revision), measured on the same windows")
     data: list[str] | None = option(
-        None, help="text: files (.txt, .jsonl, .json, .parquet, .gz ...) or folders of them; default: text of this Python"
+        None,
+        help="text: files (.txt, .jsonl, .json, .parquet, .gz ...) or folders of them; default: text of this Python; for "
+        "encoder-decoders also pairs of texts, or a folder of recordings",
     )
     field: str = option(FIELD, goes_with=("data",), help=FIELD_HELP)
     length: int | None = option(
         None, at_least=8, help="tokens in a window; default: 512, or what the model takes if that is less"
     )
-    windows: int = option(64, at_least=1, help="how many windows at most, spread over all the text")
+    windows: int = option(
+        64, at_least=1, help="how many windows, or examples of an encoder-decoder, at most, spread over all the data"
+    )
     batch: int = option(4, at_least=1, help="windows, or prompts of --tasks, in one forward pass")
     speed: bool = option(False, help="also time prefill and decode with the cache")
     speed_lengths: list[int] | None = option(
@@ -89,6 +93,14 @@ def check_options(options: Options) -> None:
     check(options)
     _check_probes(options)
     _check_tasks(options)
+
+
+def check_data(options: Options) -> None:
+    """Raise UpfitError for data that is not there, or cannot have the field. A folder of recordings is no text."""
+    texts = [name for name in options.data or () if not holds_recordings(name)]
+    if not texts or "," in options.field:  # two fields of a pair: whoever reads pairs looks for them
+        return
+    named_files(texts, "--data", options.field)
 
 
 def _check_probes(options: Options) -> None:

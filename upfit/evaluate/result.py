@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from upfit.evaluate import tables
+from upfit.evaluate.encoder_decoder import tables as encoder_decoder
 from upfit.evaluate.interval import Interval
 from upfit.evaluate.measures import Ablation, Difference, Hardware, Speed, Subject, Text
 from upfit.evaluate.probes.summaries import Depths, Needle, Position
 from upfit.output import Output
-from upfit.results import Result
+from upfit.results import Result, absent
 
 ABOUT = ("command", "options", "versions", "date")  # the fields that are not measurements
 
@@ -30,6 +31,7 @@ class Evaluation(Result):
     options: the settings in force
     versions: of Python and of packages
     date: when, UTC
+    word_error_difference: of the word error rates, paired by recording
     """
 
     model: Subject
@@ -45,9 +47,13 @@ class Evaluation(Result):
     options: dict[str, Any]
     versions: dict[str, str]
     date: str
+    word_error_difference: Interval | None = absent()
 
     def show(self, output: Output) -> None:
         subjects = [self.model] + ([self.against] if self.against else [])
+        if self.data.examples:
+            encoder_decoder.show(subjects, self.data, self.difference, self.word_error_difference, output)
+            return
         tables.show_losses(subjects, self.data, output)
         if self.difference:
             tables.show_difference(self.difference, output)

@@ -1,6 +1,7 @@
 """Reads what the user gives, by what the model takes, into examples."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from upfit.examples.sound import read_recordings, sound_examples
 from upfit.examples.targets import Decoder, decoder_of
 from upfit.model_files import quiet_transformers
 from upfit.output import Output
-from upfit.text import file_documents, library_documents
+from upfit.text import Document, file_documents, library_documents
 from upfit.text.files import FIELD
 from upfit.text.tokenizer import load_tokenizer
 
@@ -30,12 +31,13 @@ def read_examples(
     field: str,
     count: int | None,
     output: Output,
+    own_text: Callable[[], list[Document]] = library_documents,
 ) -> Examples:
     """At most `count` examples (COUNT without) for the encoder-decoder in `folder`, spread over the files and folders `paths`.
 
     `flag` is what the paths were given by; `field` names the text of records, or two of them ("A,B"): the one that is read and
-    the one that is to be written. Without paths, models of text get the standard library of the running Python. What is left
-    out, and what stands in for something better, is noted on `output`.
+    the one that is to be written. Without paths, models of text get `own_text`, of the running Python. What is left out, and
+    what stands in for something better, is noted on `output`.
 
     Raises UpfitError for what cannot be read, and for a model that hears where there is no sound.
     """
@@ -59,7 +61,7 @@ def read_examples(
         examples = _pairs(files, fields, tokenizer, decoder, count, flag, output)
         return _whole("text pairs", examples, decoder, record | {"fields": fields.said})
     budget = count * LENGTH * BYTES_A_TOKEN * 2
-    documents = file_documents(paths, budget, flag, output, field) if paths else library_documents()
+    documents = file_documents(paths, budget, flag, output, field) if paths else own_text()
     examples, way = examples_of_text(documents, tokenizer, decoder, count, flag, output)
     return _whole("text pairs" if way == "copying" else "spans", examples, decoder, record | {"made": way})
 

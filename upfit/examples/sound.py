@@ -23,10 +23,9 @@ from upfit.examples.records import Record, read_records
 from upfit.examples.targets import Decoder, make, transcribed, whisper_prefix
 from upfit.model_files import quiet_transformers
 from upfit.output import Output
-from upfit.text.files import FIELD
+from upfit.text.files import FIELD, RECORDINGS
 from upfit.text.tokenizer import encode_texts
 
-METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_NAME = "file_name"
 TRANSCRIPTS = ("text", "transcription", "transcript", "sentence")
 LANGUAGE, DOCUMENT = "language", "document"  # fields that a recording may have
@@ -73,9 +72,9 @@ def _of_folder(name: str, flag: str, field: str) -> Iterator[Recording]:
         raise UpfitError(f"{flag} {name} is not here; {WANTED}")
     if not folder.is_dir():
         raise UpfitError(f"{flag} {name} is a file, and this model hears; {WANTED}")
-    metadata = next((folder / file for file in METADATA if (folder / file).is_file()), None)
+    metadata = next((folder / file for file in RECORDINGS if (folder / file).is_file()), None)
     if metadata is None:
-        raise UpfitError(f"{flag} {name} has no {METADATA[0]}; {WANTED}")
+        raise UpfitError(f"{flag} {name} has no {RECORDINGS[0]}; {WANTED}")
     empty = True
     for record in read_records(metadata):
         empty = False
@@ -179,7 +178,7 @@ def sound_examples(
     ear, examples, long = Ear(folder, config), list[Example](), list[Recording]()
     whisper = whisper_prefix(decoder, tokenizer, None) if not decoder.multilingual else True
     if decoder.multilingual and all(recording.language is None for recording in recordings):
-        output.note(f"the recordings' {METADATA[0]} tells no {LANGUAGE}: they are taken to be English (en)")
+        output.note(f"the recordings' {RECORDINGS[0]} tells no {LANGUAGE}: they are taken to be English (en)")
     with output.progress("hearing", len(recordings)) as meter:
         for recording in recordings:
             samples = read_sound(recording.path, ear.rate)

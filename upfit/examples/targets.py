@@ -45,7 +45,7 @@ def decoder_of(folder: Path, config: dict[str, Any], tokenizer: Any) -> Decoder:
         reads=limit(
             parsed, "max_encoder_position_embeddings", "max_source_positions", "max_position_embeddings", "n_positions"
         ),
-        writes=limit(text, "max_target_positions", "max_decoder_position_embeddings", "max_position_embeddings", "n_positions"),
+        writes=most_written(parsed),
         vocabulary=size if isinstance(size, int) else None,
         multilingual=bool(generation.get("is_multilingual", isinstance(size, int) and size >= MULTILINGUAL_VOCABULARY)),
     )
@@ -65,6 +65,12 @@ def start_of(parsed: Any, generation: dict[str, Any], tokenizer: Any) -> int | N
 def ends_with_language(tokenizer: Any) -> bool:
     ids = encode_texts(tokenizer, ["a"], add_special_tokens=True)["input_ids"][0]
     return tokenizer.eos_token_id in ids and ids[-1] != tokenizer.eos_token_id
+
+
+def most_written(parsed: Any) -> int:
+    """How many tokens the decoder takes, LONGEST at most."""
+    text = parsed.get_text_config(decoder=True)
+    return limit(text, "max_target_positions", "max_decoder_position_embeddings", "max_position_embeddings", "n_positions")
 
 
 def limit(parsed: Any, *names: str) -> int:

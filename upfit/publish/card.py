@@ -21,6 +21,7 @@ from upfit.report.measured import measured
 from upfit.report.page import Table
 from upfit.report.stages import outcome
 from upfit.report.story import Story, newest_evaluation
+from upfit.report.wording import amount
 
 BEGIN, END = "<!-- upfit:begin -->", "<!-- upfit:end -->"
 SAMPLE = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -92,7 +93,7 @@ class Card:
                 task_type="text-generation",
                 task_name="Text generation",
                 dataset_type="text",
-                dataset_name=f"{name}, {data['windows']} windows of {data['length']} tokens",
+                dataset_name=f"{name}, {amount(data)}",
                 dataset_args={"sha256": data["sha256"]},
                 metric_type=kind,
                 metric_name=label,

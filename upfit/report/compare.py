@@ -10,6 +10,7 @@ from upfit.report.result import Comparison, Group
 from upfit.report.stages import outcome
 from upfit.report.story import Story, gather, misshapen, newest_evaluation
 from upfit.report.subjects import called
+from upfit.report.wording import amount
 
 
 def compare(models: list[str]) -> Comparison:
@@ -23,7 +24,7 @@ def compare(models: list[str]) -> Comparison:
         with misshapen(find_source(model).path, []):
             newest = newest_evaluation(story.steps)
             data = newest["data"] if newest else None
-            title = f"{data['windows']} windows of {data['length']} tokens" if data else "Not measured (evaluate with --record)"
+            title = amount(data) if data else "Not measured (evaluate with --record)"
             group = groups.setdefault(data["sha256"] if data else None, Group(title, data, []))
             group.rows.append(_row(model, story, newest))
     return Comparison(list(groups.values()))

@@ -51,4 +51,11 @@ LOSS = "Loss is what the true next token costs the model: 0.1 nats more are 10 %
 def where(data: dict[str, Any]) -> str:
     """The text that was measured on (`data` of an answer of `upfit evaluate`), in words."""
     source = data["source"] if isinstance(data["source"], str) else ", ".join(data["source"])
-    return f"{data['windows']} windows of {data['length']} tokens from {data['documents']} documents ({source})"
+    return f"{amount(data)} from {data['documents']} documents ({source})"
+
+
+def amount(data: dict[str, Any]) -> str:
+    """How much was measured on: windows of text, or examples of what an encoder-decoder takes."""
+    if "examples" in data:
+        return f"{data['windows']} examples ({data['examples']})"
+    return f"{data['windows']} windows of {data['length']} tokens"

@@ -23,6 +23,7 @@ TEXT_SUFFIXES = frozenset({
     ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".r", ".jl", ".lua", *FORMS,
 })
 # fmt: on
+RECORDINGS = ("metadata.jsonl", "metadata.csv")  # in a folder of sound, as datasets lays out an AudioFolder
 HUB_DATA = re.compile(r"\w[\w.\-]*/\w[\w.\-]*(:[\w.\-]+)?")
 
 
@@ -79,6 +80,11 @@ def find_files(name: str, flag: str = "--data") -> list[Path]:
             f"{flag} {name} holds no text files ({' '.join(sorted(TEXT_SUFFIXES)[:6])} ...); name the files themselves"
         )
     return paths
+
+
+def holds_recordings(name: str) -> bool:
+    """Whether `name` is a folder of sound with transcripts."""
+    return any((Path(name).expanduser() / metadata).is_file() for metadata in RECORDINGS)
 
 
 def named_files(names: list[str], flag: str, field: str = FIELD) -> list[Path]:

@@ -1,0 +1,1 @@
+"""Encoder-decoders: the loss of what the decoder writes for what the encoder reads, both caches, and words that are heard."""
