@@ -13,7 +13,7 @@ from transformers import T5ForConditionalGeneration, WhisperForConditionalGenera
 
 from tests.folders import save_tiny
 from tests.test_examples import PAIRS, save_t5, write
-from tests.test_examples_sound import audio_folder, save_whisper
+from tests.test_examples_sound import LINES, audio_folder, save_whisper
 from upfit import api, provenance
 from upfit.checkpoint.reader import read_config
 from upfit.convert.conversion import Settings, convert
@@ -121,14 +121,16 @@ def test_data_tells_what_was_shown(t5: Path, pairs: Path) -> None:
     assert run(t5, pairs, windows=3).data.sha256 == data.sha256 != run(t5, pairs).data.sha256
 
 
-def test_words_are_those_that_a_greedy_loop_writes(whisper: Path, speech: Path) -> None:
+def test_words_are_those_that_a_greedy_loop_writes(whisper: Path, tmp_path: Path) -> None:
+    """Up to twice the true one's tokens and 16 more, whatever the others in the batch are."""
+    texts = [line | {"text": text} for line, text in zip(LINES, ("a", "bcdefg", "h"), strict=True)]
+    speech = audio_folder(tmp_path / "speech", texts)
     model: Any = WhisperForConditionalGeneration.from_pretrained(whisper).eval()
     shown = read_examples(whisper, read_config(whisper), [str(speech)], "--data", "text", None, QUIET).examples
     from upfit.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(whisper))
-    texts = transcribe(model, shown, tokenizer, 1, 2, METER)
-    for example, text in zip(shown, texts, strict=True):
+    for example, text in zip(shown, transcribe(model, shown, tokenizer, 1, 3, METER), strict=True):
         ids = example.decoder_ids[None, :2]
         features = {name: value[None] for name, value in example.keywords.items()}
         for _ in range(2 * len(example.labels) + 16):
@@ -235,6 +237,24 @@ def test_a_recorded_result_is_shown_by_report_and_compare(t5: Path, pairs: Path,
     page = (tmp_path / "page.html").read_text()
     assert "5 examples (text pairs)" in page
     assert "5 examples (text pairs)" in str(api.compare([str(out)]))
+
+
+def test_sound_is_heard_in_the_models_type(whisper: Path, speech: Path) -> None:
+    subject = run(whisper, speech, dtype="bfloat16").model
+    assert subject.dtype == "bfloat16" and subject.cache is not None and subject.cache.dtypes == ["bfloat16"]
+
+
+def test_losses_by_position_begin_at_the_first(t5: Path, tmp_path: Path) -> None:
+    """Of one example with four tokens, each quarter is a token."""
+    data = write(tmp_path / "one.jsonl", [{"source": "abc", "target": "def"}])
+    model: Any = T5ForConditionalGeneration.from_pretrained(t5).eval()
+    example = read_examples(t5, read_config(t5), [str(data)], "--data", "text", None, QUIET).examples[0]
+    with torch.no_grad():
+        logits = model(**{k: v[None] for k, v in example.keywords.items()}, decoder_input_ids=example.decoder_ids[None]).logits[
+            0
+        ]
+    losses = torch.nn.functional.cross_entropy(logits, example.labels, reduction="none").tolist()
+    assert run(t5, data).model.loss.nats_per_token_by_position == pytest.approx(losses, rel=1e-4)
 
 
 def test_the_counts_of_a_position_are_of_all_examples(t5: Path, pairs: Path) -> None:

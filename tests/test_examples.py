@@ -17,6 +17,7 @@ from upfit.errors import UpfitError
 from upfit.examples import Example, Examples, batches, kind_of, read_examples
 from upfit.examples.choose import draw
 from upfit.examples.from_text import masked
+from upfit.examples.pairs import fitted
 from upfit.output import Output
 
 SENTINELS = [AddedToken(f"<extra_id_{index}>") for index in range(20)]
@@ -200,6 +201,7 @@ def test_what_is_longer_than_the_model_is_cut_and_keeps_its_end(tmp_path: Path, 
     path = write(tmp_path / "pairs.jsonl", [{"source": "a" * 90, "target": "b" * 90}])
     example = read(folder, path, output=Output()).examples[0]
     assert (len(example.keywords["input_ids"]), len(example.decoder_ids), len(example.labels)) == (64, 64, 64)
+    assert fitted([3, 4, 5, 6, 1], 4) == [3, 4, 5, 1] and fitted([3, 4, 1], 4) == [3, 4, 1]
     assert "cut short: 1 of 1 pairs have more than 64 tokens to read, or 64 to write" in capsys.readouterr().err
 
 

@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from tests.folders import letter_tokenizer
+from tests.tiny import tiny_model
 from upfit.checkpoint.reader import read_config
 from upfit.errors import UpfitError
 from upfit.examples import Examples, batches, read_examples
@@ -233,3 +234,27 @@ def test_batches_run_and_padding_changes_nothing(whisper: Path, tmp_path: Path) 
 
     alone = torch.cat([logits(batch) for batch in batches(examples, config, 1)])
     torch.testing.assert_close(logits(whole[0]), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_another_family_hears_samples_by_its_own_processor(tmp_path: Path) -> None:
+    """What is shorter is filled up and masked; the decoder begins with its start, which is not written."""
+    from transformers import Wav2Vec2FeatureExtractor
+
+    model = tiny_model("moonshine")
+    model.save_pretrained(tmp_path / "model")
+    letter_tokenizer().save_pretrained(tmp_path / "model")
+    Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(tmp_path / "model")
+    speech, config = audio_folder(tmp_path / "speech"), read_config(tmp_path / "model")
+    examples = read(tmp_path / "model", speech).examples
+    assert [len(example.keywords["input_values"]) for example in examples] == [8000, 11200, 14400]
+    for line, example in zip(LINES, examples, strict=True):
+        start = config["decoder_start_token_id"]
+        assert example.decoder_ids[0] == start and letters(example.decoder_ids[1:].tolist()) == line["text"]
+        assert example.labels.tolist() == [*example.decoder_ids[1:].tolist(), 1]
+    batch = batches(examples, config, 10_000)[0]
+    assert batch.keywords["attention_mask"].sum(1).tolist() == [8000, 11200, 14400]
+    with torch.no_grad():
+        assert model(**batch.keywords).logits.shape[:2] == batch.keywords["decoder_input_ids"].shape
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    with pytest.raises(UpfitError, match="has no preprocessor_config.json, so what the model hears is not known"):
+        read(tmp_path / "model", speech)

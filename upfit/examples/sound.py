@@ -20,7 +20,7 @@ from upfit.examples.choose import draw
 from upfit.examples.kinds import of_family
 from upfit.examples.model_inputs import Example
 from upfit.examples.records import Record, read_records
-from upfit.examples.targets import Decoder, make, transcribed, whisper_prefix
+from upfit.examples.targets import Decoder, is_whispers, make, transcribed
 from upfit.model_files import quiet_transformers
 from upfit.output import Output
 from upfit.text.files import FIELD, RECORDINGS
@@ -176,8 +176,8 @@ def sound_examples(
 ) -> list[Example]:
     """Examples of the recordings. Those that are too long for the model are left out, which is noted on `output`."""
     ear, examples, long = Ear(folder, config), list[Example](), list[Recording]()
-    whisper = whisper_prefix(decoder, tokenizer, None) if not decoder.multilingual else True
-    if decoder.multilingual and all(recording.language is None for recording in recordings):
+    whisper = is_whispers(tokenizer)
+    if whisper and decoder.multilingual and all(recording.language is None for recording in recordings):
         output.note(f"the recordings' {RECORDINGS[0]} tells no {LANGUAGE}: they are taken to be English (en)")
     with output.progress("hearing", len(recordings)) as meter:
         for recording in recordings:

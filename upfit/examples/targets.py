@@ -112,11 +112,15 @@ def transcribed(
     return prefix + ids, [IGNORE] * (len(prefix) - 1) + [*ids, decoder.end]
 
 
+def is_whispers(tokenizer: Any) -> bool:
+    return set(WHISPER) <= tokenizer.get_vocab().keys()
+
+
 def whisper_prefix(decoder: Decoder, tokenizer: Any, language: str | None) -> list[int]:
     """The start of a transcript, its language and task where the model knows several, and that no times are wanted; [] for
     a tokenizer that is not Whisper's."""
     known = tokenizer.get_vocab()
-    if not set(WHISPER) <= known.keys():
+    if not is_whispers(tokenizer):
         return []
     middle = [f"<|{language or 'en'}|>", TRANSCRIBE] if decoder.multilingual else []
     for token in middle:
