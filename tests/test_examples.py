@@ -272,6 +272,31 @@ def test_others_write_what_they_read(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "the decoder writes the text that was read; text like what the model will serve" in capsys.readouterr().err
 
 
+def nllb(folder: Path) -> tuple[Path, Any]:
+    """A model that translates, its tokenizer made for three letters and all of NLLB's languages."""
+    from transformers import NllbTokenizer
+
+    words = ("<s>", "<pad>", "</s>", "<unk>", "▁", "a", "b", "c")
+    tokenizer: Any = NllbTokenizer(vocab={word: id for id, word in enumerate(words)}, merges=[], src_lang="eng_Latn")
+    ids = dict(vocab_size=300, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2)
+    return bart(folder, tokenizer, **ids), tokenizer
+
+
+def test_a_translation_is_in_the_languages_that_its_fields_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, tokenizer = nllb(tmp_path / "nllb")
+    english, french = tokenizer.convert_tokens_to_ids(["eng_Latn", "fra_Latn"])
+    path = write(tmp_path / "pairs.jsonl", [{"translation": {"eng_Latn": "ab", "fra_Latn": "c"}}])
+    for field, first, second in (("text", english, french), ("fra_Latn,eng_Latn", french, english)):
+        example = read(folder, path, field=field, output=Output()).examples[0]
+        assert example.keywords["input_ids"][0] == first and example.labels[0] == second and example.labels[-1] == 2
+        assert example.decoder_ids[:2].tolist() == [2, second]
+    assert "eng_Latn is read, fra_Latn is written; --field fra_Latn,eng_Latn turns it" in capsys.readouterr().err
+    unknown = read(folder, write(tmp_path / "pairs.jsonl", [{"source": "ab", "target": "c"}]), output=Output()).examples[0]
+    assert unknown.labels[0] == english and "both texts are taken to be eng_Latn" in capsys.readouterr().err
+    text = write(tmp_path / "text.jsonl", [{"text": "abc" * 10}])
+    assert read(folder, text).record["made"] == "copying"
+
+
 @pytest.mark.slow
 def test_without_files_the_standard_library_is_read(t5: Path) -> None:
     examples = read(t5, count=6)

@@ -136,11 +136,9 @@ def set_languages(tokenizer: Any, source: str, target: str, output: Output) -> N
 
 
 def known_languages(tokenizer: Any) -> set[str]:
-    for name in ("lang_code_to_id", "lang_code_to_token", "fairseq_tokens_to_ids"):
-        codes = getattr(tokenizer, name, None)
-        if isinstance(codes, dict):
-            return set(codes)
-    return {token for token in tokenizer.all_special_tokens if isinstance(token, str)}
+    """The codes that the tokenizer may know languages by: each family keeps them elsewhere."""
+    tables = [getattr(tokenizer, name, None) for name in ("lang_code_to_id", "lang_code_to_token")]
+    return {*tokenizer.all_special_tokens, *(code for table in tables if isinstance(table, dict) for code in table)}
 
 
 def pair_examples(
