@@ -21,7 +21,7 @@ from upfit.convert.recipe import get_recipe
 from upfit.errors import UpfitError
 from upfit.evaluate.encoder_decoder.words import count_errors, difference, normalised, transcribe
 from upfit.evaluate.evaluate import evaluate
-from upfit.evaluate.options import Options
+from upfit.evaluate.options import Options, check_data
 from upfit.evaluate.result import Evaluation
 from upfit.examples import read_examples
 from upfit.output import Meter, Output
@@ -201,6 +201,16 @@ def test_models_that_take_something_else_are_not_compared(t5: Path, whisper: Pat
         run(tmp_path / "llama", None, against=str(t5))
     with pytest.raises(UpfitError, match="there is no --data: noise and tones are no substitute"):
         run(whisper, None)
+
+
+def test_data_is_looked_for_before_a_model_is(tmp_path: Path) -> None:
+    (tmp_path / "speech").mkdir()
+    with pytest.raises(UpfitError, match="holds no text files"):
+        check_data(Options(data=[str(tmp_path / "speech")]))
+    (tmp_path / "speech" / "metadata.csv").write_text("file_name,said")
+    check_data(Options(data=[str(tmp_path / "speech")], field="said"))
+    with pytest.raises(UpfitError, match="nowhere is not here"):
+        check_data(Options(data=[str(tmp_path / "nowhere")]))
 
 
 def test_without_jiwer_the_extra_is_named(whisper: Path, speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from tests.folders import letter_tokenizer
+from tests.tiny import tiny_model
 from upfit.checkpoint.reader import read_config
 from upfit.errors import UpfitError
 from upfit.examples import Example, Examples, batches, kind_of, read_examples
@@ -295,6 +296,23 @@ def test_a_translation_is_in_the_languages_that_its_fields_name(tmp_path: Path, 
     assert unknown.labels[0] == english and "both texts are taken to be eng_Latn" in capsys.readouterr().err
     text = write(tmp_path / "text.jsonl", [{"text": "abc" * 10}])
     assert read(folder, text).record["made"] == "copying"
+
+
+def test_a_language_at_the_end_of_a_text_is_what_the_decoder_begins_with(tmp_path: Path) -> None:
+    """As mBART's own shifting has it."""
+    from transformers import MBartTokenizer
+    from transformers.models.mbart.modeling_mbart import shift_tokens_right
+
+    words = ("<s>", "<pad>", "</s>", "<unk>", "▁", "a", "b", "c")
+    vocabulary = [(word, -float(id)) for id, word in enumerate(words)]
+    tokenizer: Any = MBartTokenizer(vocab=vocabulary, src_lang="en_XX", tgt_lang="ro_RO")
+    ids = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=None)
+    folder = tmp_path / "mbart"
+    save(folder, tiny_model("mbart", vocab_size=60, max_position_embeddings=64, **ids), tokenizer)
+    example = read(folder, write(tmp_path / "pairs.jsonl", [{"en_XX": "ab", "ro_RO": "c"}]), field="en_XX,ro_RO").examples[0]
+    english, romanian = tokenizer.convert_tokens_to_ids(["en_XX", "ro_RO"])
+    assert example.labels[-2:].tolist() == [2, romanian] and example.keywords["input_ids"][-1] == english
+    assert torch.equal(shift_tokens_right(example.labels[None], 1)[0], example.decoder_ids)
 
 
 @pytest.mark.slow
