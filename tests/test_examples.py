@@ -306,7 +306,7 @@ def test_a_language_at_the_end_of_a_text_is_what_the_decoder_begins_with(tmp_pat
     words = ("<s>", "<pad>", "</s>", "<unk>", "▁", "a", "b", "c")
     vocabulary = [(word, -float(id)) for id, word in enumerate(words)]
     tokenizer: Any = MBartTokenizer(vocab=vocabulary, src_lang="en_XX", tgt_lang="ro_RO")
-    ids = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=None)
+    ids: dict[str, Any] = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=None)
     folder = tmp_path / "mbart"
     save(folder, tiny_model("mbart", vocab_size=60, max_position_embeddings=64, **ids), tokenizer)
     example = read(folder, write(tmp_path / "pairs.jsonl", [{"en_XX": "ab", "ro_RO": "c"}]), field="en_XX,ro_RO").examples[0]
