@@ -30,6 +30,8 @@ class Mask:
 
 MASKS = (
     Mask(r'"date": "[^"]*"', '"date": "2026-01-01T00:00:00+00:00"', "when a step was done"),
+    Mask(r'"seconds": \[[^\]]*\],\s*"memory": \d+', '"seconds": [1.5], "memory": 1', "what it would take"),
+    Mask(r"Would take about .*", "Would take", "what it would take"),
     Mask(rf'"(seconds|tokens_per_second)": {NUMBER}', r'"\1": 1.5', "how long it took"),
     Mask(r'"(\w+_tokens_per_s)": \{[^{}]*\}', r'"\1": {}', "how long prefill and decoding took"),
     Mask(r" in [\d.]+ s\b(?:, [\d.]+(?: [kMB])? tokens/s)?", " in 0 s", "how long it took, in words"),

@@ -17,11 +17,13 @@ import torch
 from tests.tiny import BUILDABLE, UNGROUPABLE, auto_class, runs, tiny_inputs, tiny_model
 from tests.tiny_data import DOES_NOT_RUN, MODEL_TYPES
 from upfit.architecture.adapter import adapt
-from upfit.architecture.layers import Architecture, bind
+from upfit.architecture.layers import Architecture, bind, open_model
 from upfit.architecture.table import table
+from upfit.calibration.estimate import block_of
 from upfit.checkpoint.execute import outline
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
+from upfit.convert.gqa.cost import aligned
 from upfit.convert.recipe import Recipe, find_recipes, outline_of
 from upfit.errors import UpfitError
 from upfit.options import check
@@ -118,6 +120,15 @@ def case_of(model_type: str, changes: dict[str, Any], scratch: Path) -> Case:
     with open_checkpoint(scratch / "source") as checkpoint:
         architecture = bind(checkpoint.config, checkpoint.tensors)
     return Case(model_type, scratch / "source", tiny_inputs(model), architecture, scratch)
+
+
+def test_what_a_fit_takes_can_be_estimated_of_every_layer(case: Case) -> None:
+    with open_checkpoint(case.folder) as checkpoint:
+        checkpoint, architecture = open_model(checkpoint)
+        blocks = [block_of(layer, checkpoint.tensors) for layer in architecture.layers]
+        attention = [sum(checkpoint.tensors[name].numel for name in layer.names.values()) for layer in architecture.layers]
+    assert all(block.weights >= own > 0 for block, own in zip(blocks, attention, strict=True))
+    assert all(aligned(block, 1, {32: 64.0}).products > 0 for block in blocks)
 
 
 def tensors(folder: Path) -> dict[str, str]:

@@ -137,6 +137,15 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def human_seconds(least: float, most: float) -> str:
+    """A stretch of time, as `20 to 60 s`, `3 to 9 min` or `1.5 to 4 h`, in the unit of its upper end."""
+    for unit, length in (("s", 1), ("min", 60), ("h", 3600)):
+        if most < 120 * length or unit == "h":
+            ends = [f"{end / length:.1g}" if end < 10 * length else f"{end / length:.0f}" for end in (least, most)]
+            return f"{ends[0]} to {ends[1]} {unit}" if ends[0] != ends[1] else f"{ends[0]} {unit}"
+    raise AssertionError("unreachable")
+
+
 def human_count(count: float) -> str:
     """`134515008` → `134.5 M`: parameters and tokens."""
     for unit in ("", " k", " M", " B"):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shlex
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,11 +18,12 @@ from upfit import provenance
 from upfit.architecture.grouped_class import is_grouped
 from upfit.architecture.layers import Architecture, bind, open_model
 from upfit.architecture.leftovers import Leftovers, left_over, settle
-from upfit.architecture.loading import structure_report
+from upfit.architecture.loading import pick_device, structure_report
 from upfit.architecture.names import name_map
 from upfit.architecture.planned import changed_layers, check_against_class, edit_dtype, output_bytes
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known, has_two_ways
+from upfit.calibration.estimate import Weights, Work, conversion_of, ends, this_machine
 from upfit.calibration.observe import Opaque
 from upfit.calibration.sample import check_texts
 from upfit.checkpoint.disk_errors import disk_errors
@@ -39,8 +41,8 @@ from upfit.checkpoint.source import Source, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.checkpoint.writer import write_shards
 from upfit.convert.recipe import MERGE, Fit, FitContext, Recipe, check_dtype, find_merge, outline_of
-from upfit.convert.result import Change, Conversion, Sensitivity, Unchecked, Verification
-from upfit.convert.verify import Promise, tolerance, verify
+from upfit.convert.result import Change, Conversion, Estimate, Sensitivity, Unchecked, Verification
+from upfit.convert.verify import MEMORY_FACTOR, Promise, tolerance, verify
 from upfit.errors import UpfitError
 from upfit.modeling.registry import family, is_own
 from upfit.options import as_flags, check
@@ -92,10 +94,12 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     Everything that can be refused is refused (UpfitError) before the first byte is written; `out` appears whole or not at
     all; the source is never touched.
     """
+    began = time.process_time()
     check(options)
     check_texts(getattr(options, "calibration", None), getattr(options, "field", FIELD))
     with _opened(source, out, options, recipe, settings, output) as (job, context, work, stream):
         preview: Sensitivity | dict[str, Any] | None = None
+        estimate = _estimate(job, context, began) if settings.dry_run else None
         if job.fit is not None and not settings.dry_run:
             with disk_errors(out):
                 job = _fitted(job, job.fit, context)
@@ -103,7 +107,7 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
             preview = _previewed(job.fit.preview, context)
         for note in job.plan.notes:
             output.note(note)
-        conversion = _summary(job, preview)
+        conversion = dataclasses.replace(_summary(job, preview), estimate=estimate)
         if work is not None:
             verification = _write(job, conversion, output, work, stream)
             conversion = dataclasses.replace(conversion, verify=verification or Unchecked())
@@ -379,6 +383,25 @@ def _summary(job: Job, sensitivity: Sensitivity | dict[str, Any] | None) -> Conv
 def _change(item: Planned, rule: Rule, checkpoint: Checkpoint) -> Change:
     before = checkpoint.passing.get(item.name)
     return Change(item.name, list(before.shape) if before else None, list(item.shape), rule.label)
+
+
+def _estimate(job: Job, context: FitContext, began: float) -> Estimate | None:
+    """What the conversion will take, this process's own work since `began` (and before, to start up) among it; None where that
+    is not known."""
+    if job.settings.stream or (job.fit is not None and (job.fit.work is None or pick_device() != "cpu")):
+        return None
+    start = min(time.process_time(), 2 * (time.process_time() - began))
+    try:
+        fit = job.fit.work(context) if job.fit is not None and job.fit.work is not None else Work()
+    except Opaque:
+        return None
+    numbers = [job.checkpoint.numel, sum(math.prod(item.shape) for item in job.planned)]
+    largest = max(job.planned, key=lambda item: math.prod(item.shape))
+    weights = Weights(numbers, [job.checkpoint.nbytes, sum(item.nbytes for item in job.planned)], largest.shape[0])
+    machine = this_machine(torch_dtype(largest.dtype))
+    compared = job.settings.verify and max(weights.nbytes) * MEMORY_FACTOR < machine.free
+    seconds, memory = conversion_of(fit, weights, machine, compared, job.settings.verify_bytes)
+    return Estimate(ends(start + seconds), int(float(f"{memory:.2g}")))
 
 
 def _verb(recipe: Recipe) -> str:

@@ -17,6 +17,7 @@ from upfit.output import Output
 if TYPE_CHECKING:
     from upfit.architecture.attention import Geometry
     from upfit.architecture.layers import Architecture
+    from upfit.calibration.estimate import Work
     from upfit.checkpoint.reader import Checkpoint
     from upfit.convert.result import Sensitivity
 
@@ -46,6 +47,8 @@ class Fit:
 
     `preview(context)` predicts, for a dry run, what each number of key/value heads would cost, or whatever else an attention
     can tell (a dictionary of its own, which goes into the answer as it is); None where nothing can be predicted.
+
+    `work(context)` counts what `run` takes, without running anything; None where nobody has counted it.
     """
 
     outline: Plan
@@ -53,6 +56,7 @@ class Fit:
     fallback: Callable[[str], Plan] | None = None
     preview: "Callable[[FitContext], Sensitivity | dict[str, Any]] | None" = None
     otherwise: str = ""
+    work: "Callable[[FitContext], Work] | None" = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from upfit.output import Output, cache_change, human_bytes, human_count
+from upfit.output import Output, cache_change, human_bytes, human_count, human_seconds
 from upfit.provenance import method_ran
 from upfit.results import Origin, Part, Result, absent
 
@@ -92,6 +92,22 @@ class Sensitivity(Part):
 
 
 @dataclass(frozen=True)
+class Estimate(Part):
+    """What a conversion takes on this machine where nothing else keeps it busy: a guess from shapes and one measured product.
+
+    seconds: least and most, s
+    memory: at its peak, bytes
+    """
+
+    seconds: list[float]
+    memory: int
+
+    def words(self) -> str:
+        memory = float(f"{self.memory / 1e9:.2g}")
+        return f"Would take about {human_seconds(*self.seconds)} and {memory:g} GB of memory here"
+
+
+@dataclass(frozen=True)
 class Unchecked(Part):
     """In the place of a verification: the result was not checked."""
 
@@ -134,6 +150,7 @@ class Conversion(Result):
     kv_heads: key/value heads of the layers that have most of them
     kv_bytes_per_token: key/value cache of all layers, bytes a token
     tensors: the tensors that are changed
+    estimate: of a dry run: what the conversion takes; None where nobody has counted it, and for a fit on a GPU
     sensitivity: of a dry run on text: predicted errors; of an attention that predicts something else, its own dictionary
     verify: what was checked; None for a dry run
     """
@@ -148,6 +165,7 @@ class Conversion(Result):
     kv_heads: list[int]
     kv_bytes_per_token: list[int]
     tensors: list[Change]
+    estimate: Estimate | None = absent()
     sensitivity: Sensitivity | dict[str, Any] | None = absent()
     verify: Verification | Unchecked | None = absent()
 
@@ -159,6 +177,8 @@ class Conversion(Result):
             f"{verb} {self.out}: {human_bytes(self.bytes[1])}, {human_count(self.parameters[1])} parameters{more}, "
             f"{cache_words(self.kv_heads, self.kv_bytes_per_token)}"
         )
+        if self.estimate is not None:
+            output.line(self.estimate.words())
         if isinstance(self.sensitivity, Sensitivity):
             _show_sensitivity(self.sensitivity, output)
         if self.dry_run:

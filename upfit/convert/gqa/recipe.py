@@ -15,6 +15,7 @@ from upfit.text.files import FIELD, FIELD_HELP
 if TYPE_CHECKING:
     from upfit.architecture.attention import Attention, Geometry, Layer
     from upfit.architecture.layers import Architecture
+    from upfit.calibration.estimate import Work
     from upfit.convert.gqa.choice import Choice
     from upfit.convert.result import Sensitivity
 
@@ -132,8 +133,13 @@ def _fit(options: Options, outline: Plan, fallback: "Callable[[str], Plan] | Non
 
         return predict(context, choice())
 
+    def work(context: FitContext) -> "Work":
+        from upfit.convert.gqa import cost
+
+        return cost.work(context, choice())
+
     shown = preview if options.calibration is not None else None
-    return Fit(outline, run, fallback, shown, otherwise="--method mean")
+    return Fit(outline, run, fallback, shown, otherwise="--method mean", work=work)
 
 
 def _aligned_rule(layer: "Layer", options: Options) -> Rule:

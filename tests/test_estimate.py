@@ -1,0 +1,119 @@
+"""What a dry run says of time and memory: it grows as the work does, and the work is what is really multiplied."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.folders import save_tiny
+from upfit.architecture.attention import Geometry
+from upfit.architecture.layers import open_model
+from upfit.calibration import estimate
+from upfit.calibration.estimate import Block, Machine, Weights, Work, block_of, conversion_of
+from upfit.checkpoint.reader import open_checkpoint
+from upfit.convert.conversion import Settings, convert
+from upfit.convert.gqa import cost, fit
+from upfit.convert.recipe import get_recipe
+from upfit.convert.result import Conversion
+from upfit.demo import embedded_model
+from upfit.output import Output, human_seconds
+
+QUIET = Output(quiet=True)
+BLOCK = Block(Geometry(8, 8, 32, 32), 500_000, 192, 512)
+WINDOWS = {512: 4000.0, 1024: 4000.0}
+MACHINE = Machine(rate=1e10, stored_rate=1e10, held=10**8, free=10**10)
+FAR = 2.5  # times that a count may be off: steps end when they gain nothing, and decompositions are not counted
+
+
+def run(source: Path, out: Path, recipe: str = "gqa", dry_run: bool = True, **options: Any) -> Conversion:
+    chosen = get_recipe(recipe)
+    return convert(chosen, str(source), out, chosen.options(**options), Settings(dry_run=dry_run, verify=False), QUIET)
+
+
+def test_more_work_takes_longer() -> None:
+    base = cost.aligned(BLOCK, 2, WINDOWS)
+    assert cost.aligned(BLOCK, 2, WINDOWS, refit=False).products < base.products
+    for wider in ({"mlp": 4096}, {"weights": 4_000_000}, {"hidden": 1024}, {"geometry": Geometry(32, 8, 32, 32)}):
+        more = cost.aligned(dataclasses.replace(BLOCK, **wider), 2, WINDOWS)
+        assert more.products > base.products and more.bytes > base.bytes
+    grown = cost.aligned(BLOCK, 2, {size: 10 * count for size, count in WINDOWS.items()})
+    fixed = cost.aligned(BLOCK, 2, {size: 1e-9 for size in WINDOWS})
+    assert grown.products - fixed.products == pytest.approx(10 * (base.products - fixed.products), rel=0.05)
+
+
+def test_a_fit_is_of_all_layers_and_holds_one_at_a_time() -> None:
+    assert Work(1.0, 5.0).then(Work(2.0, 4.0)) == Work(3.0, 5.0)
+
+
+def test_seconds_and_bytes_of_a_conversion() -> None:
+    weights = Weights([10**8, 10**8], [4 * 10**8, 4 * 10**8], 32_000)
+    alone = conversion_of(Work(), weights, MACHINE, compared=False, read_back=False)
+    assert alone == (pytest.approx(4 * 10**8 * estimate.SECONDS_A_BYTE), MACHINE.held)
+    back = conversion_of(Work(), weights, MACHINE, compared=False, read_back=True)
+    compared = conversion_of(Work(), weights, MACHINE, compared=True, read_back=True)
+    assert alone[0] < back[0] < compared[0] and compared[1] > MACHINE.held + max(weights.nbytes)
+    slow = dataclasses.replace(MACHINE, stored_rate=1e9)  # a type that is slow here is made wider
+    assert conversion_of(Work(), weights, slow, True, True)[0] == compared[0]
+    assert conversion_of(Work(), weights, slow, True, True)[1] > compared[1] + max(weights.nbytes) / 2
+    fitted = conversion_of(Work(1e12, 1e10), weights, MACHINE, compared=True, read_back=True)
+    assert fitted[0] == pytest.approx(compared[0] + 100) and fitted[1] == MACHINE.held + 1e10
+
+
+def test_the_block_around_an_attention(tmp_path: Path) -> None:
+    with open_checkpoint(embedded_model()) as checkpoint:
+        opened, architecture = open_model(checkpoint)
+        assert [block_of(layer, opened.tensors) for layer in architecture.layers] == [
+            Block(Geometry(8, 8, 32, 32), 4 * 192 * 256 + 3 * 192 * 512 + 2 * 192, 192, 512)
+        ] * 4
+
+
+@pytest.mark.slow
+def test_the_count_is_of_what_is_multiplied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[float] = []
+    real = fit.convert_layers
+
+    def counting(*arguments: object) -> None:
+        with FlopCounterMode(display=False) as counter:
+            real(*arguments)  # type: ignore[arg-type]
+        counts.append(counter.get_total_flops() / 2)
+
+    monkeypatch.setattr(fit, "convert_layers", counting)
+    for name, value in (("A_NUMBER", 0), ("A_LAYER", 0), ("A_DOUBLE", 1)):
+        monkeypatch.setattr(estimate, name, value)
+    (tmp_path / "text.txt").write_text("A line about many things that are not the same.\n" * 2000)
+    text = [str(tmp_path / "text.txt")]
+    run(embedded_model(), tmp_path / "out", dry_run=False, kv_heads=2, calibration=text, calibration_tokens="2k")
+    expected = 4 * cost.aligned(BLOCK, 2, {512: 1000.0, 1024: 1000.0}).products
+    assert expected / FAR < counts[0] < expected * FAR
+
+
+def test_a_dry_run_tells_both_where_they_are_counted(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    mean = run(source, tmp_path / "out", kv_heads=2, method="mean")
+    few, many = (run(source, tmp_path / "out", kv_heads=2, calibration_tokens=tokens) for tokens in ("1k", "10M"))
+    assert mean.estimate is not None and few.estimate is not None and many.estimate is not None
+    assert mean.estimate.seconds[0] < mean.estimate.seconds[1] < many.estimate.seconds[0]
+    assert 10**8 < mean.estimate.memory < 10**11 and many.estimate.memory > few.estimate.memory
+    assert json.loads(json.dumps(mean.record()))["estimate"] == mean.estimate.record()
+    lines = str(mean).splitlines()
+    assert lines[0].startswith("Would write") and lines[1] == mean.estimate.words()
+
+
+def test_nothing_is_told_of_a_fit_that_nobody_counted_or_of_what_was_written(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    assert run(source, tmp_path / "out", "diff", variant="split").estimate is None
+    assert run(source, tmp_path / "out", "diff", variant="v2").estimate is not None
+    written = run(source, tmp_path / "out", kv_heads=2, method="mean", dry_run=False)
+    assert written.estimate is None and "estimate" not in written.record()
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [((3.0, 9.0), "3 to 9 s"), ((20.0, 60.0), "20 to 60 s"), ((70.0, 200.0), "1 to 3 min"), ((5.0, 5.0), "5 s")]
+    + [((3000.0, 9000.0), "0.8 to 2 h"), ((1e5, 3e5), "28 to 83 h")],
+)
+def test_a_stretch_of_time_in_words(ends: tuple[float, float], words: str) -> None:
+    assert human_seconds(*ends) == words
