@@ -1,5 +1,6 @@
 """What is fetched of a hub model: small files, and of all its weights those that a loader reads."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, close_session, constants
 
 from tests.folders import save_tiny
-from tests.hub import Hub
+from tests.hub import Faults, Hub
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import find_source
 from upfit.errors import UpfitError
@@ -61,6 +62,21 @@ def test_only_what_the_index_names_is_fetched(hub: Hub, tmp_path: Path, shards: 
     assert not set(asked) & set(OTHERS)
     with open_checkpoint(found.path) as checkpoint:
         assert len(checkpoint.files) == len(list(source.glob("*.safetensors")))
+
+
+def test_a_failed_request_is_a_line_that_tells_of_the_next_try(hub: Hub, tmp_path: Path) -> None:
+    publish(hub, save_tiny(tmp_path / "source"))
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("huggingface_hub")
+    logger.addHandler(handler)
+    hub.faults = Faults(rate=1.0, kinds=(503,))
+    with pytest.raises(UpfitError):
+        find_source(REPO)
+    logger.removeHandler(handler)
+    assert any("[Retry 1/" in line for line in lines)
+    assert not [line for line in lines if hub.url in line]
 
 
 def test_shards_of_any_name_are_fetched(hub: Hub, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.publish import hub as client
+from upfit.publish.manifest import check_folder
 from upfit.publish.options import Options
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +236,24 @@ def test_refusals_are_one_line(
         push(str(folders / "gqa"), repo, LICENSED, None, QUIET)
     assert "\n" not in str(error.value) and (token is None or token not in str(error.value))
     assert not hub.repos
+
+
+def test_a_missing_token_is_told_before_the_weights_are_read(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    read: list[Path] = []
+
+    def noted(folder: Path) -> list[dict[str, Any]]:
+        read.append(folder)
+        return check_folder(folder)
+
+    monkeypatch.setattr("upfit.publish.manifest.check_folder", noted)
+    monkeypatch.setattr(client, "get_token", lambda: None)
+    with pytest.raises(UpfitError, match="no hub token found"):
+        push(str(folders / "gqa"), REPO, LICENSED, None, QUIET)
+    assert not read
+    push(str(folders / "gqa"), REPO, Options(license="mit", dry_run=True), None, QUIET)  # which takes no token
+    assert read
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 Every command that reads a model folder uses it. Knows nothing of tensors.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -121,12 +122,29 @@ def hub_errors(as_error: Callable[[str], UpfitError]) -> Iterator[None]:
 
     client: Any = HfHubHTTPError.__bases__  # what the client of the hub's library raises, whichever it is
     try:
-        yield
+        with one_line_a_try():
+            yield
     except UpfitError:
         raise
     except (*client, HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise as_error(reason) from error
+
+
+@contextmanager
+def one_line_a_try() -> Iterator[None]:
+    """Of what the hub's library says when a request fails in the block, the line that tells of the next try alone: the reason,
+    with the whole address, is in the error where no try helps."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+
+    def tells(record: logging.LogRecord) -> bool:
+        return "thrown while requesting" not in record.getMessage()
+
+    logger.addFilter(tells)
+    try:
+        yield
+    finally:
+        logger.removeFilter(tells)
 
 
 def teacher_source(folder: Path) -> Source | None:

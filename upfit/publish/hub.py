@@ -19,6 +19,7 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
+from upfit.checkpoint.source import one_line_a_try
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
 
@@ -29,10 +30,15 @@ NO_ANSWER = {"TransportError", "ConnectionError", "TimeoutError", "JSONDecodeErr
 LONGEST_WAIT = 120.0
 
 
-def connect() -> HfApi:
-    """The hub, with a token that it knows. Raises UpfitError without a token, with a wrong one, or without a network."""
+def check_token() -> None:
+    """Raise UpfitError where there is no token. The hub is not asked."""
     if get_token() is None:
         raise UpfitError("no hub token found; run `hf auth login`, or set HF_TOKEN to a token that may write")
+
+
+def connect() -> HfApi:
+    """The hub, with a token that it knows. Raises UpfitError without a token, with a wrong one, or without a network."""
+    check_token()
     api = HfApi()
     with refusals("the hub does not accept your token; run `hf auth login` again, or mend HF_TOKEN"):
         call(api.whoami, "asking the hub who you are")
@@ -113,7 +119,8 @@ def bars(output: Output) -> Iterator[Output]:
 def refusals(what: str) -> Iterator[None]:
     """What the hub refuses inside the block, as one line that begins with `what`."""
     try:
-        yield
+        with one_line_a_try():
+            yield
     except HfHubHTTPError as error:
         raise UpfitError(f"{what} ({_reason(error)})") from error
 

@@ -48,6 +48,8 @@ def push(model: str, repo: str, options: Options, ask: Ask | None, output: Outpu
     if options.card:
         options = replace(options, card=options.card.expanduser())
     check_options(options)
+    if not options.dry_run:
+        hub.check_token()  # before all weights are read
     parcels = [pack(folder, name, options) for folder, name in _places(Path(model).expanduser(), repo, options)]
     if options.card:
         card = parcels[0].files[CARD]
