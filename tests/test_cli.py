@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from tests.folders import save_tiny
+from upfit import provenance
 from upfit.architecture.listing import NOT_LOOKED_AT
+from upfit.cli.training import source_of
 from upfit.convert.result import Change, Verification, cache_words, change_rows, sanity_words
 from upfit.errors import UpfitError
 from upfit.options import as_flags, parse_count, parse_share, parse_size
@@ -170,3 +172,20 @@ def test_one_phrase_tells_what_became_of_a_cache(before: int, after: int) -> Non
     assert cache_words([2, 2], [before, after]) == phrase
     if before != after:
         assert card._step(step, 1)["texts"] == [f"{phrase}."] == sections._conversion(step, 1)[0].texts
+
+
+def test_the_source_of_an_uptrained_model_is_named_for_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name that was given where it still leads there, else by its place; a hub model with its revision."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").mkdir()
+
+    def named(**source: object) -> str:
+        steps = [provenance.step("convert gqa", {"revision": None, "path": None, **source}, {})]
+        provenance.write(tmp_path, steps)
+        return source_of(tmp_path)
+
+    assert source_of(tmp_path / "source") == "SOURCE"
+    assert named(name="source", path=str(tmp_path / "source")) == "source"
+    assert named(name="../elsewhere/source", path=str(tmp_path / "source")) == str(tmp_path / "source")
+    assert named(name="org/model", path=str(tmp_path / "source"), revision="abc") == "org/model@abc"
+    assert named(name="org/model") == "org/model"

@@ -70,7 +70,6 @@ CONVERT = {
     "MODEL out --max-shard-size big": "--max-shard-size got 'big'",
 }
 OF_ONE = {
-    "MODEL out --kv-heads 2": "for an attention; choose one of cope, diff, gqa, mqa, then give SRC and OUT",
     "gqa MODEL out --kv-heads 2 --method typo": "--method 'typo' is not known",
     "gqa MODEL out --kv-heads 2 --calibration ./nope": "--calibration ./nope is not here",
     "gqa MODEL out --kv-heads 2 --calibration-tokens x": NO_COUNT,
@@ -135,3 +134,10 @@ def test_a_hub_id_that_the_hub_does_not_give_imports_nothing_heavy(place: Path) 
 def test_flags_that_are_none_import_nothing_heavy(place: Path) -> None:
     status, told, heavy = run(["convert", "mqa", MODEL, "out", "--typo"], place)
     assert status == 2 and "--typo" in told and not heavy
+
+
+def test_an_attention_that_was_forgotten_is_an_error_of_usage(place: Path) -> None:
+    status, told, heavy = run(["convert", "here", "out", "--kv-heads", "2"], place)
+    words = " ".join(told.replace("│", " ").split())
+    assert status == 2 and not heavy
+    assert "got here for an attention; choose one of cope, diff, gqa, mqa, then give SRC and OUT" in words

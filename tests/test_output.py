@@ -1,10 +1,15 @@
 """What is printed while a command works."""
 
+import io
+
 import pytest
 from rich.progress import Progress
 
 from upfit import output
-from upfit.output import Meter, time_left
+from upfit.evaluate.interval import Interval
+from upfit.evaluate.measures import Difference
+from upfit.evaluate.tables import show_difference
+from upfit.output import Meter, Output, time_left
 
 
 @pytest.mark.parametrize(
@@ -45,3 +50,19 @@ def test_a_bar_begins_where_an_earlier_run_ended() -> None:
         assert bar.tasks[0].completed == 4 and bar.tasks[0].speed is None
         meter.advance(1)
         assert bar.tasks[0].completed == 5
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "printed"),
+    [
+        (1.2226, 1.1983, "1.223 [1.198, 1.247]"),
+        (1.00061, 1.00022, "1.0006 [1.0002, 1.0010]"),
+        (36.87, 31.93, "36.9 [31.9, 41.8]"),
+    ]
+    + [(1.0, 1.0, "1.000 [1.000, 1.000]"), (1.5, None, "1.500")],
+)
+def test_a_ratio_has_the_digits_that_its_interval_allows(mean: float, low: float | None, printed: str) -> None:
+    ratio = Interval(mean, low, None if low is None else 2 * mean - low)
+    text = io.StringIO()
+    show_difference(Difference("nats", nats_per_token=ratio, perplexity_ratio=ratio, bits_per_byte=ratio), Output(file=text))
+    assert text.getvalue().splitlines()[1].split(maxsplit=2)[2] == printed

@@ -12,7 +12,6 @@ from upfit import api
 from upfit.cli import early
 from upfit.cli.base import ANSWER, AROUND, CHECKS, PLACES, Field, Json, Overwrite, Quiet, Revision, app, show_result, with_flags
 from upfit.convert.recipe import NoOptions, Recipe, find_recipes
-from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.text.files import FIELD
 
@@ -39,6 +38,11 @@ Stream = Annotated[
         rich_help_panel=PLACES,
     ),
 ]
+BLIND = ("mean", "first", "random")  # of the methods that merge heads: those that look at no text
+ALIGNED_IS_BETTER = (
+    "Heads were merged without a look at what they do. Without --method they are aligned on text where the model can be "
+    "watched: that loses far less, and takes longer."
+)
 
 
 class Attentions(TyperGroup):
@@ -47,7 +51,7 @@ class Attentions(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             allowed = ", ".join(sorted(self.commands))
-            raise UpfitError(f"convert got {args[0]} for an attention; choose one of {allowed}, then give SRC and OUT")
+            ctx.fail(f"got {args[0]} for an attention; choose one of {allowed}, then give SRC and OUT")
         return super().resolve_command(ctx, args)
 
 
@@ -93,6 +97,8 @@ def _add_conversion(
         )
         output = Output(as_json, quiet)
         show_result(conversion, output)
+        if flags.get("method") in BLIND and conversion.kv_heads[0] > conversion.kv_heads[1]:
+            output.note(ALIGNED_IS_BETTER)
         if not dry_run:
             output.note(f"Next: upfit evaluate {conversion.out} --against {conversion.source.name}")
 

@@ -1,12 +1,13 @@
 """`upfit prepare`, `synth`, `plan` and `uptrain`: data, what training costs, and training."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from upfit import api
+from upfit import api, provenance
 from upfit.cli import early
 from upfit.cli.base import TRAIN, Field, Json, Overwrite, Quiet, Revision, app, show_result, with_flags
 from upfit.longcontext.options import Options as SynthOptions
@@ -102,7 +103,18 @@ def _uptrain(
         output = Output(as_json, quiet)
         show_result(answer, output)
         if not answer.stopped:
-            output.note(f"Next: upfit evaluate {out} --against SOURCE")
+            output.note(f"Next: upfit evaluate {shlex.quote(str(out))} --against {shlex.quote(source_of(out))}")
+
+
+def source_of(out: Path) -> str:
+    """The model that the one in `out` was converted from, as a command names it; SOURCE where its history tells of none."""
+    source = provenance.teacher(out.expanduser())
+    if source is None:
+        return "SOURCE"
+    name, path = source["name"], source.get("path")
+    if path and Path(path).is_dir() and not source["revision"]:
+        return name if Path(name).expanduser().is_dir() else path  # it may have been named from another folder
+    return f"{name}@{source['revision']}" if source["revision"] else name
 
 
 app.command("uptrain", rich_help_panel=TRAIN)(with_flags(_uptrain, UptrainConfig, "uptrain", unset=True))

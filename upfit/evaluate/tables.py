@@ -1,5 +1,6 @@
 """The result of `upfit evaluate` as tables. Probes come as pairs of a model's name and what was found of it."""
 
+import math
 from typing import Any
 
 from upfit.evaluate.interval import Interval
@@ -35,9 +36,16 @@ def show_losses(subjects: list[Subject], data: Text, output: Output) -> None:
 def show_difference(difference: Difference, output: Output) -> None:
     if difference.nats_per_token is not None and difference.perplexity_ratio is not None:
         output.line(f"Difference (paired): {difference.nats_per_token.half_width(4)} nats per token")
-        output.line(f"Perplexity ratio:    {difference.perplexity_ratio.ends(4)}")
+        output.line(f"Perplexity ratio:    {difference.perplexity_ratio.ends(_digits(difference.perplexity_ratio))}")
     else:
         output.line(f"Difference (paired): {difference.bits_per_byte.half_width(4)} bits per byte")
+
+
+def _digits(interval: Interval) -> int:
+    """Decimals that show two figures of the half width of an interval, at most four; three where there is none."""
+    if interval.low is None or not interval.low < interval.mean:
+        return 3
+    return min(4, max(0, 1 - math.floor(math.log10(interval.mean - interval.low))))
 
 
 def show_caches(subjects: list[Subject], output: Output) -> None:
