@@ -42,7 +42,7 @@ class Checkout:
         return done.stdout
 
     def upfit(self, command: str) -> str:
-        return self.run(self.python, "-m", *command.split())
+        return self.run(self.python, "-m", *shlex.split(command))
 
 
 def commit(folder: Path, message: str) -> None:
