@@ -225,6 +225,22 @@ def test_a_finished_run_whose_teacher_went_away_stays_finished(shop: Workshop, t
     assert shop.run(tmp_path / "out", tokens="256", teacher=str(teacher), resume=True).holdout == report.holdout
 
 
+def test_a_finished_run_whose_data_went_away_stays_finished(shop: Workshop, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(shop.data, tmp_path / "data"))
+    words = ["uptrain", str(shop.student), str(data), str(tmp_path / "out"), "--tokens", "256", "--length", "32"]
+    words += ["--batch-tokens", "128", "--resume", "--json"]
+    first = CliRunner().invoke(app, words)
+    shutil.rmtree(data)
+    again = CliRunner().invoke(app, words)
+    assert (first.exit_code, again.exit_code) == (0, 0) and json.loads(first.stdout) == json.loads(again.stdout)
+    for others in (["--tokens", "512"], ["--overwrite"]):  # these are to be trained
+        with pytest.raises(UpfitError, match="no manifest.json"):
+            CliRunner().invoke(app, [*words, *others], catch_exceptions=False)
+    words[2] = str(tmp_path / "others")
+    with pytest.raises(UpfitError, match="no manifest.json"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+
+
 @pytest.mark.slow
 def test_finished_already_on_the_command_line(shop: Workshop, tmp_path: Path) -> None:
     words = ["uptrain", str(shop.student), str(shop.data), str(tmp_path / "out"), "--tokens", "256", "--length", "32"]

@@ -18,6 +18,7 @@ from upfit.checkpoint.output_folder import resolved
 from upfit.checkpoint.source import Source, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.durable import remove_tree, rename_new, sync_tree
+from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.uptrain.config import Config, check, dump
 from upfit.uptrain.data.open_data import Data, open_data
@@ -26,7 +27,7 @@ from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.export import export
 from upfit.uptrain.model.parallel import gathered, mesh_of
 from upfit.uptrain.run.checkpointing import one_line, watch_for_signals
-from upfit.uptrain.run.finished import finished_run, finished_stage, together
+from upfit.uptrain.run.finished import finished_run, finished_stage, learned_answers, together
 from upfit.uptrain.run.job import CONFIG_FILE, Job
 from upfit.uptrain.run.loop import measure, train
 from upfit.uptrain.run.result import Rollback, Uptraining
@@ -61,17 +62,19 @@ def uptrain(
     called, out = str(out), resolved(out)
     source = find_source(model)
     provenance.read(source.path)  # it is gone on with at the very end
-    opened = [open_data(stage.data, source, stage.config) for stage in stages]
-    named = default_stages(config, source, mesh_of(config).shards > 0) if opened[0].contexts is None else None
+    opened = _open_if_there(stages, source, data, resume and not overwrite)
+    on_text = opened[0].contexts is None if opened is not None else not learned_answers(out)
+    named = default_stages(config, source, mesh_of(config).shards > 0) if on_text else None
     if named is not None:
         output.note(f"stages: {named} (see upfit uptrain --help; --stages names others)")
         config = replace(config, stages=named)
         stages = split(config, tables or {}, data)
-        opened *= len(stages)
+        opened = opened and opened * len(stages)
     done = finished_run(out, stages, opened, source) if resume and not overwrite else None
     if done is not None:
         output.note(f"{out} is finished already, by the same run: nothing is left to do")
         return replace(done, out=called)
+    opened = opened or _open(stages, source)
     check_first(out, source, stages, opened, overwrite)
     accelerator = make_accelerator(config, out)
     job = Job(source, opened[0].record()["folder"], out, config, tables or {}, resume, overwrite)
@@ -83,6 +86,20 @@ def uptrain(
             reports.append(one_stage(accelerator, job, stage, folder, StageFolder(out, stages, number), output, stop, work))
         leave(accelerator)
     return replace(together(reports, len(stages)), out=called)
+
+
+def _open(stages: list[Stage], source: Source) -> list[Data]:
+    return [open_data(stage.data, source, stage.config) for stage in stages]
+
+
+def _open_if_there(stages: list[Stage], source: Source, data: str, resume: bool) -> list[Data] | None:
+    """The data of each stage; None where a run is resumed, which may be finished, and they are gone."""
+    try:
+        return _open(stages, source)
+    except UpfitError:
+        if not resume or Path(data).expanduser().exists():
+            raise
+        return None
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """What is finished already, a run or a stage of one. `--resume` answers with it, so that a job script can always pass
 `--resume`.
 
-Names and settings are not enough: the model, its teacher and the data must have the content that was trained from. Nothing is
-written here.
+Names and settings are not enough: the model, and where they still are its teacher and the data, must have the content that was
+trained from. Nothing is written here.
 """
 
 from dataclasses import replace
@@ -22,22 +22,34 @@ from upfit.uptrain.stages import Stage
 SAME_OR_ANEW = "resume with the same, or start anew with --overwrite"
 
 
-def finished_run(out: Path, stages: list[Stage], opened: list[Data], source: Source) -> Uptraining | None:
-    """The report of the run that made `out`, if it was of these stages, on this data, from this model; else None.
+def finished_run(out: Path, stages: list[Stage], opened: list[Data] | None, source: Source) -> Uptraining | None:
+    """The report of the run that made `out`, if it was of these stages, on this data, from this model; else None. `opened` is
+    None where the data are gone: then it was on what was called so.
 
     A signal's mark in the work folder tells that a later run was stopped: that one is not finished.
     """
     if StageFolder(out, stages, 1).mark.exists():
         return None
-    try:
-        with open_checkpoint(out):
-            steps = [step for step in provenance.read(out) if step["verb"] != "evaluate"]  # may have been recorded since
-    except UpfitError:
-        return None
-    entries = steps[-len(stages) :]
-    if len(entries) != len(stages) or not all(map(_made, entries, stages, opened)) or not _learned(entries, source):
+    entries = _steps(out)[-len(stages) :]
+    data: list[Data | None] = [*opened] if opened is not None else [None] * len(stages)
+    if len(entries) != len(stages) or not all(map(_made, entries, stages, data)) or not _learned(entries, source):
         return None
     return together(list(map(_report, entries)), len(stages))
+
+
+def learned_answers(out: Path) -> bool:
+    """Whether the last training of what stands in `out` was on questions."""
+    steps = _steps(out)
+    return bool(steps) and "items" in (steps[-1].get("data") or {})
+
+
+def _steps(out: Path) -> list[dict[str, Any]]:
+    """The history of a model that is whole, but for evaluations, which may have been recorded since; empty where none is."""
+    try:
+        with open_checkpoint(out):
+            return [step for step in provenance.read(out) if step["verb"] != "evaluate"]
+    except UpfitError:
+        return []
 
 
 def finished_stage(stage_folder: StageFolder, stage: Stage, data: Data, start: Source) -> Uptraining | None:
@@ -67,11 +79,16 @@ def _report(entry: dict[str, Any]) -> Uptraining:
     return Uptraining.read({"stopped": False, "stage": entry["stage"], **entry["measurements"]})
 
 
-def _made(entry: dict[str, Any], stage: Stage, data: Data) -> bool:
-    """Whether a step of recipe.json is of this stage, on this data."""
+def _made(entry: dict[str, Any], stage: Stage, data: Data | None) -> bool:
+    """Whether a step of recipe.json is of this stage, on this data; without any, on what was called as the stage calls it."""
     if entry["verb"] != "uptrain" or stage.name not in (None, entry.get("stage")):
         return False
-    return stage.agrees(entry["options"]) and (entry.get("data") or {}).get("fingerprint") == data.fingerprint
+    record = entry.get("data") or {}
+    if data is None:
+        same = record.get("folder") == str(Path(stage.data).expanduser().resolve())
+    else:
+        same = record.get("fingerprint") == data.fingerprint
+    return same and stage.agrees(entry["options"])
 
 
 def _learned(entries: list[dict[str, Any]], source: Source) -> bool:
