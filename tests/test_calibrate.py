@@ -21,7 +21,8 @@ from upfit.calibration.observe import Seen
 from upfit.calibration.result import Calibration
 from upfit.calibration.statistics import Rows, add, observe
 from upfit.calibration.statistics_file import fingerprint, open_statistics, read_metadata
-from upfit.calibration.traits import AttentionTraits, probe_attention, watch
+from upfit.calibration.traits import AttentionTraits, probe_attention
+from upfit.calibration.watch import Place, watch
 from upfit.checkpoint import content
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.safetensors_header import read_header
@@ -29,6 +30,7 @@ from upfit.cli import app
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.errors import UpfitError
+from upfit.examples.model_inputs import ModelInputs
 from upfit.output import Output
 from upfit.provenance import method_ran
 from upfit.publish.card import Card
@@ -79,12 +81,13 @@ def test_pieces_add_up(model: Path) -> None:
     """The sums of a window watched in two pieces of its rows equal those of one piece."""
     with open_checkpoint(model) as checkpoint:
         architecture = bind(checkpoint.config, checkpoint.tensors)
-        stream = LayerwiseModel(checkpoint, architecture, [torch.arange(96).reshape(2, 48) % 100])
+        stream = LayerwiseModel(checkpoint, architecture, [ModelInputs({"input_ids": torch.arange(96).reshape(2, 48) % 100})])
         stream.load(0)
         block, batch = stream.blocks[0], stream.batches[0]
         assert batch.hidden is not None
-        traits, _ = probe_attention(block, architecture.entry, architecture.layers[0].geometry, batch.hidden, batch.calls[0])
-        seen = watch(block, batch.hidden, batch.calls[0], ()).seen
+        place = Place(block, block.attentions[0], architecture.entry, architecture.layers[0].geometry)
+        traits, _ = probe_attention(place, batch.hidden, batch.calls[0])
+        seen = watch(place, batch.hidden, batch.calls[0], ()).seen
     rows = torch.arange(0, 48, 3)
     whole = observe(seen, traits, [Rows(rows, 48)])
     pieces: dict[str, torch.Tensor] = {}

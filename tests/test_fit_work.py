@@ -34,7 +34,7 @@ def walk(folder: Path, identity: dict[str, Any] = IDENTITY) -> list[int]:
         hidden = (hidden * 1.7 + index).sin()
         if index != 2:  # one without an attention
             tensors = {"w": (hidden * 2).contiguous(), "b": hidden[0].clone()}
-            work.add(index, f"layers.{index}", {"error": float(hidden.sum())}, {}, tensors)
+            work.add(f"layers.{index}", {"error": float(hidden.sum())}, {}, tensors)
         work.keep(index + 1, LAYERS, {"hidden": hidden} if index + 1 < LAYERS else None)
     return run
 
@@ -136,7 +136,7 @@ def test_other_work_is_begun_anew_and_other_files_are_left(tmp_path: Path, monke
 def test_without_room_the_earlier_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A state is kept only where it leaves room for the layers to come, without which there would be no result at all."""
     work, full = FitWork(tmp_path, IDENTITY), torch.ones(1000)
-    work.add(0, "layers.0", {}, {}, {"w": full})
+    work.add("layers.0", {}, {}, {"w": full})
     work.keep(1, LAYERS, {"hidden": full})
     layer = (tmp_path / "layer-00000.safetensors").stat().st_size
     for short, kept in ((1, 1), (0, 2)):

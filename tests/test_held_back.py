@@ -12,8 +12,8 @@ import pytest
 
 from tests.folders import save_tiny
 from upfit.calibration import ridge
-from upfit.calibration.sample import Sample, sample_for
-from upfit.calibration.traits import FEW
+from upfit.calibration.residual import FEW
+from upfit.calibration.sample import Sample, text_sample
 from upfit.convert import fitting
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa import fit_scores, fit_values, merge_layer
@@ -64,7 +64,7 @@ def test_nothing_is_fitted_on_held_back_windows(tmp_path: Path, monkeypatch: pyt
     save_tiny(tmp_path / "model")
     weights, layers = fitted(tmp_path, name, "plain")
     for held in (True, False):
-        monkeypatch.setattr(fitting, "sample_for", lambda *words, held=held: with_other_text(sample_for(*words), held))
+        monkeypatch.setattr(fitting, "sample_for", lambda *words, held=held: with_other_text(text_sample(*words), held))
         other, other_layers = fitted(tmp_path, name, f"other {held}")
         assert (other == weights) == held
         assert other_layers != layers, "errors are measured on held-back windows"

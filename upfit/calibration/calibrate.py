@@ -18,14 +18,12 @@ from torch import Tensor
 from upfit.architecture.layers import Architecture, open_model
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known
+from upfit.calibration.example_sample import ExampleSample, stored_examples
 from upfit.calibration.gather import LayerSums, gather_layer
 from upfit.calibration.observe import Opaque
 from upfit.calibration.result import Calibration
-from upfit.calibration.sample import (
-    Sample,
-    check_texts,
-    sample_for,
-)
+from upfit.calibration.sample import Sample, check_texts
+from upfit.calibration.sample_for import sample_for
 from upfit.calibration.statistics import ROWS
 from upfit.calibration.statistics_file import check_statistics, fingerprint, metadata, traits_from
 from upfit.calibration.teacher_student import open_pair
@@ -77,9 +75,13 @@ def calibrate(
             sample = sample_for(source.path, checkpoint, texts, tokens, length, output, field)
         except Opaque as reason:
             raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
-        output.note(f"calibrating on {sample.tokens:,} tokens in windows of {' and '.join(map(str, sorted(sample.windows)))}")
+        output.note(f"calibrating on {sample.tokens:,} tokens in {_shown(sample)}")
         model_hash = fingerprint(checkpoint)
-        settings = {"model": model_hash, "text": sample.text, "rows": ROWS}
+        settings = {
+            "model": model_hash,
+            "text": sample.text,
+            "rows": ROWS,
+        }
         with work_folder(out, "calibrate", overwrite, check=check_statistics) as work:
             work.claim(settings, overwrite)
             layers = FinishedLayers(work.folder("layers"))
@@ -96,12 +98,18 @@ def calibrate(
         out=str(out),
         bytes=out.stat().st_size,
         tokens=sample.tokens,
-        windows={length: len(rows) for length, rows in sample.windows.items()},
+        windows={} if isinstance(sample, ExampleSample) else {length: len(rows) for length, rows in sample.windows.items()},
         layers=len(traits) - len(opaque),
         not_watched=opaque,
         seconds=time.monotonic() - began,
         called=called,
     )
+
+
+def _shown(sample: Sample | ExampleSample) -> str:
+    if isinstance(sample, ExampleSample):
+        return f"{len(sample.fitted) + len(sample.held)} examples"
+    return f"windows of {' and '.join(map(str, sorted(sample.windows)))}"
 
 
 class FinishedLayers:
@@ -125,12 +133,14 @@ class FinishedLayers:
     def hidden_file(self, index: int) -> Path:
         return self.folder / f"hidden-{index:05d}.safetensors"
 
-    def keep(self, index: int, layer: LayerSums | None, hidden: list[Tensor]) -> None:
+    def keep(self, index: int, attentions: list[LayerSums], hidden: list[Tensor]) -> None:
         """Layer `index` is done. Whatever is killed in here, `state.json` names files that are whole."""
         content = self.read()
-        if layer is not None:
-            save_file({f"{layer.path}/{name}": tensor for name, tensor in layer.sums.items()}, self.layer_file(index))
-            content["facts"][layer.path] = layer.traits if isinstance(layer.traits, str) else asdict(layer.traits)
+        if attentions:
+            sums = {f"{each.path}/{name}": tensor for each in attentions for name, tensor in each.sums.items()}
+            save_file(sums, self.layer_file(index))
+        for each in attentions:
+            content["facts"][each.path] = each.traits if isinstance(each.traits, str) else asdict(each.traits)
         save_file({str(number): tensor.contiguous() for number, tensor in enumerate(hidden)}, self.hidden_file(index + 1))
         self._write(content | {"next": index + 1})
         self.hidden_file(index).unlink(missing_ok=True)
@@ -141,7 +151,11 @@ class FinishedLayers:
 
 
 def _gather(
-    checkpoint: Checkpoint, architecture: Architecture, sample: Sample, work: FinishedLayers, output: Output
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    sample: Sample | ExampleSample,
+    work: FinishedLayers,
+    output: Output,
 ) -> dict[str, AttentionTraits | str]:
     model, batches = open_pair(checkpoint, architecture, sample)
     start = work.read()["next"]
@@ -152,22 +166,26 @@ def _gather(
     with output.progress("calibrating", len(model.blocks)) as meter:
         meter.start_at(start)
         for index in range(start, len(model.blocks)):
-            layer = gather_layer(model, architecture, index, batches)
-            work.keep(index, layer, [batch.teacher for batch in batches])
-            meter.advance(1, layer.path if layer else "")
+            attentions = gather_layer(model, architecture, index, batches)
+            work.keep(index, attentions, [batch.teacher for batch in batches])
+            meter.advance(1, attentions[-1].path if attentions else "")
     traits = work.read()["facts"]
     return {path: value if isinstance(value, str) else traits_from(value) for path, value in traits.items()}
 
 
-def _join(work: FinishedLayers, result: Path, sample: Sample, header: dict[str, str]) -> None:
-    """Put windows and layers into the file `result`, a tensor at a time."""
-    windows = {f"windows.{length}": rows.int() for length, rows in sorted(sample.windows.items())}
+def _join(work: FinishedLayers, result: Path, sample: Sample | ExampleSample, header: dict[str, str]) -> None:
+    """Put what was shown and layers into the file `result`, a tensor at a time."""
+    shown = (
+        stored_examples(sample)
+        if isinstance(sample, ExampleSample)
+        else {f"windows.{length}": rows.int() for length, rows in sorted(sample.windows.items())}
+    )
     infos = [info for path in sorted(work.folder.glob("layer-*.safetensors")) for info in read_header(path)]
-    listed = [(name, safetensors_dtype_of(rows), tuple(rows.shape), rows.nbytes) for name, rows in windows.items()]
+    listed = [(name, safetensors_dtype_of(rows), tuple(rows.shape), rows.nbytes) for name, rows in shown.items()]
     listed += [(info.name, info.dtype, info.shape, info.nbytes) for info in infos]
     with result.open("wb") as file:
         file.write(encode_header(listed, header))
-        for rows in windows.values():
+        for rows in shown.values():
             file.write(rows.contiguous().numpy().tobytes())
         for info in infos:
             for piece in _pieces(info.file, info.start, info.end):
@@ -175,7 +193,8 @@ def _join(work: FinishedLayers, result: Path, sample: Sample, header: dict[str, 
 
 
 def safetensors_dtype_of(tensor: Tensor) -> str:
-    return "I32" if tensor.dtype == torch.int32 else safetensors_dtype(tensor.dtype)
+    integers = {torch.int32: "I32", torch.int64: "I64"}
+    return integers.get(tensor.dtype) or safetensors_dtype(tensor.dtype)
 
 
 def _pieces(path: Path, start: int, end: int, size: int = 16 * 2**20) -> Iterator[bytes]:

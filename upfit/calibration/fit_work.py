@@ -96,9 +96,9 @@ class FitWork:
             strides = json.loads(file.metadata()["strides"])
             return {name: _laid_out(file.get_tensor(name), strides[name]) for name in file.keys()}  # noqa: SIM118
 
-    def add(self, index: int, layer: str, record: dict[str, Any], extra: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Layer `index` of the model was fitted: write its tensors. The next run knows of it after `keep`."""
-        name = f"layer-{index:05d}.safetensors" if tensors else None
+    def add(self, layer: str, record: dict[str, Any], extra: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """A layer was fitted: write its tensors. The next run knows of it after `keep`."""
+        name = f"layer-{len(self.progress.layers):05d}.safetensors" if tensors else None
         sha256 = self._write(name, lambda path: save_file(tensors, path)) if name else None
         self.progress.layers.append(Entry(layer, record, extra, list(tensors), name, sha256))
 

@@ -21,27 +21,37 @@ class LayerSums:
     sums: dict[str, Tensor]
 
 
-def gather_layer(model: LayerwiseModel, architecture: Architecture, index: int, batches: list[PairedBatch]) -> LayerSums | None:
-    """Run one layer over the teacher's batches, which move on; its statistics, or None for one without key/value heads."""
+def gather_layer(model: LayerwiseModel, architecture: Architecture, index: int, batches: list[PairedBatch]) -> list[LayerSums]:
+    """Run one layer over the teacher's batches, which move on; the statistics of each of its attentions that has key/value
+    heads."""
     block = model.blocks[index]
     model.load(index)
-    layer = {layer.path: layer for layer in architecture.layers}.get(block.attention_path) if block.attention else None
-    result = None if layer is None else _gather(LayerPair(model, index, layer, architecture.entry, batches, block.module))
-    if result is None or isinstance(result.traits, str):
+    paths = {f"{block.path}.{attention}" for attention in block.attentions}
+    own = [layer for layer in architecture.layers if layer.path in paths]
+    results, outputs = [], list[Tensor]()
+    for layer in own:
+        sums, outputs = _gather(LayerPair(model, index, layer, architecture.entry, batches, block.module))
+        results.append(sums)
+    if outputs:
+        for batch, output in zip(batches, outputs, strict=True):
+            batch.teacher = output
+    else:
         pass_by(block.module, index, batches, alone=True)
     model.empty(block.module)
-    return result
+    return results
 
 
-def _gather(pair: LayerPair) -> LayerSums:
-    """The statistics of a layer, through which the batches have moved, unless it cannot be watched."""
+def _gather(pair: LayerPair) -> tuple[LayerSums, list[Tensor]]:
+    """The statistics of an attention and the layer's outputs; none of both where it cannot be watched."""
     try:
         traits, _ = pair.probe()
     except Opaque as reason:
-        return LayerSums(pair.layer.path, str(reason), {})
+        return LayerSums(pair.layer.path, str(reason), {}), []
     sums: dict[str, Tensor] = {}
+    outputs = []
     for batch, watched, rows in pair.watch(rows=ROWS):
         if not batch.held:
             add(sums, observe(watched.seen, traits, rows))
-        batch.teacher = watched.output
-    return LayerSums(pair.layer.path, traits, {name: tensor.float().cpu().contiguous() for name, tensor in sums.items()})
+        outputs.append(watched.output)
+    stored = {name: tensor.float().cpu().contiguous() for name, tensor in sums.items()}
+    return LayerSums(pair.layer.path, traits, stored), outputs

@@ -1,4 +1,5 @@
-"""Runs a model layer by layer over token windows, with the weights of one layer in memory.
+"""Runs a model layer by layer over what it takes, with the weights of one layer in memory. Of an encoder-decoder the layers are
+those of the decoder: the encoder has run before them.
 
 The model's own code runs, whatever its family: its forward is called once with the layers replaced by stubs, which tells what
 each layer is given besides the hidden states (positions, masks); then the layers are called one after the other on hidden
@@ -6,6 +7,8 @@ states that are kept between them. Attention goes through a function of ours in 
 queries, keys and values can be seen as the attention sees them.
 """
 
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +22,7 @@ from upfit.architecture.meta_model import build_on_meta, quiet_transformers
 from upfit.architecture.names import name_map
 from upfit.calibration.observe import NAME, Call, Opaque, Stop, register
 from upfit.checkpoint.reader import Checkpoint
+from upfit.examples.model_inputs import ModelInputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,45 +50,47 @@ def observed_model(config: dict[str, Any], device: str = "cpu") -> "PreTrainedMo
     register()
     with _parameters_on_meta(), torch.device(device):
         model = build_on_meta(config, meta=False)
-    for module in model.modules():
-        if hasattr(module, "config") and hasattr(module.config, "_attn_implementation_internal"):
-            module.config._attn_implementation_internal = NAME
+    owners: list[Any] = [module for module in model.modules() if hasattr(module, "config")]
+    calling = {id(module.config) for module in owners if _calls_interface(module)}
+    for module in owners:
+        if hasattr(module.config, "_attn_implementation_internal"):  # other classes write their attention out only as eager
+            module.config._attn_implementation_internal = NAME if id(module.config) in calling else "eager"
     return model.float().eval()
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    """Whether the file of this module's class knows transformers' attention interface (as the one of its base class does)."""
+    files = {kind.__module__ for kind in type(module).__mro__} - {"transformers.modeling_utils"}
+    return any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One entry of the model's list of layers; `attention` is the path of its convertible attention inside it, if it has
-    one."""
+    """One entry of the model's list of layers; `attentions` are the paths of its convertible attentions inside it, in the order
+    in which they run."""
 
     path: str
     module: nn.Module
-    attention: str | None
-
-    @property
-    def attention_path(self) -> str:
-        return f"{self.path}.{self.attention}"
+    attentions: tuple[str, ...]
 
 
 def find_blocks(model: nn.Module, architecture: Architecture) -> list[Block]:
-    """The list of layers that holds the attention layers. Raises Opaque when they are not all in one list, one a layer."""
+    """The list of layers that holds the attention layers. Raises Opaque when they are not all in one list."""
     paths = [layer.path for layer in architecture.layers]
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     holding = [name for name in lists if all(path.startswith(name + ".") for path in paths)]
     if not holding:
         raise Opaque("its attention layers are not in one list of layers")
     holder = max(holding, key=len)
-    inside: dict[str, str] = {}
+    inside: dict[str, list[str]] = {}
     if any(layer.caches > 1 for layer in architecture.layers):
         raise Opaque("several of its layers share the weights of one attention")
     for path in paths:
         index, _, rest = path.removeprefix(holder + ".").partition(".")
-        if index in inside:
-            raise Opaque("a layer of it has more than one attention")
-        inside[index] = rest
+        inside.setdefault(index, []).append(rest)
     blocks = model.get_submodule(holder)
     assert isinstance(blocks, nn.ModuleList)
-    return [Block(f"{holder}.{index}", module, inside.get(str(index))) for index, module in enumerate(blocks)]
+    return [Block(f"{holder}.{index}", module, tuple(inside.get(str(index), ()))) for index, module in enumerate(blocks)]
 
 
 class Weights:
@@ -127,6 +133,16 @@ class Weights:
                 parameters[own] = loaded[0]
         module.requires_grad_(False)
 
+    def load_all(self, inside: Callable[[str], bool]) -> None:
+        """Fill every module that `inside` does not claim; as the class begins, where the checkpoint has nothing (sinusoids)."""
+        for path, module in self.model.named_modules():
+            if path and not inside(path) and next(module.parameters(recurse=False), None) is not None:
+                self.load(path, deep=False)
+                if any(parameter.device.type == "meta" for parameter in module.parameters(recurse=False)):
+                    module.to_empty(device=self.device, recurse=False)
+                    with torch.no_grad():
+                        self.model._init_weights(module)
+
     def on_demand(self, inside: Callable[[str], bool]) -> None:
         """Fill every module that `inside` does not claim when it is first called."""
         for path, module in self.model.named_modules():
@@ -136,40 +152,71 @@ class Weights:
 
 @dataclass
 class Batch:
-    """Token ids [windows, tokens] and, between the layers, hidden states [windows, tokens, E]."""
+    """What the model is given and, between the layers, hidden states [B, T, E]; what each layer is given besides."""
 
-    ids: Tensor
+    inputs: ModelInputs
     hidden: Tensor | None = None
     calls: list[Call] = field(default_factory=list)
 
 
+def _moved(inputs: ModelInputs, device: str) -> ModelInputs:
+    keywords = {name: tensor.to(device) for name, tensor in inputs.keywords.items()}
+    return ModelInputs(keywords, None if inputs.counted is None else inputs.counted.to(device))
+
+
 class LayerwiseModel:
-    """A model that is run layer by layer over some batches of windows.
+    """A model that is run layer by layer over some batches.
 
     Raises Opaque when the family's forward cannot be run this way.
     """
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, ids: list[Tensor], device: str = "cpu") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, inputs: list[ModelInputs], device: str = "cpu"
+    ) -> None:
         self.model = observed_model(checkpoint.config, device)
         self.blocks = find_blocks(self.model, architecture)
         self.weights = Weights(self.model, checkpoint, device)
-        self.weights.on_demand(lambda path: any(path == b.path or path.startswith(b.path + ".") for b in self.blocks))
+        self.batches = [Batch(_moved(each, device)) for each in inputs]
+        if self.model.config.is_encoder_decoder:
+            self._begin_behind_encoder()
+        else:
+            self._begin_at_embedding()
+
+    def _in_blocks(self, path: str) -> bool:
+        return any(path == block.path or path.startswith(block.path + ".") for block in self.blocks)
+
+    def _begin_at_embedding(self) -> None:
+        self.weights.on_demand(self._in_blocks)
         embedding = self.model.get_input_embeddings()  # asked for its device before it is called
         self.weights.load(next(path for path, module in self.model.named_modules() if module is embedding))
-        self.batches = [Batch(windows.to(device)) for windows in ids]
         for batch in self.batches:
             try:
-                self._begin(batch, as_tuple=False)
+                self._begin(batch, lambda hidden: hidden)
             except Opaque:
                 batch.calls.clear()
-                self._begin(batch, as_tuple=True)
+                self._begin(batch, lambda hidden: (hidden, None))
         for module in self.model.modules():
             module._forward_pre_hooks.clear()
 
-    def _begin(self, batch: Batch, as_tuple: bool) -> None:
+    def _begin_behind_encoder(self) -> None:
+        """The encoder runs whole. What the decoder's first layer gives out beside its hidden states (T5: the bias by position)
+        is what the later layers are given."""
+        self.weights.load_all(self._in_blocks)
+        self.load(0)
+        block = self.blocks[0].module
+        for batch in self.batches:
+
+            def result(hidden: Tensor, batch: Batch = batch) -> Any:
+                own = type(block).forward(block, hidden, *batch.calls[0].arguments, **batch.calls[0].keywords)
+                return (hidden, *own[1:]) if isinstance(own, tuple) else hidden
+
+            self._begin(batch, functools.cache(result))
+        self.empty(self.model.get_encoder())
+
+    def _begin(self, batch: Batch, result: Callable[[Tensor], Any]) -> None:
         """Run the model with stubs for layers: gives the first layer's hidden states and every layer's other arguments.
 
-        Some families' layers give a tuple, most give the hidden states themselves.
+        `result` makes of hidden states what a layer of the family gives out: most the hidden states themselves, some a tuple.
         """
         first: list[Tensor] = []
 
@@ -180,26 +227,26 @@ class LayerwiseModel:
             batch.calls.append(Call(arguments[1:], keywords))
             if len(batch.calls) == len(self.blocks):
                 raise Stop
-            return (hidden, None) if as_tuple else hidden
+            return result(hidden)
 
         for block in self.blocks:
             block.module.forward = stub
         try:
             with torch.no_grad(), quiet_transformers():
-                self.model(input_ids=batch.ids, use_cache=False)
+                self.model(**batch.inputs.keywords, use_cache=False)
         except Stop:
             pass
         except Opaque:
             raise
         except Exception as error:  # any family's forward may want what a text does not give
-            raise Opaque(f"its forward cannot be run on plain text: {' '.join(str(error).split())[:120]}") from error
+            raise Opaque(f"its forward cannot be run on what it was given: {' '.join(str(error).split())[:120]}") from error
         finally:
             for block in self.blocks:
                 block.module.__dict__.pop("forward", None)
         if len(batch.calls) != len(self.blocks):
             raise Opaque("its forward does not go through its layers one after the other")
         if first[0].device.type == "meta" or not first[0].isfinite().all():
-            raise Opaque("its layers get no hidden states from plain text")
+            raise Opaque("its layers get no hidden states from what it was given")
         batch.hidden = first[0]
 
     def load(self, index: int) -> None:

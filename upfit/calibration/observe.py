@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from upfit.architecture.meta_model import quiet_transformers
+from upfit.modeling.upfit_base import Plain
 
 NAME = "upfit_observed"  # of our function in transformers' attention interface
 HARMLESS = {
@@ -29,9 +30,10 @@ class Stop(Exception):
 
 @dataclass(frozen=True)
 class Seen:
-    """One call of the attention function. q [B, H, T, D], k [B, K, T, D], v [B, K, T, V], output [B, T, H, V], all as the
-    attention sees them (after norms and rotation). `mask` is None for plain causal attention, else [B or 1, 1 or H, T, T], bool
-    (True: may look) or added to the scores. `cap` and `sinks` [H] are None where the family has none."""
+    """One call of the attention function. q [B, H, T, D], k [B, K, S, D], v [B, K, S, V], output [B, T, H, V], all as the
+    attention sees them (after norms and rotation); S is T but in cross-attention. `mask` is None where no key is hidden, or,
+    with `causal`, only those that are still to come; else [B or 1, 1 or H, T, S], bool (True: may look) or added to the scores.
+    `cap` and `sinks` [H] are None where the family has none."""
 
     module: nn.Module
     q: Tensor
@@ -42,6 +44,7 @@ class Seen:
     cap: float | None
     sinks: Tensor | None
     output: Tensor
+    causal: bool = True
 
     def scores(self, rows: Tensor, keys: int) -> tuple[Tensor, Tensor]:
         """Scores before any cap [B, H, R, keys] of the query positions `rows` [R] on the first `keys` keys, and the attention
@@ -54,7 +57,7 @@ class Seen:
     def attended(self) -> Tensor:
         """[B, T, H, V]: what attention makes of q, k and v here."""
         if self.cap is None and self.sinks is None:
-            causal = self.mask is None and self.q.shape[2] > 1
+            causal = self.mask is None and self.causal and self.q.shape[2] > 1
             output = nn.functional.scaled_dot_product_attention(
                 self.q, self.k, self.v, attn_mask=self.mask, is_causal=causal, scale=self.scaling, enable_gqa=True
             )
@@ -67,7 +70,9 @@ class Seen:
         """Attention weights of uncapped `scores` [B, H, R, keys] at the query positions `rows`."""
         capped = scores if self.cap is None else torch.tanh(scores / self.cap) * self.cap
         keys = scores.shape[-1]
-        if self.mask is None:
+        if self.mask is None and not self.causal:
+            masked = capped
+        elif self.mask is None:
             allowed = torch.arange(keys, device=rows.device)[None] <= rows[:, None]
             masked = capped.masked_fill(~allowed, float("-inf"))
         elif self.mask.dtype == torch.bool:
@@ -93,18 +98,32 @@ def _attend(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     strange = [name for name, argument in others.items() if isinstance(argument, Tensor) and name not in HARMLESS]
     if strange:
         raise Opaque(f"its attention is given {strange[0]!r}, which is not understood")
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-    bare = Seen(module, query, key, value, attention_mask, scaling, softcap, s_aux, query)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    mask = attention_mask if position_bias is None else _added(position_bias, attention_mask, causal, query.shape[2])
+    module = module.module if isinstance(module, Plain) else module  # of a class of ours, which hands on a wrapped one
+    bare = Seen(module, query, key, value, mask, scaling, softcap, s_aux, query, causal)
     output = bare.attended()
     if _listener is not None:
         replaced = _listener(replace(bare, output=output))
         output = output if replaced is None else replaced
     return output, None
+
+
+def _added(bias: Tensor, mask: Tensor | None, causal: bool, tokens: int) -> Tensor:
+    """`bias` [1 or B, H, T, S] on the scores and what hides keys, as one mask that is added."""
+    if mask is None and causal and tokens > 1:
+        mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
 
 
 @contextmanager
@@ -157,7 +176,13 @@ def run_until(block: nn.Module, stop: nn.Module, hidden: Tensor, call: Call) -> 
         pass
     finally:
         handle.remove()
-    return caught[0]
+    return by_window(caught[0], hidden)
+
+
+def by_window(tensor: Tensor, hidden: Tensor) -> Tensor:
+    """`tensor` [B, T, ...] where a layer has it as [B·T, ...], `hidden` being [B, T, E]."""
+    flat = tensor.ndim == 2 and hidden.ndim == 3 and len(tensor) == hidden.shape[0] * hidden.shape[1]
+    return tensor.unflatten(0, hidden.shape[:2]) if flat else tensor
 
 
 @contextmanager

@@ -13,10 +13,12 @@ from upfit.architecture.meta_model import quiet_transformers, vocabulary
 from upfit.calibration.observe import Opaque
 from upfit.checkpoint.reader import Checkpoint, most_positions
 from upfit.errors import UpfitError
+from upfit.examples.model_inputs import ModelInputs
+from upfit.examples.pairs import is_pair_field
 from upfit.options import parse_count
 from upfit.output import Output
 from upfit.text import Document, file_documents, library_documents
-from upfit.text.files import FIELD, check_field, named_files
+from upfit.text.files import FIELD, check_field, holds_recordings, named_files
 from upfit.text.plain import pieces
 from upfit.text.tokenizer import identity, no_panic
 from upfit.text.windows import encode, prefix_ids
@@ -45,14 +47,24 @@ class Sample:
     def tokens(self) -> int:
         return sum(rows.numel() for rows in self.windows.values())
 
-    def batches(self) -> tuple[list[Tensor], list[bool]]:
+    def record(self) -> dict[str, Any]:
+        """What was shown, for recipe.json."""
+        return {"tokens": self.tokens, "windows": {length: len(rows) for length, rows in self.windows.items()}, **self.text}
+
+    def identity(self) -> dict[str, Any]:
+        """All of it that the bytes of a fit depend on."""
+        content = b"".join(rows.numpy().tobytes() for rows in self.windows.values())
+        shapes = [[len(rows), length, self.held[length]] for length, rows in self.windows.items()]
+        return {"windows": shapes, "text": hashlib.sha256(content).hexdigest()}
+
+    def batches(self) -> tuple[list[ModelInputs], list[bool]]:
         """Windows of one length and one purpose, together in pieces of at most BATCH_TOKENS; and which pieces are held back."""
         pieces, purposes = [], []
         for length, rows in sorted(self.windows.items()):
             size = max(1, BATCH_TOKENS // length)
             for part, back in ((rows[: self.held[length]], True), (rows[self.held[length] :], False)):
                 for at in range(0, len(part), size):
-                    pieces.append(part[at : at + size])
+                    pieces.append(ModelInputs({"input_ids": part[at : at + size]}))
                     purposes.append(back)
         return pieces, purposes
 
@@ -67,10 +79,10 @@ def read_documents(texts: list[str] | None, tokens: int, output: Output | None =
 def check_texts(texts: list[str] | None, field: str = FIELD) -> None:
     """A cheap look before a model is read. Raises UpfitError when one of the files and folders `texts` is not there, or when
     none can have the `field`."""
-    if texts and not any(map(is_statistics, texts)):
-        named_files(texts, FLAG, field)
-    elif texts:
+    if texts and any(map(is_statistics, texts)):
         check_field([Path(name) for name in texts], field)
+    elif texts and not is_pair_field(field) and not any(map(holds_recordings, texts)):
+        named_files(texts, FLAG, field)
 
 
 def make_sample(documents: list[Document], tokenizer: Any, tokens: int, length: int, text: dict[str, Any]) -> Sample:
@@ -162,7 +174,7 @@ def fast_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def sample_for(
+def text_sample(
     folder: Path,
     checkpoint: Checkpoint,
     texts: list[str] | None,

@@ -26,18 +26,35 @@ SEGMENT = 512  # positions that share one range of keys: rows of a long window d
 
 @dataclass(frozen=True)
 class Rows:
-    """Sampled query positions of one batch: `at` [R] ascending; they look at the first `keys` keys."""
+    """Sampled query positions of one batch: `at` [R] ascending; they look at the first `keys` keys. `counted` [B, R]: 1 where a
+    position is no padding, else 0; None: all are."""
 
     at: Tensor
     keys: int
+    counted: Tensor | None = None
+
+    def of_counted(self, rows: Tensor) -> Tensor:
+        """`rows` [B, H, R, ...] with those of padding 0."""
+        if self.counted is None:
+            return rows
+        return rows * self.counted[:, None].reshape(*self.counted[:, None].shape, *[1] * (rows.ndim - 3))
 
 
 ROWS = 96  # query positions sampled of each SEGMENT
 
 
-def sample_rows(tokens: int, per_segment: int, layer: int, batch: int, device: torch.device | str = "cpu") -> list[Rows]:
+def sample_rows(
+    tokens: int,
+    per_segment: int,
+    layer: int,
+    batch: int,
+    device: torch.device | str = "cpu",
+    keys: int | None = None,
+    counted: Tensor | None = None,
+) -> list[Rows]:
     """`per_segment` positions of each stretch of SEGMENT positions of a window (half as many in a longer one, whose rows are
-    longer), drawn without repetition, for one layer and batch."""
+    longer), drawn without repetition, for one layer and batch. They look at the keys up to the end of their stretch, or at all
+    `keys` of another stream. `counted` [B, tokens]: False at padding."""
     if tokens > SEGMENT:
         per_segment = per_segment // 2
     # A prime above any number of batches: no seed comes twice.
@@ -46,7 +63,9 @@ def sample_rows(tokens: int, per_segment: int, layer: int, batch: int, device: t
     for start in range(0, tokens, SEGMENT):
         length = min(SEGMENT, tokens - start)
         at = start + torch.randperm(length, generator=generator)[:per_segment].sort().values
-        chosen.append(Rows(at.to(device), start + length))
+        rows = at.to(device)
+        real = None if counted is None else counted[:, rows].float()
+        chosen.append(Rows(rows, start + length if keys is None else keys, real))
     return chosen
 
 
@@ -54,7 +73,7 @@ def observe(seen: Seen, traits: AttentionTraits, rows: list[Rows]) -> dict[str, 
     """The sums of one batch (float64), see the module. Without `traits.keys` or `traits.values` their parts are left out."""
     sums: dict[str, Tensor] = {}
     for sampled in rows:
-        _, weights = seen.scores(sampled.at, sampled.keys)
+        weights = sampled.of_counted(seen.scores(sampled.at, sampled.keys)[1])
         add(sums, {"rows": torch.tensor(float(weights.shape[0] * weights.shape[2]), dtype=torch.float64)})
         if traits.keys:
             add(sums, _key_sums(seen, traits, sampled, weights))
@@ -73,7 +92,7 @@ def add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 
 def _key_sums(seen: Seen, traits: AttentionTraits, rows: Rows, weights: Tensor) -> dict[str, Tensor]:
     order, pairs = list(traits.order), traits.pairs
-    queries = seen.q[:, :, rows.at][..., order].transpose(0, 1).flatten(1, 2)  # [H, B·R, D]
+    queries = rows.of_counted(seen.q[:, :, rows.at])[..., order].transpose(0, 1).flatten(1, 2)  # [H, B·R, D]
     keys = seen.k[:, :, : rows.keys, order].transpose(1, 2)  # [B, keys, K, D]
     flat = keys.flatten(2)
     columns = weights.sum(2)  # [B, H, keys]

@@ -7,7 +7,8 @@ from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
-from upfit.calibration.traits import AttentionTraits, Residual
+from upfit.calibration.residual import Residual
+from upfit.calibration.traits import AttentionTraits
 from upfit.checkpoint.safetensors_header import TensorInfo
 from upfit.options import fits
 

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from upfit.bounded import parse_json, shaped
+from upfit.calibration.example_sample import PREFIX, ExampleSample, examples_stored
 from upfit.calibration.observe import Opaque
+from upfit.calibration.residual import Residual
 from upfit.calibration.sample import Sample, fast_tokenizer
 from upfit.calibration.statistics_check import check_layer, check_traits, check_windows
-from upfit.calibration.traits import AttentionTraits, Residual
+from upfit.calibration.traits import AttentionTraits
 from upfit.checkpoint.content import tensors_hash
 from upfit.checkpoint.reader import Checkpoint, torch_dtype
 from upfit.checkpoint.safetensors_header import TensorInfo, read_header, read_metadata
@@ -37,9 +39,13 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def traits_from(record: Mapping[str, Any]) -> AttentionTraits:
     """The inverse of `dataclasses.asdict` for AttentionTraits, from JSON."""
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
-    values["residual"] = Residual(**record["residual"]) if record["residual"] else None
+    values = _with_tuples(record)
+    values["residual"] = Residual(**_with_tuples(record["residual"])) if record["residual"] else None
     return AttentionTraits(**values)
+
+
+def _with_tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Statistics:
 
     path: Path
     model: str  # the fingerprint of what it was made of
-    sample: Sample
+    sample: Sample | ExampleSample
     traits: dict[str, AttentionTraits | str]  # by attention path; a string says why a layer could not be watched
     rows: int
     infos: dict[str, TensorInfo]
@@ -82,16 +88,20 @@ def _read(info: TensorInfo) -> Tensor:
         return torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=torch_dtype(info.dtype)).reshape(info.shape)
 
 
-def metadata(model: str, sample: Sample, traits: Mapping[str, AttentionTraits | str], rows: int) -> dict[str, str]:
+def metadata(
+    model: str, sample: Sample | ExampleSample, traits: Mapping[str, AttentionTraits | str], rows: int
+) -> dict[str, str]:
     """What the header of a statistics file says; `model` is its fingerprint."""
     records = {path: value if isinstance(value, str) else asdict(value) for path, value in traits.items()}
+    examples = sample if isinstance(sample, ExampleSample) else None
     return {
         "format": "pt",
         "upfit": FORMAT,
         "model": model,
         "tokenizer": json.dumps(sample.tokenizer),
         "text": json.dumps(sample.text),
-        "held": json.dumps(sample.held),
+        "held": json.dumps(len(sample.held) if isinstance(sample, ExampleSample) else sample.held),
+        **({} if examples is None else {"kind": examples.kind}),
         "rows": str(rows),
         "facts": json.dumps(records),
     }
@@ -119,25 +129,35 @@ def open_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
     if header.get("model") != fingerprint(checkpoint):
         raise UpfitError(f"{path} holds the statistics of another model; make those of this one with `upfit calibrate`")
     with shaped(f"{path} is not what `upfit calibrate` writes; make it again"):
-        statistics = _taken_apart(path, header, infos)
+        statistics = _taken_apart(path, header, infos, checkpoint.config)
     _check_tokenizer(statistics, checkpoint.folder)
     return statistics
 
 
-def _taken_apart(path: Path, header: dict[str, str], infos: dict[str, TensorInfo]) -> Statistics:
+def _taken_apart(path: Path, header: dict[str, str], infos: dict[str, TensorInfo], config: dict[str, Any]) -> Statistics:
     """Raises ValueError, or what taking apart something else raises, for what `upfit calibrate` does not write."""
     names = ("held", "facts", "text", "tokenizer")
     parts = {name: parse_json(header[name], f"{path}: what it says of {name}") for name in names}
-    windows = {int(name.split(".")[1]): _read(info).long() for name, info in infos.items() if name.startswith("windows.")}
-    held = {int(length): count for length, count in parts["held"].items()}
-    check_windows(windows, held)
     traits = {layer: value if isinstance(value, str) else traits_from(value) for layer, value in parts["facts"].items()}
     for layer, known in traits.items():
         if not isinstance(known, str):
             check_traits(known)
             check_layer(known, _infos_of(layer, infos))
-    sample = Sample(windows, held, dict(parts["text"]), parts["tokenizer"])
+    kind = header.get("kind")
+    sample = _windows(parts, infos) if kind is None else _examples(parts, infos, kind, config)
     return Statistics(path, header["model"], sample, traits, int(header["rows"]), infos)
+
+
+def _windows(parts: dict[str, Any], infos: dict[str, TensorInfo]) -> Sample:
+    windows = {int(name.split(".")[1]): _read(info).long() for name, info in infos.items() if name.startswith("windows.")}
+    held = {int(length): count for length, count in parts["held"].items()}
+    check_windows(windows, held)
+    return Sample(windows, held, dict(parts["text"]), parts["tokenizer"])
+
+
+def _examples(parts: dict[str, Any], infos: dict[str, TensorInfo], kind: str, config: dict[str, Any]) -> ExampleSample:
+    tensors = {name: _read(info) for name, info in infos.items() if name.startswith(PREFIX)}
+    return examples_stored(tensors, int(parts["held"]), kind, dict(parts["text"]), config, parts["tokenizer"])
 
 
 def _check_tokenizer(statistics: Statistics, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Runs two models side by side through the same layers: the source, and the converted model as far as it is done."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +11,22 @@ from upfit.architecture.attention import Layer
 from upfit.architecture.layers import Architecture
 from upfit.architecture.loading import pick_device
 from upfit.architecture.table import Entry
+from upfit.calibration.example_sample import ExampleSample
 from upfit.calibration.layerwise import Block, LayerwiseModel
-from upfit.calibration.observe import Call, run_block, run_until
+from upfit.calibration.observe import Call, run_block, run_until, tapped
+from upfit.calibration.residual import Residual
 from upfit.calibration.ridge import Moments, augmented, ridge_linear
 from upfit.calibration.sample import Sample
 from upfit.calibration.statistics import Rows, sample_rows
-from upfit.calibration.traits import AttentionTraits, Residual, Turns, Watched, probe_attention, watch
+from upfit.calibration.traits import AttentionTraits, Turns, probe_attention
+from upfit.calibration.watch import Place, Watched, watch
 from upfit.checkpoint.reader import Checkpoint
 
 
 @dataclass
 class PairedBatch:
-    """One batch of windows in both models: hidden states [B, T, E] before the next layer."""
+    """One batch in both models: hidden states [B, T, E] before the next layer. `counted` [B, T]: False at padding; None where
+    there is none."""
 
     held: bool
     calls: list[Call]
@@ -30,16 +34,24 @@ class PairedBatch:
     teacher: Tensor
     student: Tensor
     tokens: int
+    counted: Tensor | None = None
 
-    def middle(self, attended: Tensor, residual: Residual | None) -> Tensor:
+    def middle(self, attended: Tensor, residual: Residual | None, before: Tensor | None = None) -> Tensor:
         """The teacher's stream [B, T, E] after the attention gave out `attended`; that itself where the stream has another
-        form."""
+        form. `before`: the stream that it adds to, where that is not the layer's hidden states."""
         if residual is None:
             return self.teacher if self.teacher.shape == attended.shape else attended
-        return self.teacher + residual.attention * attended
+        return (self.teacher if before is None else before) + residual.attention * attended
+
+    def weights(self, stream: Tensor, power: float) -> Tensor:
+        """[B, T]: 1 / rms of each token's stream [B, T, E] to `power`; 0 at padding."""
+        weights = token_weights(stream, power)
+        return weights if self.counted is None else weights * self.counted
 
 
-def open_pair(checkpoint: Checkpoint, architecture: Architecture, sample: Sample) -> tuple[LayerwiseModel, list[PairedBatch]]:
+def open_pair(
+    checkpoint: Checkpoint, architecture: Architecture, sample: Sample | ExampleSample
+) -> tuple[LayerwiseModel, list[PairedBatch]]:
     """The source, to be run layer by layer, and the sample's windows before the first layer of both models.
 
     Raises Opaque for a model that cannot be run on text.
@@ -55,7 +67,8 @@ def open_pair(checkpoint: Checkpoint, architecture: Architecture, sample: Sample
 
         copies = [Call(tuple(map(own, c.arguments)), {k: own(v) for k, v in c.keywords.items()}) for c in batch.calls]
         assert batch.hidden is not None
-        batches.append(PairedBatch(back, batch.calls, copies, batch.hidden, batch.hidden, batch.ids.shape[1]))
+        hidden = batch.hidden
+        batches.append(PairedBatch(back, batch.calls, copies, hidden, hidden, hidden.shape[1], batch.inputs.counted))
         batch.hidden = None  # a gigabyte where the text is long: it is let go of once both models have moved on
     return model, batches
 
@@ -70,8 +83,9 @@ def pass_by(module: nn.Module, index: int, batches: list[PairedBatch], alone: bo
 
 @dataclass(frozen=True)
 class LayerPair:
-    """Layer `index` of both models before `batches` have gone through it. `student` is the converted model's; it may be the
-    teacher's own module, to be changed once the teacher has been watched."""
+    """Attention `layer` in block `index` of both models before `batches` have gone through it. `student` is the converted
+    model's; it may be the teacher's own module, to be changed once the teacher has been watched. `last`: no other attention of
+    the block is to be changed after this one."""
 
     model: LayerwiseModel
     index: int
@@ -79,26 +93,34 @@ class LayerPair:
     entry: Entry
     batches: list[PairedBatch]
     student: nn.Module
+    last: bool = True
 
     @property
     def block(self) -> Block:
         """The teacher's layer."""
         return self.model.blocks[self.index]
 
+    @property
+    def place(self) -> Place:
+        """The attention in the teacher's layer."""
+        return Place(self.block, self.layer.path.removeprefix(f"{self.block.path}."), self.entry, self.layer.geometry)
+
     def path(self, part: str) -> str:
         """Where a part of the attention (`q`, `k_norm`) is in the layer."""
-        return f"{self.block.attention}.{getattr(self.entry, part)}"
+        return self.place.path(part)
 
     def probe(self) -> tuple[AttentionTraits, Turns]:
         """What may be changed in the layer. Raises Opaque when nothing at all can be said."""
         longest = max(self.batches, key=lambda batch: batch.tokens)
-        return probe_attention(self.block, self.entry, self.layer.geometry, longest.teacher, longest.calls[self.index])
+        return probe_attention(self.place, longest.teacher, longest.calls[self.index])
 
     def watch(self, taps: tuple[str, ...] = (), rows: int = 0) -> Iterator[tuple[PairedBatch, Watched, list[Rows]]]:
         """The teacher's layer on one batch after the other, and query positions to look at: `rows` of every SEGMENT."""
         for number, batch in enumerate(self.batches):
-            watched = watch(self.block, batch.teacher, batch.calls[self.index], taps)
-            yield batch, watched, sample_rows(batch.tokens, rows, self.index, number, batch.teacher.device)
+            watched = watch(self.place, batch.teacher, batch.calls[self.index], taps)
+            keys = None if watched.seen.causal else watched.seen.k.shape[2]
+            device = batch.teacher.device
+            yield batch, watched, sample_rows(batch.tokens, rows, self.index, number, device, keys, batch.counted)
 
     def run(self, batch: PairedBatch) -> Tensor:
         """The student's stream [B, T, E] after its layer."""
@@ -108,11 +130,36 @@ class LayerPair:
         """The input of the module at `path` in the student's layer."""
         return run_until(self.student, self.student.get_submodule(path), batch.student, batch.student_calls[self.index])
 
+    def run_to(self, path: str, batch: PairedBatch, residual: Residual | None) -> tuple[Tensor, Tensor]:
+        """The input of the module at `path` in the student's layer, and its stream [B, T, E] before this attention."""
+        with tapped({name: self.student.get_submodule(name) for name in taps_before(self.place, residual)}) as taps:
+            inputs = self.run_until(path, batch)
+        return inputs, stream_before(batch.student, self.place, taps, residual)
+
     def linear(self, path: str) -> nn.Linear:
         """The Linear at `path` in the student's layer."""
         linear = self.student.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         return linear
+
+
+def taps_before(place: Place, residual: Residual | None) -> tuple[str, ...]:
+    """The modules in the layer whose outputs `stream_before` wants."""
+    if residual is None:
+        return ()
+    return place.earlier if not residual.normed else () if residual.base is None else (residual.base,)
+
+
+def stream_before(hidden: Tensor, place: Place, taps: Mapping[str, tuple[Tensor, Tensor]], residual: Residual | None) -> Tensor:
+    """The stream [B, T, E] that an attention adds to: the layer's `hidden` and what its earlier attentions have added, or what
+    a norm has made of that. The hidden states themselves where the layer adds in another way. `taps` hold (input, output)."""
+    if residual is None:
+        return hidden
+    if residual.normed:
+        return hidden if residual.base is None else taps[residual.base][1]
+    for factor, name in zip(residual.earlier, place.earlier, strict=True):
+        hidden = hidden + factor * taps[name][1]
+    return hidden
 
 
 def token_weights(stream: Tensor, power: float) -> Tensor:
@@ -135,7 +182,7 @@ def row_sums(
     for number, batch in enumerate(batches):
         z, wanted, stream = rows(number, batch)
         inputs = augmented(z.flatten(0, 1), z.shape[-1] + (linear.bias is not None))
-        sums[batch.held].add(inputs, wanted.flatten(0, 1), token_weights(stream, power).flatten())
+        sums[batch.held].add(inputs, wanted.flatten(0, 1), batch.weights(stream, power).flatten())
     return sums
 
 
@@ -204,9 +251,10 @@ def refit_mlp(
 
 def stream_error(batches: list[PairedBatch]) -> float:
     """|student − teacher|² / |teacher|², mean over held-back tokens."""
-    shares = [
-        ((batch.student - batch.teacher).square().sum(-1) / batch.teacher.square().sum(-1).clamp_min(1e-12)).flatten()
-        for batch in batches
-        if batch.held
-    ]
+    shares = []
+    for batch in batches:
+        if batch.held:
+            lost, power = ((x).square().sum(-1) for x in (batch.student - batch.teacher, batch.teacher))
+            share = lost / power.clamp_min(1e-12)
+            shares.append(share.flatten() if batch.counted is None else share[batch.counted])
     return float(torch.cat(shares).mean())

@@ -11,21 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from upfit.architecture.attention import Geometry
-from upfit.architecture.table import Entry
-from upfit.calibration.layerwise import Block
-from upfit.calibration.observe import Call, Opaque, Seen, listening, run_block, tapped
-
-FEW = 2  # windows are enough for a test
-CLOSE = 1e-7  # share of the energy that a test may leave unexplained, in float32
-
-
-@dataclass(frozen=True)
-class Residual:
-    """How a layer adds to its stream: out = input + `attention` · o_proj(…) [+ `mlp` · down(…)], the stream's scalars."""
-
-    attention: float
-    mlp: float = 0.0
-    down: str | None = None  # path in the layer of the Linear that ends the MLP; None when no single Linear does
+from upfit.calibration.observe import Call, Opaque, Seen
+from upfit.calibration.residual import CLOSE, FEW, Residual, find_residual, unexplained
+from upfit.calibration.watch import Place, has_module, watch
 
 
 @dataclass(frozen=True)
@@ -36,7 +24,8 @@ class AttentionTraits:
     `values`: the values are v_proj's output and o_proj sees the attention's output, so a re-basis of V is taken up by O.
     `keys`: queries and keys are projections, normed if `normed`, then rotated, so a factor on a pair is taken up by the
     queries. `factors`: such factors are exact (always without norms; with them only if their scales agree on each pair).
-    `movable`: no weight but the projections belongs to a head, so heads may change places. `reasons` tells what is left out.
+    `movable`: no weight but the projections belongs to a head, and no bias by position, so heads may change places. `reasons`
+    tells what is left out.
     """
 
     values: bool
@@ -53,56 +42,33 @@ class AttentionTraits:
 
 @dataclass(frozen=True)
 class Turns:
-    """The rotation of queries and keys as complex factors [T, P] (with the family's scaling of them), in
-    `AttentionTraits.order`."""
+    """The rotation of queries and keys as complex factors [T, P] and [S, P] (with the family's scaling of them), in
+    `AttentionTraits.order`. `scale`: by how much scores are larger for what the family multiplies with besides."""
 
     q: Tensor
     k: Tensor
+    scale: float = 1.0
 
 
-@dataclass
-class Watched:
-    """One run of a layer over a batch. `taps` holds (input, output) of modules by their path in the layer."""
-
-    seen: Seen
-    taps: dict[str, tuple[Tensor, Tensor]]
-    hidden: Tensor
-    output: Tensor
-
-
-def watch(block: Block, hidden: Tensor, call: Call, taps: tuple[str, ...]) -> Watched:
-    """Run the layer and keep what `taps` (paths of modules in it) see. Raises Opaque when its attention is not ours to see."""
-    caught: list[Seen] = []
-    with listening(caught.append), tapped({path: block.module.get_submodule(path) for path in taps}) as seen:
-        output = run_block(block.module, hidden, call)
-    if block.attention is None:
-        raise Opaque("this layer has no attention to convert")
-    own = block.module.get_submodule(block.attention)
-    caught = [event for event in caught if event.module is own]
-    if len(caught) != 1:
-        raise Opaque("its attention does not go through transformers' attention interface")
-    return Watched(caught[0], dict(seen), hidden, output)
-
-
-def probe_attention(block: Block, entry: Entry, shape: Geometry, hidden: Tensor, call: Call) -> tuple[AttentionTraits, Turns]:
-    """Watch one batch of windows pass and test every assumption. Raises Opaque when nothing at all can be said."""
-    assert block.attention is not None
-    attention = block.module.get_submodule(block.attention)
+def probe_attention(place: Place, hidden: Tensor, call: Call) -> tuple[AttentionTraits, Turns]:
+    """Watch one batch pass and test every assumption. Raises Opaque when nothing at all can be said."""
+    block, entry, shape = place.block, place.entry, place.shape
+    attention = block.module.get_submodule(place.at)
     parts = {part: getattr(entry, part) for part in ("q", "k", "v", "o", "q_norm", "k_norm")}
-    present = {part: name for part, name in parts.items() if _has(attention, name)}
+    present = {part: name for part, name in parts.items() if has_module(attention, name)}
     if not {"q", "k", "v", "o"} <= present.keys():
         raise Opaque("it does not have q, k, v and o as modules of their own")
     if not isinstance(attention.get_submodule(present["o"]), nn.Linear):
         raise Opaque("its output projection is stored transposed")
-    outer = [name for name, module in block.module.named_modules() if name and not name.startswith(block.attention)]
-    inner = [f"{block.attention}.{name}" for name in present.values()]
-    watched = watch(block, hidden, call, tuple(outer + inner))
-    inside = {part: watched.taps.get(f"{block.attention}.{name}") for part, name in present.items()}
+    outer = [name for name, _ in block.module.named_modules() if name and not f"{name}.".startswith(f"{place.at}.")]
+    inner = [f"{place.at}.{name}" for name in present.values()]
+    watched = watch(place, hidden, call, tuple(outer + inner))
+    inside = {part: watched.taps.get(f"{place.at}.{name}") for part, name in present.items()}
     taps = {part: tap for part, tap in inside.items() if tap is not None}
     if not {"q", "k", "v", "o"} <= taps.keys():
         raise Opaque("it does not run its q, k, v and o as modules of their own")
-    if any(taps[part][0].data_ptr() != taps["q"][0].data_ptr() for part in ("k", "v")):
-        raise Opaque("its queries and keys are made of different inputs")
+    if taps["k"][0].data_ptr() != taps["v"][0].data_ptr():
+        raise Opaque("its keys and values are made of different inputs")
     reasons: list[str] = []
     seen, taps = _few(watched.seen), {part: (tap[0][:FEW], tap[1][:FEW]) for part, tap in taps.items()}
     values = _values_are_plain(seen, taps, shape, reasons)
@@ -110,9 +76,9 @@ def probe_attention(block: Block, entry: Entry, shape: Geometry, hidden: Tensor,
     normed = "k_norm" in taps or "q_norm" in taps
     factors = keys and (not normed or _scales_agree(attention, present, layout))
     if keys and not factors:
-        reasons.append("its key norm has a scale for each dimension, so keys are not turned before they are merged")
-    movable = keys and values and _only_projections(attention, present, shape)
-    residual = _residual(watched, block, f"{block.attention}.{present['o']}", outer, reasons)
+        reasons.append("its key norm has a scale for each dimension, so keys cannot be turned exactly before they are merged")
+    movable = keys and values and _only_projections(attention, present, shape) and _heads_alike(seen.mask)
+    residual = find_residual(watched, place, outer, reasons)
     traits = AttentionTraits(
         values, keys, normed, factors, movable, layout.pairs, layout.order, layout.speeds, residual, tuple(reasons)
     )
@@ -124,30 +90,17 @@ def _few(seen: Seen) -> Seen:
     return replace(seen, q=seen.q[:FEW], k=seen.k[:FEW], v=seen.v[:FEW], output=seen.output[:FEW], mask=mask)
 
 
-def _has(module: nn.Module, name: str) -> bool:
-    try:
-        return isinstance(module.get_submodule(name), nn.Module)
-    except AttributeError:
-        return False
-
-
-def _unexplained(actual: Tensor, predicted: Tensor) -> float:
-    """Share of the energy of `actual` that `predicted` does not have."""
-    actual, predicted = actual.double(), predicted.double()
-    return float((actual - predicted).square().sum() / actual.square().sum().clamp_min(1e-30))  # no division by 0
-
-
 def _values_are_plain(seen: Seen, taps: dict[str, tuple[Tensor, Tensor]], shape: Geometry, reasons: list[str]) -> bool:
-    batch, _, tokens, _ = seen.q.shape
+    batch, _, tokens, _ = seen.v.shape
     projected, attended = taps["v"][1], taps["o"][0]
     if projected.numel() != seen.v.numel() or seen.v.shape[-1] != shape.v_head_dim:
         reasons.append("its values are not the output of v_proj, so they are averaged")
         return False
     plain = projected.reshape(batch, tokens, shape.kv_heads, shape.v_head_dim).transpose(1, 2)
-    if seen.v.shape != plain.shape or _unexplained(seen.v, plain) > CLOSE:
+    if seen.v.shape != plain.shape or unexplained(seen.v, plain) > CLOSE:
         reasons.append("its values are not the output of v_proj, so they are averaged")
         return False
-    if attended.numel() != seen.output.numel() or _unexplained(attended.reshape(seen.output.shape), seen.output) > CLOSE:
+    if attended.numel() != seen.output.numel() or unexplained(attended.reshape(seen.output.shape), seen.output) > CLOSE:
         reasons.append("something lies between its attention and o_proj (a gate, a norm), so values are averaged")
         return False
     return True
@@ -171,9 +124,9 @@ def _rotation(
     seen: Seen, taps: dict[str, tuple[Tensor, Tensor]], shape: Geometry, reasons: list[str]
 ) -> tuple[bool, Turns, _Layout]:
     """Which dimensions the rotation pairs, and its factor at every position, from keys and queries before and after it."""
-    tokens, width = seen.k.shape[2], shape.head_dim
-    none = torch.empty(tokens, 0, device=seen.k.device)
-    nothing = Turns(none, none), _Layout(0, tuple(range(width)), ())
+    tokens, width = {"q": seen.q.shape[2], "k": seen.k.shape[2]}, shape.head_dim
+    none = torch.empty(tokens["k"], 0, device=seen.k.device)
+    nothing = Turns(none[: tokens["q"]], none), _Layout(0, tuple(range(width)), ())
     before, after = {}, {"k": seen.k.transpose(1, 2).double(), "q": seen.q.transpose(1, 2).double()}
     for part, heads in (("k", shape.kv_heads), ("q", shape.heads)):
         raw = taps[f"{part}_norm"][1] if f"{part}_norm" in taps else taps[part][1]
@@ -182,26 +135,35 @@ def _rotation(
                 f"its {'keys' if part == 'k' else 'queries'} are not the output of {part}_proj, so keys are averaged"
             )
             return False, *nothing
-        before[part] = heads_view(raw, tokens, heads).double()
+        before[part] = heads_view(raw, tokens[part], heads).double()
         norm = taps.get(f"{part}_norm")
-        if norm is not None and not _same(norm[0], taps[part][1], tokens, heads):
+        if norm is not None and not _same(norm[0], taps[part][1], tokens[part], heads):
             reasons.append(f"its {part}_norm does not follow {part}_proj at once, so keys are averaged")
             return False, *nothing
     moved = [d for d in range(width) if not torch.equal(before["k"][..., d], after["k"][..., d])]
     free = [d for d in range(width) if d not in set(moved)]
     half = len(moved) // 2
     candidates = [(moved[:half], moved[half:]), (moved[0::2], moved[1::2])] if len(moved) % 2 == 0 else []
+    scales = {part: _scale(before[part][..., free], after[part][..., free]) for part in ("k", "q")}
     for first, second in candidates:
         turns = {part: _factors(before[part], after[part], first, second) for part in ("k", "q")}
-        turned = {part: _turned(before[part], turns[part], first, second) for part in ("k", "q")}
-        if all(_unexplained(after[part], turned[part]) < CLOSE for part in ("k", "q")):
-            step = (turns["k"][1] * turns["k"][0].conj()).angle().abs() if tokens > 1 else turns["k"][0].abs()
+        turned = {part: _turned(before[part] * scales[part], turns[part] / scales[part], first, second) for part in turns}
+        if all(unexplained(after[part], turned[part]) < CLOSE for part in ("k", "q")):
+            step = (turns["k"][1] * turns["k"][0].conj()).angle().abs() if tokens["k"] > 1 else turns["k"][0].abs()
             fast = sorted(range(half), key=lambda pair: -float(step[pair]))
             order = tuple([first[p] for p in fast] + [second[p] for p in fast] + free)
-            fast_turns = Turns(turns["q"][:, fast].to(torch.complex64), turns["k"][:, fast].to(torch.complex64))
-            return True, fast_turns, _Layout(half, order, tuple(float(step[p]) for p in fast))
+            q, k = ((turns[part] / scales[part])[:, fast].to(torch.complex64) for part in ("q", "k"))
+            layout = _Layout(half, order, tuple(float(step[p]) for p in fast))
+            return True, Turns(q, k, scales["q"] * scales["k"]), layout
     reasons.append("its rotation of keys is not one of pairs of dimensions by position, so keys are averaged")
     return False, *nothing
+
+
+def _scale(before: Tensor, after: Tensor) -> float:
+    """The number that takes `before` to `after`, dimensions that nothing turns; 1 where there are none."""
+    if torch.equal(before, after):
+        return 1.0
+    return float((before * after).sum() / before.square().sum().clamp_min(1e-30))
 
 
 def _same(attended: Tensor, projected: Tensor, tokens: int, heads: int) -> bool:
@@ -245,23 +207,9 @@ def _only_projections(attention: nn.Module, present: dict[str, str], shape: Geom
     return all(parameter.numel() in (1, shape.head_dim) for parameter in others)
 
 
-def _residual(watched: Watched, block: Block, projection: str, outer: list[str], reasons: list[str]) -> Residual | None:
-    """The stream's structure, by least squares of what the layer adds on what its parts give out."""
-    added = (watched.output - watched.hidden)[:FEW].double().reshape(-1)
-    own = watched.taps[projection][1][:FEW].double().reshape(-1)
-    if own.shape != added.shape:
-        reasons.append("its stream is not one of hidden states, so the output is refitted without the stream's drift")
-        return None
-    others = [name for name in outer if name in watched.taps and watched.taps[name][1][:FEW].numel() == added.numel()]
-    linears = [name for name in others if isinstance(block.module.get_submodule(name), nn.Linear)]
-    for name in [*reversed(linears), *reversed([name for name in others if name not in linears])]:
-        parts = torch.stack([own, watched.taps[name][1][:FEW].double().reshape(-1)], 1)
-        scalars = torch.linalg.pinv(parts.T @ parts, hermitian=True) @ (parts.T @ added)
-        if _unexplained(added, parts @ scalars) < CLOSE:
-            first, second = (float(value) for value in scalars)
-            return Residual(first, second, name if name in linears else None)
-    reasons.append("its layer does not simply add the attention's output, so the output is refitted without the stream's drift")
-    return None
+def _heads_alike(mask: Tensor | None) -> bool:
+    """Whether every head's scores are added the same by position (ALiBi and relative biases add to each something else)."""
+    return mask is None or mask.dtype == torch.bool or torch.allclose(mask, mask[:, :1].expand_as(mask), atol=1e-3)
 
 
 def traits_record(traits: AttentionTraits) -> dict[str, Any]:
@@ -269,3 +217,15 @@ def traits_record(traits: AttentionTraits) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(traits)
+
+
+def bands(traits: AttentionTraits) -> tuple[str, ...]:
+    """What a merge can do with the layer's keys and values: keys that are "turning" in pairs (a complex factor commutes),
+    "free" (any linear map does), "normed" (behind a norm, which leaves less); "values" that may be re-based. What is missing
+    is averaged."""
+    keys: list[str] = []
+    if traits.keys and traits.normed:
+        keys = ["normed"]
+    elif traits.keys:
+        keys = ["turning"] * bool(traits.pairs) + ["free"] * (2 * traits.pairs < len(traits.order))
+    return (*keys, *(["values"] if traits.values else []))

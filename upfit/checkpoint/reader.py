@@ -220,7 +220,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def most_positions(config: dict[str, Any]) -> int | None:
     """The longest input that `config.json` tells of, in tokens; None where it tells of none."""
     for part in (config, config.get("text_config") or {}):
-        for key in ("max_position_embeddings", "max_target_positions", "n_positions"):
+        for key in ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len"):
             if isinstance(part.get(key), int):
                 return int(part[key])
     return None

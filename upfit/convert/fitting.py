@@ -4,7 +4,6 @@ A recipe says what to do with a layer: the body of a loop over `LayerFits`. The 
 folder until the rules write them.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,17 @@ from torch import Tensor
 from upfit import provenance
 from upfit.architecture.loading import pick_device
 from upfit.calibration.carried import Carried
+from upfit.calibration.example_sample import ExampleSample
 from upfit.calibration.fit_work import Entry, FitWork
 from upfit.calibration.layerwise import LayerwiseModel
-from upfit.calibration.sample import Sample, sample_for
+from upfit.calibration.observe import Opaque
+from upfit.calibration.sample import Sample
+from upfit.calibration.sample_for import sample_for
 from upfit.calibration.statistics_file import fingerprint
 from upfit.calibration.teacher_student import LayerPair, PairedBatch, open_pair, pass_by
 from upfit.checkpoint.plan import Rule
 from upfit.checkpoint.reader import torch_dtype
+from upfit.examples.kinds import kind_of
 from upfit.text.files import FIELD
 
 if TYPE_CHECKING:
@@ -35,13 +38,12 @@ FITTED = "fitted/"  # how rules name tensors of the fit, as opposed to tensors o
 class Calibration:
     """The text of a fit, and the fingerprint of the model that it is for."""
 
-    sample: Sample
+    sample: Sample | ExampleSample
     model: str
 
     def record(self) -> dict[str, Any]:
         """The calibration text, for recipe.json."""
-        sample = self.sample
-        return {"tokens": sample.tokens, "windows": {n: len(w) for n, w in sample.windows.items()}, **sample.text}
+        return self.sample.record()
 
 
 def read_calibration(
@@ -51,7 +53,7 @@ def read_calibration(
 
     Raises UpfitError for text that cannot be used, Opaque for a model without a tokenizer.
     """
-    if not texts:
+    if not texts and kind_of(context.checkpoint.config) == "text":
         context.output.note(
             "no --calibration text: calibrating on Python's standard library; text like what the model will serve is better"
         )
@@ -62,11 +64,12 @@ def read_calibration(
 @dataclass
 class LayerFits:
     """A fit of `layers` of the model. A loop over it runs the model over the calibration text and gives each of these layers in
-    turn, with its weights loaded; its body changes the layer, moves `pair.batches` on and calls `store`. Layers that an earlier
-    run of the same fit has finished are taken from the folder of the fit.
+    turn, with its weights loaded; its body changes the layer, moves `pair.batches` on (with the `last` attention of a block)
+    and calls `store`. Layers that an earlier run of the same fit has finished are taken from the folder of the fit.
 
     `settings` hold all that results depend on besides model, text and machine. `title` stands beside the bar. `alone`: there is
-    no converted model beside the teacher. A loop raises Opaque for a model that cannot be run on text.
+    no converted model beside the teacher. `several`: the body takes layers with more than one attention. A loop raises Opaque
+    for a model that cannot be run on what is there.
     """
 
     context: "FitContext"
@@ -75,6 +78,7 @@ class LayerFits:
     settings: dict[str, Any]
     layers: "list[Layer]"
     alone: bool = False
+    several: bool = False
 
     def __post_init__(self) -> None:
         self._work = FitWork(self.context.scratch, identity(self.calibration, self.settings, self.layers))
@@ -89,26 +93,30 @@ class LayerFits:
             if work.finished:
                 return
             model, batches, carried = self._open()
-            layers, blocks = {layer.path: layer for layer in self.layers}, model.blocks
+            entry, blocks = self.context.architecture.entry, model.blocks
             for index in range(done.next, len(blocks)):
                 model.load(index)
-                layer = layers.get(blocks[index].attention_path) if blocks[index].attention else None
-                if layer is None:
-                    pass_by(blocks[index].module, index, batches, self.alone)
-                else:
-                    yield LayerPair(model, index, layer, self.context.architecture.entry, batches, blocks[index].module)
+                own = [f"{blocks[index].path}.{attention}" for attention in blocks[index].attentions]
+                layers = [layer for layer in self.layers if layer.path in own]
+                for layer in layers:
+                    last = layer is layers[-1]
+                    yield LayerPair(model, index, layer, entry, batches, blocks[index].module, last)
                     assert done.layers and done.layers[-1].layer == layer.path, "the loop's body stores what the layer got"
+                if not layers:
+                    pass_by(blocks[index].module, index, batches, self.alone)
                 model.empty(blocks[index].module)
                 last = index + 1 == len(blocks)
                 state = None if last else carried.tensors()
                 if last or state is not None:
                     work.keep(index + 1, len(blocks), state)
-                if layer is not None:
-                    meter.advance(1, self._note)
+                if layers:
+                    meter.advance(len(layers), self._note)
 
     def _open(self) -> tuple[LayerwiseModel, list[PairedBatch], Carried]:
         """Both models, before the first layer that is still to be done."""
         model, batches = open_pair(self.context.checkpoint, self.context.architecture, self.calibration.sample)
+        if not self.several and any(len(block.attentions) > 1 for block in model.blocks):
+            raise Opaque("a layer of it has more than one attention")
         carried = Carried(batches, self.alone)
         if self._work.progress.next:
             carried.restore(self._work.state())
@@ -128,7 +136,7 @@ class LayerFits:
         # In the types of the checkpoint (of the layer's queries, where they are new).
         types = {name: known[name if name in known else pair.layer.names["q.weight"]].dtype for name in tensors}
         ready = {FITTED + name: tensor.to("cpu", torch_dtype(types[name])).contiguous() for name, tensor in tensors.items()}
-        self._work.add(pair.index, path, record, extra or {}, ready)
+        self._work.add(path, record, extra or {}, ready)
         self._note = f"{path} {note}".rstrip()
 
     @property
@@ -148,15 +156,12 @@ class LayerFits:
 
 def identity(calibration: Calibration, settings: dict[str, Any], layers: "list[Layer]") -> dict[str, Any]:
     """All that the bytes of a fit depend on."""
-    windows = [[len(rows), length, calibration.sample.held[length]] for length, rows in calibration.sample.windows.items()]
-    content = b"".join(rows.numpy().tobytes() for rows in calibration.sample.windows.values())
     device = pick_device()
     return {
         "settings": settings,
         "layers": [layer.path for layer in layers],
         "model": calibration.model,
-        "windows": windows,
-        "text": hashlib.sha256(content).hexdigest(),
+        **calibration.sample.identity(),
         "versions": provenance.versions(),
         # Sums are taken in an order that depends on these, and differ in their last bits.
         "threads": torch.get_num_threads(),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from upfit.calibration.observe import Opaque
 from upfit.calibration.teacher_student import LayerPair
-from upfit.calibration.traits import Watched
+from upfit.calibration.watch import Watched
 from upfit.checkpoint.plan import Plan
 from upfit.convert.cope.options import CALIBRATION, Options, new_tensors
 from upfit.convert.fitting import LayerFits, read_calibration
@@ -67,9 +67,9 @@ def fit(context: "FitContext", plan: Plan, options: Options, chosen: "list[Layer
 
 def _fit_layer(pair: LayerPair, options: Options) -> tuple[Rotation | list[Any] | None, dict[str, Tensor], dict[str, Any]]:
     """Run a layer over all batches: how its rotation is undone, its new tensors by name, and its record."""
-    attention, entry = pair.block.module.get_submodule(str(pair.block.attention)), pair.entry
+    attention, entry = pair.block.module.get_submodule(pair.place.at), pair.entry
     names = {name for name, _ in attention.named_modules()} & {entry.q, entry.k, entry.q_norm, entry.k_norm}
-    inside = tuple(f"{pair.block.attention}.{name}" for name in sorted(names))
+    inside = tuple(f"{pair.place.at}.{name}" for name in sorted(names))
     layout: Layout | None = None
     samples, placed = [], list[bool]()  # of each call, whether the positions of its tokens are given
     hook = attention.register_forward_pre_hook(
@@ -114,7 +114,7 @@ def _rotation(pair: LayerPair, before: Tensor, after: Tensor) -> Rotation | list
     if torch.equal(before, after):
         return []
     positions = torch.arange(after.shape[2], device=after.device)[None]
-    attention, model = pair.block.module.get_submodule(str(pair.block.attention)), pair.model.model
+    attention, model = pair.block.module.get_submodule(pair.place.at), pair.model.model
     kinds = [None, *sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()))]
     rotaries = [name for name, module in model.named_modules() if type(module).__name__.endswith("RotaryEmbedding")]
     for name, kind, part in itertools.product(rotaries, kinds, ("whole", "first")):

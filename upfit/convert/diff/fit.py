@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from upfit.calibration.observe import Opaque, Seen, listening
+from upfit.calibration.residual import Residual
 from upfit.calibration.ridge import ridge_linear
 from upfit.calibration.teacher_student import LayerPair, PairedBatch, mlp_end, put, refit_mlp, row_sums, stream_error
-from upfit.calibration.traits import AttentionTraits, Residual
+from upfit.calibration.traits import AttentionTraits
 from upfit.checkpoint.plan import Plan
 from upfit.convert.fitting import LayerFits, read_calibration
 

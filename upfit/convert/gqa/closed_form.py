@@ -20,6 +20,7 @@ from torch import Tensor
 from upfit.calibration.traits import AttentionTraits
 
 TINY = 1e-12  # a share of float64's energy that is rounding; its 1e-10th only keeps a division from 0
+AVERAGED = -1  # in the place of a cut: keys are not turned before they are merged
 ALTERNATIONS = 8  # each lowers the error; after so many it hardly moves
 
 
@@ -83,12 +84,13 @@ def _gram(heads: Tensor) -> Tensor:
 
 def merge_keys(traits: AttentionTraits, keys: Tensor, pairs: Tensor, queries: Tensor, owners: Tensor, cut: int) -> KeyMerge:
     """`keys` [g·D, g·D] and `pairs` complex [n, P, g, g] are centred moments of the group's keys, `queries` [n, D, D] of its
-    queries, `owners` [n] says which of the g old heads a query head used. Pairs from `cut` on count as slow.
+    queries, `owners` [n] says which of the g old heads a query head used. Pairs from `cut` on count as slow; AVERAGED: the mean
+    of the heads.
 
-    Where the layer norms its keys only what survives a norm is done: turning pairs if their scales agree, else the mean.
+    Where the layer norms its keys only what survives a norm is done: turning pairs, exactly where its scales agree on each.
     """
     count, width = keys.shape[0] // len(traits.order), len(traits.order)
-    if not traits.factors:
+    if cut == AVERAGED:
         same = torch.eye(width, dtype=keys.dtype).repeat(1, count) / count
         return KeyMerge(same, torch.eye(width, dtype=keys.dtype).expand(len(owners), -1, -1).clone())
     fast = traits.pairs if traits.normed else cut

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from upfit.architecture.attention import LAYOUTS, Attention
 from upfit.calibration.layerwise import Block, find_blocks, observed_model
-from upfit.calibration.observe import Opaque
+from upfit.calibration.observe import Opaque, tapped
+from upfit.calibration.residual import Residual
 from upfit.calibration.ridge import augmented, ridge_linear
 from upfit.calibration.teacher_student import (
     LayerPair,
@@ -29,7 +30,7 @@ from upfit.calibration.teacher_student import (
     row_sums,
     stream_error,
 )
-from upfit.calibration.traits import AttentionTraits, Residual, Turns
+from upfit.calibration.traits import AttentionTraits, Turns
 from upfit.convert.fitting import LayerFits
 from upfit.convert.gqa import fit_scores, fit_values
 from upfit.convert.gqa.layer_state import LayerRecord, Merged, Settings, View, watch_teacher
@@ -51,14 +52,18 @@ def convert_layers(
     `statistics(path)` gives an attention's traits and statistics if calibration left them, else they are gathered on the way.
     """
     students: list[Block] = []
+    index = -1
     for pair in fits:
         if not students:
             device = str(pair.batches[0].teacher.device)
             students = find_blocks(observed_model(target_config, device), fits.context.architecture)
         student = students[pair.index].module
-        _adopt(student, pair.block.module)
+        if pair.index != index:  # not the second attention of a layer
+            _adopt(student, pair.block.module)
+        index = pair.index
         record, tensors = _convert(replace(pair, student=student), statistics(pair.layer.path), settings)
-        pair.model.empty(student)
+        if pair.last:
+            pair.model.empty(student)
         error = record.fitted_error if record.fitted_error is not None else record.merged_error
         fits.store(pair, record.record(), tensors, note=f"score error {error:.3f}" if error is not None else "")
 
@@ -89,18 +94,19 @@ def _convert(pair: LayerPair, statistics: LayerStatistics | None, settings: Sett
     sums = {name: tensor.float().double().cpu() for name, tensor in sums.items()}  # as a statistics file has them
     merges = merge_layer(traits, layout.unpack(stored, pair.layer.geometry), sums, settings.kv_heads, record)
     choices = {cut: merge.to(device) for cut, merge in merges.items()}
-    form = _form(pair, traits, turns, attention, views[0].scaling, settings.kv_heads)
+    form = _form(pair, traits, turns, attention, views[0].scaling * turns.scale, settings.kv_heads)
     merged = _fit_heads(pair, traits, attention, form, choices, views, settings, record)
     for view in views:
         view.targets.clear()  # of a large model they are what the ridges below need room for
     new = _replace_parts(pair, pack(pair.layer, traits, attention, merged), ("q", "k", "v", "k_norm", "o"))
     if settings.refit:
         new |= _refit_stream(pair, traits, views, settings)
-    for view in views:
-        view.batch.teacher = view.output
-        if not settings.refit:
-            view.batch.student = view.output
-    record.stream_error = stream_error(pair.batches) if settings.refit else None
+    if pair.last:
+        for view in views:
+            view.batch.teacher = view.output
+            if not settings.refit:
+                view.batch.student = view.output
+        record.stream_error = stream_error(pair.batches) if settings.refit else None
     return record, new
 
 
@@ -108,9 +114,10 @@ def _average(pair: LayerPair, attention: Attention, kv_heads: int) -> dict[str, 
     """The mean of the heads, for a layer that cannot be watched; both streams move on."""
     merged = merge_plainly(attention, kv_heads, "mean", 0, 0.0)
     new = _replace_parts(pair, LAYOUTS[pair.layer.layout].pack(merged, pair.layer.geometry), ("k", "v", "k_norm"))
-    for batch in pair.batches:
-        batch.student = pair.run(batch)
-    pass_by(pair.block.module, pair.index, pair.batches, alone=True)
+    if pair.last:
+        for batch in pair.batches:
+            batch.student = pair.run(batch)
+        pass_by(pair.block.module, pair.index, pair.batches, alone=True)
     return new
 
 
@@ -136,14 +143,22 @@ def _fit_heads(
     merged = next(iter(choices.values()))
     if traits.values:
         refine(traits, attention, merged, views, settings.token_power)
-    inputs = [pair.run_until(pair.path("q"), view.batch) if settings.refit else view.inputs for view in views]
-    drift = _drift(inputs, views) if settings.refit else None
-    merged.v = _mapped(merged.v, drift)
+    inputs = _student_inputs(pair, views) if settings.refit else [(view.inputs, view.key_inputs) for view in views]
+    drifts = _drifts(inputs, views) if settings.refit else (None, None)
+    merged.v = _mapped(merged.v, drifts[1])
     if traits.keys and form is not None:
-        _fit_scores(choices, merged, form, inputs, views, drift, settings, record)
+        _fit_scores(choices, merged, form, inputs, views, drifts, settings, record)
     else:
-        merged.q, merged.k = _mapped(merged.q, drift), _mapped(merged.k, drift)
+        merged.q, merged.k = _mapped(merged.q, drifts[0]), _mapped(merged.k, drifts[1])
     return merged
+
+
+def _student_inputs(pair: LayerPair, views: list[View]) -> list[tuple[Tensor, Tensor]]:
+    """What the student's projections of queries and of keys are given, of each batch."""
+    of_queries = [pair.run_until(pair.path("q"), view.batch) for view in views]
+    if not views[0].cross:
+        return [(x, x) for x in of_queries]
+    return [(x, pair.run_until(pair.path("k"), view.batch)) for x, view in zip(of_queries, views, strict=True)]
 
 
 def _form(
@@ -175,16 +190,26 @@ def _in_order(module: nn.Module, order: list[int]) -> fit_scores.Norm:
     return norm
 
 
-def _drift(inputs: list[Tensor], views: list[View]) -> Tensor:
+Drifts = tuple[Tensor | None, Tensor | None]  # of the inputs of queries and of keys
+
+
+def _drifts(inputs: list[tuple[Tensor, Tensor]], views: list[View]) -> Drifts:
+    of_queries = _drift([q for q, _ in inputs], views)
+    return of_queries, _drift([k for _, k in inputs], views, of_keys=True) if views[0].cross else of_queries
+
+
+def _drift(inputs: list[Tensor], views: list[View], of_keys: bool = False) -> Tensor:
     """M [E, E] that best takes what the student sees to what the teacher saw: W M x_student ≈ W x_teacher."""
-    gap = sum(float((x - view.inputs).square().sum()) for x, view in zip(inputs, views, strict=True))
-    if gap <= fit_values.NEGLIGIBLE * sum(float(view.inputs.square().sum()) for view in views):
+    wanted = [view.key_inputs if of_keys else view.inputs for view in views]
+    gap = sum(float((x - aim).square().sum()) for x, aim in zip(inputs, wanted, strict=True))
+    if gap <= fit_values.NEGLIGIBLE * sum(float(aim.square().sum()) for aim in wanted):
         return torch.eye(inputs[0].shape[-1], device=inputs[0].device)
     own = cross = torch.zeros((), dtype=torch.float64)
-    for x, view in zip(inputs, views, strict=True):
+    for view, *pair in zip(views, inputs, wanted, strict=True):
         if not view.batch.held:
-            flat, wanted = x.flatten(0, 1), view.inputs.flatten(0, 1)
-            own, cross = own + (flat.T @ flat).double(), cross + (wanted.T @ flat).double()
+            counted = None if of_keys else view.batch.counted
+            flat, aim = (x.flatten(0, 1) if counted is None else x[counted] for x in pair)
+            own, cross = own + (flat.T @ flat).double(), cross + (aim.T @ flat).double()
     ridge = DRIFT_RIDGE * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype, device=own.device)
     return torch.linalg.solve(own + ridge, (cross + ridge).T).T.float()
 
@@ -198,43 +223,46 @@ def _fit_scores(
     choices: dict[int, Merged],
     merged: Merged,
     form: fit_scores.Form,
-    inputs: list[Tensor],
+    inputs: list[tuple[Tensor, Tensor]],
     views: list[View],
-    drift: Tensor | None,
+    drifts: Drifts,
     settings: Settings,
     record: LayerRecord,
 ) -> None:
     """Choose the cut on held-back rows, then, when refitting, fit q and k. Changes `merged`."""
-    width = merged.q.shape[-1]
+    widths = merged.q.shape[-1], merged.k.shape[-1]
     problems: dict[bool, list[fit_scores.Batch]] = {False: [], True: []}
-    for x, view in zip(inputs, views, strict=True):
+    for (of_queries, of_keys), view in zip(inputs, views, strict=True):
         targets = [_reordered(target, merged.heads) for target in view.targets]
-        problems[view.batch.held].append(fit_scores.Batch(augmented(x, width), targets))
+        q_inputs = augmented(of_queries, widths[0])
+        same = of_keys is of_queries and widths[0] == widths[1]
+        batch = fit_scores.Batch(q_inputs, targets, None if same else augmented(of_keys, widths[1]))
+        problems[view.batch.held].append(batch)
 
     def start(cut: int) -> fit_scores.Weights:
-        q, k = _mapped(choices[cut].q, drift), _mapped(choices[cut].k, drift)
+        q, k = _mapped(choices[cut].q, drifts[0]), _mapped(choices[cut].k, drifts[1])
         return fit_scores.Weights(q.flatten(0, 1), k.flatten(0, 1))
 
     errors = {cut: fit_scores.held_error(problems[True], form, start(cut)) for cut in choices}
     record.cut = min(errors, key=lambda cut: errors[cut])
     record.merged_error, weights = errors[record.cut], start(record.cut)
     if settings.refit:
-        moments = _input_moments(problems[False], width)
+        moments = _input_moments(problems[False], *widths)
         result = fit_scores.fit_scores(problems[False], problems[True], form, weights, *moments, settings.effort)
         weights, record.fitted_error = result.weights, result.after[1]
     merged.q = weights.q.unflatten(0, (-1, form.width))
     merged.k = weights.k.unflatten(0, (-1, form.width))
 
 
-def _input_moments(problems: list[fit_scores.Batch], width: int) -> tuple[Tensor, Tensor]:
+def _input_moments(problems: list[fit_scores.Batch], q_width: int, k_width: int) -> tuple[Tensor, Tensor]:
     """Σ x xᵀ [E', E'] of the inputs of queries and, weighted as the attention looks at them, of keys."""
-    q_moment = k_moment = torch.zeros(width, width, device=problems[0].inputs.device)
+    q_moment, k_moment = (torch.zeros(size, size, device=problems[0].inputs.device) for size in (q_width, k_width))
     for problem in problems:
         flat = problem.inputs.flatten(0, 1)
         q_moment = q_moment + flat.T @ flat
         for target in problem.targets:
             looked = (target.weights * (1 - target.weights) * target.importance).sum((1, 2))  # [B, L]
-            seen = problem.inputs[:, : target.keys]
+            seen = problem.key_inputs[:, : target.keys]
             k_moment = k_moment + (seen * looked[..., None]).flatten(0, 1).T @ seen.flatten(0, 1)
     return q_moment, k_moment
 
@@ -251,35 +279,46 @@ def _refit_stream(pair: LayerPair, traits: AttentionTraits, views: list[View], s
     new: dict[str, Tensor] = {}
     if traits.values:  # else something lies between: only carried on
         new, attended = _refit_output(pair, traits.residual, views, settings.token_power)
-        end = mlp_end(pair, traits.residual)
+        end = mlp_end(pair, traits.residual) if pair.last else None
         if traits.residual is not None and end is not None:
-            outputs = [view.output for view in views]
-            return new | _refit_mlp(pair, traits.residual, end, attended, outputs, settings.token_power)
-    for batch in pair.batches:
-        batch.student = pair.run(batch)
+            totals = [view.total for view in views]
+            refit = _refit_normed_mlp if traits.residual.normed else _refit_mlp
+            return new | refit(pair, traits.residual, end, attended, totals, settings.token_power)
+    if pair.last:
+        for batch in pair.batches:
+            batch.student = pair.run(batch)
     return new
 
 
 def _refit_output(
     pair: LayerPair, residual: Residual | None, views: list[View], token_power: float
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The output projection, fitted to the teacher's stream after the attention; its inputs [B, T, Z] of each batch too."""
-    path, names, attended = pair.path("o"), pair.layer.names, list[Tensor]()
+) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """The output projection, fitted to the teacher's stream after the attention; of each batch too its inputs [B, T, Z] and the
+    student's stream [B, T, E] that it adds to."""
+    path, names, attended, befores = pair.path("o"), pair.layer.names, list[Tensor](), list[Tensor]()
 
     def rows(number: int, batch: PairedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        attended.append(pair.run_until(path, batch))
-        middle = batch.middle(views[number].attended, residual)
-        wanted = views[number].attended if residual is None else (middle - batch.student) / residual.attention
-        return attended[number], wanted, middle
+        z, before = pair.run_to(path, batch, residual)
+        attended.append(z)
+        befores.append(before)
+        middle = batch.middle(views[number].attended, residual, views[number].before)
+        wanted = views[number].attended if residual is None else (middle - before) / residual.attention
+        return z, wanted, middle
 
     projection = pair.linear(path)
     weight, bias = ridge_linear(row_sums(projection, pair.batches, rows, token_power), projection)
     put(pair.student, path, weight, bias)
-    return {names["o.weight"]: weight} | ({} if bias is None else {names["o.bias"]: bias}), attended
+    new = {names["o.weight"]: weight} | ({} if bias is None else {names["o.bias"]: bias})
+    return new, list(zip(attended, befores, strict=True))
 
 
 def _refit_mlp(
-    pair: LayerPair, residual: Residual, end: MlpEnd, attended: list[Tensor], outputs: list[Tensor], token_power: float
+    pair: LayerPair,
+    residual: Residual,
+    end: MlpEnd,
+    attended: list[tuple[Tensor, Tensor]],
+    outputs: list[Tensor],
+    token_power: float,
 ) -> dict[str, Tensor]:
     """The last matrix of the MLP, fitted to the teacher's stream after the layer, to which the student moves on."""
     projection, down = pair.linear(pair.path("o")), pair.linear(end.path)
@@ -287,10 +326,34 @@ def _refit_mlp(
 
     def rest(number: int, batch: PairedBatch) -> tuple[Tensor, Tensor]:
         inner.append(pair.run_until(end.path, batch))
-        middles.append(batch.student + residual.attention * projection(attended[number]))
+        z, before = attended[number]
+        middles.append(before + residual.attention * projection(z))
         return inner[number], middles[number]
 
     new = refit_mlp(pair.student, end, residual.mlp, pair.batches, outputs, rest, token_power)
     for batch, middle, part in zip(pair.batches, middles, inner, strict=True):
         batch.student = middle + residual.mlp * down(part)
+    return new
+
+
+def _refit_normed_mlp(
+    pair: LayerPair,
+    residual: Residual,
+    end: MlpEnd,
+    attended: list[tuple[Tensor, Tensor]],
+    totals: list[Tensor],
+    token_power: float,
+) -> dict[str, Tensor]:
+    """As `_refit_mlp`, where a norm follows the sum `totals`, and the MLP adds to what another norm gives out."""
+    assert residual.mlp_base is not None
+    base = residual.mlp_base
+
+    def rest(number: int, batch: PairedBatch) -> tuple[Tensor, Tensor]:
+        with tapped({base: pair.student.get_submodule(base)}) as taps:
+            inner = pair.run_until(end.path, batch)
+        return inner, taps[base][1]
+
+    new = refit_mlp(pair.student, end, residual.mlp, pair.batches, totals, rest, token_power)
+    for batch in pair.batches:
+        batch.student = pair.run(batch)
     return new

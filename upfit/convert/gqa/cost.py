@@ -4,12 +4,14 @@ from typing import TYPE_CHECKING
 
 from upfit.calibration import estimate
 from upfit.calibration.estimate import Block, Work
-from upfit.calibration.sample import BATCH_TOKENS, LENGTH, SHORT, TOKENS
+from upfit.calibration.observe import Opaque
+from upfit.calibration.sample import BATCH_TOKENS, LENGTH, SHORT, TOKENS, Sample
 from upfit.calibration.statistics import ROWS, SEGMENT
 from upfit.checkpoint.reader import most_positions
 from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.fit_scores import Effort
 from upfit.convert.gqa.fit_values import ITERATIONS, ROUNDS
+from upfit.examples.kinds import kind_of
 from upfit.options import parse_count
 
 if TYPE_CHECKING:
@@ -20,9 +22,11 @@ PASSES = 10  # over all sampled scores, for each product with the curvature
 
 
 def work(context: "FitContext", choice: Choice) -> Work:
-    """The whole fit. Raises UpfitError for calibration that cannot be used."""
+    """The whole fit. Raises UpfitError for calibration that cannot be used, Opaque for an encoder-decoder."""
+    if kind_of(context.checkpoint.config) != "text":
+        raise Opaque("nobody has counted what its encoder takes")
     statistics = statistics_for(context, choice)
-    if statistics is not None:
+    if statistics is not None and isinstance(statistics.sample, Sample):
         windows = {length: float(rows.numel()) for length, rows in statistics.sample.windows.items()}
     else:
         windows = windows_of(parse_count(choice.tokens or str(TOKENS), "--calibration-tokens"), choice.length, context)

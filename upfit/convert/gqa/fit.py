@@ -35,7 +35,7 @@ def fit(context: "FitContext", choice: Choice, plan: Plan) -> Plan:
     settings = Settings(choice.kv_heads, choice.refit)
     identity = {"recipe": "gqa", "config": plan.config, "statistics": file_hash(statistics.path) if statistics else None}
     layers = [layer for layer in context.architecture.layers if layer.geometry.kv_heads > choice.kv_heads]
-    fits = LayerFits(context, calibration, "aligning", identity | asdict(settings), layers)
+    fits = LayerFits(context, calibration, "aligning", identity | asdict(settings), layers, several=True)
     convert_layers(fits, plan.config, statistics.layer if statistics else lambda path: None, settings)
     report: dict[str, Any] = {
         METHOD_RAN: "aligned",

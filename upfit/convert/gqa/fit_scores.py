@@ -40,10 +40,15 @@ class Target:
 
 @dataclass
 class Batch:
-    """Student inputs [B, T, E] of one batch, and its targets."""
+    """Student inputs of one batch, [B, T, E], and its targets; [B, S, E] of keys where these are made of something else."""
 
     inputs: Tensor
     targets: list[Target]
+    of_keys: Tensor | None = None
+
+    @property
+    def key_inputs(self) -> Tensor:
+        return self.inputs if self.of_keys is None else self.of_keys
 
     def rows(self) -> Tensor:
         return torch.cat([target.at for target in self.targets])
@@ -127,7 +132,7 @@ class Fit:
         self.form, self.batches = form, batches
         self.rows = [batch.rows() for batch in batches]
         self.q_inputs = [_solve(q_basis, b.inputs[:, rows]) for b, rows in zip(batches, self.rows, strict=True)]
-        self.k_inputs = [_solve(k_basis, b.inputs) for b in batches]
+        self.k_inputs = [_solve(k_basis, b.key_inputs) for b in batches]
         self.total = sum(float((t.seen(t.scores) * t.scores).sum()) for b in batches for t in b.targets)
 
     def sides(self, weights: Weights) -> Iterator[tuple[Batch, Side, Side]]:
@@ -261,8 +266,8 @@ def fit_scores(
 
 def held_error(held: list[Batch], form: Form, weights: Weights) -> float:
     """Error of the scores that `weights`, on inputs as they are, make of the `held` rows."""
-    plain = torch.eye(weights.q.shape[1], device=weights.q.device)
-    return Fit(held, form, plain, plain).error(weights)
+    q_plain, k_plain = (torch.eye(weight.shape[1], device=weight.device) for weight in (weights.q, weights.k))
+    return Fit(held, form, q_plain, k_plain).error(weights)
 
 
 def _unwhiten(weight: Tensor, basis: Tensor) -> Tensor:

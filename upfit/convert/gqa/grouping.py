@@ -4,10 +4,13 @@ The cost of a group is the sum over its pairs of heads of what merging the two w
 Beginning with neighbours, heads are exchanged between groups as long as that helps.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from upfit.calibration.traits import AttentionTraits
+from upfit.convert.gqa.closed_form import powers
 
 STARTS = 16  # exchanging heads finds a near optimum, so several random beginnings are tried beside the contiguous one
 
@@ -53,33 +56,46 @@ def _exchanged(costs: Tensor, label: Tensor, groups: int) -> Tensor:
     return label
 
 
-def pair_costs(
-    traits: AttentionTraits, key_pairs: Tensor | None, queries: Tensor | None, values: Tensor | None, metric: Tensor
-) -> Tensor:
+def pair_costs(traits: AttentionTraits, sums: Mapping[str, Tensor], metric: Tensor) -> Tensor:
     """[K, K]: what merging two heads would lose, the share of the layer's key energy plus that of its value energy.
 
-    `key_pairs` complex [H, P, K, K], `queries` [H, D, D], `values` [K·V, K·V] with the output metric of each head in `metric`
-    [K, V, V]; keys or values that are None do not count.
+    `sums` are the layer's statistics; keys or values that they do not hold do not count. `metric` [K, V, V] is the output
+    projection's of each head.
     """
-    count, width = metric.shape[0], metric.shape[1]
-    costs = torch.zeros(count, count, dtype=torch.float64)
-    if key_pairs is not None and queries is not None and traits.pairs and traits.factors:
-        diagonal = queries.diagonal(dim1=1, dim2=2)
-        energy = diagonal[:, : traits.pairs] + diagonal[:, traits.pairs : 2 * traits.pairs]
-        moment = (key_pairs * energy[:, :, None, None]).sum(0)  # [P, K, K]
-        power = moment.diagonal(dim1=1, dim2=2).real
-        first, second, cross = power[:, :, None], power[:, None], moment.abs()
-        smaller = (first + second) / 2 - (((first - second) / 2).square() + cross.square()).sqrt()
-        costs += smaller.sum(0) / power.sum()
-    if values is not None:
-        blocks = values.reshape(count, width, count, width)
-        total = sum(float((blocks[j, :, j] * metric[j]).sum()) for j in range(count))
-        for a in range(count):
-            for b in range(a):
-                joint = torch.cat([torch.cat([blocks[i, :, j] for j in (a, b)], 1) for i in (a, b)])
-                root = torch.linalg.cholesky(
-                    torch.block_diag(metric[a], metric[b]) + 1e-9 * metric[a].diagonal().mean() * torch.eye(2 * width)
-                )
-                lost = torch.linalg.eigvalsh(root.T @ joint @ root)[:width].clamp_min(0).sum()
-                costs[a, b] = costs[b, a] = costs[a, b] + float(lost) / total
+    costs = torch.zeros(len(metric), len(metric), dtype=torch.float64)
+    if "key_pairs" in sums and "queries" in sums and traits.pairs and traits.factors:
+        costs += _turned_costs(torch.view_as_complex(sums["key_pairs"].contiguous()), sums["queries"], traits.pairs)
+    elif "keys" in sums and not traits.pairs and traits.factors:
+        costs += _joint_costs(sums["keys"], sums["queries"].unflatten(0, (len(metric), -1)).sum(1))
+    return costs + _joint_costs(sums["values"], metric) if "values" in sums else costs
+
+
+def _turned_costs(pairs: Tensor, queries: Tensor, count: int) -> Tensor:
+    """Of keys on `count` rotated pairs, each to be one complex number: `pairs` complex [H, P, K, K], `queries` [H, D, D]."""
+    diagonal = queries.diagonal(dim1=1, dim2=2)
+    energy = diagonal[:, :count] + diagonal[:, count : 2 * count]
+    moment = (pairs * energy[:, :, None, None]).sum(0)  # [P, K, K]
+    power = moment.diagonal(dim1=1, dim2=2).real
+    first, second, cross = power[:, :, None], power[:, None], moment.abs()
+    smaller = (first + second) / 2 - (((first - second) / 2).square() + cross.square()).sqrt()
+    return smaller.sum(0) / power.sum()
+
+
+def _joint_costs(moment: Tensor, metric: Tensor) -> Tensor:
+    """Of vectors that any linear map may take to one: `moment` [K·W, K·W] of all heads together, `metric` [K, W, W] of each."""
+    count, width = metric.shape[:2]
+    blocks, costs = moment.reshape(count, width, count, width), torch.zeros(count, count, dtype=torch.float64)
+    total = sum(float((blocks[j, :, j] * metric[j]).sum()) for j in range(count))
+    for a in range(count):
+        for b in range(a):
+            joint = torch.cat([torch.cat([blocks[i, :, j] for j in (a, b)], 1) for i in (a, b)])
+            root = _root(torch.block_diag(metric[a], metric[b]) + 1e-9 * metric[a].diagonal().mean() * torch.eye(2 * width))
+            lost = torch.linalg.eigvalsh(root.T @ joint @ root)[:width].clamp_min(0).sum()
+            costs[a, b] = costs[b, a] = float(lost) / total
     return costs
+
+
+def _root(metric: Tensor) -> Tensor:
+    """R with R Rᵀ = `metric`; of one that rounding has made negative in a direction (queries that never go there), near it."""
+    factor, failed = torch.linalg.cholesky_ex(metric)
+    return factor if not int(failed) else powers(metric)[0]

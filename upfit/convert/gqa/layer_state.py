@@ -8,8 +8,8 @@ from torch import Tensor
 
 from upfit.architecture.attention import Attention
 from upfit.calibration.observe import Seen
-from upfit.calibration.statistics import ROWS, add, observe
-from upfit.calibration.teacher_student import LayerPair, PairedBatch, token_weights
+from upfit.calibration.statistics import ROWS, Rows, add, observe
+from upfit.calibration.teacher_student import LayerPair, PairedBatch, stream_before, taps_before
 from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import fit_scores
 
@@ -45,16 +45,26 @@ class LayerRecord:
 
 @dataclass
 class View:
-    """What the teacher's layer showed on one batch: `inputs` [B, T, E] of the projections, `attended` [B, T, E] by o_proj,
-    `output` [B, T, E] after the layer, `values` [B, T, K, V]."""
+    """What the teacher's layer showed on one batch: `inputs` [B, T, E] of queries and `key_inputs` [B, S, E] of keys and values
+    (the same but in cross-attention), `before` [B, T, E] the stream that the attention adds to, `attended` [B, T, E] by o_proj,
+    `total` [B, T, E] the stream with what the MLP adds, `output` [B, T, E] after the layer (the same but where that is normed),
+    `values` [B, S, K, V]."""
 
     batch: PairedBatch
     inputs: Tensor
+    key_inputs: Tensor
+    before: Tensor
     attended: Tensor
+    total: Tensor
     output: Tensor
     values: Tensor
     scaling: float
     targets: list[fit_scores.Target]
+
+    @property
+    def cross(self) -> bool:
+        """Whether keys and values are made of another stream than queries."""
+        return self.key_inputs is not self.inputs
 
 
 @dataclass
@@ -80,27 +90,32 @@ def watch_teacher(
     pair: LayerPair, traits: AttentionTraits, attention: Attention, settings: Settings
 ) -> tuple[list[View], dict[str, Tensor]]:
     """The teacher's layer over every batch, and the statistics of the batches that are fitted."""
-    views, sums, q, o = [], dict[str, Tensor](), pair.path("q"), pair.path("o")
-    for batch, watched, rows in pair.watch((q, o), settings.rows):
+    views, sums, q, k, o = [], dict[str, Tensor](), pair.path("q"), pair.path("k"), pair.path("o")
+    sum_path = None if traits.residual is None else traits.residual.mlp_sum
+    extra = (*taps_before(pair.place, traits.residual), *([sum_path] if sum_path else []))
+    for batch, watched, rows in pair.watch((q, k, o, *extra), settings.rows):
         if not batch.held:
             add(sums, observe(watched.seen, traits, rows))
-        inputs, attended = watched.taps[q][0], watched.taps[o][1]
-        weight = token_weights(batch.middle(attended, traits.residual), 2.0)
-        targets = [_target(watched.seen, sampled.at, sampled.keys, attention, weight, settings) for sampled in rows]
+        inputs, of_keys, attended = watched.taps[q][0], watched.taps[k][0], watched.taps[o][1]
+        of_keys = inputs if of_keys.data_ptr() == inputs.data_ptr() else of_keys
+        before = stream_before(batch.teacher, pair.place, watched.taps, traits.residual)
+        weight = batch.weights(batch.middle(attended, traits.residual, before), 2.0)
+        targets = [_target(watched.seen, sampled, attention, weight, settings) for sampled in rows]
         values = watched.seen.v.transpose(1, 2)
-        views.append(View(batch, inputs, attended, watched.output, values, watched.seen.scaling, targets))
+        scaling, output = watched.seen.scaling, watched.output
+        total = watched.taps[sum_path][0] if sum_path else output
+        views.append(View(batch, inputs, of_keys, before, attended, total, output, values, scaling, targets))
     return views, sums
 
 
-def _target(
-    seen: Seen, at: Tensor, keys: int, attention: Attention, token_weight: Tensor, settings: Settings
-) -> fit_scores.Target:
+def _target(seen: Seen, rows: Rows, attention: Attention, token_weight: Tensor, settings: Settings) -> fit_scores.Target:
+    at, keys = rows.at, rows.keys
     wanted, weights = seen.scores(at, keys)
-    importance = torch.ones_like(weights[..., :1])
+    importance = rows.of_counted(torch.ones_like(weights[..., :1]))
     if settings.importance and attention.o is not None and attention.o.shape[1] == seen.q.shape[1]:
         importance = _spread(seen, weights, keys, attention.o) * token_weight[:, at][:, None, :, None]
         importance = (importance / importance.mean().clamp_min(1e-30)).clamp_min(1e-4) ** settings.importance
-        importance = importance / importance.mean()
+        importance = rows.of_counted(importance / importance.mean())
     return fit_scores.Target(at, keys, wanted.masked_fill_(weights == 0, 0.0), weights, importance)
 
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
-from upfit.calibration.teacher_student import token_weights
 from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import closed_form, fit_values
 from upfit.convert.gqa.grouping import head_order, pair_costs, partition
@@ -42,9 +41,10 @@ def merge_layer(
         turned = merged.outputs[group_owners(group, per)]
         new_o[:, own] = torch.einsum("hev,hvw->ehw", new_o[:, own].transpose(0, 1), turned)
     values, outputs, down = torch.stack(new_v).float(), new_o.float(), torch.stack(downs).float()
-    result = {}
+    result: dict[int, Merged] = {}
+    one_length = traits.normed and (attention.k_norm is None or attention.k_norm.ndim == 1)
     for cut in _cuts(traits):
-        new_q, new_k = _merge_keys(traits, q, k, sums, groups, per, cut)
+        new_q, new_k = _merge_keys(traits, q, k, sums, groups, per, cut, one_length)
         result[cut] = Merged(new_q.float(), new_k.float(), values, outputs, down, order, groups)
     return result
 
@@ -85,25 +85,40 @@ def choose_groups(
         return [list(range(r * size, (r + 1) * size)) for r in range(kv_heads)]
     owned = [range(j * heads // count, (j + 1) * heads // count) for j in range(count)]
     metric = torch.stack([closed_form.output_gram(outputs, group) for group in owned])
-    return partition(pair_costs(traits, _pairs(sums), sums.get("queries"), sums.get("values"), metric), kv_heads)
+    return partition(pair_costs(traits, sums, metric), kv_heads)
 
 
 def _cuts(traits: AttentionTraits) -> list[int]:
+    """What is tried. Keys behind a norm whose scales differ on a pair cannot be turned exactly: which does better is seen."""
+    if traits.keys and not traits.factors:
+        return [closed_form.AVERAGED, *([traits.pairs] if traits.pairs else [])]
     if not traits.keys or not traits.factors or traits.normed or not traits.pairs:
         return [traits.pairs]
     return sorted({round(share * traits.pairs) for share in CUTS})
 
 
 def _merge_keys(
-    traits: AttentionTraits, q: Tensor, k: Tensor, sums: dict[str, Tensor], groups: list[list[int]], per: int, cut: int
+    traits: AttentionTraits,
+    q: Tensor,
+    k: Tensor,
+    sums: dict[str, Tensor],
+    groups: list[list[int]],
+    per: int,
+    cut: int,
+    one_length: bool,
 ) -> tuple[Tensor, Tensor]:
+    """New queries [H, D, E'] and keys [G, D, E']. `one_length`: a norm of each head follows."""
     if not traits.keys:
         return q, torch.stack([k[group].mean(0) for group in groups])
     order, new_q, new_k = list(traits.order), [], []
     for group in groups:
         moments = group_keys(sums, group, per, len(order))
         merged = closed_form.merge_keys(traits, *moments, group_owners(group, per), cut)
-        new_k.append(merged.keys @ k[group][:, order].flatten(0, 1))
+        own = k[group][:, order]
+        if one_length and cut != closed_form.AVERAGED:  # which the norm takes away
+            lengths = own.flatten(1).norm(dim=1).clamp_min(closed_form.TINY)
+            own = own * (lengths.mean() / lengths)[:, None, None]
+        new_k.append(merged.keys @ own.flatten(0, 1))
         new_q.append(merged.queries @ q[head_order([group], per)][:, order])
     return torch.cat(new_q), torch.stack(new_k)
 
@@ -130,7 +145,7 @@ def refine(traits: AttentionTraits, attention: Attention, merged: Merged, views:
         parts = []
         for view in views:
             if view.batch.held == held:
-                weight = token_weights(view.batch.middle(view.attended, traits.residual), token_power)
+                weight = view.batch.weights(view.batch.middle(view.attended, traits.residual, view.before), token_power)
                 parts.append(_rows_of(view, merged, attention, weight))
         return fit_values.Mixed(
             *(torch.cat([getattr(part, name) for part in parts]) for name in ("values", "target", "weight"))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
 from upfit.calibration.gather import gather_layer
-from upfit.calibration.sample import sample_for
+from upfit.calibration.sample_for import sample_for
 from upfit.calibration.teacher_student import open_pair
 from upfit.calibration.traits import AttentionTraits
 from upfit.convert import result
@@ -44,9 +44,9 @@ def predict(context: "FitContext", choice: Choice) -> Sensitivity:
         model, batches = open_pair(context.checkpoint, architecture, sample)
         with context.output.progress("watching", len(model.blocks)) as meter:
             for index in range(len(model.blocks)):
-                gathered = gather_layer(model, architecture, index, batches)
+                attentions = gather_layer(model, architecture, index, batches)
                 meter.advance(1)
-                if gathered is not None:
+                for gathered in attentions:
                     known = None if isinstance(gathered.traits, str) else (gathered.traits, gathered.sums)
                     rows.append(_row(context, layers[gathered.path], known, counts))
     return Sensitivity(counts, rows, totals(counts, rows))
@@ -84,7 +84,8 @@ def _errors(
         if traits.keys:
             keys, pairs, queries = group_keys(sums, group, per, layer.geometry.head_dim)
             owners = group_owners(group, per)
-            merged = closed_form.merge_keys(traits, keys, pairs, queries, owners, round(CUT * traits.pairs))
+            cut = round(CUT * traits.pairs) if traits.factors else closed_form.AVERAGED
+            merged = closed_form.merge_keys(traits, keys, pairs, queries, owners, cut)
             group_lost, energy = closed_form.key_error(traits, merged, keys, queries, owners)
             lost["keys"] += group_lost
             total["keys"] += energy

@@ -73,7 +73,7 @@ def test_norms_allow_only_turns() -> None:
     turned = closed_form.merge_keys(traits(normed=True), *moments(keys, queries), 2)
     for matrix in turned.queries:
         torch.testing.assert_close(matrix @ matrix.T, torch.eye(WIDTH, dtype=torch.float64))
-    plain = closed_form.merge_keys(traits(normed=True, factors=False), *moments(keys, queries), 2)
+    plain = closed_form.merge_keys(traits(normed=True, factors=False), *moments(keys, queries), closed_form.AVERAGED)
     torch.testing.assert_close(torch.cat(keys, 1) @ plain.keys.T, torch.stack(keys).mean(0))
 
 

@@ -24,7 +24,8 @@ def batch(held: bool, hidden: Tensor) -> PairedBatch:
 
 
 def view(held: bool, inputs: Tensor) -> View:
-    return View(batch(held, inputs), inputs, inputs, inputs, inputs, 1.0, [])
+    stream: dict[str, Any] = dict.fromkeys(("inputs", "key_inputs", "before", "attended", "total", "output", "values"), inputs)
+    return View(batch(held, inputs), **stream, scaling=1.0, targets=[])
 
 
 def test_drift_brings_the_students_inputs_back() -> None:

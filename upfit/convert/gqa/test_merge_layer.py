@@ -4,6 +4,7 @@ By Eckart and Young no shared head of width V can give out more than the V large
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from upfit.architecture.attention import Attention
 from upfit.calibration.observe import Seen
+from upfit.calibration.statistics import Rows
 from upfit.calibration.teacher_student import PairedBatch
 from upfit.convert.gqa import closed_form, fit_values
 from upfit.convert.gqa.fit_scores import Target
@@ -82,7 +84,7 @@ def test_the_cost_of_two_heads_is_what_their_merge_loses() -> None:
     outputs = drawn(HIDDEN, OLD, VALUE, seed=9) * torch.tensor(LOUDNESS, dtype=torch.float64)[:, None]
     sums = statistics(keys, values, queries)
     metric = torch.stack([closed_form.output_gram(outputs, [j]) for j in range(OLD)])
-    costs = pair_costs(traits(), torch.view_as_complex(sums["key_pairs"]), sums["queries"], sums["values"], metric)
+    costs = pair_costs(traits(), sums, metric)
     turned = [torch.complex(own[:, :PAIRS], own[:, PAIRS : 2 * PAIRS]) for own in keys]
     energy = [query[:, :PAIRS].square().sum(0) + query[:, PAIRS : 2 * PAIRS].square().sum(0) for query in queries]
     loud = torch.stack(energy).sum(0)  # [P]
@@ -93,6 +95,17 @@ def test_the_cost_of_two_heads_is_what_their_merge_loses() -> None:
         of_values = tail(torch.cat([outs[a], outs[b]], 1), VALUE) / sum(one.square().sum() for one in outs)
         torch.testing.assert_close(costs[a, b], of_keys + of_values, rtol=1e-5, atol=1e-9)
         assert costs[a, b] == costs[b, a]
+
+
+def test_queries_that_never_go_somewhere_cost_nothing_there() -> None:
+    """Free keys under queries of rank one: finite costs, and none where two heads have the same keys."""
+    keys, query = drawn(SAMPLES, WIDTH, seed=1), drawn(WIDTH, 1, seed=2)
+    other = drawn(SAMPLES, WIDTH, seed=3)
+    joint = torch.cat([keys, keys, other], 1)
+    loud = torch.tensor([1.0, 1.0, 1e-12], dtype=torch.float64)[:, None, None]
+    sums = {"keys": joint.T @ joint, "queries": loud * (query @ query.T) - 1e-15 * torch.eye(WIDTH)}  # as rounding leaves it
+    costs = pair_costs(replace(traits(), pairs=0), sums, torch.zeros(OLD, VALUE, VALUE).double())
+    assert costs.isfinite().all() and 0 <= costs[0, 1] < 1e-6
 
 
 @pytest.mark.parametrize("alike", ["keys", "values"])
@@ -112,14 +125,15 @@ def test_rows_are_fitted_as_they_matter() -> None:
     seen = Seen(nn.Identity(), drawn(2, heads, tokens, WIDTH), drawn(2, 2, tokens, WIDTH, seed=3), v, None, 0.5, None, None, v)
     outputs, of_tokens = drawn(HIDDEN, heads, VALUE, seed=4), drawn(2, tokens, seed=5).abs() + 0.1
     at = torch.tensor([1, 4])
-    importance = _target(seen, at, tokens, Attention(o=outputs), of_tokens, Settings(1)).importance
+    rows = Rows(at, tokens)
+    importance = _target(seen, rows, Attention(o=outputs), of_tokens, Settings(1)).importance
     wanted = _spread(seen, seen.scores(at, tokens)[1], tokens, outputs) * of_tokens[:, at][:, None, :, None]
     torch.testing.assert_close(importance, wanted / wanted.mean(), rtol=1e-3, atol=1e-3)
     assert float(importance.max()) > 2 * float(importance.min()), "they are not all alike"
-    halved = _target(seen, at, tokens, Attention(o=outputs), of_tokens, Settings(1, importance=0.5)).importance
+    halved = _target(seen, rows, Attention(o=outputs), of_tokens, Settings(1, importance=0.5)).importance
     torch.testing.assert_close(halved, importance.sqrt() / importance.sqrt().mean(), rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(halved.mean(), torch.ones((), dtype=halved.dtype))
-    alike = _target(seen, at, tokens, Attention(o=outputs), of_tokens, Settings(1, importance=0.0)).importance
+    alike = _target(seen, rows, Attention(o=outputs), of_tokens, Settings(1, importance=0.0)).importance
     assert torch.equal(alike, torch.ones_like(alike))
 
 
@@ -134,7 +148,9 @@ def view_of(held: bool, seed: int, merged: bool = False) -> View:
     if merged:
         attended = torch.einsum("bhrl,blm,vm,ehv->bre", weights, values.flatten(2), DOWN[0], OUTPUTS)
     target = Target(torch.arange(TOKENS), TOKENS, weights, weights, weights[..., :1])
-    return View(PairedBatch(held, [], [], attended, attended, TOKENS), attended, attended, attended, values, 1.0, [target])
+    batch = PairedBatch(held, [], [], attended, attended, TOKENS)
+    stream: dict[str, Any] = dict.fromkeys(("inputs", "key_inputs", "before", "attended", "total", "output"), attended)
+    return View(batch, **stream, values=values, scaling=1.0, targets=[target])
 
 
 def refined(*views: View) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,59 @@
+"""What a model is calibrated on, by what it takes: windows of text, pairs of texts, or sound."""
+
+from pathlib import Path
+
+from upfit.calibration.example_sample import ExampleSample, hold_back
+from upfit.calibration.observe import Opaque
+from upfit.calibration.sample import FLAG, Sample, fast_tokenizer, text_sample
+from upfit.checkpoint.reader import Checkpoint
+from upfit.errors import UpfitError
+from upfit.examples.kinds import kind_of
+from upfit.examples.model_inputs import Examples
+from upfit.examples.read import read_examples
+from upfit.options import parse_count
+from upfit.output import Output
+from upfit.text.files import FIELD
+from upfit.text.tokenizer import identity
+
+LEAST = 2  # examples: one is held back
+
+
+def sample_for(
+    folder: Path,
+    checkpoint: Checkpoint,
+    texts: list[str] | None,
+    tokens: str | None,
+    length: int | None,
+    output: Output,
+    field: str = FIELD,
+) -> Sample | ExampleSample:
+    """Windows of text for a decoder, examples for an encoder-decoder. `field` has the text in files of records; what is left
+    out is noted on `output`.
+
+    Raises UpfitError for text, sound or sizes that cannot be used, Opaque when the model's folder has no tokenizer of its own.
+    """
+    kind = kind_of(checkpoint.config)
+    if kind == "text":
+        return text_sample(folder, checkpoint, texts, tokens, length, output, field)
+    if length is not None:
+        raise UpfitError(
+            "--calibration-length is for models that read windows of text; an example is as long as it is: leave it out"
+        )
+    if kind == "sound" and not texts:
+        raise Opaque(f"it hears, and there is no {FLAG}: give a folder of recordings with their transcripts")
+    tokenizer = fast_tokenizer(folder)
+    examples = read_examples(folder, checkpoint.config, texts, FLAG, field, None, output)
+    if tokens is not None:
+        examples = _first(examples, parse_count(tokens, "--calibration-tokens"))
+    if len(examples.examples) < LEAST:
+        raise UpfitError(f"{FLAG} has {len(examples.examples)} example; give at least {LEAST}, of which one is held back")
+    return hold_back(examples, checkpoint.config, identity(tokenizer))
+
+
+def _first(examples: Examples, tokens: int) -> Examples:
+    """As many of the examples as have `tokens` to be written; two at least."""
+    count, written = 0, 0
+    while count < len(examples.examples) and (written < tokens or count < LEAST):
+        written += len(examples.examples[count].labels)
+        count += 1
+    return Examples(examples.kind, examples.examples[:count], {**examples.record, "count": count})

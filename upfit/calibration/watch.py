@@ -1,0 +1,117 @@
+"""Watches one attention of a layer while the layer runs: what it is given, what it gives, what its projections see."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upfit.architecture.attention import Geometry
+from upfit.architecture.table import Entry
+from upfit.calibration.capture import Scored, find_scale, seen_in, softmax_inputs
+from upfit.calibration.layerwise import Block
+from upfit.calibration.observe import Call, Opaque, Seen, listening, run_block, tapped
+
+
+@dataclass
+class Watched:
+    """One run of a layer over a batch. `taps` holds (input, output) of modules by their path in the layer."""
+
+    seen: Seen
+    taps: dict[str, tuple[Tensor, Tensor]]
+    hidden: Tensor
+    output: Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Attention `at` (a path in the block) of a layer, and what its parts are called."""
+
+    block: Block
+    at: str
+    entry: Entry
+    shape: Geometry
+
+    def path(self, part: str) -> str:
+        """Where a part of the attention (`q`, `k_norm`) is in the layer."""
+        return f"{self.at}.{getattr(self.entry, part)}"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The output projections of the layer's attentions, in the order in which these run."""
+        return tuple(f"{path}.{self.entry.o}" for path in self.block.attentions)
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """Those of the attentions that run before this one."""
+        return self.outputs[: self.block.attentions.index(self.at)]
+
+
+def watch(place: Place, hidden: Tensor, call: Call, taps: tuple[str, ...]) -> Watched:
+    """Run the layer and keep what `taps` (paths of modules in it) see. Raises Opaque when its attention is not ours to see."""
+    module, caught = place.block.module, list[Seen]()
+    own = module.get_submodule(place.at)
+    with listening(caught.append), tapped({path: module.get_submodule(path) for path in taps}) as seen:
+        output = run_block(module, hidden, call)
+    events = [event for event in caught if event.module is own]
+    if not events:
+        return _watch_softmax(place, hidden, call, taps)
+    if len(events) > 1:
+        raise Opaque("its attention runs more than once")
+    return _without_copies(Watched(events[0], dict(seen), hidden, output), place)
+
+
+def _without_copies(watched: Watched, place: Place) -> Watched:
+    """What a class of ours shows that gives its family's code a copy of keys and values for each query head: one of each."""
+    seen, count = watched.seen, place.shape.kv_heads
+    heads = seen.k.shape[1]
+    if heads == count or heads % count:
+        return watched
+    times = heads // count
+    if not torch.equal(seen.k, seen.k[:, ::times].repeat_interleave(times, 1)):
+        return watched
+    taps = {
+        path: (inputs, output.unflatten(-1, (heads, -1))[..., ::times, :].flatten(-2))
+        for path, (inputs, output) in watched.taps.items()
+        if path in (place.path("k"), place.path("v")) and output.shape[-1] % heads == 0
+    }
+    return replace(watched, seen=replace(seen, k=seen.k[:, ::times], v=seen.v[:, ::times]), taps=watched.taps | taps)
+
+
+def _watch_softmax(place: Place, hidden: Tensor, call: Call, taps: tuple[str, ...]) -> Watched:
+    """`watch` of an attention that does not go through transformers' interface: by its projections and its softmax."""
+    own: Any = place.block.module.get_submodule(place.at)
+    run, seen, output = _scored(place, hidden, call, taps)
+    if not hasattr(own, "upfit_scale"):  # the same for every batch
+        other = _scored(place, hidden.roll(1, 1), call, ())[0] if len(hidden) == 1 else None
+        own.upfit_scale = find_scale(run, other)
+    same = seen[place.path("q")][0].data_ptr() == seen[place.path("k")][0].data_ptr()
+    return Watched(seen_in(own, run, own.upfit_scale, same), seen, hidden, output)
+
+
+def _scored(
+    place: Place, hidden: Tensor, call: Call, taps: tuple[str, ...]
+) -> tuple[Scored, dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """What one run of the layer shows of the attention; what `taps` and its projections see; the layer's output."""
+    module, shape = place.block.module, place.shape
+    paths = {part: place.path(part) for part in "qkvo"}
+    if not all(has_module(module, path) for path in paths.values()):
+        raise Opaque("its attention does not go through transformers' attention interface")
+    inside = {path: module.get_submodule(path) for path in dict.fromkeys((*taps, *paths.values()))}
+    with softmax_inputs(module.get_submodule(place.at)) as scores, tapped(inside) as seen:
+        output = run_block(module, hidden, call)
+    if len(scores) != 1 or not all(path in seen for path in paths.values()):
+        raise Opaque("its attention does not go through transformers' attention interface")
+    parts = {part: seen[path][0 if part == "o" else 1] for part, path in paths.items()}
+    if parts["k"].shape[-1] != shape.kv_heads * shape.head_dim:
+        raise Opaque("its keys are not the output of k_proj")
+    counts = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads, "o": shape.heads}
+    heads = [tensor.unflatten(-1, (counts[part], -1)) for part, tensor in parts.items()]
+    return Scored(scores[0], *heads), dict(seen), output
+
+
+def has_module(module: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(module.get_submodule(name), nn.Module)
+    except AttributeError:
+        return False
