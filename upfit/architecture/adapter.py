@@ -204,9 +204,10 @@ def as_other_family(config: dict[str, Any], tensors: "Mapping[str, Described]") 
 
 
 def split_fused(config: dict[str, Any], tensors: "Mapping[str, Described]") -> Adapter | None:
-    """The adapter that shows fused queries, keys and values apart; None where nothing is fused."""
+    """The adapter that shows fused queries, keys and values apart, and what is stored transposed as a Linear has it; None where
+    nothing is fused."""
 
-    arrangements = name_map(config).fused
+    arrangements, turned = name_map(config).fused, name_map(config).turned
     stored = name_map(config, stored=True) if arrangements else None
     gets, puts = [], []
     for name, info in tensors.items():
@@ -217,6 +218,9 @@ def split_fused(config: dict[str, Any], tensors: "Mapping[str, Described]") -> A
             parts = tuple(f"{name.removesuffix(kind)}{part}.{kind}" for part in PARTS)
             gets.append(_get(name, parts, arrangements[module]))
             puts.append(_put(name, parts, arrangements[module]))
+        elif stored.module_name(name) in turned:
+            gets.append(Rule((name,), (name,), _turned, "turned"))
+            puts.append(Rule((name,), (name,), _turned, "turned back"))
     if not gets:
         return None
     fused = {name for rule in gets for name in rule.reads}
@@ -228,6 +232,10 @@ def _get(name: str, parts: tuple[str, ...], arrangement: Fused) -> Rule:
         return dict(zip(parts, arrangement.split(tensors[name]), strict=True))
 
     return Rule((name,), parts, apply, "apart")
+
+
+def _turned(tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    return {name: tensor.T.contiguous() for name, tensor in tensors.items()}
 
 
 def _put(name: str, parts: tuple[str, ...], arrangement: Fused) -> Rule:

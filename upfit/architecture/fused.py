@@ -6,7 +6,7 @@ rows of its queries, its key and its value (`by = "group"`). Either may be store
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,13 +77,29 @@ class Apart(nn.Module):
         return joined if self.spread is None else self.spread(joined)
 
 
+class Turned(nn.Linear):
+    """Takes the place of a projection whose weight is stored transposed, [E, Z]: the same function as a Linear."""
+
+    def __init__(self, stored: nn.Module) -> None:
+        weight, bias = cast(Tensor, stored.weight), stored.bias
+        super().__init__(weight.shape[0], weight.shape[1], bias=isinstance(bias, Tensor), device="meta")
+        self._parameters["weight"] = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
+        if isinstance(bias, Tensor):
+            self._parameters["bias"] = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+
+
 def set_apart(model: nn.Module, module: str, output: str, by: By, transposed: bool) -> None:
-    """Put `Apart` in the place of every child `module` of an attention that has a child `output` beside it.
+    """Put `Apart` in the place of every child `module` of an attention that has a child `output` beside it; where that is
+    stored transposed, `Turned` in the place of every other projection that is.
 
     Raises UpfitError where the sizes are not those of q, k and v of one head width.
     """
     for path, attention, fused in list(_found(model, module, output)):
         attention.add_module(module, Apart(fused, _arrangement(path, attention, fused, output, by, transposed)))
+    for path, stored in list(model.named_modules()) if transposed else []:
+        if type(stored).__name__ == "Conv1D":  # transformers' own, which only few families have
+            owner, _, name = path.rpartition(".")
+            model.get_submodule(owner).add_module(name, Turned(stored))
 
 
 def _found(model: nn.Module, module: str, output: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:

@@ -1,5 +1,7 @@
 """Tells of every model type of the installed transformers whether and how it can be converted."""
 
+import tomllib
+from importlib import resources
 from typing import Any
 
 from upfit.architecture.meta_model import AUTO_CLASSES
@@ -12,7 +14,8 @@ NOT_LOOKED_AT = "nobody has looked at it yet"
 
 
 def model_types() -> dict[str, dict[str, Any]]:
-    """model type → `how`; `to` what where retargeted, `why` where refused; of the table and all others of transformers."""
+    """model type → `how`; `to` what where retargeted, `why` where refused, `merge` which bands an aligned merge of it uses
+    (none: its heads are averaged; absent where nobody has watched one); of the table and all others of transformers."""
     from transformers import CONFIG_MAPPING
 
     known = table()
@@ -25,7 +28,15 @@ def model_types() -> dict[str, dict[str, Any]]:
     writing = _writing()
     for name in set(CONFIG_MAPPING) - set(code_files()):
         listed.setdefault(name, {"how": "refused", "why": NOT_LOOKED_AT if name in writing else NO_LANGUAGE})
+    for name, bands in watched_bands().items():
+        listed[name]["merge"] = bands
     return dict(sorted(listed.items()))
+
+
+def watched_bands() -> dict[str, list[str]]:
+    """Of each model type that was watched, what a merge can do with it (`bands` in `upfit.calibration.traits`)."""
+    groups = tomllib.loads(resources.files("upfit.architecture").joinpath("bands.toml").read_text(encoding="utf-8"))["group"]
+    return {name: group["bands"] for group in groups for name in group["types"]}
 
 
 def _writing() -> set[str]:

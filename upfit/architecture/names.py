@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from upfit.architecture.fused import Apart
+from upfit.architecture.fused import Apart, Turned
 from upfit.architecture.meta_model import build_on_meta
 from upfit.architecture.table import Described, known_entry
 from upfit.model_files import quiet_transformers
@@ -29,6 +29,7 @@ class NameMap:
         self.classes = {path: type(module).__name__ for path, module in model.named_modules(remove_duplicate=False)}
         self.added = _named_by_modules(model, "upfit_added")
         self.fused = {path: module.arrangement for path, module in model.named_modules() if isinstance(module, Apart)}
+        self.turned = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Turned)}
         self.cached = _named_by_modules(model, "upfit_cached") & self.shapes.keys()
         same: dict[int, list[str]] = {}
         for name, tensor in state.items():
