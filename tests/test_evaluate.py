@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
     LlamaConfig,
@@ -23,13 +24,17 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from tests.records import evaluate
 from upfit import text as texts
+from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.evaluate.cache import measure_cache
 from upfit.evaluate.intervals import difference_interval, mean_interval
+from upfit.evaluate.load import check_model, load_tokenizer
 from upfit.evaluate.loss import by_position, token_losses, window_losses
 from upfit.evaluate.options import Options
 from upfit.evaluate.result import Evaluation
@@ -317,6 +322,17 @@ def test_cache_stops_growing_beyond_a_sliding_window() -> None:
     assert growth and (growth.window, growth.bytes_per_token_beyond) == (None, None)
 
 
+def test_beyond_the_window_only_the_full_layers_grow() -> None:
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        use_sliding_window=True, sliding_window=16, layer_types=["full_attention", "sliding_attention", "full_attention"],
+        max_position_embeddings=256,
+    )  # fmt: skip
+    growth = measure_cache(Qwen2ForCausalLM(config).eval(), torch.arange(30), 256)
+    layer = 2 * 2 * 8 * 4  # keys and values x heads x width x float32
+    assert growth and (growth.bytes_per_token, growth.bytes_per_token_beyond) == (3 * layer, 2 * layer)
+
+
 def test_states_are_fixed_bytes() -> None:
     config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2, conv_kernel=4, expand=2)
     growth = measure_cache(MambaForCausalLM(config).eval(), torch.arange(30), None)
@@ -422,6 +438,17 @@ def test_a_model_that_sees_the_future_is_refused(tmp_path: Path, folders: dict[s
     assert "not a causal language model" in fails(BertLMHeadModel(config), tmp_path, folders)
 
 
+@pytest.mark.parametrize("ids", [[5, 6, 7, 8], [5, 6, 7, 5], [63, 6, 7, 63]])
+def test_another_last_token_is_another(ids: list[int]) -> None:
+    """Also where the last token is the first one, or the last of the vocabulary too: what looks ahead is seen to."""
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3
+    )
+    with pytest.raises(UpfitError, match="a later token changes what it predicts before it"):
+        check_model(BertLMHeadModel(config).eval(), torch.tensor(ids), "model")
+    check_model(tiny_llama(), torch.tensor(ids), "model")
+
+
 def test_a_loss_that_is_not_finite_is_refused(tmp_path: Path, folders: dict[str, str]) -> None:
     model = tiny_llama()
     model.model.norm.weight.data[0] = float("nan")
@@ -439,6 +466,17 @@ def test_an_id_outside_the_embedding_is_refused(tmp_path: Path, folders: dict[st
     model = tiny_llama()
     model.resize_token_embeddings(100)
     assert "embeds 100 tokens but its tokenizer gives id" in fails(model, tmp_path, folders)
+
+
+def test_a_tokenizer_that_does_not_load_is_told_by_its_first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError(*texts_raised)
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", broken)
+    for texts_raised, line in ((["no merges\nat all\n"], "no merges"), ([], "ValueError")):
+        with pytest.raises(UpfitError, match=f"model has a tokenizer that does not load: {line}$"):
+            load_tokenizer(Source(tmp_path, "model"))
 
 
 def test_options_import_no_torch() -> None:

@@ -12,6 +12,7 @@ from upfit.calibration.observe import Seen
 from upfit.demo import embedded_model
 from upfit.errors import UpfitError
 from upfit.evaluate.options import Options
+from upfit.evaluate.probes import needle
 from upfit.evaluate.probes.needle import DEPTHS, Sample, compared, largest_logit, make_samples, mass, probe, summary
 from upfit.output import Output
 from upfit.text import python_documents
@@ -65,6 +66,15 @@ def test_mass_is_where_the_attention_is() -> None:
 
     told = mass(Seen(Difference(), q, k, torch.zeros_like(k), None, 1.0, None, None, q), sample)
     assert told.numpy() == pytest.approx(np.array([[1 / 1.5, 0.5 / 1.5, 0.0]]), abs=1e-6)
+
+
+def test_the_largest_logit_is_that_of_any_query_and_key_it_may_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below 0 too, in any head, in rows taken at a time; keys after the query do not count."""
+    monkeypatch.setattr(needle, "ROWS_AT_ONCE", 5)
+    q, k = torch.zeros(1, 2, 12, 2), torch.zeros(1, 1, 12, 2)
+    q[0, 1, 11, 0], k[0, 0, 9, 0] = -3.0, 2.0
+    q[0, 0, 2, 1], k[0, 0, 3, 1] = 100.0, 1.0
+    assert largest_logit(Seen(nn.Identity(), q, k, torch.zeros_like(k), None, 0.5, None, None, q)) == 3.0
 
 
 class Copier(nn.Module):

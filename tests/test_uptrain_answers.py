@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from tests.folders import save_tiny, tiny_llama
+from tests.test_uptrain_faults import Telling
 from tests.test_uptrain_resume import Interrupting
 from tests.uptraining import BASE, QUIET, metrics, text, weights
 from upfit import provenance
@@ -253,6 +254,17 @@ def test_too_little_memory_is_told_before_the_first_step(home: Path, tmp_path: P
     with pytest.raises(UpfitError, match="keeps about .* for the backward pass, .* are free on cpu; give --gradient-checkpoin"):
         run(home, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_too_short_is_told_and_nothing_else(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "window_warning", lambda config, longest: f"the window ends before {longest}")
+    monkeypatch.setattr(preflight, "base_warning", lambda model, longest: None)
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 10_000)
+    output = Telling({})
+    with pytest.raises(UpfitError, match="free on cpu"):
+        run(home, tmp_path / "out", output=output)
+    warnings = [note for note in output.notes if note is None or "window" in note]
+    assert warnings == [f"the window ends before {rows_of(home).longest}"]
 
 
 def test_windows_and_rotary_bases_that_are_too_short_are_told() -> None:

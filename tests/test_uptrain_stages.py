@@ -26,6 +26,9 @@ from upfit.uptrain.data.rows import IGNORE
 from upfit.uptrain.default_stages import default_stages
 from upfit.uptrain.model.layerwise import Layerwise, attention_paths, converted_paths
 from upfit.uptrain.model.model_traits import examine, load
+from upfit.uptrain.run.finished import together
+from upfit.uptrain.run.result import Uptraining
+from upfit.uptrain.run.stage_folders import make_way
 from upfit.uptrain.stages import parse, split
 from upfit.uptrain.train import uptrain
 
@@ -124,6 +127,22 @@ def test_errors_are_told_in_units_of_the_teachers_mean_square(shop: Workshop) ->
             layer.self_attn.o_proj.weight.zero_()
     _, *errors = learner(ids, positions, ids)
     torch.testing.assert_close(torch.stack(errors) / ids.numel(), torch.ones(2))
+
+
+def test_who_has_been_listened_to_is_so_no_more(shop: Workshop) -> None:
+    """Else every later pass of the teacher would run the student's attention once more for each step that was."""
+    learner = layerwise(shop, pooled(tiny_llama()))
+    ids, positions = torch.randint(30, (2, 12), generator=torch.Generator().manual_seed(1)), torch.arange(12).expand(2, -1)
+    calls = list[int]()
+    for path in learner.paths:
+        learner.student.get_submodule(path).register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        calls.clear()
+        learner(ids, positions, ids)
+        assert len(calls) == len(learner.paths)
+    calls.clear()
+    learner._run_teacher(ids, positions)
+    assert not calls
 
 
 def test_only_attention_learns_and_each_layer_by_itself(shop: Workshop) -> None:
@@ -234,6 +253,30 @@ def test_overwrite_throws_finished_stages_away(shop: Workshop, tmp_path: Path) -
     shop.run(tmp_path / "out", output=InterruptingStage(2, 3), **BOTH)
     report = shop.run(tmp_path / "out", overwrite=True, **{**BOTH, "seed": 1})
     assert not report.stopped and not (tmp_path / "out.upfit-work").exists()
+
+
+@pytest.mark.parametrize(("resume", "overwrite", "stays"), [(True, False, True), (True, True, True), (False, True, False)])
+def test_earlier_stages_stay_for_a_resumed_run_alone(tmp_path: Path, resume: bool, overwrite: bool, stays: bool) -> None:
+    (tmp_path / "stage-1-layerwise").mkdir()
+    (tmp_path / "stopped").touch()
+    make_way(tmp_path, resume, overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["stage-1-layerwise"] * stays
+
+
+def test_earlier_stages_are_not_thrown_away_unasked(tmp_path: Path) -> None:
+    (tmp_path / "stage-1-layerwise").mkdir()
+    with pytest.raises(UpfitError, match="stage-1-layerwise is of an unfinished run; go on with --resume"):
+        make_way(tmp_path, resume=False, overwrite=False)
+    assert (tmp_path / "stage-1-layerwise").exists()
+
+
+def test_several_stages_are_told_as_the_last_with_all_of_them() -> None:
+    reports = [Uptraining(False, stage, 4, 4, 512, 0, [], 1.0, 512.0, {}, 4) for stage in ("layerwise", "distill", "lm")]
+    whole = together(reports, 3)
+    assert whole.stage == "lm" and whole.stages == reports
+    stopped = together(reports[:1], 3)
+    assert stopped.stage == "layerwise" and stopped.stages == reports[:1]
+    assert together(reports[:1], 1) is reports[0]
 
 
 @pytest.mark.slow

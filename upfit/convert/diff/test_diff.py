@@ -108,6 +108,17 @@ def test_v2_equals_the_equations_in_values_and_gradients(tmp_path: Path) -> None
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
 
 
+def test_the_cosine_is_that_of_the_two_queries_of_a_pair(tmp_path: Path) -> None:
+    _, out = made(tmp_path)
+    attention: Any = loaded(out).model.layers[0].self_attn
+    assert attention.upfit_measures() == {"cosine": pytest.approx(1)}
+    weight = shaken(attention).q_proj.weight.detach()
+    rows = [weight[head * attention.head_dim : (head + 1) * attention.head_dim].flatten() for head in range(8)]
+    wanted = [float(a @ b / a.norm() / b.norm()) for a, b in zip(rows[0::2], rows[1::2], strict=True)]
+    assert len(weight) == 8 * attention.head_dim and min(wanted) < 0.99
+    assert attention.upfit_measures()["cosine"] == pytest.approx(sum(wanted) / 4)
+
+
 def test_dex_equals_its_equation(tmp_path: Path) -> None:
     """O' = O − λ O W on the chosen heads, λ(t) = (1 − a) a λ_init + a λ_learned (arXiv 2505.16333)."""
     _, out = made(tmp_path, variant="dex")

@@ -16,12 +16,13 @@ from upfit.calibration.observe import Seen
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert, merge
 from upfit.convert.diff.entropy import entropy
-from upfit.convert.diff.paper import lambda_vectors, pairs
+from upfit.convert.diff.paper import candidates, lambda_vectors, pairs
 from upfit.convert.diff.recipe import Options
-from upfit.convert.diff.split import FIRST_SCALES, LAMBDAS, SECOND_SCALES, _best, _variances, choose, naive
+from upfit.convert.diff.split import FIRST_SCALES, LAMBDAS, SECOND_SCALES, _best, _variances, choose, groups_of_two, naive
 from upfit.convert.diff.test_diff import QUIET, RECIPE, ids_of, loaded, made, shaken, still_after_ten_steps
 from upfit.demo import embedded_model
 from upfit.errors import UpfitError
+from upfit.modeling.modeling_upfit_diff import lambda_init
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -78,6 +79,19 @@ def test_a_stock_diffllama_is_the_same() -> None:
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("lam", [-1.0, -0.5, -0.2, 0.0, 0.2, 0.5])
+def test_a_layer_that_is_diffllamas_is_found_in_the_grid(lam: float) -> None:
+    """With the factor that the output projection is to take up."""
+    seen, eps = seen_of(4, 2, 7, 6), 1e-5
+    aim = 3 * pairs(seen, lam, lambda_init(1), eps)  # [B, T, H, D], pair after pair
+    heads = aim.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)
+    forms = candidates(1, [(replace(seen, output=heads), torch.arange(7), 7)], eps)
+    gaps = [(form.outputs(seen) * form.gain.repeat_interleave(2)[:, None] - aim).abs().max() for form in forms]
+    best = min(range(len(forms)), key=lambda index: float(gaps[index]))
+    assert float(gaps[best]) < 1e-6 and forms[best].record() == {"lambda": lam}
+    assert forms[best].gain.tolist() == pytest.approx([3, 3])
+
+
 @pytest.mark.parametrize("lam", [-1.0, 0.0, 0.2, 0.7])
 def test_lambda_vectors_give_their_lambda(lam: float) -> None:
     v = lambda_vectors(lam, 0.35, 16)
@@ -114,6 +128,13 @@ def test_sinks_go_with_both_halves(tmp_path: Path) -> None:
         torch.testing.assert_close(model(ids_of()).logits, before(ids_of()).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_dimensions_that_turn_together_stay_together() -> None:
+    """Of 8 dimensions 4 turn, the first with the third of the order; the others are neighbours."""
+    assert groups_of_two((5, 1, 4, 0, 2, 3, 6, 7), 2).tolist() == [[5, 4], [1, 0], [2, 3], [6, 7]]
+    assert groups_of_two((0, 1, 2, 3), 2).tolist() == [[0, 2], [1, 3]]
+    assert groups_of_two((0, 1, 2, 3), 0).tolist() == [[0, 1], [2, 3]]
+
+
 def test_the_half_that_matters_is_kept() -> None:
     """Where the scores come from half of the dimensions only, the split finds them and loses next to nothing."""
     seen = seen_of(4, 2, 40, 8)
@@ -141,7 +162,10 @@ def test_halves_are_divided_by_what_the_softmax_sees() -> None:
     torch.testing.assert_close(_variances(seen, torch.arange(tokens), tokens, groups), wanted, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("first, second, share", [(1.0, 0.5, 0.02), (1.3, 1.0, 0.2), (1.8, 1.5, 0.5)])
+@pytest.mark.parametrize(
+    "first, second, share",
+    [(1.0, 0.5, 0.02), (1.15, 1.5, 0.05), (1.3, 1.0, 0.2), (1.3, 0.5, 0.1), (1.5, 1.0, 0.35), (1.8, 1.5, 0.5)],
+)
 def test_a_head_that_is_a_difference_is_found_in_the_grid(first: float, second: float, share: float) -> None:
     """With the factor that the output projection is to take up."""
     halves = drawn(len(FIRST_SCALES) + len(SECOND_SCALES), 50)

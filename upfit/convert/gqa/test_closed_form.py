@@ -231,3 +231,17 @@ def test_refined_values_lower_the_held_back_error() -> None:
     content = fit_values.Mixed(rows[1].values, 1.01 * fit_values._outputs_of(rows[1], down, outputs), rows[1].weight)
     unchanged = fit_values.refine_values(rows[0], content, down, outputs)
     assert torch.equal(unchanged[0], down) and torch.equal(unchanged[1], outputs), "held-back rows that want what was there"
+
+
+def test_conjugate_gradients_end_at_the_least_squares() -> None:
+    """In as many iterations as there are unknowns, for weighted rows and a bad scale of the output columns."""
+    assert fit_values.ITERATIONS == 1 * 2 * 3, "groups x width x old values"
+    mixed, target = drawn(40, 1, 2, 3), drawn(40, HIDDEN, seed=1)
+    weight, outputs = drawn(40, seed=2).square() + 0.1, drawn(HIDDEN, 1, 2, 2, seed=3)
+    outputs[..., 1] *= 10
+    rows = fit_values.Mixed(mixed, target, weight)
+    start = drawn(1, 2, 3, seed=4)
+    columns = [fit_values._outputs_of(rows, unit.reshape(1, 2, 3), outputs).flatten() for unit in torch.eye(6).double()]
+    root = weight.sqrt()[:, None].expand(-1, HIDDEN).flatten()
+    best = torch.linalg.lstsq(torch.stack(columns, 1) * root[:, None], (target.flatten() * root)[:, None]).solution
+    torch.testing.assert_close(fit_values._improve_down(rows, start, outputs), best.reshape(1, 2, 3), rtol=1e-8, atol=1e-8)
