@@ -1,6 +1,8 @@
 """A killed conversion goes on where it was, ends with the same bytes, and trusts nothing that has changed meanwhile."""
 
+import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from tests.folders import save_tiny, tiny_llama
 from upfit.checkpoint import copy_bytes
 from upfit.checkpoint.copy_bytes import BLOCK, ByteCopier, ByteRange
+from upfit.checkpoint.finished_shards import JOURNAL, FinishedShards
 from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
@@ -99,3 +102,17 @@ def test_every_way_moves_the_same_bytes(tmp_path: Path, way: str, shift: int) ->
     assert sum(piece.nbytes for piece in pieces) == nbytes
     os.close(source)
     os.close(target)
+
+
+@pytest.mark.parametrize(("second", "stands"), [((50, 50), True), ((40, 50), False), ((60, 50), False), ((50, 40), False)])
+def test_a_finished_shard_is_known_by_pieces_that_leave_no_gap(tmp_path: Path, second: tuple[int, int], stands: bool) -> None:
+    """Each piece is what it should be; together they are the shard only where one begins at the end of the other."""
+    content = bytes(range(100)) + bytes(10)
+    (tmp_path / "shard").write_bytes(content[:100])
+    ranges = [(0, 50), second]
+    pieces = [[place, size, zlib.crc32(content[:100][place : place + size])] for place, size in ranges]
+    settings: dict[str, Any] = {"the": "same"}
+    lines = [json.dumps(settings), json.dumps({"name": "shard", "nbytes": 100, "pieces": pieces})]
+    (tmp_path / JOURNAL).write_text("".join(line + "\n" for line in lines))
+    finished = FinishedShards(tmp_path, settings, lambda file, nbytes, start: b"")
+    assert ("shard" in finished.verified) == stands
