@@ -364,6 +364,17 @@ def test_only_the_newest_checkpoints_are_kept(shop: Workshop, tmp_path: Path) ->
     assert sorted(path.name for path in place.glob("step-*")) == ["step-00000008", "step-00000009"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut could leave a name whose bytes only memory knew, and the older checkpoints are removed by then."""
+    workspace, synced = Workspace(tmp_path / "out"), list[tuple[Path, list[str]]]()
+    partial = workspace.partial(1)
+    partial.mkdir(parents=True)
+    (partial / "weights").write_bytes(bytes(8))
+    monkeypatch.setattr(state, "sync_tree", lambda path: synced.append((path, sorted(p.name for p in path.iterdir()))))
+    checkpoint = workspace.publish(Counters(step=1), {}, 1)
+    assert synced == [(partial, sorted(path.name for path in checkpoint.iterdir()))]
+
+
 def test_what_is_older_than_is_needed_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of checkpoints of many gigabytes: the newest whole one to go on from, `keep` of them when older ones are removed."""
     workspace, read = Workspace(tmp_path / "out"), list[str]()
