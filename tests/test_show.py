@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma3Config, T5GemmaConfig
 
 from tests.tiny import tiny_model
 from upfit import api
+from upfit.convert.describe import sliding_windows
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 
@@ -44,6 +46,15 @@ def test_sliding_windows_are_told(tmp_path: Path, model_type: str, changes: dict
     assert told.sliding_windows == windows
     rows = [line for line in str(told).splitlines() if line.startswith("sliding window")]
     assert rows == [f"sliding window    {int(w):,} tokens in {n} of {told.layers} layers" for w, n in windows.items()]
+
+
+def test_sliding_windows_are_the_decoders() -> None:
+    """Of a config with two parts, not the encoder's, and of a text model inside another, its own."""
+    part = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    both = T5GemmaConfig(encoder={**part, "sliding_window": 8}, decoder={**part, "sliding_window": 16})
+    assert sliding_windows(both.to_dict()) == {"16": 2}
+    inner = Gemma3Config(text_config={**part, "sliding_window": 32})
+    assert sliding_windows(inner.to_dict()) == {"32": 2}
 
 
 def test_one_key_value_head_is_not_made_one_again(tmp_path: Path) -> None:

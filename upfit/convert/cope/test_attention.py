@@ -1,5 +1,6 @@
 """Three implementations of one function: the plain equations, row chunks, Triton kernels (here in Triton's interpreter)."""
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from upfit.modeling import cope_attention, cope_chunks
 from upfit.modeling.cope_attention import attend, fused
 from upfit.modeling.cope_chunks import chunked, near_gates
-from upfit.modeling.cope_equations import TENSORS, Inputs, Sight, counted, position_logits, reference, whole
+from upfit.modeling.cope_equations import TENSORS, Inputs, Sight, counted, last_query, position_logits, reference, whole
 
 SHAPES: dict[str, dict[str, Any]] = {
     "ragged": {"queries": 37},
@@ -22,6 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "more keys than queries": {"queries": 12, "keys": 45},
     "two positions": {"positions": 2},
     "one key head": {"kv_heads": 1},
+    "wide keys": {"width": 136},  # in the smallest tiles: both passes have to take those
 }
 MASKS = ("causal", "left padding", "packed", "window")
 
@@ -29,7 +31,7 @@ MASKS = ("causal", "left padding", "packed", "window")
 def random_inputs(dtype: torch.dtype = torch.float64, **shape: Any) -> Inputs:
     """Random inputs that want gradients; `shape` changes what stands here."""
     generator = torch.Generator().manual_seed(0)
-    batch, heads, kv_heads, width = 2, 4, shape.get("kv_heads", 2), 16
+    batch, heads, kv_heads, width = 2, 4, shape.get("kv_heads", 2), shape.get("width", 16)
     queries, positions = shape.get("queries", 40), shape.get("positions", 9)
     keys = shape.get("keys", queries)
 
@@ -44,8 +46,8 @@ def random_inputs(dtype: torch.dtype = torch.float64, **shape: Any) -> Inputs:
         random(batch, kv_heads, keys, 24),
         random(batch, heads, queries, positions),
         bias.requires_grad_(),
-        random(batch, heads, queries, width) if gated else None,
-        random(batch, kv_heads, keys, width, scale=0.3) if gated else None,
+        random(batch, heads, queries, 16) if gated else None,
+        random(batch, kv_heads, keys, 16, scale=0.3) if gated else None,
         random(heads) if shape.get("sinks") else None,
         scaling=width**-0.5,
         cap=shape.get("cap"),
@@ -251,3 +253,24 @@ def test_weights_are_those_of_the_output() -> None:
 def test_without_triton_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cope_attention, "_kernels", lambda: None)
     assert fused(random_inputs(), Sight(40, 40)) is None
+
+
+@pytest.mark.parametrize("bias", [-1.0, 0.0, 8.0])
+def test_measures_of_the_last_query_are_what_they_say(bias: float) -> None:
+    """Head by head: keys before the last position is reached, whether it is, and spreads of both kinds of logits."""
+    inputs = random_inputs(queries=12, keys=15, positions=6, kv_heads=4, bias=bias)
+    plain: dict[str, Any] = {n: x.detach() for n in TENSORS if isinstance(x := getattr(inputs, n), Tensor)}
+    inputs = replace(inputs, **plain)
+    assert isinstance(inputs.gate_q, Tensor) and isinstance(inputs.gate_k, Tensor)
+    spans, reached, by_position, by_content = [], [], [], []
+    for row, head in itertools.product(range(2), range(4)):
+        gates = torch.sigmoid(inputs.gate_k[row, head] @ inputs.gate_q[row, head, -1] + inputs.gate_bias[head])
+        positions = torch.stack([gates[key:].sum() for key in range(15)]).clamp(max=5)
+        spans.append(int((positions < 5).sum()))
+        reached.append(float(gates.sum() >= 5))
+        by_position.append(position_logits(inputs.z[row, head, -1], positions))
+        by_content.append(inputs.k[row, head] @ inputs.q[row, head, -1] * inputs.scaling)
+    measures = last_query(inputs, Sight(12, 15))
+    assert float(measures["span"]) == pytest.approx(sum(spans) / 8) and float(measures["saturated"]) == sum(reached) / 8
+    spread = torch.cat(by_position).std() / torch.cat(by_content).std()
+    assert float(measures["position_content"]) == pytest.approx(float(spread), rel=1e-5)

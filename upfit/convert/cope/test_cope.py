@@ -216,6 +216,15 @@ def test_everything_new_moves_within_ten_steps(tmp_path: Path, gates: str) -> No
     assert measures["position_content"] > 0 and 0 < measures["span"] <= 40 and 0 <= measures["saturated"] <= 1
 
 
+def test_constant_gates_reach_the_last_position_after_the_span(tmp_path: Path) -> None:
+    """Of 6 positions, the last is 5: 20 gates of a quarter each."""
+    _, out = made(tmp_path, gates="constant", span=20)
+    biases = [tensor for name, tensor in load_file(out / "model.safetensors").items() if name.endswith("cope_gate_bias")]
+    assert len(biases) == 2
+    for bias in biases:
+        torch.testing.assert_close(20 * bias.sigmoid(), torch.full_like(bias, 5.0))
+
+
 def test_gates_begin_at_the_span(tmp_path: Path) -> None:
     """Nearly constant, so that on the text they were set on the last position is reached `span` tokens away."""
     _, out = made(tmp_path, span=20)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import tiny_model
+from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert, merge
 from upfit.convert.diff.recipe import Options
@@ -263,3 +264,15 @@ def test_bad_flags_are_told(tmp_path: Path) -> None:
             made(tmp_path, **options)
     with pytest.raises(UpfitError, match="attn_sub_norm"):
         made(tmp_path / "bitnet", "bitnet")
+
+
+def test_a_single_layer_keeps_the_width_that_its_config_does_not_name(tmp_path: Path) -> None:
+    """Twice the heads of a config without `head_dim` would be heads of half the width."""
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        config = {key: value for key, value in checkpoint.config.items() if key != "head_dim"}
+        architecture = bind(config, checkpoint.tensors)
+    changed = architecture.with_queries_times(2)
+    assert changed["head_dim"] == config["hidden_size"] // config["num_attention_heads"]
+    assert changed["num_attention_heads"] == 2 * config["num_attention_heads"]
+    assert changed["num_key_value_heads"] == config["num_key_value_heads"]

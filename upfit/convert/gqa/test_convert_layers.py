@@ -119,7 +119,10 @@ def test_refit_brings_the_logits_nearer(tmp_path: Path, model_type: str, changes
     for refit in (True, False):
         text = {"calibration": [str(tmp_path / "text.txt")], "calibration_tokens": "2k", "calibration_length": 32}
         options = recipe.options(kv_heads=1, method="aligned", refit=refit, **text)
-        convert(recipe, str(tmp_path / "source"), tmp_path / str(refit), options, Settings(verify=False), Output(quiet=True))
+        quiet = Output(quiet=True)
+        report = convert(recipe, str(tmp_path / "source"), tmp_path / str(refit), options, Settings(verify=False), quiet)
+        labels = {change.rule for change in report.tensors}
+        assert labels == {"→ 1 key/value heads, aligned" + (", refitted" if refit else "")}
     source, refitted, merged = (logits(tmp_path / name) for name in ("source", "True", "False"))
     assert (refitted - source).square().mean() < 0.8 * (merged - source).square().mean()
 

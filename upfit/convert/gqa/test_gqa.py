@@ -51,6 +51,14 @@ def test_random_is_drawn_anew_and_repeatable() -> None:
     assert not one.k_bias.any()
 
 
+def test_a_scale_of_each_head_is_merged_and_one_that_all_share_stays() -> None:
+    heads, scales = torch.randn(4, 3, 5), torch.randn(4, 3)
+    own = pool_heads(Attention(k=heads, v=heads, k_norm=scales), 2, "mean", 0, 0.02)
+    assert own.k_norm is not None and torch.equal(own.k_norm, mean(scales, 2))
+    shared = pool_heads(Attention(k=heads, v=heads, k_norm=scales[0]), 2, "mean", 0, 0.02)
+    assert shared.k_norm is not None and torch.equal(shared.k_norm, scales[0])
+
+
 def duplicate_heads(folder: Path, kv_heads: int) -> None:
     """Make the key/value heads of every contiguous group equal to the group's first, on disk."""
     with open_checkpoint(folder) as checkpoint:

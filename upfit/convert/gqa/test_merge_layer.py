@@ -18,7 +18,7 @@ from upfit.convert.gqa import closed_form, fit_values
 from upfit.convert.gqa.fit_scores import Target
 from upfit.convert.gqa.grouping import pair_costs
 from upfit.convert.gqa.layer_state import LayerRecord, Merged, Settings, View, _spread, _target
-from upfit.convert.gqa.merge_layer import choose_groups, merge_layer, refine
+from upfit.convert.gqa.merge_layer import CUTS, _cuts, choose_groups, merge_layer, refine
 from upfit.convert.gqa.test_closed_form import FREE, OLD, PAIRS, WIDTH, drawn, moments, traits
 
 VALUE, HIDDEN, SAMPLES = 4, 12, 60
@@ -171,3 +171,11 @@ def test_values_are_fitted_on_fitted_rows_and_taken_for_held_back_ones(monkeypat
     assert not torch.equal(result[1], OUTPUTS)
     content = refined(view_of(False, 10), view_of(True, 30, merged=True))
     assert torch.equal(content[1], OUTPUTS)
+
+
+def test_cuts_are_searched_only_where_nothing_comes_after_the_keys() -> None:
+    """Behind a norm whose scales agree on pairs, keys are merged as whole pairs; where they do not, means are tried too."""
+    assert _cuts(traits()) == sorted({round(share * PAIRS) for share in CUTS}) and len(_cuts(traits())) > 1
+    assert _cuts(traits(normed=True)) == [PAIRS]
+    assert _cuts(traits(normed=True, factors=False)) == [closed_form.AVERAGED, PAIRS]
+    assert _cuts(replace(traits(), pairs=0)) == [0] and _cuts(replace(traits(), keys=False)) == [PAIRS]
