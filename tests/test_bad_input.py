@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.folders import save_tiny
+from upfit.checkpoint.safetensors_header import read_header
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.errors import UpfitError
@@ -84,6 +85,13 @@ def test_truncated_file(folder: Path, tmp_path: Path) -> None:
     path = folder / "model.safetensors"
     os.truncate(path, path.stat().st_size - 1)
     assert "cut short" in attempt(folder, tmp_path / "out")
+
+
+def test_a_header_of_one_byte_more_than_there_are(tmp_path: Path) -> None:
+    """Whatever stands in it: JSON may be whole without its last spaces."""
+    (tmp_path / "x.safetensors").write_bytes((9).to_bytes(8, "little") + b"{}" + b" " * 6)
+    with pytest.raises(UpfitError, match="cut short: its header claims 9 bytes, the file has 16"):
+        read_header(tmp_path / "x.safetensors")
 
 
 def test_truncated_shard(sharded: Path, tmp_path: Path) -> None:

@@ -87,6 +87,24 @@ def test_other_work_starts_anew(stopped: Path, change: str) -> None:
     assert weights(stopped / "out") == weights(stopped / "fresh")
 
 
+@pytest.mark.parametrize("written, left", [(BLOCK, ["direct", "plain"]), (BLOCK - 1, ["plain"])])
+def test_a_way_that_writes_all_stays_and_one_that_does_not_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int, left: list[str]
+) -> None:
+    """A direct write that is told to be short is made again by another way."""
+    content, pwrite = os.urandom(2 * BLOCK), os.pwrite
+    (tmp_path / "a").write_bytes(content)
+    source, target = os.open(tmp_path / "a", os.O_RDONLY), os.open(tmp_path / "b", os.O_RDWR | os.O_CREAT)
+    monkeypatch.setattr(ByteCopier, "_reopen", lambda self, descriptor, flags: descriptor)
+    monkeypatch.setattr(os, "pwrite", lambda file, data, place: pwrite(file, data[:written], place))
+    with ByteCopier(["direct", "plain"]) as copier:
+        copier.move(source, target, ByteRange(tmp_path / "a", BLOCK, BLOCK, 0), lambda piece: None)
+        assert copier.ways == left
+    assert os.pread(target, BLOCK, 0) == content[BLOCK:]
+    os.close(source)
+    os.close(target)
+
+
 @pytest.mark.parametrize("way", copy_bytes.WAYS)
 @pytest.mark.parametrize("shift", [0, 8, 13])
 def test_every_way_moves_the_same_bytes(tmp_path: Path, way: str, shift: int) -> None:
