@@ -34,7 +34,7 @@ from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.evaluate.cache import measure_cache
 from upfit.evaluate.intervals import difference_interval, mean_interval
-from upfit.evaluate.load import check_model, load_tokenizer
+from upfit.evaluate.load import check_model, load_tokenizer, pick_device
 from upfit.evaluate.loss import by_position, token_losses, window_losses
 from upfit.evaluate.options import Options
 from upfit.evaluate.result import Evaluation
@@ -420,6 +420,19 @@ def test_errors_are_one_line(folders: dict[str, str], model: str, changes: dict[
     with pytest.raises(UpfitError, match=message) as caught:
         evaluate(folders.get(model, model), settings(folders, **changes), quiet())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(RuntimeError("no such thing\nand a stack"), "no such thing"), (AssertionError(), "AssertionError")]
+)
+def test_of_an_error_the_first_line_is_told(monkeypatch: pytest.MonkeyPatch, error: Exception, line: str) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(UpfitError) as caught:
+        pick_device("cpu")
+    assert str(caught.value) == f"--device cpu cannot be used here ({line}); try cpu or auto"
 
 
 def fails(model: Any, folder: Path, folders: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.folders import letter_tokenizer, tiny_llama
 from tests.records import evaluate
 from upfit.calibration.observe import Seen
 from upfit.demo import embedded_model
@@ -104,6 +105,17 @@ def test_who_finds_it_is_told_apart(tokenizer: Any) -> None:
     assert told["largest_hidden"] == 7.0 and told["largest_logit"] is None
     difference = compared(good, half)["accuracy"]
     assert difference["mean"] == 0.5 and difference["low"] > 0
+
+
+def test_heads_and_their_mean_are_of_the_same_attention() -> None:
+    """The mass on the answer, not that on the first token or the rest, of each head; over heads and layers it is the mean."""
+    model, letters = tiny_llama().eval(), letter_tokenizer()
+    samples = make_samples(python_documents()[:9], letters, 2, 128)
+    with Output(quiet=True).progress("", 2) as meter:
+        watched = probe(model, samples, meter)
+    assert len(watched.heads) == 2 and {len(layer) for layer in watched.heads[0]} == {model.config.num_attention_heads}
+    assert np.mean(watched.heads, (1, 2)) == pytest.approx(np.array(watched.mass)[:, 0], abs=1e-6)
+    assert np.array(watched.mass)[:, 0] != pytest.approx(np.array(watched.mass)[:, 2], abs=1e-2)
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from rich.progress import Progress
 from upfit import output
 from upfit.evaluate.interval import Interval
 from upfit.evaluate.measures import Difference
-from upfit.evaluate.tables import show_difference
+from upfit.evaluate.probes.summaries import Needle
+from upfit.evaluate.tables import show_difference, show_needle
 from upfit.output import Meter, Output, time_left
 
 
@@ -66,3 +67,12 @@ def test_a_ratio_has_the_digits_that_its_interval_allows(mean: float, low: float
     text = io.StringIO()
     show_difference(Difference("nats", nats_per_token=ratio, perplexity_ratio=ratio, bits_per_byte=ratio), Output(file=text))
     assert text.getvalue().splitlines()[1].split(maxsplit=2)[2] == printed
+
+
+@pytest.mark.parametrize(("logit", "printed"), [(12.345, "12.3"), (None, "")])
+def test_the_largest_logit_is_shown_where_there_is_one(logit: float | None, printed: str) -> None:
+    half, text = Interval(0.5, 0.4, 0.6), io.StringIO()
+    needle = Needle(half, half, {}, largest_logit=logit, largest_hidden=7.0)
+    show_needle([("model", needle)], Output(file=text))
+    (row,) = [line for line in text.getvalue().splitlines() if "7 " in line]
+    assert [cell.strip() for cell in row.split("│")][-3:-1] == [printed, "7"]

@@ -137,6 +137,17 @@ def test_the_curve_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         position.make_samples([tokenizer], python_documents()[:2], 3, [10_000_000])
 
 
+def test_each_tokenizer_reads_the_same_texts_in_its_own_tokens() -> None:
+    """And one that splits them as the first does has the first's."""
+    first, same, other = letter_tokenizer(), letter_tokenizer(), AutoTokenizer.from_pretrained(embedded_model())
+    samples, again, others = position.make_samples([first, same, other], python_documents()[:9], 3, [64])
+    assert len(samples) == len(again) == len(others) == 3
+    for mine, alike, its in zip(samples, again, others, strict=True):
+        assert np.array_equal(mine.ids, alike.ids) and mine.digest == alike.digest != its.digest
+        texts = [str(first.decode(mine.ids)), str(other.decode(its.ids, skip_special_tokens=True))]
+        assert len(its.ids) < 64 and texts[0].replace(" ", "") == texts[1].replace(" ", "")
+
+
 # Gaps of models whose reach is known
 
 
