@@ -14,6 +14,7 @@ from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.uptrain.model import converted_modules
 from upfit.uptrain.model.model_traits import load
+from upfit.uptrain.run.run import MEASURE_EVERY
 from upfit.uptrain.run.setup import make_optimizer
 from upfit.uptrain.train import uptrain
 
@@ -76,6 +77,7 @@ def test_a_run_trains_and_tells(workshop: Workshop, tmp_path: Path, options: dic
     assert not any("split_scale" in name or "dex_heads" in name for name in moved)
     told = [line for line in metrics(tmp_path / "out") if "lambda" in line]
     assert told[-1]["step"] == metrics(tmp_path / "out")[-1]["step"] and len(told[-1]["lambda"]) == 2
+    assert all(line["step"] % MEASURE_EVERY == 0 for line in told[:-1]), "the end alone is measured out of turn"
     assert ("cosine" in told[-1]) == (options.get("lambdas") == "head")
     assert (tmp_path / "out" / "modeling_upfit_diff.py").exists()
     if "naive" in options:

@@ -2,11 +2,12 @@
 
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.folders import save_tiny, tiny_llama
 from tests.test_uptrain_resume import Interrupting, untimed
 from tests.uptraining import BASE, QUIET, Workshop, make_workshop, metrics, one_thread, weights
 from upfit import provenance
+from upfit.checkpoint.output_folder import RESERVE_BYTES
+from upfit.checkpoint.reader import open_checkpoint
+from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
 from upfit.uptrain.config import Config
@@ -28,6 +33,7 @@ from upfit.uptrain.run import checkpointing
 from upfit.uptrain.run.checkpointing import data_step
 from upfit.uptrain.run.metrics_file import MetricsFile
 from upfit.uptrain.run.run import Progress
+from upfit.uptrain.run.setup import check_places
 from upfit.uptrain.run.state import Counters, Workspace
 
 
@@ -209,3 +215,18 @@ def test_what_going_back_does_not_heal_ends_the_run(
     with pytest.raises(UpfitError, match=told):
         shop.run(tmp_path / "out", max_bad_steps=1, max_rollbacks=most, output=QUIET)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_room_is_wanted_for_the_result_and_every_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
+    """What is kept and the next one: float32 weights and two moments each; beside them the result, and it in float32."""
+    source = Source(save_tiny(tmp_path / "source"), "source")
+    data: Any = SimpleNamespace(folders=[tmp_path / "data"])
+    numbers = sum(parameter.numel() for parameter in tiny_llama().parameters())
+    with open_checkpoint(source.path) as checkpoint:
+        needed = checkpoint.nbytes + 4 * numbers + 3 * 4 * numbers * (keep + 1)
+    for missing in (0, 1):
+        free = needed + RESERVE_BYTES - missing
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with pytest.raises(UpfitError, match="free some space") if missing else nullcontext():
+            check_places(tmp_path / "out", source, data, None, Config(keep=keep), overwrite=False)

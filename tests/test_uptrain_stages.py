@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from upfit.uptrain.model.model_traits import examine, load
 from upfit.uptrain.run.finished import together
 from upfit.uptrain.run.result import Uptraining
 from upfit.uptrain.run.stage_folders import make_way
+from upfit.uptrain.run.state import STOPPED
 from upfit.uptrain.stages import parse, split
 from upfit.uptrain.train import uptrain
 
@@ -255,19 +256,16 @@ def test_overwrite_throws_finished_stages_away(shop: Workshop, tmp_path: Path) -
     assert not report.stopped and not (tmp_path / "out.upfit-work").exists()
 
 
-@pytest.mark.parametrize(("resume", "overwrite", "stays"), [(True, False, True), (True, True, True), (False, True, False)])
-def test_earlier_stages_stay_for_a_resumed_run_alone(tmp_path: Path, resume: bool, overwrite: bool, stays: bool) -> None:
-    (tmp_path / "stage-1-layerwise").mkdir()
-    (tmp_path / "stopped").touch()
-    make_way(tmp_path, resume, overwrite)
-    assert [path.name for path in tmp_path.iterdir()] == ["stage-1-layerwise"] * stays
-
-
-def test_earlier_stages_are_not_thrown_away_unasked(tmp_path: Path) -> None:
-    (tmp_path / "stage-1-layerwise").mkdir()
-    with pytest.raises(UpfitError, match="stage-1-layerwise is of an unfinished run; go on with --resume"):
-        make_way(tmp_path, resume=False, overwrite=False)
-    assert (tmp_path / "stage-1-layerwise").exists()
+@pytest.mark.parametrize("how", ["resume", "overwrite", "neither"])
+def test_stages_of_an_earlier_run_go_where_they_are_to_be_overwritten(tmp_path: Path, how: str) -> None:
+    """Alone they do; what else lies there stays, and the mark of a clean stop goes."""
+    for name in ("stage-1-layerwise", "stage-2-distill.steps", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / STOPPED).touch()
+    with pytest.raises(UpfitError, match="--resume") if how == "neither" else nullcontext():
+        make_way(tmp_path, how == "resume", how == "overwrite")
+    stages = [] if how == "overwrite" else ["stage-1-layerwise", "stage-2-distill.steps"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["other", *stages])
 
 
 def test_several_stages_are_told_as_the_last_with_all_of_them() -> None:
