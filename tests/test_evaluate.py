@@ -481,15 +481,17 @@ def test_an_id_outside_the_embedding_is_refused(tmp_path: Path, folders: dict[st
     assert "embeds 100 tokens but its tokenizer gives id" in fails(model, tmp_path, folders)
 
 
-def test_a_tokenizer_that_does_not_load_is_told_by_its_first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("words", "line"), [(["no merges\nat all\n"], "no merges"), ([], "ValueError")])
+def test_a_tokenizer_that_does_not_load_is_told_by_its_first_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], line: str
+) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise ValueError(*texts_raised)
+        raise ValueError(*words)
 
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", broken)
-    for texts_raised, line in ((["no merges\nat all\n"], "no merges"), ([], "ValueError")):
-        with pytest.raises(UpfitError, match=f"model has a tokenizer that does not load: {line}$"):
-            load_tokenizer(Source(tmp_path, "model"))
+    with pytest.raises(UpfitError, match=f"model has a tokenizer that does not load: {line}$"):
+        load_tokenizer(Source(tmp_path, "model"))
 
 
 def test_options_import_no_torch() -> None:
