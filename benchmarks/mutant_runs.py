@@ -78,9 +78,9 @@ class Covering:
         """Those that run one of `lines`, or any of the file for lines that run when it is imported; the room's own first."""
         with self.lock:
             by_line = self.data.contexts_by_lineno(self.files[file]) if file in self.files else {}
-        names = {context.partition("|")[0] for line in lines for context in by_line.get(line, ())}
+        names = {_test(context) for line in lines for context in by_line.get(line, ())}
         if not names - {""}:
-            names = {context.partition("|")[0] for contexts in by_line.values() for context in contexts}
+            names = {_test(context) for contexts in by_line.values() for context in contexts}
         known = [name for name in names if name and self.seconds.get(name, LONGEST) < LONGEST]
         room = str(Path(file).parent)
         known.sort(key=lambda name: (not name.startswith(room), self.seconds[name]))
@@ -91,6 +91,11 @@ class Covering:
                 break
             chosen.append(name)
         return chosen
+
+
+def _test(context: str) -> str:
+    """The test of a coverage context, without the group that xdist adds and what it was doing."""
+    return context.partition("|")[0].partition("@")[0]
 
 
 class Runner:

@@ -14,6 +14,7 @@ from tests.folders import save_tiny, tiny_llama
 from upfit import provenance
 from upfit.architecture.layers import bind
 from upfit.calibration import calibrate as room
+from upfit.calibration import sample
 from upfit.calibration.calibrate import calibrate
 from upfit.calibration.gather import gather_layer
 from upfit.calibration.layerwise import LayerwiseModel
@@ -35,6 +36,7 @@ from upfit.output import Output
 from upfit.provenance import method_ran
 from upfit.publish.card import Card
 from upfit.report.story import gather
+from upfit.text import Document
 
 QUIET = Output(quiet=True)
 TEXT = "def f(x): return x + 1  # one more\nthe quick brown fox jumps over the lazy dog; 12 boxes of wine.\n" * 60
@@ -399,3 +401,19 @@ def test_refit_beats_merging_alone(model: Path) -> None:
         names[refit] = {name for name in source if not torch.equal(source[name], weights[name])}
     assert {name.split(".")[-2] for name in names[False]} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert names[False] <= names[True] and "down_proj" in {name.split(".")[-2] for name in names[True]}
+
+
+def test_a_few_documents_tell_how_long_a_token_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 32 of them from the first on, evenly, however many there are."""
+    read = list[str]()
+
+    def encode(tokenizer: Any, texts: list[str]) -> Any:
+        read.extend(texts)
+        return [[list(texts[0].encode())]]
+
+    monkeypatch.setattr(sample, "encode", encode)
+    for count, step in ((1, 1), (31, 1), (32, 1), (33, 2), (64, 2), (65, 3)):
+        read.clear()
+        documents = [Document(f"document {number}", sample.USERS, str(number)) for number in range(count)]
+        parts = sample._in_pieces(documents, None, 1000)
+        assert read == ["\n".join(document.text for document in documents[::step])] and parts == documents

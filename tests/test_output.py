@@ -8,8 +8,8 @@ from rich.progress import Progress
 from upfit import output
 from upfit.evaluate.interval import Interval
 from upfit.evaluate.measures import Difference
-from upfit.evaluate.probes.summaries import Needle
-from upfit.evaluate.tables import show_difference, show_needle
+from upfit.evaluate.probes.summaries import DepthRow, Depths, Needle, NullGap
+from upfit.evaluate.tables import show_depths, show_difference, show_needle
 from upfit.output import Meter, Output, time_left
 
 
@@ -76,3 +76,32 @@ def test_the_largest_logit_is_shown_where_there_is_one(logit: float | None, prin
     show_needle([("model", needle)], Output(file=text))
     (row,) = [line for line in text.getvalue().splitlines() if "7 " in line]
     assert [cell.strip() for cell in row.split("│")][-3:-1] == [printed, "7"]
+
+
+class Tables(Output):
+    """Keeps the rows of its tables."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.rows = list[list[str]]()
+
+    def table(self, columns: list[str], rows: list[list[str]], title: str = "") -> None:
+        self.rows += rows
+
+
+def test_probes_are_told_at_every_length_of_every_model() -> None:
+    def row(score: float) -> DepthRow:
+        of = Interval(score, score - 0.01, score + 0.01)
+        null = NullGap(0.01, 0.02)
+        return DepthRow(5, 100.0, of, of, null, 0.25, 0.125, 0.5, of, of, of, null, 0.75, [0.5], [score], [score], [score])
+
+    first = Depths("key-value", "text", {"1k": row(0.31), "2k": row(0.32)}, True)
+    second = Depths("key-value", "text", {"1k": row(0.41), "2k": row(0.42)}, False)
+    output = Tables()
+    show_depths("key-value", [("new", first), ("old", second)], output)
+    assert [(cells[:3], cells[-1]) for cells in output.rows] == [
+        (["1k", "new", "0.310 ± 0.010"], "yes"),
+        (["1k", "old", "0.410 ± 0.010"], "no"),
+        (["2k", "new", "0.320 ± 0.010"], "yes"),
+        (["2k", "old", "0.420 ± 0.010"], "no"),
+    ]

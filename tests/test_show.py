@@ -10,7 +10,10 @@ from tests.tiny import tiny_model
 from upfit import api
 from upfit.convert.describe import sliding_windows
 from upfit.convert.recipe import find_recipes
+from upfit.convert.result import Conversion
 from upfit.errors import UpfitError
+from upfit.output import Output
+from upfit.results import Origin
 
 
 def described(folder: Path, model_type: str, **changes: Any) -> api.Any:
@@ -70,3 +73,19 @@ def test_a_copy_is_called_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     heads = described(tmp_path / "model", "llama").kv_heads[0]
     api.convert(tmp_path / "model", tmp_path / "out", to="gqa", kv_heads=heads, verify=False)
     assert f"the model has {heads} key/value heads already: its weights are copied as they are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("added", "words"), [(0, "2.0 k parameters, "), (1500, "3.5 k parameters (+1.5 k), "), (-500, "1.5 k parameters, ")]
+)
+def test_what_was_added_is_told(added: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    origin = Origin("model", None, None)
+    Conversion("gqa", origin, "out", False, {}, [8000, 8000], [2000, 2000 + added], [4, 2], [64, 32], []).show(Output())
+    told = capsys.readouterr().out
+    assert words in told and ("(+" in told) == (added > 0)
+
+
+def test_windows_are_those_of_the_text_and_of_its_decoder() -> None:
+    text = {"model_type": "gemma3_text", "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    text |= {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    assert sliding_windows({"model_type": "gemma3", "text_config": text}) == {"16": 2}

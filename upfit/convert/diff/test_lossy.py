@@ -85,7 +85,7 @@ def test_a_layer_that_is_diffllamas_is_found_in_the_grid(lam: float) -> None:
     seen, eps = seen_of(4, 2, 7, 6), 1e-5
     aim = 3 * pairs(seen, lam, lambda_init(1), eps)  # [B, T, H, D], pair after pair
     heads = aim.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)
-    forms = candidates(1, [(replace(seen, output=heads), torch.arange(7), 7)], eps)
+    forms: Any = candidates(1, [(replace(seen, output=heads), torch.arange(7), 7)], eps)
     gaps = [(form.outputs(seen) * form.gain.repeat_interleave(2)[:, None] - aim).abs().max() for form in forms]
     best = min(range(len(forms)), key=lambda index: float(gaps[index]))
     assert float(gaps[best]) < 1e-6 and forms[best].record() == {"lambda": lam}

@@ -1,6 +1,7 @@
 """The pieces of a refit against plain references: what is fitted on what, in which metric."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from tests.folders import letter_tokenizer
 from tests.tiny import tiny_model
 from upfit.calibration.observe import Seen
-from upfit.calibration.teacher_student import MlpEnd, PairedBatch, refit_mlp
+from upfit.calibration.teacher_student import MlpEnd, PairedBatch, _is_plain, refit_mlp
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.convert_layers import _drift
 from upfit.convert.gqa.layer_state import View, _spread
@@ -133,3 +134,17 @@ def logits(folder: Path) -> Tensor:
     ids = torch.tensor(letter_tokenizer()(TEXT)["input_ids"][: 16 * 32]).reshape(16, 32)
     with torch.no_grad():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
+
+
+@pytest.mark.parametrize(
+    ("names", "shapes", "plain"),
+    [
+        ([["w"], ["b"]], {"w": (2, 3), "b": (2,)}, True),
+        ([["w"], None], {"w": (2, 3)}, False),
+        ([["w"], ["b", "c"]], {"w": (2, 3), "b": (2,), "c": (2,)}, False),
+        ([["w"], ["b"]], {"w": (3, 2), "b": (2,)}, False),
+    ],
+)
+def test_a_linear_is_plain_where_it_is_what_is_stored(names: Any, shapes: dict[str, Any], plain: bool) -> None:
+    checkpoint: Any = SimpleNamespace(tensors={name: SimpleNamespace(shape=shape) for name, shape in shapes.items()})
+    assert _is_plain(names, nn.Linear(3, 2), checkpoint) == plain

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, EncoderDecoderCache
 
 from tests.folders import logits, save_tiny, tiny_llama
 from tests.tiny import auto_class, tiny_inputs, tiny_model
@@ -17,6 +19,7 @@ from upfit.convert.gqa.pooling import first, mean, pool_heads
 from upfit.convert.recipe import get_recipe
 from upfit.convert.result import Conversion
 from upfit.errors import UpfitError
+from upfit.modeling.modeling_upfit_gqa import Lean
 from upfit.output import Output
 
 QUIET = Output(quiet=True)
@@ -33,6 +36,13 @@ def test_mean_is_the_papers() -> None:
     expected = torch.stack([(heads[0] + heads[1] + heads[2]) / 3, (heads[3] + heads[4] + heads[5]) / 3])
     torch.testing.assert_close(mean(heads, 2), expected, rtol=0, atol=1e-15)
     assert torch.equal(first(heads, 2), heads[[0, 3]])
+
+
+def test_scales_of_the_keys_are_merged_where_every_head_has_its_own() -> None:
+    own, shared = torch.randn(4, 8), torch.randn(8)
+    merged = pool_heads(Attention(k_norm=own), 2, "mean", 0, 0.02).k_norm
+    assert merged is not None and torch.equal(merged, torch.stack([own[:2].mean(0), own[2:].mean(0)]))
+    assert pool_heads(Attention(k_norm=shared), 2, "mean", 0, 0.02).k_norm is shared
 
 
 def test_mean_is_taken_in_float32() -> None:
@@ -91,6 +101,16 @@ def test_grouped_to_fewer(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.v_proj.weight"
     one, straight = (load_file(tmp_path / out / "model.safetensors")[name] for out in ("one", "straight"))
     torch.testing.assert_close(one, straight, rtol=0, atol=1e-6)
+
+
+def test_a_lean_cache_passes_for_the_real_one() -> None:
+    """In `isinstance`, with which stock classes look what they were handed, and in what they read off it."""
+    real = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    lean: Any = Lean(real, 2, False)
+    assert isinstance(lean, EncoderDecoderCache) and isinstance(lean.self_attention_cache, DynamicCache)
+    heads = torch.randn(1, 2, 3, 8).repeat_interleave(2, 1)
+    keys, _ = lean.self_attention_cache.update(heads, heads, 0)
+    assert torch.equal(keys, heads[:, ::2]) and lean.get_seq_length() == real.get_seq_length() == 3
 
 
 def test_everything_else_keeps_its_bytes(tmp_path: Path) -> None:
