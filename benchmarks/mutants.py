@@ -130,7 +130,7 @@ def _only_for_readers(node: Any) -> bool:
             return True
         if above.type == "funcdef" and "->" in above.children and node is above.annotation:
             return True
-        if above.type == "assert_stmt" or (above.type == "argument" and above.children[0].value == "frozen"):
+        if above.type == "assert_stmt" or (above.type == "argument" and getattr(above.children[0], "value", "") == "frozen"):
             return True
         node = above
     return False
