@@ -25,6 +25,7 @@ from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.recipe import PARTS
 from upfit.convert.recipe import Recipe, get_recipe
 from upfit.demo import embedded_model
+from upfit.examples import read as read_room
 from upfit.output import Output
 from upfit.text import Document, python_documents
 
@@ -62,8 +63,8 @@ def equal_heads(source: Path, out: Path, kv_heads: int) -> None:
     convert(recipe, str(source), out, Nothing(), Settings(verify=False), Output(quiet=True))
 
 
-# Of the types that become our own class, those whose attention can be watched; the others are averaged, as the laws do.
-WATCHED = ("bloom", "ctrl", "modernbert-decoder", "persimmon")
+# Of the types that become our own class the decoders; encoder-decoders have laws of their own (test_merging_everywhere.py).
+WATCHED = ("bloom", "ctrl", "gpt_neo", "modernbert-decoder", "mpt", "opt", "persimmon", "xglm")
 ALIGNED = [name for name in CASES if name in VARIANTS or not table().entries[name].own or name in WATCHED]
 
 
@@ -80,11 +81,13 @@ def test_equal_heads_merge_for_free(name: str, tmp_path: Path, monkeypatch: pyte
     if not fewer:
         pytest.skip("its tiny model has one key/value head already")
     equal_heads(tmp_path / "source", tmp_path / "equal", fewer[-1])
-    monkeypatch.setattr(sample_room, "library_documents", lambda: [Document(TEXT, "text")])
+    for room in (sample_room, read_room):
+        monkeypatch.setattr(room, "library_documents", lambda: [Document(TEXT, "text")])
     recipe = get_recipe("gqa")
     # A model that cannot run on text is averaged by auto.
     method = "aligned" if name in EVERYDAY and not model.config.is_encoder_decoder else "auto"
-    options = recipe.options(kv_heads=fewer[-1], method=method, calibration_tokens="256", calibration_length=16)
+    length = {} if model.config.is_encoder_decoder else {"calibration_length": 16}
+    options = recipe.options(kv_heads=fewer[-1], method=method, calibration_tokens="256", **length)
     convert(recipe, str(tmp_path / "equal"), tmp_path / "out", options, Settings(verify=False), Output(quiet=True))
     before, after = (
         auto_class(model_type).from_pretrained(tmp_path / folder, dtype=torch.float32).eval() for folder in ("equal", "out")

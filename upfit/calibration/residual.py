@@ -44,7 +44,7 @@ def find_residual(watched: Watched, place: Place, outer: list[str], reasons: lis
         return None
     others = [name for name in outer if name in watched.taps and name not in outputs]
     others = [name for name in others if output_of(name).numel() == added.numel()]
-    linears = [name for name in others if isinstance(place.block.module.get_submodule(name), nn.Linear)]
+    linears = [name for name in others if _is_whole(place.block.module.get_submodule(name), watched.taps[name])]
     for name in [*reversed(linears), *reversed([name for name in others if name not in linears])]:
         parts = torch.stack([*map(output_of, outputs), output_of(name)], 1)
         scalars = torch.linalg.pinv(parts.T @ parts, hermitian=True) @ (parts.T @ added)
@@ -58,6 +58,15 @@ def find_residual(watched: Watched, place: Place, outer: list[str], reasons: lis
             "its layer does not simply add the attention's output, so the output is refitted without the stream's drift"
         )
     return residual
+
+
+def _is_whole(module: nn.Module, tap: tuple[Tensor, Tensor]) -> bool:
+    """Whether the module is a Linear whose output is still what it gave out: some layers add other experts' in place."""
+    if not isinstance(module, nn.Linear):
+        return False
+    rows, output = tap[0].flatten(0, -2)[:FEW], tap[1].flatten(0, -2)[:FEW]
+    with torch.no_grad():
+        return unexplained(output, module(rows)) < CLOSE
 
 
 def _normed_sums(watched: Watched, place: Place, others: list[str], linears: list[str]) -> Residual | None:

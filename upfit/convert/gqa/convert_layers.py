@@ -158,7 +158,10 @@ def _student_inputs(pair: LayerPair, views: list[View]) -> list[tuple[Tensor, Te
     of_queries = [pair.run_until(pair.path("q"), view.batch) for view in views]
     if not views[0].cross:
         return [(x, x) for x in of_queries]
-    return [(x, pair.run_until(pair.path("k"), view.batch)) for x, view in zip(of_queries, views, strict=True)]
+    of_keys = [pair.run_until(pair.path("k"), view.batch) for view in views]
+    # A projection that runs twice, on both streams one after the other (T5Gemma 2), is not ours to follow.
+    same = all(x.shape == view.key_inputs.shape for x, view in zip(of_keys, views, strict=True))
+    return list(zip(of_queries, of_keys if same else [view.key_inputs for view in views], strict=True))
 
 
 def _form(
