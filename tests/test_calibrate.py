@@ -18,10 +18,11 @@ from upfit.calibration import sample
 from upfit.calibration.calibrate import calibrate
 from upfit.calibration.gather import gather_layer
 from upfit.calibration.layerwise import LayerwiseModel
-from upfit.calibration.observe import Seen
+from upfit.calibration.observe import Seen, _added
 from upfit.calibration.result import Calibration
 from upfit.calibration.statistics import Rows, add, observe
 from upfit.calibration.statistics_file import fingerprint, open_statistics, read_metadata
+from upfit.calibration.teacher_student import PairedBatch
 from upfit.calibration.traits import AttentionTraits, probe_attention
 from upfit.calibration.watch import Place, watch
 from upfit.checkpoint import content
@@ -98,6 +99,35 @@ def test_pieces_add_up(model: Path) -> None:
     assert whole.keys() == pieces.keys() == {"rows", "keys", "key_pairs", "queries", "values"}
     for name, tensor in whole.items():
         torch.testing.assert_close(pieces[name], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max()))
+
+
+def test_padding_counts_for_nothing() -> None:
+    """The sums of two texts of which one is shorter, over rows that are no padding, are those of both by themselves."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 6, 4, generator=generator).double() for _ in range(3))
+    traits = AttentionTraits(True, True, False, True, True, 1, (0, 1, 2, 3), (1.0,), None)
+    rows, counted = torch.tensor([1, 3, 5]), torch.tensor([[True] * 6, [True, True, True, True, False, False]])
+
+    def sums(texts: slice, sampled: Rows) -> dict[str, torch.Tensor]:
+        return observe(Seen(torch.nn.Identity(), q[texts], k[texts], v[texts], None, 0.5, None, None, v), traits, [sampled])
+
+    together = sums(slice(0, 2), Rows(rows, 6, counted[:, rows].double()))
+    apart = sums(slice(0, 1), Rows(rows, 6))
+    add(apart, sums(slice(1, 2), Rows(rows[:2], 4)))
+    for name in ("keys", "key_pairs", "queries", "values"):
+        torch.testing.assert_close(together[name], apart[name])
+    batch = PairedBatch(False, [], [], q[:, 0], q[:, 0], 6, counted)
+    weights = batch.weights(q[:, 0], 2.0)
+    assert torch.equal(weights != 0, counted)
+
+
+def test_a_bias_by_position_hides_what_a_mask_hides() -> None:
+    bias = torch.arange(9.0).reshape(1, 1, 3, 3)
+    future = torch.ones(3, 3).triu(1).bool()
+    assert torch.equal(_added(bias, None, True, 3), bias.masked_fill(future, float("-inf")))
+    assert torch.equal(_added(bias, None, False, 3), bias)
+    assert torch.equal(_added(bias, ~future[None, None], True, 3), bias.masked_fill(future, float("-inf")))
+    assert torch.equal(_added(bias, torch.full((1, 1, 3, 3), 2.0), True, 3), bias + 2)
 
 
 def test_sums_are_those_of_the_definition() -> None:

@@ -77,11 +77,7 @@ def calibrate(
             raise UpfitError(f"{model} cannot be calibrated: {reason}") from reason
         output.note(f"calibrating on {sample.tokens:,} tokens in {_shown(sample)}")
         model_hash = fingerprint(checkpoint)
-        settings = {
-            "model": model_hash,
-            "text": sample.text,
-            "rows": ROWS,
-        }
+        settings = {"model": model_hash, "text": sample.text, "rows": ROWS}
         with work_folder(out, "calibrate", overwrite, check=check_statistics) as work:
             work.claim(settings, overwrite)
             layers = FinishedLayers(work.folder("layers"))

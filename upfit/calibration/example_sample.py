@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from upfit.calibration.sample import HELD_SHARE
-from upfit.examples.model_inputs import Example, Examples, ModelInputs, batches
+from upfit.examples.model_inputs import IGNORE, Example, Examples, ModelInputs, batches
 
 DECODER, LABELS = "decoder_ids", "labels"
 BATCH_TOKENS = 16_384  # positions of encoder and decoder together; attention maps of one batch fit into memory
@@ -29,7 +29,7 @@ class ExampleSample:
     @property
     def tokens(self) -> int:
         """That the decoder was to give."""
-        return sum(len(example.labels) for example in (*self.fitted, *self.held))
+        return sum(int((example.labels != IGNORE).sum()) for example in (*self.fitted, *self.held))
 
     def record(self) -> dict[str, Any]:
         """What was shown, for recipe.json."""
@@ -68,6 +68,8 @@ def examples_stored(
         parts.setdefault(int(number), {})[part] = tensor
     if sorted(parts) != list(range(len(parts))) or not 0 < held < len(parts):
         raise ValueError("its examples are not all there")
+    if not isinstance(text.get("sha256"), str):
+        raise ValueError("it does not tell which examples they are")
     examples = [_example(dict(parts[number])) for number in range(len(parts))]
     return ExampleSample(kind, examples[held:], examples[:held], text, config, tokenizer)
 
@@ -80,7 +82,7 @@ def _example(parts: dict[str, Tensor]) -> Example:
 
 
 def hold_back(examples: Examples, config: dict[str, Any], tokenizer: dict[str, Any]) -> ExampleSample:
-    """One example of HELD_SHARE is held back, whole documents as long as there are several."""
+    """About one example of HELD_SHARE is held back: whole documents, the smallest first, where there are several."""
     of_documents: dict[str, list[Example]] = {}
     for example in examples.examples:
         of_documents.setdefault(example.document, []).append(example)

@@ -13,7 +13,7 @@ class Calibration(Result):
     out: its place
     bytes: its size, bytes
     tokens: tokens of text that were read
-    windows: number of windows, by their length in tokens
+    windows: number of windows, by their length in tokens; none where the model was shown examples
     layers: number of attention layers that were watched
     not_watched: reasons, by the names of the other layers
     seconds: time taken, seconds

@@ -1,15 +1,16 @@
 """What a model is calibrated on, by what it takes: windows of text, pairs of texts, or sound."""
 
+import random
 from pathlib import Path
 
 from upfit.calibration.example_sample import ExampleSample, hold_back
 from upfit.calibration.observe import Opaque
-from upfit.calibration.sample import FLAG, Sample, fast_tokenizer, text_sample
+from upfit.calibration.sample import FLAG, SEED, Sample, fast_tokenizer, text_sample
 from upfit.checkpoint.reader import Checkpoint
 from upfit.errors import UpfitError
 from upfit.examples.kinds import kind_of
 from upfit.examples.model_inputs import Examples
-from upfit.examples.read import read_examples
+from upfit.examples.read import digest, read_examples
 from upfit.options import parse_count
 from upfit.output import Output
 from upfit.text.files import FIELD
@@ -44,16 +45,19 @@ def sample_for(
     tokenizer = fast_tokenizer(folder)
     examples = read_examples(folder, checkpoint.config, texts, FLAG, field, None, output)
     if tokens is not None:
-        examples = _first(examples, parse_count(tokens, "--calibration-tokens"))
+        examples = _some_of(examples, parse_count(tokens, "--calibration-tokens"))
     if len(examples.examples) < LEAST:
         raise UpfitError(f"{FLAG} has {len(examples.examples)} example; give at least {LEAST}, of which one is held back")
     return hold_back(examples, checkpoint.config, identity(tokenizer))
 
 
-def _first(examples: Examples, tokens: int) -> Examples:
-    """As many of the examples as have `tokens` to be written; two at least."""
+def _some_of(examples: Examples, tokens: int) -> Examples:
+    """As many of the examples as have `tokens` to be written, two at least: any of them, in random but fixed order."""
+    order = list(range(len(examples.examples)))
+    random.Random(SEED).shuffle(order)
     count, written = 0, 0
-    while count < len(examples.examples) and (written < tokens or count < LEAST):
-        written += len(examples.examples[count].labels)
+    while count < len(order) and (written < tokens or count < LEAST):
+        written += len(examples.examples[order[count]].labels)
         count += 1
-    return Examples(examples.kind, examples.examples[:count], {**examples.record, "count": count})
+    chosen = [examples.examples[number] for number in sorted(order[:count])]
+    return Examples(examples.kind, chosen, {**examples.record, "count": count, "sha256": digest(chosen)})
