@@ -31,7 +31,7 @@ MASKS = ("causal", "left padding", "packed", "window")
 def random_inputs(dtype: torch.dtype = torch.float64, **shape: Any) -> Inputs:
     """Random inputs that want gradients; `shape` changes what stands here."""
     generator = torch.Generator().manual_seed(0)
-    batch, heads, kv_heads, width = 2, 4, shape.get("kv_heads", 2), shape.get("width", 16)
+    batch, heads, kv_heads, width = 2, shape.get("heads", 4), shape.get("kv_heads", 2), shape.get("width", 16)
     queries, positions = shape.get("queries", 40), shape.get("positions", 9)
     keys = shape.get("keys", queries)
 
@@ -100,6 +100,13 @@ def test_chunks_and_all_at_once_are_the_equations(shape: str, mask: str) -> None
     check_same(results(lambda i, s: whole(i, s)[0], inputs, sight), true, 1e-10)
 
 
+def test_kernels_with_all_at_once_are_the_equations() -> None:
+    """Several rows, heads, blocks of queries, tiles of keys, with gates, sinks and a cap; the slow test takes them singly."""
+    inputs = cast(random_inputs(heads=2, queries=70, kv_heads=1, sinks=True, cap=5.0), torch.float32)
+    sight = sight_of("left padding", 70, 70)
+    check_same(results(fused, inputs, sight), results(reference, cast(inputs, torch.float64), sight), 1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_are_the_equations(shape: str) -> None:
@@ -122,6 +129,36 @@ def test_kernels_walk_their_notes_in_segments(monkeypatch: pytest.MonkeyPatch) -
     assert all(torch.allclose(before[name], after[name], rtol=1e-5, atol=1e-6) for name in before)
     again = results(fused, inputs, Sight(80, 80))
     assert all(torch.equal(after[name], again[name]) for name in ("k", "v", "gate_k"))
+
+
+class Launches:
+    """Stands where a kernel stood, and notes what it is launched on."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, tuple[Any, ...], int]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **marks: self.calls.append((grid[0], arguments, marks["BM"]))
+
+
+@pytest.mark.parametrize("blocks", [0.5, 1, 2, 2.99, 3, 10**6])
+def test_segments_are_as_long_as_notes_have_room(monkeypatch: pytest.MonkeyPatch, blocks: float) -> None:
+    """As many blocks of queries at a time as NOTES bytes hold the notes of, one at least; every query is in one of them."""
+    from upfit.modeling import cope_kernels
+
+    queries, block, tiles = 200, 32, 7
+    launches = Launches()
+    monkeypatch.setattr(cope_kernels, "NOTES", int(blocks * 2 * 4 * 2 * 4 * tiles * block))  # two of 4 bytes, 2 rows, 4 heads
+    for name in ("forward_kernel", "queries_kernel", "keys_kernel"):
+        monkeypatch.setattr(cope_kernels, name, launches if name == "queries_kernel" else Launches())
+    results(fused, cast(random_inputs(queries=queries), torch.float32), Sight(queries, queries))
+    walked = []
+    for count, arguments, rows in launches.calls:
+        assert rows == block
+        *_, right, left = (argument for argument in arguments if isinstance(argument, Tensor))
+        assert right.shape == left.shape == (2, 4, tiles, min(max(int(blocks), 1), 7) * block)
+        walked += [arguments[-3] // block + number for number in range(count)]
+    assert walked == list(range(7))
 
 
 @pytest.mark.slow

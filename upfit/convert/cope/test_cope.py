@@ -248,6 +248,21 @@ def test_gates_and_the_plain_weights_are_what_was_asked_for(tmp_path: Path) -> N
     )
 
 
+def test_only_whole_texts_in_training_are_watched(tmp_path: Path) -> None:
+    """What a text was like is not forgotten when one more token is written after it, nor is what nobody trains looked at."""
+    _, out = made(tmp_path, gates="constant")
+    model, ids = learned(loaded(out)), ids_of()
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        model(ids)
+        assert not attention.upfit_measures()
+        model.train()
+        cache = cache_of(model(ids, use_cache=True))
+        seen = attention.upfit_measures()
+        model(ids[:, :1], **{cache_name(model.forward): cache})
+    assert seen and attention.upfit_measures() == seen
+
+
 def test_rope_fades_out_with_training(tmp_path: Path) -> None:
     """At progress 1 absolute places mean nothing; the file remembers."""
     source, out = made(tmp_path, gates="keys", drop_rope=True)
