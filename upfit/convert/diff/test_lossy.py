@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tests.folders import letter_tokenizer
 from tests.tiny import tiny_model
+from upfit.architecture.attention import Attention
 from upfit.calibration.observe import Seen
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert, merge
 from upfit.convert.diff.entropy import entropy
+from upfit.convert.diff.pairs import halve
 from upfit.convert.diff.paper import candidates, lambda_vectors, pairs
 from upfit.convert.diff.recipe import Options
 from upfit.convert.diff.split import FIRST_SCALES, LAMBDAS, SECOND_SCALES, _best, _variances, choose, groups_of_two, naive
@@ -115,6 +117,18 @@ def test_split_is_the_difference_of_two_narrower_heads(tmp_path: Path) -> None:
     both = replace(seen, q=attention.queries(seen.q)).attended()
     attention.lambdas = torch.sigmoid(attention.lambda_logit)
     torch.testing.assert_close(attention.combine(both), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_halved_query_is_its_head_with_every_dimension_scaled() -> None:
+    """Weights and biases alike: both halves of head h say scale_h · (W_h x + b_h)."""
+    heads, width, hidden = 3, 4, 5
+    x, scale = drawn(hidden, seed=1), drawn(heads, 2, width, seed=2)
+    q, bias = drawn(heads, width, hidden), drawn(heads, width, seed=3)
+    after = halve(Attention(q=q, q_bias=bias), scale)
+    assert after.q is not None and after.q_bias is not None
+    own = after.q @ x + after.q_bias
+    torch.testing.assert_close(own.reshape(heads, 2, width), (q @ x + bias)[:, None] * scale)
+    assert halve(Attention(q=q), scale).q_bias is None
 
 
 def test_sinks_go_with_both_halves(tmp_path: Path) -> None:
