@@ -36,9 +36,10 @@ from upfit.evaluate.cache import measure_cache
 from upfit.evaluate.intervals import difference_interval, mean_interval
 from upfit.evaluate.load import check_model, load_tokenizer, pick_device
 from upfit.evaluate.loss import by_position, token_losses, window_losses
+from upfit.evaluate.measures import Spread
 from upfit.evaluate.options import Options
 from upfit.evaluate.result import Evaluation
-from upfit.evaluate.speed import settle_lengths
+from upfit.evaluate.speed import _row, settle_lengths
 from upfit.output import Meter, Output
 from upfit.text import Document, file_documents, python_documents, read_blocks
 from upfit.text.windows import digest, make_windows, prefix_ids, retokenised, same_tokens, spread
@@ -357,6 +358,19 @@ def test_speed_tells_rates_and_cache_growth(folders: dict[str, str]) -> None:
             assert 0 < rate["low"] <= rate["median"] <= rate["high"]
         assert row["ratio"]["decode"]["low"] <= row["ratio"]["decode"]["median"]
     assert result["model"]["cache"]["bytes_per_token"] * 2 == result["against"]["cache"]["bytes_per_token"]
+
+
+def test_rates_and_ratios_are_those_of_the_times() -> None:
+    """Two rows of 100 tokens, 10 steps each; a ratio is of the two times of a repetition, above 1 where the model is faster."""
+    ours, theirs = [(2.0, 1.0, 7), (4.0, 5.0, 7), (1.0, 2.0, 7)], [(3.0, 4.0, 9), (2.0, 5.0, 9), (2.0, 1.0, 9)]
+    row = _row(100, 2, 10, {"model": ours, "against": theirs})
+    assert row.model.prefill_tokens_per_s == Spread(100.0, 50.0, 200.0) and row.model.cache_bytes == 7
+    assert row.model.decode_tokens_per_s == Spread(10.0, 4.0, 20.0)
+    assert row.against is not None and row.against.prefill_tokens_per_s == Spread(100.0, 200 / 3, 100.0)
+    assert row.against.decode_tokens_per_s == Spread(5.0, 4.0, 20.0) and row.against.cache_bytes == 9
+    assert row.ratio is not None and row.ratio.prefill == Spread(1.5, 0.5, 2.0) and row.ratio.decode == Spread(1.0, 0.5, 4.0)
+    alone = _row(100, 2, 10, {"model": ours})
+    assert alone.model == row.model and alone.against is alone.ratio is None
 
 
 def test_speed_lengths_leave_room_to_decode() -> None:

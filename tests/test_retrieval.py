@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -90,8 +91,8 @@ def test_asked_after_the_cache_is_asked_of_the_whole_text(model: Any, monkeypatc
         whole = [*text.tolist(), *asks.tolist()]
         true = plainly(model, whole, len(answer) + reader_room.SPARE)
         assert newline not in true
-        half_right = np.array([*true[:2], *answer[2:]])
-        for wanted in (answer, half_right):
+        half_right, right = np.array([*true[:2], *answer[2:]]), np.array(true[:5])
+        for wanted in (answer, half_right, right):
             reply = reader.answer(cache, asks, wanted)
             assert reply.generated == true
             with torch.no_grad():
@@ -204,6 +205,22 @@ def test_who_cannot_look_back_shows_the_gap_it_must(tokenizer: Any) -> None:
     for prefix in ("", "nats_"):
         assert near[f"{prefix}p_value"] < 0.02 and near[f"{prefix}gap"]["mean"] > near[f"{prefix}null_gap"]["p95"]
     assert near["nats"][0] > near["nats"][-1] + 1 and near["normalised"] == pytest.approx(near["average"]["mean"])
+
+
+def test_what_is_told_of_a_depth_is_the_mean_over_contexts(tokenizer: Any) -> None:
+    (samples,) = contexts.make_contexts("key-value", [tokenizer], [], [300], 6, contexts.Settings(4))
+    draw, names = np.random.default_rng(0), ("relaxed", "strict", "nats")
+    replies = [retrieval.Answered(300, ("",) * 4, *draw.random((3, 4))) for _ in samples]
+    row = retrieval.summary(replies, samples).record()["lengths"]["300"]
+    for key, name in zip(("scores", "strict_scores", "nats"), names, strict=True):
+        wanted = [fmean(getattr(reply, name)[depth] for reply in replies) for depth in range(4)]
+        assert row[key] == pytest.approx(wanted)
+    for key, name in zip(("average", "strict", "answer_nats_per_token"), names, strict=True):
+        assert row[key]["mean"] == pytest.approx(fmean(value for reply in replies for value in getattr(reply, name)))
+    assert row["gap"]["mean"] == pytest.approx(max(row["scores"]) - min(row["scores"]))
+    assert row["nats_gap"]["mean"] == pytest.approx(max(row["nats"]) - min(row["nats"]))
+    assert row["depths"] == pytest.approx([fmean(laid.questions[depth].depth for laid in samples) for depth in range(4)])
+    assert row["contexts"] == len(samples) and row["tokens"] == fmean(len(laid.ids) for laid in samples)
 
 
 # The verb
