@@ -1,8 +1,10 @@
 """What is not what was prepared is never trained on: every block is compared with its checksum when it is first read."""
 
+import itertools
 import json
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from upfit.uptrain.data import prepare as preparing
 from upfit.uptrain.data.prepare import prepare
 from upfit.uptrain.data.rows import TextRows
 from upfit.uptrain.data.shard_writer import ShardWriter
-from upfit.uptrain.data.shards import DOCUMENTS, MANIFEST, Shards
+from upfit.uptrain.data.shards import DOCUMENTS, MANIFEST, CheckedFile, Shards
 from upfit.uptrain.run.state import Workspace
 from upfit.uptrain.train import uptrain
 
@@ -54,6 +56,27 @@ def test_a_flipped_bit_is_found_when_it_is_read_and_not_before(folder: Path, nam
             shards.read(start, start + 1)
 
 
+def test_all_that_is_read_is_checked_and_nothing_else(tmp_path: Path) -> None:
+    """Whatever is read, after whatever was read: it is refused just when a block of it is damaged."""
+    content, items, blocks = bytes(range(26)), 13, 5  # two bytes an item, six a block but the last
+    crc32 = "".join(f"{zlib.crc32(content[at : at + 6]):08x}" for at in range(0, 26, 6))
+    for bad in range(blocks):
+        path = tmp_path / str(bad)
+        path.write_bytes(content)
+        flip(path, 6 * bad)
+        good = [block for block in range(blocks) if block != bad]
+        for start, end, earlier in itertools.product(range(items), range(1, items + 1), good):
+            if start >= end:
+                continue
+            file = CheckedFile(path, np.dtype("uint16"), crc32, 6)
+            file.read(3 * earlier, min(3 * earlier + 3, items))
+            if 3 * bad < end and start < 3 * bad + 3:
+                with pytest.raises(UpfitError, match=f"from offset {6 * bad}:"):
+                    file.read(start, end)
+            else:
+                assert file.read(start, end).tobytes() == content[2 * start : 2 * end]
+
+
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "end lost": lambda content: content[:500] + bytes(len(content) - 500),
     "two blocks exchanged": lambda content: content[64:128] + content[:64] + content[128:],
@@ -76,8 +99,6 @@ def test_damaged_positions_of_documents_are_found_at_once(folder: Path) -> None:
 
 
 def test_a_block_is_checked_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import zlib
-
     asked: list[int] = []
     shards, whole = Shards(folder), zlib.crc32
 

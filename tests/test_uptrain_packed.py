@@ -55,8 +55,9 @@ def test_where_documents_begin() -> None:
     assert (found.ends, found.longest, found.bounds.dtype) == ([0, 3, 5, 10], 5, torch.int32)
 
 
-def test_what_flash_attention_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its arguments as torch documents them, computed by plain products; its kernels need CUDA."""
+@pytest.mark.parametrize("repeats", [True, False])
+def test_what_flash_attention_is_given(monkeypatch: pytest.MonkeyPatch, repeats: bool) -> None:
+    """Its arguments as torch documents them (2.11 knows no groups of heads), computed by plain products; it needs CUDA."""
     generator, given = torch.Generator().manual_seed(0), []
 
     def varlen(q: Any, k: Any, v: Any, bounds: Any, *_: Any, scale: Any, window_size: Any, **more: Any) -> torch.Tensor:
@@ -67,16 +68,17 @@ def test_what_flash_attention_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
             place = torch.arange(end - start)
             near = place[:, None] - place
             mask = (near >= 0) & ((near <= window_size[0]) | (window_size[0] < 0))
-            outputs.append(F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=True))
+            outputs.append(F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, **more))
         return torch.cat(outputs, 2)[0].transpose(0, 1)
 
     monkeypatch.setattr(packed, "varlen_attn", varlen)
+    monkeypatch.setattr(packed, "REPEATS", repeats)
     q, k, v = (torch.randn(2, heads, 24, 8, generator=generator) for heads in (4, 2, 2))
     found = documents(positions(LENGTHS["several"]))
     for window in (None, 4):
         wanted = packed._one_by_one(q, k, v, found, 0.3, window, positions(LENGTHS["several"]))
         torch.testing.assert_close(packed._varlen(q, k, v, found, 0.3, window), wanted)
-    assert [sides for sides, _ in given] == [(-1, 0), (3, 0)]
+    assert given == [((-1, 0), more := {} if repeats else {"enable_gqa": True}), ((3, 0), more)]
 
 
 def test_what_the_package_flash_attn_is_given() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +39,9 @@ def header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def test_a_run_leaves_a_standard_folder_that_is_better(shop: Workshop, tmp_path: Path) -> None:
-    before = {path.name: path.read_bytes() for path in shop.student.iterdir()}
-    report = shop.run(tmp_path / "out", tokens="4096")
+    before, began = {path.name: path.read_bytes() for path in shop.student.iterdir()}, time.monotonic()
+    report = shop.run(tmp_path / "out", tokens="4096", measure_every=16)
+    took = time.monotonic() - began
     assert report.steps == report.step == 32 and report.tokens == 4096 and not report.stopped
     measured = report.holdout
     assert measured["after"]["kl"] < 0.5 * measured["before"]["kl"] and report.holdout_rows == 4
@@ -52,8 +54,14 @@ def test_a_run_leaves_a_standard_folder_that_is_better(shop: Workshop, tmp_path:
     (tmp_path / "new").touch()
     assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "new").stat().st_mode}, "who may read it"
     assert not torch.equal(logits(out), logits(shop.student))
-    assert [line["step"] for line in metrics(out)] == list(range(1, 33))
-    assert resolve(out / "uptrain.toml", {}) == config(tokens="4096")
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == list(range(1, 33))
+    for line, earlier in zip(lines, [{"seconds": 0.0}, *lines], strict=False):
+        assert line["tokens_per_second"] * (line["seconds"] - earlier["seconds"]) == pytest.approx(128, rel=1e-6)
+    assert 0 < lines[-1]["seconds"] < took, "steps take their time and no other"
+    assert [line["step"] for line in lines if "holdout_kl" in line] == [16, 32]
+    assert lines[-1]["holdout_kl"] == pytest.approx(measured["after"]["kl"], rel=1e-5)
+    assert resolve(out / "uptrain.toml", {}) == config(tokens="4096", measure_every=16)
     verbs = [step["verb"] for step in provenance.read(out)]
     told = provenance.read(out)[-1]
     assert verbs == ["convert gqa", "uptrain"] and told["teacher"]["path"] == str(shop.teacher)

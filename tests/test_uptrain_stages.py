@@ -21,7 +21,7 @@ from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
 from upfit.errors import UpfitError
 from upfit.output import Meter
-from upfit.uptrain.config import Config
+from upfit.uptrain.config import Config, resolve
 from upfit.uptrain.data.rows import IGNORE
 from upfit.uptrain.default_stages import default_stages
 from upfit.uptrain.model.layerwise import Layerwise, attention_paths, converted_paths
@@ -351,6 +351,9 @@ def test_any_recipe_says_how_it_leaves_a_model(
     source = provenance.read(shop.student)[0]["source"]
     provenance.write(student, [provenance.step("convert made-up", source, {}, measured)])
     assert default_stages(config(), Source(student, "student"), False) == stages
+    (tmp_path / "said.toml").write_text("kl_weight = 1.0\nce_weight = 0.0\ntemperature = 1.0\n")
+    said = resolve(tmp_path / "said.toml", {})
+    assert default_stages(said, Source(student, "student"), False) == stages, "who says what is so anyway has said nothing"
 
 
 @pytest.mark.slow
