@@ -1,6 +1,7 @@
 """Every class that can be converted runs on inputs made for it, so every result is compared with its source."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.convert.result import Verification
 from upfit.errors import UpfitError
-from upfit.examples.random_inputs import possible_inputs
+from upfit.examples.random_inputs import decoder_ids, in_streams, possible_inputs
 from upfit.output import Output
 
 TAKES_MORE = sorted(set(INPUTS) & set(BUILDABLE))
@@ -42,6 +43,19 @@ def test_every_class_runs_on_inputs_made_for_it(model_type: str) -> None:
         with torch.no_grad():
             changed = model(**{**keywords, name: other}, use_cache=False).logits[0]
         assert not torch.allclose(logits, changed, atol=1e-6), name
+
+
+@pytest.mark.parametrize("known", [1, 2, 30])
+def test_tokens_that_are_made_are_tokens_that_the_model_knows(known: int) -> None:
+    """In every stream of sound that is read, and in every channel that is written; among 900 drawn from 2, both."""
+    ids, draw = torch.arange(300)[None] % 30, torch.Generator().manual_seed(0)
+    streams = in_streams(SimpleNamespace(num_codebooks=3, codebook_vocab_size=known), ids, draw)
+    assert streams.shape == (1, 300, 4) and torch.equal(streams[..., 0], ids)
+    decoder = SimpleNamespace(num_channels=3, vocab_size=known)
+    channels = decoder_ids(SimpleNamespace(delay_pattern=[0], get_text_config=lambda **_: decoder), ids, draw)
+    assert channels.shape == (1, 300, 3)
+    for tokens in (streams[..., 1:], channels):
+        assert tokens.unique().tolist() == list(range(known))
 
 
 @pytest.mark.parametrize("model_type", ["whisper", "speech_to_text", "canary", "dia", "voxtral_realtime", "mllama"])
