@@ -152,6 +152,15 @@ def test_a_text_of_one_line_gives_its_text(tmp_path: Path, letters: str) -> None
     assert sampled(path.with_suffix(".txt.gz"), budget=BUDGET) == sampled(path, budget=BUDGET) == blocks
 
 
+@pytest.mark.parametrize("share", [1, 3000, 8191, 8192, 40_000, 65_536, 200_000])
+def test_a_large_file_is_read_at_sixteen_places_or_fewer_and_never_in_crumbs(tmp_path: Path, share: int) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("past a small stone house\n" * 16_000)
+    blocks = read_blocks(path, path.stat().st_size, share)
+    assert len(blocks) == max(1, min(16, share // 4096))
+    assert sum(map(len, blocks)) <= share and all(len(block) > 0.9 * share / len(blocks) - 25 for block in blocks)
+
+
 def test_pieces_are_the_whole_text() -> None:
     text = words("L", 100_000, 0) + "東京" * 5000
     for nbytes in (1000, 4096, 60_000, 10**6):
@@ -200,6 +209,18 @@ def test_every_form_gives_the_same_documents(tmp_path: Path, read: Any) -> None:
 
 def test_parquet_is_text_for_every_verb(tmp_path: Path) -> None:
     assert streamed(written(tmp_path, "parquet", ["a b", "c"])) == sampled(tmp_path / "text.parquet") == ["a b", "c"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("form", ["txt", "jsonl", "json", "jsonl.gz", "parquet"])
+def test_documents_stand_for_all_bytes_of_their_file(tmp_path: Path, form: str, count: int) -> None:
+    """So that a bar over the bytes of all files ends where they do."""
+    texts = [words("L", 900, seed) for seed in range(count)]
+    path = written(tmp_path, form, texts) if form != "txt" else tmp_path / "text.txt"
+    if form == "txt":
+        path.write_text(texts[0])
+    sizes = [nbytes for _, nbytes in documents([str(path)], "text", QUIET)]
+    assert path.stat().st_size - count < sum(sizes) <= path.stat().st_size and len(sizes) == (1 if form == "txt" else count)
 
 
 @pytest.mark.parametrize("read", BOTH)
@@ -443,6 +464,9 @@ def test_a_document_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.Monke
                 assert streamed(tmp_path / name) == ["x" * nbytes]
             else:
                 assert str(tmp_path / name) in refused(streamed, tmp_path / name)
+    monkeypatch.setattr(plain, "LARGEST", 3 * 2**20)
+    (tmp_path / "a.txt").write_bytes(b"x" * (3 * 2**20 + 1))
+    assert "is one document of more than 3 MiB; split it" in refused(streamed, tmp_path / "a.txt")
 
 
 def test_honest_text_packs_well(tmp_path: Path) -> None:
