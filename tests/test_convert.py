@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.folders import letter_tokenizer, logits, save_tiny, tiny_llama
 from tests.warm_python import ENVIRONMENT, shared_python
@@ -19,6 +20,7 @@ from upfit import provenance
 from upfit.checkpoint import work_folder as work_room
 from upfit.checkpoint import writer
 from upfit.checkpoint.reader import open_checkpoint
+from upfit.checkpoint.remote_code import without_code
 from upfit.checkpoint.source import teacher_source
 from upfit.checkpoint.work_folder import RESULT, work_folder
 from upfit.convert import conversion
@@ -154,6 +156,27 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_room_is_asked_for_what_is_written_and_for_what_a_fit_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times the attention's weights beside the output; a dry run needs none."""
+    source, recipe, asked = save_tiny(tmp_path / "source"), get_recipe("gqa"), list[int]()
+    (tmp_path / "text.txt").write_text("Some words. " * 400)
+    text = {"calibration": [str(tmp_path / "text.txt")], "calibration_tokens": "1k", "calibration_length": 64}
+    check = conversion.check_output
+
+    def noted(out: Path, sources: Any, needed: int, overwrite: bool) -> None:
+        asked.append(needed)
+        check(out, sources, needed, overwrite)
+
+    monkeypatch.setattr(conversion, "check_output", noted)
+    for name, more, dry in (("mean", {}, False), ("aligned", text, False), ("dry", {}, True)):
+        options = recipe.options(kv_heads=2, method="mean" if name == "dry" else name, **more)
+        convert(recipe, str(source), tmp_path / name, options, Settings(verify=False, dry_run=dry), QUIET)
+    tensors = load_file(tmp_path / "mean" / "model.safetensors")
+    beside = sum(path.stat().st_size for path in source.iterdir() if path.name not in ("config.json", "model.safetensors"))
+    written = sum(tensor.nbytes for tensor in tensors.values()) + beside + 2**20
+    assert asked == [written, written + 4 * sum(t.nbytes for name, t in tensors.items() if ".self_attn." in name), 0]
+
+
 def test_overwrite_replaces_only_its_own(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     run(source, tmp_path / "out")
@@ -198,6 +221,19 @@ def test_names_of_code_stay_behind_with_the_code(tmp_path: Path) -> None:
     for trusted in (False, True):
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=trusted).config.num_key_value_heads == 2
         assert AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=trusted)("a word")["input_ids"]
+
+
+def test_only_classes_of_ours_are_named_and_only_outermost() -> None:
+    code, inner = {"AutoConfig": "x.X"}, {"model_type": "llama", "sizes": [1]}
+    for model_type, stays in (("llama", False), ("upfit_gqa", True)):
+        config = {
+            "model_type": model_type,
+            "auto_map": code,
+            "text_config": inner | {"auto_map": code, "deep": {"auto_map": code}},
+        }
+        named = {"auto_map": code} if stays else {}
+        assert without_code(config) == {"model_type": model_type, "text_config": inner | {"deep": {}}} | named
+        assert without_code({"model_type": model_type}) == {"model_type": model_type}
 
 
 def test_two_writers_of_one_place(tmp_path: Path) -> None:

@@ -134,6 +134,16 @@ def test_a_stray_stays_only_where_it_has_nothing_to_do_with_heads(tmp_path: Path
     assert told == ("passed_on" if stays else "left_out", {name: 1})
 
 
+@pytest.mark.parametrize("model_type", ["nemotron_h", "recurrent_gemma"])
+def test_an_attention_is_known_by_its_layer_whatever_it_is_called(tmp_path: Path, model_type: str) -> None:
+    """Here it is a `mixer` or a `temporal_block`, as layers without attention have."""
+    tiny_model(model_type).save_pretrained(tmp_path / "source")
+    stored = load_file(tmp_path / "source" / FILE)
+    name = next(name for name in stored if name.endswith("k_proj.weight")).replace("k_proj.weight", "k_scale")
+    run(edit(tmp_path / "source", lambda tensors: {name: torch.rand(4)}), tmp_path / "out")
+    assert stored.keys() == load_file(tmp_path / "out" / FILE).keys()
+
+
 @pytest.mark.parametrize(("model_type", "model", "name"), [
     ("qwen3_next", "model.layers.{}.", "mtp.layers.0."),
     ("phi3", "model.layers.1.", "model.layers.2."),

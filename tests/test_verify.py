@@ -5,6 +5,7 @@ import json
 import os
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,24 @@ def test_a_rule_that_writes_another_shape_than_the_class_wants_is_a_defect(tmp_p
         architecture = bind(checkpoint.config, checkpoint.tensors)
         with pytest.raises(ValueError, match=r"has shape \(47, 32\), the class wants \(48, 32\)"):
             check_against_class(plan, outline(plan, checkpoint, None), architecture)
+
+
+def test_a_tensor_beyond_the_class_has_the_shape_of_the_one_that_it_is_like(tmp_path: Path) -> None:
+    """In every entry, for nothing else is known of it; one that is like none may have any shape."""
+    own, names = "model.layers.0.self_attn.k_proj.weight", ("mtp.first.weight", "mtp.second.weight")
+    with open_checkpoint(save_tiny(tmp_path / "source")) as checkpoint:
+        architecture = bind(checkpoint.config, checkpoint.tensors)
+
+        def check(rows: int, like: str) -> None:
+            made = {own: 32, names[0]: 32, names[1]: rows}
+            rule = Rule((own,), tuple(made), lambda tensors: {name: tensors[own][:n] for name, n in made.items()}, "cut")
+            plan = Plan(checkpoint.config, (rule,))
+            check_against_class(plan, outline(plan, checkpoint, None), architecture, dict.fromkeys(names, like))
+
+        for rows, like in ((32, own), (32, ""), (31, "")):
+            check(rows, like)
+        with pytest.raises(ValueError, match=r"'mtp.second.weight' has shape \(31, 32\), and '.*' has \(32, 32\)"):
+            check(31, own)
 
 
 @pytest.fixture
@@ -283,6 +302,26 @@ def test_a_large_model_is_verified_in_the_faster_type(
     assert computed == [torch.float32 if speed > 2 else torch.bfloat16]
     told = "verifying in float32, which this machine multiplies 3.0 times as fast as bfloat16"
     assert (told in capsys.readouterr().err) == (speed > 2)
+
+
+@pytest.mark.parametrize(("times", "worth"), [(1.4, False), (1.6, True)])
+def test_float32_is_taken_where_it_is_half_as_fast_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, worth: bool
+) -> None:
+    """For a large model, stored in bfloat16, that memory has room for in twice the size."""
+    save_tiny(tmp_path / "torch.bfloat16", tiny_llama().bfloat16())
+    save_tiny(tmp_path / "torch.float16", tiny_llama().half())
+    save_tiny(tmp_path / "torch.float32")
+    monkeypatch.setattr(verify, "LARGE", 0)
+    monkeypatch.setattr(verify, "_seconds", lambda dtype: 3.0 if dtype == torch.float32 else 3.0 * times)
+    faster = [verify.faster_in_float32(tmp_path / str(dtype)) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    assert faster == [pytest.approx(times) if worth else None, None, None]
+    size = verify._weight_bytes(tmp_path / "torch.bfloat16")
+    for available in (2.5, 2.7):
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available * size))  # noqa: B023
+        assert (verify.faster_in_float32(tmp_path / "torch.bfloat16") is not None) == (worth and available > 2 * 1.3)
+    monkeypatch.setattr(verify, "LARGE", size + 1)
+    assert verify.faster_in_float32(tmp_path / "torch.bfloat16") is None
 
 
 def test_what_does_not_hold_in_float32_is_looked_at_as_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
