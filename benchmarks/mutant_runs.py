@@ -1,5 +1,7 @@
 """Which tests run a line, and a process that runs tests on changed checkouts: it imports what is heavy once, and forks."""
 
+import ast
+import functools
 import json
 import os
 import shutil
@@ -12,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parent.parent
 COVERAGE, DURATIONS = "coverage.data", "durations.json"
 LONGEST = 60.0  # seconds: a test that takes more says nothing in time
 MOST = 120  # tests a change
@@ -75,13 +78,20 @@ class Covering:
         self.files = {name[name.rindex("/upfit/") + 1 :]: name for name in self.data.measured_files()}
 
     def tests(self, file: str, lines: Iterable[int], seconds: float) -> list[str]:
-        """Those that run one of `lines`, or any of the file for lines that run when it is imported; the room's own first."""
+        """Those that run one of `lines` in a function; the room's own first.
+
+        Where nobody is seen to, because not every line of a statement counts, those that run the function around it. A line
+        outside of functions runs when some test is the first to import it, which says nothing about that test: then those
+        that run any function of the file, for they use what it defines.
+        """
+        lines = set(lines)
         with self.lock:
             by_line = self.data.contexts_by_lineno(self.files[file]) if file in self.files else {}
-        names = {_test(context) for line in lines for context in by_line.get(line, ())}
-        if not names - {""}:
-            names = {_test(context) for contexts in by_line.values() for context in contexts}
-        known = [name for name in names if name and self.seconds.get(name, LONGEST) < LONGEST]
+        functions = _functions(file)
+        around = min((function for function in functions if lines.intersection(function)), key=len, default=range(0))
+        choices = (lines.intersection(around), around, {line for function in functions for line in function}, by_line)
+        names = next((names for choice in choices if (names := _tests(by_line, choice))), set())
+        known = [name for name in names if self.seconds.get(name, LONGEST) < LONGEST]
         room = str(Path(file).parent)
         known.sort(key=lambda name: (not name.startswith(room), self.seconds[name]))
         chosen: list[str] = []
@@ -91,6 +101,18 @@ class Covering:
                 break
             chosen.append(name)
         return chosen
+
+
+@functools.cache
+def _functions(file: str) -> list[range]:
+    """The lines of the body of each."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [range(node.body[0].lineno, (node.end_lineno or 0) + 1) for node in functions]
+
+
+def _tests(by_line: dict[int, list[str]], lines: Iterable[int]) -> set[str]:
+    return {_test(context) for line in lines for context in by_line.get(line, ())} - {""}
 
 
 def _test(context: str) -> str:
