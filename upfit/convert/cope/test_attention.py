@@ -100,8 +100,11 @@ def test_chunks_and_all_at_once_are_the_equations(shape: str, mask: str) -> None
     check_same(results(lambda i, s: whole(i, s)[0], inputs, sight), true, 1e-10)
 
 
-def test_kernels_with_all_at_once_are_the_equations() -> None:
-    """Several rows, heads, blocks of queries, tiles of keys, with gates, sinks and a cap; the slow test takes them singly."""
+def test_kernels_with_all_at_once_are_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several rows, heads, blocks of queries, segments and tiles, with gates, sinks, a cap; the slow tests take them singly."""
+    from upfit.modeling import cope_kernels
+
+    monkeypatch.setattr(cope_kernels, "NOTES", 1)
     inputs = cast(random_inputs(heads=2, queries=70, kv_heads=1, sinks=True, cap=5.0), torch.float32)
     sight = sight_of("left padding", 70, 70)
     check_same(results(fused, inputs, sight), results(reference, cast(inputs, torch.float64), sight), 1e-5)
@@ -135,10 +138,21 @@ class Launches:
     """Stands where a kernel stood, and notes what it is launched on."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[int, tuple[Any, ...], int]] = []
+        self.calls: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *arguments, **marks: self.calls.append((grid[0], arguments, marks["BM"]))
+        return lambda *arguments, **marks: self.calls.append((grid[0], arguments, marks))
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, inputs: Inputs, sight: Sight) -> dict[str, Launches]:
+    """What each kernel is launched on, by its name; nothing is computed."""
+    from upfit.modeling import cope_kernels
+
+    launches = {name: Launches() for name in cope_kernels.KERNELS}
+    for name, stand_in in launches.items():
+        monkeypatch.setattr(cope_kernels, f"{name}_kernel", stand_in)
+    results(fused, inputs, sight)
+    return launches
 
 
 @pytest.mark.parametrize("blocks", [0.5, 1, 2, 2.99, 3, 10**6])
@@ -147,18 +161,63 @@ def test_segments_are_as_long_as_notes_have_room(monkeypatch: pytest.MonkeyPatch
     from upfit.modeling import cope_kernels
 
     queries, block, tiles = 200, 32, 7
-    launches = Launches()
     monkeypatch.setattr(cope_kernels, "NOTES", int(blocks * 2 * 4 * 2 * 4 * tiles * block))  # two of 4 bytes, 2 rows, 4 heads
-    for name in ("forward_kernel", "queries_kernel", "keys_kernel"):
-        monkeypatch.setattr(cope_kernels, name, launches if name == "queries_kernel" else Launches())
-    results(fused, cast(random_inputs(queries=queries), torch.float32), Sight(queries, queries))
-    walked = []
-    for count, arguments, rows in launches.calls:
-        assert rows == block
+    inputs, walked = cast(random_inputs(queries=queries), torch.float32), list[int]()
+    for count, arguments, marks in launched(monkeypatch, inputs, Sight(queries, queries))["queries"].calls:
+        assert marks["BM"] == block
         *_, right, left = (argument for argument in arguments if isinstance(argument, Tensor))
         assert right.shape == left.shape == (2, 4, tiles, min(max(int(blocks), 1), 7) * block)
         walked += [arguments[-3] // block + number for number in range(count)]
     assert walked == list(range(7))
+
+
+@pytest.mark.parametrize("widest", ["q", "v", "gate_q"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_are_launched_for_the_widest_of_their_heads(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, widest: str
+) -> None:
+    """All three in its tiles, each width padded to a power of two; products of float32 are exact."""
+    from upfit.modeling.cope_kernels import KERNELS, tiles_for
+
+    inputs, narrow = cast(random_inputs(cap=5.0 if widest == "v" else None), dtype), {"q": 16, "v": 24, "gate_q": 16}
+    wide = {name: torch.zeros(2, 4 if "q" in name else 2, 40, 136, dtype=dtype, requires_grad=True) for name in ("q", "k", "v")}
+    wide |= {"gate_q": wide["q"], "gate_k": wide["k"]}
+    chosen = {"q": ("q", "k"), "v": ("v",), "gate_q": ("gate_q", "gate_k")}[widest]
+    changed: dict[str, Any] = {name: wide[name] for name in chosen}
+    inputs = replace(inputs, **changed)
+    padded = {name: 256 if name == widest else 32 if name == "v" else 16 for name in narrow}
+    for name, launches in launched(monkeypatch, inputs, Sight(40, 40)).items():
+        ((*_, marks),) = launches.calls
+        assert name in KERNELS and marks.items() >= tiles_for((136,))[name].items() and marks["BM"] == marks["BN"] == 16
+        assert (marks["D"], marks["DV"], marks["DG"], marks["P"]) == (*padded.values(), 9)
+        assert (marks["GATED"], marks["CAPPED"], marks["PRECISION"]) == (
+            True, widest == "v", "ieee" if dtype == torch.float32 else "tf32",
+        )  # fmt: skip
+
+
+def test_tiles_are_what_a_gpu_takes() -> None:
+    """Powers of two, products of 16 at least, and the same blocks of keys in all kernels, which read each other's notes."""
+    from upfit.modeling.cope_kernels import TILES, tiles_for
+
+    assert list(TILES) == sorted(TILES)
+    for width in (1, 64, 65, 128, 129, 256, 999):
+        tiles = tiles_for((width, 1))
+        assert tiles == tiles_for((1, width)) == tiles_for((min(width, 256),))
+        for tile in tiles.values():
+            assert all(number & (number - 1) == 0 for name, number in tile.items() if name != "num_stages")
+            assert tile["BM"] >= 16 and 1 <= tile["num_warps"] <= 16 and tile["num_stages"] >= 1
+        assert len({tile["BN"] for tile in tiles.values()}) == 1
+    narrow, middle, wide = (tiles_for((width,)) for width in (64, 128, 256))
+    assert narrow != middle != wide and tiles_for((65,)) == middle and tiles_for((129,)) == wide
+
+
+@pytest.mark.parametrize("seen", [1, 2])
+def test_a_query_may_see_next_to_nothing(seen: int) -> None:
+    """Its own key alone, or that and the one before, beside a sink."""
+    single = cast(random_inputs(heads=2, queries=20, sinks=True), torch.float32)
+    mask = torch.ones(20, 20, dtype=torch.bool).tril() & torch.ones(20, 20, dtype=torch.bool).triu(1 - seen)
+    sight = Sight(20, 20, mask[None, None])
+    check_same(results(fused, single, sight), results(reference, cast(single, torch.float64), sight), 1e-5)
 
 
 @pytest.mark.slow
