@@ -2,7 +2,9 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from upfit.calibration.statistics import Rows, add, observe
 from upfit.calibration.statistics_file import fingerprint, open_statistics, read_metadata
 from upfit.calibration.teacher_student import PairedBatch
 from upfit.calibration.traits import AttentionTraits, probe_attention
-from upfit.calibration.watch import Place, watch
+from upfit.calibration.watch import Place, Watched, _without_copies, watch
 from upfit.checkpoint import content
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.safetensors_header import read_header
@@ -128,6 +130,26 @@ def test_a_bias_by_position_hides_what_a_mask_hides() -> None:
     assert torch.equal(_added(bias, None, False, 3), bias)
     assert torch.equal(_added(bias, ~future[None, None], True, 3), bias.masked_fill(future, float("-inf")))
     assert torch.equal(_added(bias, torch.full((1, 1, 3, 3), 2.0), True, 3), bias + 2)
+
+
+def test_copies_of_keys_and_values_are_seen_as_one_of_each() -> None:
+    """As projections give them: of two for four query heads, the first of each two; what is no copy stays."""
+    place: Any = SimpleNamespace(shape=SimpleNamespace(kv_heads=2), path=lambda part: f"attention.{part}")
+    ones, query = torch.randn(1, 2, 5, 3), torch.randn(1, 4, 5, 3)
+    copies = ones.repeat_interleave(2, 1)
+    flat = {name: x.transpose(1, 2).flatten(2) for name, x in (("q", query), ("k", copies), ("v", copies))}
+    taps = {f"attention.{name}": (torch.randn(1, 5, 7), output) for name, output in flat.items()}
+    taps["other"] = taps["attention.k"]
+    seen = Seen(torch.nn.Identity(), query, copies, copies, None, 1.0, None, None, query)
+    watched = _without_copies(Watched(seen, taps, query, query), place)
+    assert torch.equal(watched.seen.k, ones) and torch.equal(watched.seen.v, ones) and watched.seen.q is query
+    for name in ("k", "v"):
+        inputs, output = watched.taps[f"attention.{name}"]
+        assert inputs is taps[f"attention.{name}"][0] and torch.equal(output, ones.transpose(1, 2).flatten(2))
+    assert watched.taps["attention.q"] is taps["attention.q"] and watched.taps["other"] is taps["other"]
+    for keys in (query, ones, torch.cat([copies, ones[:, :1]], 1)):
+        plain = Watched(replace(seen, k=keys), taps, query, query)
+        assert _without_copies(plain, place) is plain
 
 
 def test_sums_are_those_of_the_definition() -> None:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from tests.folders import letter_tokenizer, logits, save_tiny, tiny_llama
 from tests.warm_python import ENVIRONMENT, shared_python
 from upfit import provenance
+from upfit.checkpoint import remote_code, writer
 from upfit.checkpoint import work_folder as work_room
-from upfit.checkpoint import writer
 from upfit.checkpoint.reader import open_checkpoint
-from upfit.checkpoint.remote_code import without_code
+from upfit.checkpoint.remote_code import side_file, without_code
 from upfit.checkpoint.source import teacher_source
 from upfit.checkpoint.work_folder import RESULT, work_folder
 from upfit.convert import conversion
@@ -234,6 +234,24 @@ def test_only_classes_of_ours_are_named_and_only_outermost() -> None:
         named = {"auto_map": code} if stays else {}
         assert without_code(config) == {"model_type": model_type, "text_config": inner | {"deep": {}}} | named
         assert without_code({"model_type": model_type}) == {"model_type": model_type}
+
+
+def test_a_side_file_that_is_large_or_no_settings_travels_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only settings of a usual size that name code of their own folder are written anew, and then only that is missing."""
+    local, code = {"auto_map": {"AutoTokenizer": ["tok_x.X", None]}}, tmp_path / "tokenizer_config.json"
+    for content in (json.dumps(local | {"size": 1}), "[1]", json.dumps({"size": 1}), "{auto_map", '"auto_map"'):
+        code.write_text(content)
+        if content.startswith('{"auto_map'):
+            assert json.loads(side_file(code)) == {"size": 1}
+            (tmp_path / "notes.txt").write_text(content)
+            assert side_file(tmp_path / "notes.txt").decode() == content
+            with monkeypatch.context() as patch:
+                patch.setattr(remote_code, "MAX_BYTES", len(content) - 1)
+                assert side_file(code).decode() == content
+                patch.setattr(remote_code, "MAX_BYTES", len(content))
+                assert side_file(code).decode() != content
+        else:
+            assert side_file(code).decode() == content
 
 
 def test_two_writers_of_one_place(tmp_path: Path) -> None:

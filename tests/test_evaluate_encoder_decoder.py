@@ -154,6 +154,9 @@ def test_a_word_error_rate_is_counted_without_case_and_punctuation() -> None:
     empty = count_errors(["a b", "c"], ["", "c"])
     assert empty.missing.tolist() == [2, 0] and difference(empty, empty).mean == 0
     assert difference(heard, empty).mean == pytest.approx(4 / 7 - 2 / 3)
+    both = count_errors(["a b", "a b c"], ["c b d", "x y"])
+    assert (both.substituted.tolist(), both.missing.tolist(), both.added.tolist()) == ([1, 2], [0, 1], [1, 0])
+    assert both.errors.tolist() == [2, 3]
     with pytest.raises(UpfitError, match="no transcript has a word"):
         count_errors(["..."], [""])
 

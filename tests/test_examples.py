@@ -187,11 +187,14 @@ def test_what_is_no_pair_is_told_in_one_line(t5: Path, tmp_path: Path, records: 
 def test_files_that_are_not_there_or_of_two_kinds(t5: Path, tmp_path: Path) -> None:
     with pytest.raises(UpfitError, match="nowhere.jsonl is not here"):
         read(t5, tmp_path / "nowhere.jsonl")
-    (tmp_path / "text.txt").write_text("text")
-    with pytest.raises(UpfitError, match="has records .* and text"):
-        read(t5, write(tmp_path / "pairs.jsonl", PAIRS), tmp_path / "text.txt")
+    texts, records = [tmp_path / f"text{n}.txt" for n in (1, 2)], [tmp_path / f"pairs{n}.jsonl" for n in (1, 2)]
+    for text, pairs in zip(texts, records, strict=True):
+        text.write_text("text")
+        write(pairs, PAIRS)
+    with pytest.raises(UpfitError, match=r"has records \(\S*/pairs1.jsonl\) and text \(\S*/text1.txt\)"):
+        read(t5, *records, *texts)
     with pytest.raises(UpfitError, match="--field a,b is for files of records"):
-        read(t5, tmp_path / "text.txt", field="a,b")
+        read(t5, texts[0], field="a,b")
 
 
 def test_empty_texts_are_left_out_and_counted(t5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

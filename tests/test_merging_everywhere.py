@@ -22,11 +22,13 @@ from upfit.architecture.loading import load_strictly
 from upfit.architecture.table import table
 from upfit.calibration.calibrate import calibrate
 from upfit.checkpoint.plan import Plan
+from upfit.checkpoint.reader import read_config
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa.recipe import PARTS
 from upfit.convert.gqa.reparametrise import rebase_values, scale_pairs
 from upfit.convert.recipe import Recipe, get_recipe
 from upfit.errors import UpfitError
+from upfit.examples import read_examples
 from upfit.output import Output
 
 # Post-norm and pre-norm, cross-attention, biases by position that are shared between layers, ALiBi in classes of their own.
@@ -191,6 +193,23 @@ def test_without_sound_a_model_that_hears_is_averaged_and_told_so(tmp_path: Path
     convert_to(tmp_path, "source", "out", kv_heads=2)
     step = json.loads((tmp_path / "out" / "recipe.json").read_text())["steps"][-1]["measurements"]
     assert "it hears" in step["not_aligned"]
+
+
+def test_a_model_that_hears_is_aligned_on_recordings(tmp_path: Path) -> None:
+    """Its queries have biases and its keys none, in each of its three kinds of attention."""
+    pytest.importorskip("soundfile")
+    from tests.test_examples_sound import audio_folder, save_whisper
+
+    save_whisper(tmp_path / "source")
+    speech = [str(audio_folder(tmp_path / "speech"))]
+    convert_to(tmp_path, "source", "aligned", kv_heads=1, method="aligned", calibration=speech)
+    convert_to(tmp_path, "source", "mean", kv_heads=1, method="mean")
+    heard = read_examples(tmp_path / "source", read_config(tmp_path / "source"), speech, "", "text", None, Output(quiet=True))
+    for example in heard.examples:
+        keywords = example.keywords | {"decoder_input_ids": example.decoder_ids}
+        inputs = {name: value[None] for name, value in keywords.items()}
+        source, aligned, mean = (logits(tmp_path / name, inputs) for name in ("source", "aligned", "mean"))
+        assert (aligned - source).square().mean() < 0.05 * (mean - source).square().mean()
 
 
 @pytest.mark.parametrize("model_type", ["opt", "t5", pytest.param("bart", marks=pytest.mark.slow)])

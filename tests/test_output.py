@@ -1,16 +1,32 @@
 """What is printed while a command works."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.progress import Progress
 
+from tests.uptraining import Workshop, make_workshop
 from upfit import output
+from upfit.calibration.calibrate import calibrate
+from upfit.convert.conversion import Settings, convert
+from upfit.convert.recipe import get_recipe
+from upfit.evaluate.evaluate import evaluate
 from upfit.evaluate.interval import Interval
 from upfit.evaluate.measures import Difference
+from upfit.evaluate.options import Options
 from upfit.evaluate.probes.summaries import DepthRow, Depths, Needle, NullGap
 from upfit.evaluate.tables import show_depths, show_difference, show_needle
 from upfit.output import Meter, Output, time_left
+from upfit.uptrain.data.prepare import prepare
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return make_workshop(tmp_path_factory.mktemp("shop"))
 
 
 @pytest.mark.parametrize(
@@ -51,6 +67,42 @@ def test_a_bar_begins_where_an_earlier_run_ended() -> None:
         assert bar.tasks[0].completed == 4 and bar.tasks[0].speed is None
         meter.advance(1)
         assert bar.tasks[0].completed == 5
+
+
+VERBS = ("convert", "calibrate", "evaluate", "prepare", "uptrain")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_bar_ends_where_it_should(shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    """What is done of a task adds up to what was to be done, so that the time left is never wrong for long."""
+    bars: list[tuple[str, float, float]] = []
+    progress = Output.progress
+
+    @contextmanager
+    def noted(self: Output, label: str, total: float) -> Iterator[Meter]:
+        with progress(self, label, total) as meter:
+            yield meter
+        bars.append((label, meter.done, meter.total))
+
+    monkeypatch.setattr(Output, "progress", noted)
+    model, text, quiet = str(shop.teacher), str(tmp_path / "text.txt"), Output(quiet=True)
+    Path(text).write_text("a word and another one here. " * 300)
+    if verb == "convert":
+        sample: dict[str, Any] = {"calibration": [text], "calibration_tokens": "1k", "calibration_length": 64}
+        for name, options in (("gqa", {"kv_heads": 2}), ("cope", {}), ("diff", {"variant": "split"})):
+            recipe = get_recipe(name)
+            convert(recipe, model, tmp_path / name, recipe.options(**options, **sample), Settings(), quiet)
+    elif verb == "calibrate":
+        calibrate(model, [text], tmp_path / "sums.safetensors", "1k", 64, None, False, quiet)
+    elif verb == "evaluate":
+        speed: dict[str, Any] = {"speed": True, "speed_lengths": [16], "speed_steps": 1, "speed_repeats": 3}
+        evaluate(model, Options(against=str(shop.student), data=[text], windows=3, length=64, **speed), quiet)
+    elif verb == "prepare":
+        prepare([text], tmp_path / "shards", model, "text", quiet)
+    else:
+        shop.run(tmp_path / "out", tokens="512")
+    assert len(bars) == {"convert": 12, "evaluate": 3}.get(verb, 1)
+    assert all(total > 0 and done == pytest.approx(total) for _, done, total in bars), bars
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.folders import save_tiny, tiny_llama
-from upfit.checkpoint import copy_bytes
-from upfit.checkpoint.copy_bytes import CopiedRange
-from upfit.checkpoint.read_back import check_written
+from upfit.checkpoint import copy_bytes, read_back
+from upfit.checkpoint.copy_bytes import BLOCK, CopiedRange
+from upfit.checkpoint.read_back import Disk, check_written
 from upfit.checkpoint.shard import Shard
 from upfit.convert import conversion
 from upfit.convert.conversion import Settings, convert
@@ -88,6 +88,31 @@ def test_bytes_of_another_place_are_not_kept(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UpfitError, match="is not the source's"):
         run(save_tiny(tmp_path / "source"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_pieces_are_read_from_the_disk_in_whole_blocks_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the page cache, which takes whole blocks alone; what it gives too little of is read as usual."""
+    content, preadv, asked = os.urandom(3 * BLOCK + 100), os.preadv, list[tuple[int, int]]()
+    (tmp_path / "file").write_bytes(content)
+
+    def noted(descriptor: int, buffers: list[Any], place: int) -> int:
+        asked.append((place, len(buffers[0])))
+        return preadv(descriptor, buffers, place)
+
+    with Disk(tmp_path / "file") as disk:
+        direct, disk.direct = disk.direct, disk.plain  # wherever the test runs
+        monkeypatch.setattr(read_back.os, "preadv", noted)
+        monkeypatch.setattr(read_back, "read_exactly", lambda *_: pytest.fail("as if there were no such reading"))
+        for place, nbytes in ((0, 1), (0, BLOCK), (5, BLOCK), (BLOCK - 1, 2), (BLOCK + 7, BLOCK - 7), (3 * BLOCK, 100)):
+            assert bytes(disk.take(nbytes, place)) == content[place : place + nbytes]
+            start, size = asked.pop()
+            assert start % BLOCK == size % BLOCK == 0 and not asked
+            assert start <= place < start + BLOCK and place + nbytes <= start + size < place + nbytes + BLOCK
+        disk.direct = direct
+        monkeypatch.setattr(read_back.os, "preadv", lambda *_: 5)
+        monkeypatch.setattr(read_back, "read_exactly", lambda descriptor, nbytes, place: (descriptor, nbytes, place))
+        if direct != -1:
+            assert disk.take(6, 0) == (disk.plain, 6, 0) and bytes(disk.take(5, 0)) != b""
 
 
 def test_shared_blocks_are_not_read_and_others_are_compared_with_the_source(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """One reader of the user's text for all verbs: every document counts by its length, every form is read, nothing else is."""
 
 import gzip
+import itertools
 import json
 import os
 import random
@@ -21,6 +22,8 @@ from upfit.text.corpus import documents
 from upfit.text.files import local_inputs
 from upfit.text.packed import FREE_BYTES
 from upfit.text.plain import pieces, read_blocks
+from upfit.text.reader import Reader
+from upfit.text.sample import Quota
 from upfit.text.tokenizer import load_tokenizer
 
 QUIET = Output(quiet=True)
@@ -159,6 +162,42 @@ def test_a_large_file_is_read_at_sixteen_places_or_fewer_and_never_in_crumbs(tmp
     blocks = read_blocks(path, path.stat().st_size, share)
     assert len(blocks) == max(1, min(16, share // 4096))
     assert sum(map(len, blocks)) <= share and all(len(block) > 0.9 * share / len(blocks) - 25 for block in blocks)
+
+
+@pytest.mark.parametrize(("count", "nbytes"), [(4000, 100), (200, 2000), (40, 10_000)])
+def test_a_budget_is_spent_evenly_along_the_text(count: int, nbytes: int) -> None:
+    """Of two files as one: at the end of every block what was due is spent, to a piece, and in the end all of it."""
+    total = count * nbytes
+    quota, spent, place = Quota(BUDGET, total), [0], 0
+    for size in (total // 4, total - total // 4):
+        quota.enter(size)
+        assert quota.share == size * BUDGET // total
+        for begin in range(0, size, nbytes):
+            part = quota.take(begin, begin + nbytes)
+            assert 0 <= part <= nbytes
+            place += nbytes
+            spent.append(spent[-1] + part)
+            block = size / quota.blocks * BUDGET / total
+            assert abs(spent[-1] - BUDGET * place / total) <= min(quota.piece, nbytes) + block
+    assert spent[-1] == quota.spent and BUDGET - min(quota.piece, nbytes) <= spent[-1] <= BUDGET
+
+
+def test_rows_of_a_table_are_told_by_their_numbers_and_places(tmp_path: Path) -> None:
+    """Whatever groups of them are skipped."""
+    texts = [f"row {number} " + "x" * (number % 7) for number in range(1, 351)]
+    path, reader = written(tmp_path, "parquet", texts), Reader()
+    sizes = reader.sizes(path)
+    places = list(itertools.accumulate(map(len, texts), initial=0))
+    for wanted in ([0, 1, 2, 3], [1, 3], [3], [0, 2], []):
+        starts = [places[100 * group] for group in wanted]
+
+        def ahead(at: int, starts: list[int] = starts) -> int | None:
+            return next((start for start in starts if start >= at), None)
+
+        read = list(reader.entries(path, sizes, ahead))
+        numbers = [number for group in wanted for number in range(100 * group + 1, min(100 * group + 101, 351))]
+        assert [entry.value["text"] for entry in read] == [texts[number - 1] for number in numbers]
+        assert [(entry.line, entry.begin, entry.end) for entry in read] == [(n, places[n - 1], places[n]) for n in numbers]
 
 
 def test_pieces_are_the_whole_text() -> None:
