@@ -82,17 +82,17 @@ class Covering:
 
         Where nobody is seen to, because not every line of a statement counts, those that run the function around it. A line
         outside of functions runs when some test is the first to import it, which says nothing about that test: then those
-        that run any function of the file, for they use what it defines.
+        that run any function of the file, for they use what it defines, or, where it has none, of its room.
         """
-        lines = set(lines)
-        with self.lock:
-            by_line = self.data.contexts_by_lineno(self.files[file]) if file in self.files else {}
+        lines, room = set(lines), str(Path(file).parent)
         functions = _functions(file)
         around = min((function for function in functions if lines.intersection(function)), key=len, default=range(0))
-        choices = (lines.intersection(around), around, {line for function in functions for line in function}, by_line)
-        names = next((names for choice in choices if (names := _tests(by_line, choice))), set())
+        choices = (lines.intersection(around), around, {line for function in functions for line in function})
+        names = next((names for choice in choices if (names := self._running(file, choice))), set())
+        if not names:
+            beside = [other for other in self.files if str(Path(other).parent) == room]
+            names = {name for other in beside for function in _functions(other) for name in self._running(other, function)}
         known = [name for name in names if self.seconds.get(name, LONGEST) < LONGEST]
-        room = str(Path(file).parent)
         known.sort(key=lambda name: (not name.startswith(room), self.seconds[name]))
         chosen: list[str] = []
         for name in known[:MOST]:
@@ -102,6 +102,11 @@ class Covering:
             chosen.append(name)
         return chosen
 
+    def _running(self, file: str, lines: Iterable[int]) -> set[str]:
+        with self.lock:
+            by_line = self.data.contexts_by_lineno(self.files[file]) if file in self.files else {}
+        return {_test(context) for line in lines for context in by_line.get(line, ())} - {""}
+
 
 @functools.cache
 def _functions(file: str) -> list[range]:
@@ -109,10 +114,6 @@ def _functions(file: str) -> list[range]:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     return [range(node.body[0].lineno, (node.end_lineno or 0) + 1) for node in functions]
-
-
-def _tests(by_line: dict[int, list[str]], lines: Iterable[int]) -> set[str]:
-    return {_test(context) for line in lines for context in by_line.get(line, ())} - {""}
 
 
 def _test(context: str) -> str:

@@ -5,17 +5,18 @@
 
 Changes are drawn by seed: first a place in the files that carry the load (`mutants.toml`), then one of cosmic-ray's
 operators for that place (another comparison, another number, `not`, a loop that never runs ...). What only the type checker
-looks at (annotations, assertions, `frozen`) is left as it is. `--kinds` makes again, instead, the changes listed in
+looks at (annotations, assertions, `frozen`, `strict`) is left as it is. `--kinds` makes again, instead, the changes listed in
 `mutants.toml`, which tests did not notice once.
 
 A change is caught if a test fails, or hangs; all chosen tests are run without any change first, and have to pass. Which
 tests run a line is measured once (coverage.py, a context a test) and kept in SCRATCH, so that the next run of the same commit
 begins at once. Of these, tests of the changed file's own room and short ones come first, and as many run as take `--seconds`
-together; where nothing ran a line in the tests' own process, nobody could notice, and the change has survived. What changes
-nothing that can be seen (an equivalent mutant) is listed with its reason in `mutants.toml`, and told apart.
+together; where nothing is seen to run a line in the tests' own process, those of its function or its file. What changes nothing
+that can be seen (an equivalent mutant) is listed with its reason in `mutants.toml`, and told apart.
 """
 
 import argparse
+import ast
 import difflib
 import json
 import random
@@ -121,7 +122,10 @@ def _places(file: Path) -> dict[tuple[int, int], list[tuple[str, int]]]:
 
 
 def _only_for_readers(node: Any) -> bool:
-    """Whether a node stands where only the type checker and people look: in an annotation, an assertion or `frozen=True`."""
+    """Whether a node is what only the type checker and people look at: in an annotation or an assertion, as which `frozen`
+    and `strict` count, or `if TYPE_CHECKING`."""
+    if node.type == "assert_stmt" or (node.type == "if_stmt" and node.children[1].get_code().strip() == "TYPE_CHECKING"):
+        return True
     while node.parent is not None:
         above = node.parent
         if above.type == "annassign" and node is above.children[1]:
@@ -130,7 +134,7 @@ def _only_for_readers(node: Any) -> bool:
             return True
         if above.type == "funcdef" and "->" in above.children and node is above.annotation:
             return True
-        if above.type == "assert_stmt" or (above.type == "argument" and getattr(above.children[0], "value", "") == "frozen"):
+        if above.type == "assert_stmt" or above.get_code().strip() in ("frozen=True", "strict=True"):
             return True
         node = above
     return False
@@ -139,7 +143,9 @@ def _only_for_readers(node: Any) -> bool:
 def _mutant(file: str, operator: str, occurrence: int) -> Mutant | None:
     before = (ROOT / file).read_text(encoding="utf-8")
     after = mutate_code(before, get_operator(operator)(), occurrence)
-    return _told(file, operator.rpartition("/")[2], before, after) if after and after != before else None
+    if not after or ast.dump(ast.parse(after)) == ast.dump(ast.parse(before)):  # 1e30 + 1 is 1e30
+        return None
+    return _told(file, operator.rpartition("/")[2], before, after)
 
 
 def kinds(listed: list[dict[str, str]], only: str | None) -> Iterator[Mutant]:
