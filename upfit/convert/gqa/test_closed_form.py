@@ -41,6 +41,16 @@ def moments(keys: list[Tensor], queries: list[Tensor]) -> tuple[Tensor, Tensor, 
     return joint.T @ joint, pairs, torch.stack([q.T @ q for q in queries]), torch.arange(len(keys)).repeat_interleave(per)
 
 
+def test_roots_are_those_of_a_matrix_without_its_smallest_directions() -> None:
+    """Nothing is divided by less than 1e-9 of the largest; of nothing at all, by the least that float64 can be divided by."""
+    basis = torch.linalg.qr(drawn(4, 4))[0]
+    values, raised = (torch.tensor(numbers, dtype=torch.float64) for numbers in ([0, 1e-12, 1, 4], [4e-9, 4e-9, 1, 4]))
+    root, inverse = closed_form.powers(basis @ torch.diag(values) @ basis.T)
+    torch.testing.assert_close(root @ root, basis @ torch.diag(raised) @ basis.T, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(root @ inverse, torch.eye(4, dtype=torch.float64))
+    assert all(power.isfinite().all() for power in closed_form.powers(torch.zeros(3, 3, dtype=torch.float64)))
+
+
 @pytest.mark.parametrize("cut", [0, 2, PAIRS])
 def test_keys_in_different_bases_merge_exactly(cut: int) -> None:
     """Heads whose keys are one key, turned and stretched on each pair: the merged scores are the old ones, at any cut."""
