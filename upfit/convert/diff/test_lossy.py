@@ -265,6 +265,25 @@ def test_calibration_gains(tmp_path: Path, variant: str) -> None:
         assert evaluated(tmp_path / "merged") == pytest.approx(fitted, abs=0.01)
 
 
+def test_a_bias_of_the_output_is_fitted_with_its_weight(tmp_path: Path) -> None:
+    """And what is fitted is nearer to the source than the naive cut, on text of that kind."""
+    source = tmp_path / "source"
+    tiny_model("starcoder2").save_pretrained(source)
+    letter_tokenizer().save_pretrained(source)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"the {n} of {n * n} is here; return {n};" for n in range(400)))
+    text: dict[str, Any] = {"calibration": [str(tmp_path / "text.txt")], "calibration_tokens": "1k", "calibration_length": 64}
+    for name, more in (("fitted", text), ("naive", {"naive": True})):
+        convert(RECIPE, str(source), tmp_path / name, Options(variant="split", **more), Settings(verify=False), QUIET)
+    models = {name: loaded(tmp_path / name) for name in ("source", "fitted", "naive")}
+    biases = {name: model.model.layers[0].self_attn.o_proj.bias for name, model in models.items()}
+    assert torch.equal(biases["naive"], biases["source"]) and not torch.equal(biases["fitted"], biases["source"])
+    with torch.no_grad():
+        ids = letter_tokenizer()(["the 999 of 998001 is here; return 999;"], return_tensors="pt")["input_ids"]
+        logits = {name: model(ids).logits for name, model in models.items()}
+    errors = {name: float((logits[name] - logits["source"]).square().mean()) for name in ("fitted", "naive")}
+    assert errors["fitted"] < 0.5 * errors["naive"], errors
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
 def test_exact_diffllama(tmp_path: Path, model_type: str) -> None:
     changes: dict[str, Any] = {"sliding_window": None} if model_type == "mistral" else {}
