@@ -44,6 +44,36 @@ def test_more_work_takes_longer() -> None:
     assert grown.products - fixed.products == pytest.approx(10 * (base.products - fixed.products), rel=0.05)
 
 
+COUNTED = [
+    (BLOCK, 2, WINDOWS, True, 1.28803e11, 1.49408e08),
+    (BLOCK, 4, {2048: 3000.0}, False, 5.19276e10, 7.2352e07),
+    (Block(Geometry(6, 6, 20, 28), 300_000, 160, 0), 3, {64: 500.0, 700: 900.0}, True, 4.96499e10, 2.08062e07),
+]
+
+
+@pytest.mark.parametrize(("block", "kv_heads", "windows", "refit", "products", "nbytes"), COUNTED)
+def test_counts_are_those_that_were_held_against_profiles(
+    block: Block, kv_heads: int, windows: dict[int, float], refit: bool, products: float, nbytes: float
+) -> None:
+    """Whoever counts otherwise, or changes what is done, measures again."""
+    counted = cost.aligned(block, kv_heads, windows, refit)
+    assert (counted.products, counted.bytes) == (pytest.approx(products, rel=1e-5), pytest.approx(nbytes, rel=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("stored_rate", "read_back", "seconds", "nbytes"),
+    [(1e10, True, 22.61, 896_608_000), (1e9, False, 21.61, 1_396_608_000), (2e10, False, 12.805, 896_608_000)],
+)
+def test_a_comparison_is_in_the_faster_type_and_holds_the_larger_model(
+    stored_rate: float, read_back: bool, seconds: float, nbytes: float
+) -> None:
+    weights = Weights([10**8, 2 * 10**8], [4 * 10**8, 5 * 10**8], 32_000)
+    machine = dataclasses.replace(MACHINE, stored_rate=stored_rate)
+    told = conversion_of(Work(3e10, 4e8), weights, machine, True, read_back)
+    assert told == (pytest.approx(seconds), pytest.approx(nbytes))
+    assert estimate.ends(100.0) == [60.0, 200.0] and estimate.ends(7.0) == [4.0, 20.0]
+
+
 def test_a_fit_is_of_all_layers_and_holds_one_at_a_time() -> None:
     assert Work(1.0, 5.0).then(Work(2.0, 4.0)) == Work(3.0, 5.0)
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tests.folders import save_tiny
 from tests.tiny import auto_class, tiny_model
 from upfit import provenance
-from upfit.architecture.leftovers import patterns, without_prediction
+from upfit.architecture.attention import Geometry
+from upfit.architecture.leftovers import _widths, patterns, without_prediction
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.output import Output
@@ -188,6 +190,13 @@ def test_an_encoder_that_keeps_its_heads_keeps_what_is_like_it(tmp_path: Path) -
     name = "coder.block.7.layer.0.SelfAttention.k.weight"
     assert torch.equal(new["en" + name], old["en" + name])
     assert new["de" + name].shape == new[f"de{name.replace('7', '1')}"].shape != old["de" + name].shape
+
+
+def test_what_is_stored_head_by_head_has_the_rows_of_its_parts() -> None:
+    """Of 5 query and 3 key/value heads of 7, with values of 9: each part alone, gated queries, and what families fuse."""
+    layer: Any = SimpleNamespace(geometry=Geometry(5, 3, 7, 9))
+    q, k, v, o = 35, 21, 27, 45
+    assert _widths(layer) == {q, k, v, o, q + q, k + v, q + k + v, q + k + v + o}
 
 
 def test_counts_of_prediction_layers_become_none() -> None:
