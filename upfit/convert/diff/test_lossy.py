@@ -328,6 +328,13 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
             "--naive goes with --variant split, not diffllama; leave it out",
         ),
         ("llama", {}, {"variant": "split", "naive": True, "calibration_tokens": "4k"}, "leave it out"),
+        (
+            "llama",
+            {},
+            {"variant": "diffllama", "exact": True, "calibration_length": 64},
+            "--calibration-length is for .* that are",
+        ),
+        ("llama", {}, {"variant": "dex", "heads": "all", "calibration_tokens": "4k"}, "--calibration-tokens is for"),
         ("llama", {}, {"refit": False}, "--no-refit goes with --variant split or diffllama, not v2; leave it out"),
     ):
         folder = tmp_path / f"{model_type}{len(changes)}"
