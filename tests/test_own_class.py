@@ -18,6 +18,7 @@ from upfit.architecture.forwards import cache_of
 from upfit.architecture.table import table
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
+from upfit.modeling.modeling_upfit_gqa import Copies
 from upfit.output import Output
 
 OWN = [name for name, entry in table().entries.items() if entry.own]
@@ -129,6 +130,23 @@ def test_checkpointed_gradients_are_the_gradients(pair: Pair) -> None:
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     assert all(close(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("fused", ["", "model", "group"])
+def test_what_heads_share_is_given_out_as_often_as_it_is_shared(fused: str) -> None:
+    """Of 3 key/value heads of width 5 for 6 query heads; fused with the queries as a whole, or group by group."""
+    copies, kv_heads, times, width = Copies(), 3, 2, 5
+    copies.kv_heads, copies.times, copies.fused = kv_heads, times, fused
+    q, k, v = (torch.randn(2, 4, heads, width) for heads in (kv_heads * times, kv_heads, kv_heads))
+    shared = [heads[:, :, [head // times for head in range(kv_heads * times)]] for heads in (k, v)]
+    if not fused:
+        given, wanted = k, shared[0].flatten(2)
+    elif fused == "model":
+        given, wanted = torch.cat([q, k, v], 2), torch.cat([q, *shared], 2).flatten(2)
+    else:
+        groups = [torch.cat([q[:, :, 2 * head : 2 * head + 2], k[:, :, [head]], v[:, :, [head]]], 2) for head in range(3)]
+        given, wanted = torch.cat(groups, 2), torch.stack([q, *shared], 3).flatten(2)
+    assert torch.equal(copies.spread(given.flatten(2)), wanted)
 
 
 def test_it_loads_where_upfit_is_not(tmp_path: Path) -> None:

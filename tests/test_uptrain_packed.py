@@ -12,7 +12,7 @@ from tests.tiny import tiny_model
 from tests.uptraining import QUIET, Workshop, make_workshop, metrics
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import find_recipes
-from upfit.uptrain.model import packed
+from upfit.uptrain.model import model_traits, packed
 from upfit.uptrain.model.model_traits import ModelTraits, examine, hidden_states, pack
 from upfit.uptrain.model.packed import documents
 
@@ -118,6 +118,22 @@ def test_what_is_more_than_causal_keeps_its_mask() -> None:
         before = model.config._attn_implementation
         assert pack(model, examine(model)) is None
         assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_class_is_tried_as_it_will_be_run(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None) -> None:
+    """Under autocast where products will be in another type, and only there."""
+    tried, plain = list[torch.dtype | None](), model_traits.hidden_states
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        tried.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return plain(*arguments)
+
+    monkeypatch.setattr(model_traits, "hidden_states", noted)
+    model = tiny_model("llama")
+    traits = examine(model)
+    tried.clear()
+    assert pack(model, traits, dtype) is not None and tried == [dtype] * 4
 
 
 def test_a_class_that_says_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
