@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from upfit.checkpoint.reader import Checkpoint
 
 
+def multiplies_bfloat16_fast(device: torch.device) -> bool:
+    """Whether the hardware has matrix units for bfloat16; without, it may be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
 def structure_report(config: dict[str, Any], tensors: "Mapping[str, Described]") -> dict[str, Any]:
     """What `from_pretrained` reports (see `load_with_report`) of a folder with this config and these tensors, found by loading
     them without their values: of a large checkpoint not a byte is read.

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from upfit.calibration.products import rounded
+
 ROUNDING = 1e-5  # share of the energy that sums in float32 cannot tell from nothing
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # tried from free to tied; what is held back decides between them
+RIDGES = (1.0, 1e-1, 1e-2, 1e-3)  # tried from tied to free, as long as a freer one does better on what is held back
 
 
 @dataclass
@@ -21,6 +23,7 @@ class Moments:
     cross: Tensor | None = None
     energy: float = 0.0  # Σ w |t|²
 
+    @rounded()
     def add(self, z: Tensor, target: Tensor, weight: Tensor) -> None:
         """Add rows `z` [N, Z] and `target` [N, E] with weights [N]."""
         weighted = z * weight[:, None]
@@ -38,11 +41,12 @@ class Moments:
 
 
 def ridge(fit: Moments, held: Moments, prior: Tensor, strengths: Sequence[float]) -> tuple[Tensor, float]:
-    """W [E, Z] that fits `fit`, drawn to `prior` with the one of `strengths` (of each input's own power) that does best on
-    `held`, and that strength; `prior` itself and infinity where none does better."""
+    """W [E, Z] that fits `fit`, drawn to `prior` with the one of `strengths` (of each input's own power, strongest first)
+    that does best on `held`, and that strength; `prior` itself and infinity where none does better."""
     assert fit.inputs is not None and fit.cross is not None
     prior = prior.double()
     best, chosen, error = prior, float("inf"), held.error(prior)
+    before = float("inf")
     if error < ROUNDING:
         return prior.float(), chosen
     power = fit.inputs.diagonal()
@@ -59,6 +63,9 @@ def ridge(fit: Moments, held: Moments, prior: Tensor, strengths: Sequence[float]
         trial = torch.linalg.solve_triangular(system.mT, half, upper=True).T
         del system, half
         trial_error = held.error(trial)
+        if trial_error >= before:
+            break
+        before = trial_error
         if trial_error < error - ROUNDING / 10:
             best, chosen, error = trial, strength, trial_error
     return best.float(), chosen

@@ -35,10 +35,11 @@ class KeyMerge:
 @dataclass(frozen=True)
 class ValueMerge:
     """New value = `values` [V, g·V] · [v_1 … v_g]; O's columns of head h, which used old head j: O_h · `outputs` [g, V,
-    V][j]."""
+    V][j]. `lost`: the share of the energy that is not kept."""
 
     values: Tensor
     outputs: Tensor
+    lost: float
 
 
 def powers(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +62,8 @@ def reduce(moment: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, f
 
 def merge_values(moment: Tensor, metric: Tensor, width: int) -> ValueMerge:
     """`moment` [g·V, g·V] of the values, `metric` [g·V, g·V] of the output projection (block-diagonal Σ O_hᵀO_h)."""
-    up, down, _ = reduce(moment, metric, width)
-    return ValueMerge(down, up.unflatten(0, (-1, width)))
+    up, down, lost = reduce(moment, metric, width)
+    return ValueMerge(down, up.unflatten(0, (-1, width)), lost)
 
 
 def output_metric(outputs: Tensor, owners: Tensor, count: int) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from upfit.architecture.attention import LAYOUTS, Attention
 from upfit.calibration.layerwise import Block, find_blocks, observed_model
-from upfit.calibration.observe import Opaque, tapped
+from upfit.calibration.observe import Opaque, knowing, tapped
+from upfit.calibration.products import quick_products
 from upfit.calibration.residual import Residual
 from upfit.calibration.ridge import augmented, ridge_linear
 from upfit.calibration.teacher_student import (
@@ -36,7 +37,9 @@ from upfit.convert.gqa import fit_scores, fit_values
 from upfit.convert.gqa.layer_state import LayerRecord, Merged, Settings, View, watch_teacher
 from upfit.convert.gqa.merge_layer import merge_layer, pack, refine
 from upfit.convert.gqa.pooling import pool_heads as merge_plainly
+from upfit.convert.gqa.score_problem import Batch, Form, Norm, Target, Weights
 
+NEARLY_NOTHING = 1e-2  # of the energy; what rounding loses, 1e-5, is far below what such a merge does
 DRIFT_RIDGE = 1e-3  # of the mean power of an input: directions that the text hardly has stay small
 LayerStatistics = tuple[AttentionTraits, dict[str, Tensor]]
 
@@ -95,6 +98,23 @@ def _convert(pair: LayerPair, statistics: LayerStatistics | None, settings: Sett
     merges = merge_layer(traits, layout.unpack(stored, pair.layer.geometry), sums, settings.kv_heads, record)
     choices = {cut: merge.to(device) for cut, merge in merges.items()}
     form = _form(pair, traits, turns, attention, views[0].scaling * turns.scale, settings.kv_heads)
+    lossy = min(merge.lost for merge in merges.values()) > NEARLY_NOTHING  # and where nothing is lost, rounding shall not be
+    with quick_products(device, lossy):
+        new = _fit_layer(pair, traits, attention, form, choices, views, settings, record)
+    return record, new
+
+
+def _fit_layer(
+    pair: LayerPair,
+    traits: AttentionTraits,
+    attention: Attention,
+    form: Form | None,
+    choices: dict[int, Merged],
+    views: list[View],
+    settings: Settings,
+    record: LayerRecord,
+) -> dict[str, Tensor]:
+    """The layer's new tensors by name, from its `choices` of merges; both streams move on."""
     merged = _fit_heads(pair, traits, attention, form, choices, views, settings, record)
     for view in views:
         view.targets.clear()  # of a large model they are what the ridges below need room for
@@ -107,7 +127,7 @@ def _convert(pair: LayerPair, statistics: LayerStatistics | None, settings: Sett
             if not settings.refit:
                 view.batch.student = view.output
         record.stream_error = stream_error(pair.batches) if settings.refit else None
-    return record, new
+    return new
 
 
 def _average(pair: LayerPair, attention: Attention, kv_heads: int) -> dict[str, Tensor]:
@@ -133,7 +153,7 @@ def _fit_heads(
     pair: LayerPair,
     traits: AttentionTraits,
     attention: Attention,
-    form: fit_scores.Form | None,
+    form: Form | None,
     choices: dict[int, Merged],
     views: list[View],
     settings: Settings,
@@ -166,9 +186,9 @@ def _student_inputs(pair: LayerPair, views: list[View]) -> list[tuple[Tensor, Te
 
 def _form(
     pair: LayerPair, traits: AttentionTraits, turns: Turns, attention: Attention, scaling: float, kv_heads: int
-) -> fit_scores.Form | None:
+) -> Form | None:
     """How the student's projections become scores. None when its norms cannot be applied to heads in another order."""
-    norms: dict[str, fit_scores.Norm | None] = {"q_norm": None, "k_norm": None}
+    norms: dict[str, Norm | None] = {"q_norm": None, "k_norm": None}
     for part in norms:
         try:
             module = pair.student.get_submodule(pair.path(part))
@@ -179,10 +199,10 @@ def _form(
             return None  # a scale for each head, or one over all heads: fitted by nothing but the drift
         norms[part] = _in_order(module, list(traits.order))
     shape = pair.layer.geometry
-    return fit_scores.Form(turns, norms["q_norm"], norms["k_norm"], shape.heads, kv_heads, shape.head_dim, scaling)
+    return Form(turns, norms["q_norm"], norms["k_norm"], shape.heads, kv_heads, shape.head_dim, scaling)
 
 
-def _in_order(module: nn.Module, order: list[int]) -> fit_scores.Norm:
+def _in_order(module: nn.Module, order: list[int]) -> Norm:
     """`module`, which norms heads as the model stores them, on heads whose dimensions are in `AttentionTraits.order`."""
     back = torch.tensor(order).argsort().tolist()
 
@@ -225,7 +245,7 @@ def _mapped(weight: Tensor, drift: Tensor | None) -> Tensor:
 def _fit_scores(
     choices: dict[int, Merged],
     merged: Merged,
-    form: fit_scores.Form,
+    form: Form,
     inputs: list[tuple[Tensor, Tensor]],
     views: list[View],
     drifts: Drifts,
@@ -234,17 +254,17 @@ def _fit_scores(
 ) -> None:
     """Choose the cut on held-back rows, then, when refitting, fit q and k. Changes `merged`."""
     widths = merged.q.shape[-1], merged.k.shape[-1]
-    problems: dict[bool, list[fit_scores.Batch]] = {False: [], True: []}
+    problems: dict[bool, list[Batch]] = {False: [], True: []}
     for (of_queries, of_keys), view in zip(inputs, views, strict=True):
         targets = [_reordered(target, merged.heads) for target in view.targets]
         q_inputs = augmented(of_queries, widths[0])
         same = of_keys is of_queries and widths[0] == widths[1]
-        batch = fit_scores.Batch(q_inputs, targets, None if same else augmented(of_keys, widths[1]))
+        batch = Batch(q_inputs, targets, None if same else augmented(of_keys, widths[1]))
         problems[view.batch.held].append(batch)
 
-    def start(cut: int) -> fit_scores.Weights:
+    def start(cut: int) -> Weights:
         q, k = _mapped(choices[cut].q, drifts[0]), _mapped(choices[cut].k, drifts[1])
-        return fit_scores.Weights(q.flatten(0, 1), k.flatten(0, 1))
+        return Weights(q.flatten(0, 1), k.flatten(0, 1))
 
     errors = {cut: fit_scores.held_error(problems[True], form, start(cut)) for cut in choices}
     record.cut = min(errors, key=lambda cut: errors[cut])
@@ -252,29 +272,30 @@ def _fit_scores(
     if settings.refit:
         moments = _input_moments(problems[False], *widths)
         result = fit_scores.fit_scores(problems[False], problems[True], form, weights, *moments, settings.effort)
-        weights, record.fitted_error = result.weights, result.after[1]
+        weights, record.fitted_error = result.weights, result.after
     merged.q = weights.q.unflatten(0, (-1, form.width))
     merged.k = weights.k.unflatten(0, (-1, form.width))
 
 
-def _input_moments(problems: list[fit_scores.Batch], q_width: int, k_width: int) -> tuple[Tensor, Tensor]:
+def _input_moments(problems: list[Batch], q_width: int, k_width: int) -> tuple[Tensor, Tensor]:
     """Σ x xᵀ [E', E'] of the inputs of queries and, weighted as the attention looks at them, of keys."""
     q_moment, k_moment = (torch.zeros(size, size, device=problems[0].inputs.device) for size in (q_width, k_width))
     for problem in problems:
         flat = problem.inputs.flatten(0, 1)
         q_moment = q_moment + flat.T @ flat
         for target in problem.targets:
-            looked = (target.weights * (1 - target.weights) * target.importance).sum((1, 2))  # [B, L]
+            sharp = torch.addcmul(target.weights, target.weights, target.weights, value=-1)
+            looked = (target.importance.flatten(1)[:, None] @ sharp.flatten(1, 2))[:, 0]  # [B, L]
             seen = problem.key_inputs[:, : target.keys]
             k_moment = k_moment + (seen * looked[..., None]).flatten(0, 1).T @ seen.flatten(0, 1)
     return q_moment, k_moment
 
 
-def _reordered(target: fit_scores.Target, heads: list[int]) -> fit_scores.Target:
+def _reordered(target: Target, heads: list[int]) -> Target:
     if heads == sorted(heads):
         return target
     scores, weights, importance = target.scores[:, heads], target.weights[:, heads], target.importance[:, heads]
-    return fit_scores.Target(target.at, target.keys, scores, weights, importance)
+    return Target(target.at, target.keys, scores, weights, importance)
 
 
 def _refit_stream(pair: LayerPair, traits: AttentionTraits, views: list[View], settings: Settings) -> dict[str, Tensor]:
@@ -328,8 +349,9 @@ def _refit_mlp(
     inner, middles = list[Tensor](), list[Tensor]()
 
     def rest(number: int, batch: PairedBatch) -> tuple[Tensor, Tensor]:
-        inner.append(pair.run_until(end.path, batch))
         z, before = attended[number]
+        with knowing(pair.student.get_submodule(pair.place.at), z):
+            inner.append(pair.run_until(end.path, batch))
         middles.append(before + residual.attention * projection(z))
         return inner[number], middles[number]
 

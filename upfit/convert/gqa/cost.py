@@ -101,4 +101,4 @@ def _scores(block: Block, kv_heads: int, tokens: float, rows: float, pairs: floa
     shape, effort = block.geometry, Effort()
     projections = 2 * block.hidden * shape.head_dim * (rows * shape.heads + tokens * kv_heads)
     scores = pairs * shape.heads * (4 * shape.head_dim + PASSES * estimate.A_NUMBER)
-    return (effort.steps * effort.iterations + 2) * (projections + scores)
+    return (sum(effort.iterations) + len(effort.iterations) + 2) * (projections + scores)

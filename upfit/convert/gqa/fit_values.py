@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from upfit.calibration.products import rounded
 from upfit.calibration.ridge import Moments
 
-ROUNDS = 4  # outputs and values in turn; it ends before where what is held back gains nothing
+ROUNDS = 3  # outputs and values in turn; it ends before where what is held back gains nothing
 ITERATIONS = 6  # conjugate gradients a round
-RIDGE = 1e-3  # of each input's own power
+RIDGE = 1.0  # of each input's own power, towards the closed form: rows are few, and all tokens fit the projection afterwards
 NEGLIGIBLE = 1e-9  # a share of the energy that is rounding: what is fitted so well is left alone
 
 
@@ -29,19 +30,12 @@ class Mixed:
 def refine_values(fit: Mixed, held: Mixed, down: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Alternating least squares of the shared values `down` [G, V, g·V] and the output projection `outputs` [E, G, n, V] for
     the layer's own output; a round counts only if the held-back rows gain. Returns both, improved."""
-    shape = outputs.shape
+    prior = outputs.flatten(1)
     best, error = (down, outputs), _error(held, down, outputs)
     if error < NEGLIGIBLE * float((held.target.square().sum(1) * held.weight).sum()):
         return best
     for _ in range(ROUNDS):
-        flat = outputs.flatten(1)
-        z = _mixed(fit, down).flatten(1)
-        moments = Moments()
-        moments.add(z, fit.target, fit.weight)
-        assert moments.inputs is not None and moments.cross is not None
-        power = RIDGE * (moments.inputs.diagonal() + 1e-4 * moments.inputs.diagonal().mean() + 1e-30)
-        solved = torch.linalg.solve(moments.inputs + torch.diag(power), (moments.cross + flat.double() * power).T).T
-        outputs = solved.to(outputs.dtype).reshape(shape)
+        outputs = _improve_outputs(fit, down, prior).reshape(outputs.shape)
         down = _improve_down(fit, down, outputs)
         trial = _error(held, down, outputs)
         if trial >= error:
@@ -51,12 +45,14 @@ def refine_values(fit: Mixed, held: Mixed, down: Tensor, outputs: Tensor) -> tup
 
 
 def _mixed(rows: Mixed, down: Tensor) -> Tensor:
-    """Shared values as each head mixes them [N, G, n, V]."""
-    return torch.einsum("xgnm,gvm->xgnv", rows.values, down)
+    """Shared values as each head mixes them [N, G·n·V]."""
+    heads = rows.values.shape[2]
+    mixed = [rows.values[:, group].flatten(0, 1) @ own.T for group, own in enumerate(down)]
+    return torch.stack([part.unflatten(0, (-1, heads)) for part in mixed], 1).flatten(1)
 
 
 def _outputs_of(rows: Mixed, down: Tensor, outputs: Tensor) -> Tensor:
-    return _mixed(rows, down).flatten(1) @ outputs.flatten(1).T
+    return _mixed(rows, down) @ outputs.flatten(1).T
 
 
 def _error(rows: Mixed, down: Tensor, outputs: Tensor) -> float:
@@ -64,20 +60,34 @@ def _error(rows: Mixed, down: Tensor, outputs: Tensor) -> float:
     return float((gap.square().sum(1) * rows.weight).sum())
 
 
+def _improve_outputs(rows: Mixed, down: Tensor, prior: Tensor) -> Tensor:
+    """The output projection [E, G·n·V] for these shared values, drawn to `prior`."""
+    moments = Moments()
+    moments.add(_mixed(rows, down), rows.target, rows.weight)
+    assert moments.inputs is not None and moments.cross is not None
+    power = RIDGE * (moments.inputs.diagonal() + 1e-4 * moments.inputs.diagonal().mean() + 1e-30)
+    solved = torch.linalg.solve(moments.inputs + torch.diag(power), (moments.cross + prior.double() * power).T).T
+    return solved.to(prior.dtype)
+
+
+@rounded()
 def _improve_down(rows: Mixed, down: Tensor, outputs: Tensor) -> Tensor:
     """A few conjugate-gradient iterations on `down` [G, V, g·V] with the output projection held, each row of it scaled by its
     own weight in the output."""
     scale = 1 / (outputs.square().sum((0, 2)) + 1e-2 * outputs.square().sum((0, 2)).mean() + 1e-30)[..., None]  # [G, V, 1]
+    flat, shape = outputs.flatten(1), outputs.shape[1:]
+    gram = flat.T @ flat
 
-    def pulled(gap: Tensor) -> Tensor:
-        back = ((gap * rows.weight[:, None]) @ outputs.flatten(1)).unflatten(1, outputs.shape[1:])
-        return torch.einsum("xgnv,xgnm->gvm", back, rows.values)
+    def pulled(back: Tensor) -> Tensor:
+        """What `back` [N, G·n·V], weighted gaps through the output projection, pulls on `down`."""
+        parts = (back * rows.weight[:, None]).unflatten(1, shape)
+        return torch.stack([parts[:, group].flatten(0, 1).T @ rows.values[:, group].flatten(0, 1) for group in range(shape[0])])
 
-    residual = pulled(rows.target - _outputs_of(rows, down, outputs))
+    residual = pulled(rows.target @ flat - _mixed(rows, down) @ gram)
     direction = residual * scale
     power = (residual * direction).sum()
     for _ in range(ITERATIONS):
-        image = pulled(_outputs_of(rows, direction, outputs))
+        image = pulled(_mixed(rows, direction) @ gram)
         bend = (direction * image).sum()
         if not float(bend) > 0:
             break

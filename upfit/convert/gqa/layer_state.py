@@ -8,10 +8,11 @@ from torch import Tensor
 
 from upfit.architecture.attention import Attention
 from upfit.calibration.observe import Seen
-from upfit.calibration.statistics import ROWS, Rows, add, observe
+from upfit.calibration.statistics import ROWS, THIN, Rows, add, observe, thinned
 from upfit.calibration.teacher_student import LayerPair, PairedBatch, stream_before, taps_before
 from upfit.calibration.traits import AttentionTraits
-from upfit.convert.gqa import fit_scores
+from upfit.convert.gqa.fit_scores import Effort
+from upfit.convert.gqa.score_problem import Target
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Settings:
     kv_heads: int
     refit: bool = True
     rows: int = ROWS
-    effort: fit_scores.Effort = fit_scores.Effort()
+    effort: Effort = Effort()
     importance: float = 1.0
     token_power: float = 2.0  # a token weighs 1 / rms of the teacher's stream to this power
 
@@ -59,7 +60,7 @@ class View:
     output: Tensor
     values: Tensor
     scaling: float
-    targets: list[fit_scores.Target]
+    targets: list[Target]
 
     @property
     def cross(self) -> bool:
@@ -71,7 +72,8 @@ class View:
 class Merged:
     """The layer being changed. q [H, D, E'], k [G, D, E'] in `AttentionTraits.order`, v [G, V, E'] (= `down` [G, V, g·V] of the
     old ones), o [E, H, V]; E' is E, or one more where the projections have biases (the last column). Query heads stand in the
-    order of their groups: `heads` lists the old ones."""
+    order of their groups: `heads` lists the old ones. `lost`: what the closed forms expect to lose, as a share of the energy of
+    scores or of values, whichever is more."""
 
     q: Tensor
     k: Tensor
@@ -80,10 +82,11 @@ class Merged:
     down: Tensor
     heads: list[int]
     groups: list[list[int]]
+    lost: float
 
     def to(self, device: torch.device) -> "Merged":
         q, k, v, o, down = (tensor.to(device) for tensor in (self.q, self.k, self.v, self.o, self.down))
-        return Merged(q, k, v, o, down, self.heads, self.groups)
+        return Merged(q, k, v, o, down, self.heads, self.groups, self.lost)
 
 
 def watch_teacher(
@@ -95,7 +98,7 @@ def watch_teacher(
     extra = (*taps_before(pair.place, traits.residual), *([sum_path] if sum_path else []))
     for batch, watched, rows in pair.watch((q, k, o, *extra), settings.rows):
         if not batch.held:
-            add(sums, observe(watched.seen, traits, rows))
+            add(sums, observe(watched.seen, traits, [thinned(sampled, THIN) for sampled in rows]))
         inputs, of_keys, attended = watched.taps[q][0], watched.taps[k][0], watched.taps[o][1]
         of_keys = inputs if of_keys.data_ptr() == inputs.data_ptr() else of_keys
         before = stream_before(batch.teacher, pair.place, watched.taps, traits.residual)
@@ -108,7 +111,7 @@ def watch_teacher(
     return views, sums
 
 
-def _target(seen: Seen, rows: Rows, attention: Attention, token_weight: Tensor, settings: Settings) -> fit_scores.Target:
+def _target(seen: Seen, rows: Rows, attention: Attention, token_weight: Tensor, settings: Settings) -> Target:
     at, keys = rows.at, rows.keys
     wanted, weights = seen.scores(at, keys)
     importance = rows.of_counted(torch.ones_like(weights[..., :1]))
@@ -116,7 +119,7 @@ def _target(seen: Seen, rows: Rows, attention: Attention, token_weight: Tensor, 
         importance = _spread(seen, weights, keys, attention.o) * token_weight[:, at][:, None, :, None]
         importance = (importance / importance.mean().clamp_min(1e-30)).clamp_min(1e-4) ** settings.importance
         importance = rows.of_counted(importance / importance.mean())
-    return fit_scores.Target(at, keys, wanted.masked_fill_(weights == 0, 0.0), weights, importance)
+    return Target(at, keys, wanted.masked_fill_(weights == 0, 0.0), weights, importance)
 
 
 def _spread(seen: Seen, weights: Tensor, keys: int, outputs: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
+from upfit.calibration.products import rounded
 from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import closed_form, fit_values
 from upfit.convert.gqa.grouping import head_order, pair_costs, partition
@@ -27,15 +28,17 @@ def merge_layer(
     record.groups = groups
     per, size = heads // count, heads // kv_heads
     order = head_order(groups, per)
-    new_v, downs, new_o = [], [], o[:, order].clone()
+    new_v, downs, new_o, lost = [], [], o[:, order].clone(), 0.0
     for r, group in enumerate(groups):
         if not traits.values:
             new_v.append(v[group].mean(0))
+            lost = max(lost, _unlike(v[group]))
             downs.append(torch.empty(0, 0, dtype=v.dtype))
             continue
         own = slice(r * size, (r + 1) * size)
         moment, metric = group_values(sums, new_o[:, own], group, v.shape[1])
         merged = closed_form.merge_values(moment, metric, v.shape[1])
+        lost = max(lost, merged.lost)
         downs.append(merged.values)
         new_v.append(merged.values @ v[group].flatten(0, 1))
         turned = merged.outputs[group_owners(group, per)]
@@ -44,9 +47,14 @@ def merge_layer(
     result: dict[int, Merged] = {}
     one_length = traits.normed and (attention.k_norm is None or attention.k_norm.ndim == 1)
     for cut in _cuts(traits):
-        new_q, new_k = _merge_keys(traits, q, k, sums, groups, per, cut, one_length)
-        result[cut] = Merged(new_q.float(), new_k.float(), values, outputs, down, order, groups)
+        new_q, new_k, lost_keys = _merge_keys(traits, q, k, sums, groups, per, cut, one_length)
+        result[cut] = Merged(new_q.float(), new_k.float(), values, outputs, down, order, groups, max(lost, lost_keys))
     return result
+
+
+def _unlike(heads: Tensor) -> float:
+    """What the mean of `heads` [g, D, E'] loses, as a share of their energy."""
+    return float((heads - heads.mean(0)).square().sum() / heads.square().sum().clamp_min(closed_form.TINY))
 
 
 def group_owners(group: list[int], per: int) -> Tensor:
@@ -106,23 +114,27 @@ def _merge_keys(
     per: int,
     cut: int,
     one_length: bool,
-) -> tuple[Tensor, Tensor]:
-    """New queries [H, D, E'] and keys [G, D, E']. `one_length`: a norm of each head follows."""
+) -> tuple[Tensor, Tensor, float]:
+    """New queries [H, D, E'] and keys [G, D, E'], and the share of the scores' energy that they are expected to lose.
+    `one_length`: a norm of each head follows."""
     if not traits.keys:
-        return q, torch.stack([k[group].mean(0) for group in groups])
-    order, new_q, new_k = list(traits.order), [], []
+        return q, torch.stack([k[group].mean(0) for group in groups]), max(_unlike(k[group]) for group in groups)
+    order, new_q, new_k, errors = list(traits.order), [], [], []
     for group in groups:
-        moments = group_keys(sums, group, per, len(order))
-        merged = closed_form.merge_keys(traits, *moments, group_owners(group, per), cut)
+        moments, owners = group_keys(sums, group, per, len(order)), group_owners(group, per)
+        merged = closed_form.merge_keys(traits, *moments, owners, cut)
+        errors.append(closed_form.key_error(traits, merged, moments[0], moments[2], owners))
         own = k[group][:, order]
         if one_length and cut != closed_form.AVERAGED:  # which the norm takes away
             lengths = own.flatten(1).norm(dim=1).clamp_min(closed_form.TINY)
             own = own * (lengths.mean() / lengths)[:, None, None]
         new_k.append(merged.keys @ own.flatten(0, 1))
         new_q.append(merged.queries @ q[head_order([group], per)][:, order])
-    return torch.cat(new_q), torch.stack(new_k)
+    lost, total = (sum(part) for part in zip(*errors, strict=True))
+    return torch.cat(new_q), torch.stack(new_k), lost / max(total, closed_form.TINY)
 
 
+@rounded()
 def _rows_of(view: View, merged: Merged, attention: Attention, weight: Tensor) -> fit_values.Mixed:
     """The sampled rows of one batch for the fit of values and outputs."""
     size, parts, targets, tokens = len(merged.heads) // len(merged.groups), [], [], []

@@ -12,6 +12,7 @@ from upfit.calibration.ridge import Moments, ridge
 from upfit.calibration.traits import AttentionTraits, Turns
 from upfit.convert.gqa import closed_form, fit_scores, fit_values
 from upfit.convert.gqa.grouping import partition
+from upfit.convert.gqa.score_problem import Batch, Form, Point, Problem, Target, Weights
 
 HEADS, OLD, PAIRS, FREE, HIDDEN = 6, 3, 4, 2, 20
 WIDTH = 2 * PAIRS + FREE
@@ -135,8 +136,8 @@ def test_partition_finds_what_belongs_together() -> None:
     assert partition(torch.ones(12, 12), 3) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-def problem(norm: bool) -> tuple[fit_scores.Fit, fit_scores.Weights, list[fit_scores.Batch], fit_scores.Form]:
-    """Two windows, two targets of one batch, two new heads for six query heads."""
+def problem(norm: bool, sink: float = 0.0) -> tuple[Problem, Weights, list[Batch], Form]:
+    """Two windows, two targets of one batch, two new heads for six query heads; a sink takes a share of the weights."""
     tokens, kv_heads = 9, 2
     turns = torch.polar(torch.ones(tokens, PAIRS), torch.arange(tokens)[:, None] * 0.5 ** torch.arange(PAIRS))
     turns = turns.to(torch.complex128)
@@ -145,38 +146,63 @@ def problem(norm: bool) -> tuple[fit_scores.Fit, fit_scores.Weights, list[fit_sc
         at = torch.tensor(rows)
         allowed = torch.arange(keys)[None] <= at[:, None]
         wanted = drawn(2, HEADS, 2, keys, seed=number).masked_fill(~allowed, 0)
-        weights = drawn(2, HEADS, 2, keys, seed=5).masked_fill(~allowed, float("-inf")).softmax(-1)
-        targets.append(fit_scores.Target(at, keys, wanted, weights, drawn(2, HEADS, 2, 1, seed=3).abs()))
-    batches = [fit_scores.Batch(drawn(2, tokens, HIDDEN, seed=8), targets)]
+        weights = drawn(2, HEADS, 2, keys, seed=5).masked_fill(~allowed, float("-inf")).softmax(-1) * (1 - sink)
+        targets.append(Target(at, keys, wanted, weights, drawn(2, HEADS, 2, 1, seed=3).abs()))
+    batches = [Batch(drawn(2, tokens, HIDDEN, seed=8), targets)]
     rms = (lambda x: x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt()) if norm else None
-    form = fit_scores.Form(Turns(turns, turns), rms, rms, HEADS, kv_heads, WIDTH, 0.3)
+    form = Form(Turns(turns, turns), rms, rms, HEADS, kv_heads, WIDTH, 0.3)
     basis = torch.eye(HIDDEN, dtype=torch.float64)
-    point = fit_scores.Weights(drawn(HEADS * WIDTH, HIDDEN, seed=1), drawn(kv_heads * WIDTH, HIDDEN, seed=2))
-    return fit_scores.Fit(batches, form, basis, basis), point, batches, form
+    point = Weights(drawn(HEADS * WIDTH, HIDDEN, seed=1), drawn(kv_heads * WIDTH, HIDDEN, seed=2))
+    return Problem(batches, form, basis, basis), point, batches, form
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_gradient_and_curvature_are_those_of_the_error(norm: bool) -> None:
-    """Hand-written products equal autograd in float64: the gradient of the error, and JᵀMJ of its Gauss–Newton form."""
-    fit, point, _, _ = problem(norm)
-    sides = list(fit.sides(point))
-    gradient = fit.gradient(sides)
+def plain_scores(batch: Batch, form: Form, weights: Weights, target: Target) -> Tensor:
+    """[B, H, R, L]: the scores as a model computes them, one head after the other."""
+    sides = []
+    for inputs, weight, factors, norm in (
+        (batch.inputs[:, target.at], weights.q, form.turns.q[target.at], form.q_norm),
+        (batch.key_inputs[:, : target.keys], weights.k, form.turns.k[: target.keys], form.k_norm),
+    ):
+        heads = (inputs @ weight.T).unflatten(-1, (-1, form.width))
+        heads = norm(heads) if norm else heads
+        turned = torch.complex(heads[..., :PAIRS], heads[..., PAIRS : 2 * PAIRS]) * factors[:, None]
+        sides.append(torch.cat([turned.real, turned.imag, heads[..., 2 * PAIRS :]], -1))
+    q, k = sides
+    share = form.heads // form.kv_heads
+    return torch.stack([q[:, :, h] @ k[:, :, h // share].mT for h in range(form.heads)], 1) * form.scaling
+
+
+def plain_error(target: Target, gap: Tensor) -> Tensor:
+    """Σ importance · (Σ p δ² − (Σ p δ)²)"""
+    mean = (target.weights * gap).sum(-1, keepdim=True)
+    return (((target.weights * gap.square()).sum(-1, keepdim=True) - mean.square()) * target.importance).sum()
+
+
+@pytest.mark.parametrize(("norm", "sink"), [(False, 0.0), (True, 0.0), (False, 0.3)])
+def test_error_gradient_and_curvature_are_those_of_plain_scores(norm: bool, sink: float) -> None:
+    """Hand-written products equal autograd in float64: the error, its gradient, and JᵀMJ of its Gauss–Newton form."""
+    fit, point, batches, form = problem(norm, sink)
+    batch, targets = batches[0], batches[0].targets
     q, k = point.q.clone().requires_grad_(), point.k.clone().requires_grad_()
 
     def scored(q: Tensor, k: Tensor) -> list[Tensor]:
-        batch, a, b = next(iter(fit.sides(fit_scores.Weights(q, k))))
-        return [fit._scores(a.values[:, part], b.values[:, : t.keys]) for t, part in fit._parts(batch)]
+        return [plain_scores(batch, form, Weights(q, k), target) for target in targets]
 
-    targets = fit.batches[0].targets
-    error = sum(((t.seen(s - t.scores)) * (s - t.scores)).sum() for t, s in zip(targets, scored(q, k), strict=True))
-    assert isinstance(error, Tensor)
+    error = torch.stack([plain_error(t, s - t.scores) for t, s in zip(targets, scored(q, k), strict=True)]).sum()
+    total = torch.stack([plain_error(t, t.scores) for t in targets]).sum()
+    at = Point(fit, point)
+    assert fit.error(point) == pytest.approx(float(error.detach() / total), rel=1e-9)
+    assert at.error == pytest.approx(float(error.detach() / total), rel=1e-9)
     by_q, by_k = torch.autograd.grad(error, (q, k))
-    torch.testing.assert_close(gradient.q, -by_q / 2)
-    torch.testing.assert_close(gradient.k, -by_k / 2)
-    change = fit_scores.Weights(drawn(*point.q.shape, seed=4), drawn(*point.k.shape, seed=5))
+    torch.testing.assert_close(at.gradient.q, -by_q / 2)
+    torch.testing.assert_close(at.gradient.k, -by_k / 2)
+    change = Weights(drawn(*point.q.shape, seed=4), drawn(*point.k.shape, seed=5))
     moved = torch.func.jvp(lambda *w: tuple(scored(*w)), (point.q, point.k), (change.q, change.k))[1]
-    expected = sum((t.seen(m) * m).sum() for t, m in zip(targets, moved, strict=True))
-    torch.testing.assert_close(fit.curvature(sides, change).dot(change), expected)
+    expected = torch.stack([plain_error(t, m) for t, m in zip(targets, moved, strict=True)]).sum()
+    image = at.curvature(change)
+    torch.testing.assert_close(image.dot(change), expected)
+    other = Weights(drawn(*point.q.shape, seed=6), drawn(*point.k.shape, seed=7))
+    torch.testing.assert_close(image.dot(other), at.curvature(other).dot(change), msg="the curvature is symmetric")
 
 
 def test_fitting_scores_reaches_what_can_be_reached() -> None:
@@ -184,29 +210,40 @@ def test_fitting_scores_reaches_what_can_be_reached() -> None:
     opposite, the start stays."""
     _, point, batches, form = problem(norm=False)
     batch = batches[0]
-    basis = torch.eye(HIDDEN, dtype=torch.float64)
-    _, q, k = next(iter(fit_scores.Fit(batches, form, basis, basis).sides(point)))
-    exact = fit_scores.Fit(batches, form, basis, basis)
-    for target, part in exact._parts(batch):
-        target.scores = exact._scores(q.values[:, part], k.values[:, : target.keys])
-    start = point.plus(fit_scores.Weights(drawn(*point.q.shape, seed=6), drawn(*point.k.shape, seed=7)), 0.1)
-    single = [
-        fit_scores.Batch(
-            batch.inputs.float(),
-            [fit_scores.Target(t.at, t.keys, t.scores.float(), t.weights.float(), t.importance.float()) for t in batch.targets],
-        )
+    start = point.plus(Weights(drawn(*point.q.shape, seed=6), drawn(*point.k.shape, seed=7)), 0.1)
+    targets = [
+        Target(t.at, t.keys, plain_scores(batch, form, point, t).float(), t.weights.float(), t.importance.float())
+        for t in batch.targets
     ]
+    single = [Batch(batch.inputs.float(), targets)]
     turns = Turns(form.turns.q.to(torch.complex64), form.turns.k.to(torch.complex64))
-    small = fit_scores.Form(turns, None, None, form.heads, form.kv_heads, form.width, form.scaling)
+    small = Form(turns, None, None, form.heads, form.kv_heads, form.width, form.scaling)
     moment = batch.inputs.flatten(0, 1).T.float() @ batch.inputs.flatten(0, 1).float()
-    begin = fit_scores.Weights(start.q.float(), start.k.float())
-    done = fit_scores.fit_scores(single, single, small, begin, moment, moment, fit_scores.Effort(8, 30))
-    assert done.after[0] < 1e-3 * done.before[0]
-    against = [fit_scores.Batch(b.inputs, [replace(t, scores=-t.scores) for t in b.targets]) for b in single]
-    result = fit_scores.fit_scores(single, against, small, begin, moment, moment, fit_scores.Effort(8, 30))
+    begin = Weights(start.q.float(), start.k.float())
+    done = fit_scores.fit_scores(single, single, small, begin, moment, moment, fit_scores.Effort((30,) * 8))
+    assert done.before == pytest.approx(fit_scores.held_error(single, small, begin), rel=1e-3)
+    assert done.after == pytest.approx(fit_scores.held_error(single, small, done.weights), rel=1e-2, abs=1e-6)
+    assert done.after < 1e-2 * done.before
+    against = [Batch(b.inputs, [replace(t, scores=-t.scores) for t in b.targets]) for b in single]
+    result = fit_scores.fit_scores(single, against, small, begin, moment, moment, fit_scores.Effort((30,) * 8))
     assert result.after == result.before
     for stays, was in ((result.weights.q, begin.q), (result.weights.k, begin.k)):
         torch.testing.assert_close(stays, was, rtol=1e-4, atol=1e-4)
+
+
+def test_the_ridge_draws_to_the_start() -> None:
+    """At the start it pulls nothing; away from it, it takes the solution of (J + ridge·diag) where the gradient is none."""
+    fit, point, _, _ = problem(norm=False)
+    at = Point(fit, point)
+    at.gradient = Weights(torch.zeros_like(point.q), torch.zeros_like(point.k))
+    rows = Weights(torch.ones(len(point.q), 1).double(), torch.ones(len(point.k), 1).double())
+    still = fit_scores._conjugate_gradients(at, rows, at.gradient, 50)
+    assert float(still.dot(still)) == 0
+    away = Weights(drawn(*point.q.shape, seed=4), drawn(*point.k.shape, seed=5))
+    step = fit_scores._conjugate_gradients(at, rows, away, 2000)
+    image = at.curvature(step).plus(step, fit_scores.RIDGE)
+    torch.testing.assert_close(image.q, -fit_scores.RIDGE * away.q, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(image.k, -fit_scores.RIDGE * away.k, rtol=1e-4, atol=1e-6)
 
 
 def test_ridge_keeps_what_is_good() -> None:

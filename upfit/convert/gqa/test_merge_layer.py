@@ -15,10 +15,10 @@ from upfit.calibration.observe import Seen
 from upfit.calibration.statistics import Rows
 from upfit.calibration.teacher_student import PairedBatch
 from upfit.convert.gqa import closed_form, fit_values
-from upfit.convert.gqa.fit_scores import Target
 from upfit.convert.gqa.grouping import pair_costs
 from upfit.convert.gqa.layer_state import LayerRecord, Merged, Settings, View, _spread, _target
 from upfit.convert.gqa.merge_layer import CUTS, _cuts, choose_groups, merge_layer, refine
+from upfit.convert.gqa.score_problem import Target
 from upfit.convert.gqa.test_closed_form import FREE, OLD, PAIRS, WIDTH, drawn, moments, traits
 
 VALUE, HIDDEN, SAMPLES = 4, 12, 60
@@ -156,7 +156,7 @@ def view_of(held: bool, seed: int, merged: bool = False) -> View:
 def refined(*views: View) -> tuple[Tensor, Tensor]:
     """Shared values and outputs after one round from DOWN and OUTPUTS."""
     v = drawn(OLD, VALUE, HIDDEN)
-    merged = Merged(OUTPUTS, v, DOWN @ v.flatten(0, 1), OUTPUTS, DOWN, list(range(OLD)), [list(range(OLD))])
+    merged = Merged(OUTPUTS, v, DOWN @ v.flatten(0, 1), OUTPUTS, DOWN, list(range(OLD)), [list(range(OLD))], 1.0)
     refine(traits(), Attention(v=v, o=OUTPUTS), merged, list(views), 0.0)
     return merged.v, merged.o
 

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from upfit.architecture.loading import multiplies_bfloat16_fast
 from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.output import Output
@@ -28,11 +29,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it faster than float32, unless the config decides."""
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16_fast(device) else torch.float32
 
 
 def load_models(
