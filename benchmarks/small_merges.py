@@ -86,7 +86,7 @@ def measure(folder: Path, source: Path, config: dict[str, Any]) -> tuple[Losses,
     if not config.get("is_encoder_decoder"):
         windows = make_windows(python_documents(), tokenizer, LENGTH, WINDOWS)
         with QUIET.progress("", len(windows)) as meter:
-            return window_losses(model, windows, BATCH, str(folder), meter), [window.document for window in windows]
+            return window_losses(model, windows, BATCH, str(folder), meter), [str(window.document) for window in windows]
     examples = read_examples(source, config, None, "text", "text", EXAMPLES, QUIET, python_documents).examples
     with QUIET.progress("", len(examples)) as meter:
         losses = example_losses(model, examples, tokenizer, padding_of(config), BATCH, str(folder), meter)

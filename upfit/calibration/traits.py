@@ -22,10 +22,10 @@ class AttentionTraits:
     every pair, the second of every pair, and those that no rotation touches.
 
     `values`: the values are v_proj's output and o_proj sees the attention's output, so a re-basis of V is taken up by O.
-    `keys`: queries and keys are projections, normed if `normed`, then rotated, so a factor on a pair is taken up by the
-    queries. `factors`: such factors are exact (always without norms; with them only if their scales agree on each pair).
-    `movable`: no weight but the projections belongs to a head, and no bias by position, so heads may change places. `reasons`
-    tells what is left out.
+    `keys`: queries and keys are projections, normed if `normed`, then rotated (before the norm if `norm_last`), so a factor on
+    a pair is taken up by the queries. `factors`: such factors are exact (always without norms; with them only if their scales
+    agree on each pair). `movable`: no weight but the projections belongs to a head, and no bias by position, so heads may change
+    places. `reasons` tells what is left out.
     """
 
     values: bool
@@ -38,6 +38,7 @@ class AttentionTraits:
     speeds: tuple[float, ...]  # radians a token, of each pair
     residual: Residual | None
     reasons: tuple[str, ...] = ()
+    norm_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,17 @@ def probe_attention(place: Place, hidden: Tensor, call: Call) -> tuple[Attention
     movable = keys and values and _only_projections(attention, present, shape) and _heads_alike(seen.mask)
     residual = find_residual(watched, place, outer, reasons)
     traits = AttentionTraits(
-        values, keys, normed, factors, movable, layout.pairs, layout.order, layout.speeds, residual, tuple(reasons)
+        values,
+        keys,
+        normed,
+        factors,
+        movable,
+        layout.pairs,
+        layout.order,
+        layout.speeds,
+        residual,
+        tuple(reasons),
+        layout.norm_last,
     )
     return traits, turns
 
@@ -118,6 +129,7 @@ class _Layout:
     pairs: int
     order: tuple[int, ...]
     speeds: tuple[float, ...]
+    norm_last: bool = False
 
 
 def _rotation(
@@ -128,15 +140,18 @@ def _rotation(
     none = torch.empty(tokens["k"], 0, device=seen.k.device)
     nothing = Turns(none[: tokens["q"]], none), _Layout(0, tuple(range(width)), ())
     before, after = {}, {"k": seen.k.transpose(1, 2).double(), "q": seen.q.transpose(1, 2).double()}
+    norm_last = all(_norm_is_last(after[part], taps.get(f"{part}_norm")) for part in after)
     for part, heads in (("k", shape.kv_heads), ("q", shape.heads)):
-        raw = taps[f"{part}_norm"][1] if f"{part}_norm" in taps else taps[part][1]
+        norm = taps.get(f"{part}_norm")
+        if norm_last and norm is not None:  # rotated first: the rotation ends where the norm begins
+            after[part], norm = heads_view(norm[0], tokens[part], heads).double(), None
+        raw = taps[part][1] if norm is None else norm[1]
         if raw.numel() != after[part].numel() or after[part].shape[2] != heads:
             reasons.append(
                 f"its {'keys' if part == 'k' else 'queries'} are not the output of {part}_proj, so keys are averaged"
             )
             return False, *nothing
         before[part] = heads_view(raw, tokens[part], heads).double()
-        norm = taps.get(f"{part}_norm")
         if norm is not None and not _same(norm[0], taps[part][1], tokens[part], heads):
             reasons.append(f"its {part}_norm does not follow {part}_proj at once, so keys are averaged")
             return False, *nothing
@@ -153,10 +168,17 @@ def _rotation(
             fast = sorted(range(half), key=lambda pair: -float(step[pair]))
             order = tuple([first[p] for p in fast] + [second[p] for p in fast] + free)
             q, k = ((turns[part] / scales[part])[:, fast].to(torch.complex64) for part in ("q", "k"))
-            layout = _Layout(half, order, tuple(float(step[p]) for p in fast))
+            layout = _Layout(half, order, tuple(float(step[p]) for p in fast), norm_last)
             return True, Turns(q, k, scales["q"] * scales["k"]), layout
     reasons.append("its rotation of keys is not one of pairs of dimensions by position, so keys are averaged")
     return False, *nothing
+
+
+def _norm_is_last(after: Tensor, norm: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether the attention is given what the norm gave out: heads `after` [B, T, heads, D], as numbers in any order."""
+    if norm is None or norm[1].numel() != after.numel():
+        return False
+    return torch.equal(heads_view(norm[1], after.shape[1], after.shape[2]).double(), after)
 
 
 def _scale(before: Tensor, after: Tensor) -> float:

@@ -199,7 +199,8 @@ def _form(
             return None  # a scale for each head, or one over all heads: fitted by nothing but the drift
         norms[part] = _in_order(module, list(traits.order))
     shape = pair.layer.geometry
-    return Form(turns, norms["q_norm"], norms["k_norm"], shape.heads, kv_heads, shape.head_dim, scaling)
+    heads = (shape.heads, kv_heads, shape.head_dim)
+    return Form(turns, norms["q_norm"], norms["k_norm"], *heads, scaling, traits.norm_last)
 
 
 def _in_order(module: nn.Module, order: list[int]) -> Norm:

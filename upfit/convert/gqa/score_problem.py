@@ -64,7 +64,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Form:
-    """How projections become scores: the rotation, norms of queries and keys [B, T, heads, D] (None: none), head counts."""
+    """How projections become scores: the rotation, norms of queries and keys [B, T, heads, D] (None: none), which come before
+    the rotation or, with `norm_last`, behind it; head counts."""
 
     turns: Turns
     q_norm: Norm | None
@@ -73,56 +74,66 @@ class Form:
     kv_heads: int
     width: int
     scaling: float
+    norm_last: bool = False
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A rotation of the pairs of [N, heads, D] by complex factors [N, P], times `scale`."""
+    """A rotation of the pairs of [.., N, heads, D] by complex factors [N, P]."""
 
     cos: Tensor  # [N, 1, D]
     sin: Tensor
     pairs: int
 
     @staticmethod
-    def of(factors: Tensor, width: int, scale: float = 1.0) -> "Turn":
+    def of(factors: Tensor, width: int) -> "Turn":
         rest = factors.real.new_zeros(len(factors), width - 2 * factors.shape[1])
-        cos = torch.cat([factors.real, factors.real, rest + 1], 1) * scale
-        sin = torch.cat([-factors.imag, factors.imag, rest], 1) * scale
+        cos = torch.cat([factors.real, factors.real, rest + 1], 1)
+        sin = torch.cat([-factors.imag, factors.imag, rest], 1)
         return Turn(cos[:, None], sin[:, None], factors.shape[1])
 
     def __call__(self, x: Tensor, back: bool = False) -> Tensor:
         """`x` turned; `back`: by the conjugates (the adjoint)."""
         if self.pairs == 0:
-            return x * self.cos
+            return x
         first, second, rest = x[..., : self.pairs], x[..., self.pairs : 2 * self.pairs], x[..., 2 * self.pairs :]
         return torch.addcmul(x * self.cos, torch.cat([second, first, rest], -1), self.sin, value=-1 if back else 1)
 
 
 class Side:
-    """Queries or keys of all windows: `inputs` [N, E], and how a projection [heads·D, E] and a change of it make values."""
+    """Queries or keys of all windows: `inputs` [N, E], and how a projection [heads·D, E] and a change of it make values: heads
+    that are turned and normed (or normed and turned), times `scale`."""
 
-    def __init__(self, inputs: Tensor, turn: Turn, norm: Norm | None, width: int) -> None:
-        self.inputs, self.turn, self.norm, self.width = inputs, turn, norm, width
+    def __init__(self, inputs: Tensor, factors: Tensor, norm: Norm | None, form: Form, scale: float = 1.0) -> None:
+        self.inputs, self.norm, self.norm_last = inputs, norm, form.norm_last
+        self.turn, self.width, self.scale = Turn.of(factors, form.width), form.width, scale
 
     def project(self, weight: Tensor) -> Tensor:
-        """[N, heads, D]"""
-        return (self.inputs @ weight.T).unflatten(-1, (-1, self.width))
+        """[1, N, heads, D]"""
+        return (self.inputs @ weight.T).unflatten(-1, (-1, self.width))[None]
+
+    def _shaped(self, heads: Tensor) -> Tensor:
+        if self.norm is None:
+            return self.turn(heads) * self.scale
+        return (self.norm(self.turn(heads)) if self.norm_last else self.turn(self.norm(heads))) * self.scale
 
     def values(self, projected: Tensor) -> Tensor:
-        return self.turn(self.norm(projected[None])[0] if self.norm else projected)
+        """[N, heads, D]"""
+        return self._shaped(projected)[0]
 
     def push(self, projected: Tensor, change: Tensor) -> Tensor:
         """How the values move with a `change` of the weight, where they are made of `projected`."""
         moved = self.project(change)
-        if self.norm:
-            moved = torch.func.jvp(self.norm, (projected[None],), (moved[None],))[1][0]
-        return self.turn(moved)
+        if self.norm is None:
+            return self._shaped(moved)[0]
+        return torch.func.jvp(self._shaped, (projected,), (moved,))[1][0]
 
     def pull(self, projected: Tensor, gradient: Tensor) -> Tensor:
         """The adjoint of `push`: [heads·D, E] for a gradient by the values."""
-        gradient = self.turn(gradient, back=True)
-        if self.norm:
-            gradient = torch.func.vjp(self.norm, projected[None])[1](gradient[None])[0][0]
+        if self.norm is None:
+            gradient = self.turn(gradient * self.scale, back=True)
+        else:
+            gradient = torch.func.vjp(self._shaped, projected)[1](gradient[None])[0][0]
         return gradient.flatten(1).T @ self.inputs
 
 
@@ -169,9 +180,8 @@ class Problem:
                     row += len(target.at)
             position += count * length
         self.total = sum(_energy(window) for window in self.windows)
-        width, norms = form.width, (form.q_norm, form.k_norm)
-        self.q = Side(torch.cat(queries), Turn.of(torch.cat(q_turns), width, form.scaling), norms[0], width)
-        self.k = Side(torch.cat(keys), Turn.of(torch.cat(k_turns), width), norms[1], width)
+        self.q = Side(torch.cat(queries), torch.cat(q_turns), form.q_norm, form, form.scaling)
+        self.k = Side(torch.cat(keys), torch.cat(k_turns), form.k_norm, form)
 
     def of_window(self, window: Window, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """[n·R, D] of `q` [N, H, D] and [L, D] of `k` [N', G, D], less the mean that the rows look at: a softmax does not see

@@ -136,8 +136,9 @@ def test_partition_finds_what_belongs_together() -> None:
     assert partition(torch.ones(12, 12), 3) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-def problem(norm: bool, sink: float = 0.0) -> tuple[Problem, Weights, list[Batch], Form]:
-    """Two windows, two targets of one batch, two new heads for six query heads; a sink takes a share of the weights."""
+def problem(norm: bool, sink: float = 0.0, last: bool = False) -> tuple[Problem, Weights, list[Batch], Form]:
+    """Two windows, two targets of one batch, two new heads for six query heads; a share of the weights is a `sink`'s. `last`:
+    norms stand behind the rotation."""
     tokens, kv_heads = 9, 2
     turns = torch.polar(torch.ones(tokens, PAIRS), torch.arange(tokens)[:, None] * 0.5 ** torch.arange(PAIRS))
     turns = turns.to(torch.complex128)
@@ -149,8 +150,9 @@ def problem(norm: bool, sink: float = 0.0) -> tuple[Problem, Weights, list[Batch
         weights = drawn(2, HEADS, 2, keys, seed=5).masked_fill(~allowed, float("-inf")).softmax(-1) * (1 - sink)
         targets.append(Target(at, keys, wanted, weights, drawn(2, HEADS, 2, 1, seed=3).abs()))
     batches = [Batch(drawn(2, tokens, HIDDEN, seed=8), targets)]
-    rms = (lambda x: x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt()) if norm else None
-    form = Form(Turns(turns, turns), rms, rms, HEADS, kv_heads, WIDTH, 0.3)
+    scales = 1 + drawn(WIDTH, seed=9).abs()  # a norm's own, which tells before the rotation from behind it
+    rms = (lambda x: x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt() * scales) if norm else None
+    form = Form(Turns(turns, turns), rms, rms, HEADS, kv_heads, WIDTH, 0.3, last)
     basis = torch.eye(HIDDEN, dtype=torch.float64)
     point = Weights(drawn(HEADS * WIDTH, HIDDEN, seed=1), drawn(kv_heads * WIDTH, HIDDEN, seed=2))
     return Problem(batches, form, basis, basis), point, batches, form
@@ -164,9 +166,10 @@ def plain_scores(batch: Batch, form: Form, weights: Weights, target: Target) -> 
         (batch.key_inputs[:, : target.keys], weights.k, form.turns.k[: target.keys], form.k_norm),
     ):
         heads = (inputs @ weight.T).unflatten(-1, (-1, form.width))
-        heads = norm(heads) if norm else heads
+        heads = norm(heads) if norm and not form.norm_last else heads
         turned = torch.complex(heads[..., :PAIRS], heads[..., PAIRS : 2 * PAIRS]) * factors[:, None]
-        sides.append(torch.cat([turned.real, turned.imag, heads[..., 2 * PAIRS :]], -1))
+        heads = torch.cat([turned.real, turned.imag, heads[..., 2 * PAIRS :]], -1)
+        sides.append(norm(heads) if norm and form.norm_last else heads)
     q, k = sides
     share = form.heads // form.kv_heads
     return torch.stack([q[:, :, h] @ k[:, :, h // share].mT for h in range(form.heads)], 1) * form.scaling
@@ -178,10 +181,12 @@ def plain_error(target: Target, gap: Tensor) -> Tensor:
     return (((target.weights * gap.square()).sum(-1, keepdim=True) - mean.square()) * target.importance).sum()
 
 
-@pytest.mark.parametrize(("norm", "sink"), [(False, 0.0), (True, 0.0), (False, 0.3)])
-def test_error_gradient_and_curvature_are_those_of_plain_scores(norm: bool, sink: float) -> None:
+@pytest.mark.parametrize(
+    ("norm", "sink", "last"), [(False, 0.0, False), (True, 0.0, False), (True, 0.0, True), (False, 0.3, False)]
+)
+def test_error_gradient_and_curvature_are_those_of_plain_scores(norm: bool, sink: float, last: bool) -> None:
     """Hand-written products equal autograd in float64: the error, its gradient, and JᵀMJ of its Gauss–Newton form."""
-    fit, point, batches, form = problem(norm, sink)
+    fit, point, batches, form = problem(norm, sink, last)
     batch, targets = batches[0], batches[0].targets
     q, k = point.q.clone().requires_grad_(), point.k.clone().requires_grad_()
 
