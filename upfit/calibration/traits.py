@@ -24,8 +24,8 @@ class AttentionTraits:
     `values`: the values are v_proj's output and o_proj sees the attention's output, so a re-basis of V is taken up by O.
     `keys`: queries and keys are projections, normed if `normed`, then rotated (before the norm if `norm_last`), so a factor on
     a pair is taken up by the queries. `factors`: such factors are exact (always without norms; with them only if their scales
-    agree on each pair). `movable`: no weight but the projections belongs to a head, and no bias by position, so heads may change
-    places. `reasons` tells what is left out.
+    agree on each pair). `movable`: no weight but the projections belongs to a head, and no bias by position, so heads may
+    change places. `reasons` tells what is left out.
     """
 
     values: bool

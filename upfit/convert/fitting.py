@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from upfit import provenance
-from upfit.architecture.loading import pick_device
+from upfit.architecture.loading import multiplies_bfloat16_fast, pick_device
 from upfit.calibration.carried import Carried
 from upfit.calibration.example_sample import ExampleSample
 from upfit.calibration.fit_work import Entry, FitWork
@@ -166,6 +166,7 @@ def identity(calibration: Calibration, settings: dict[str, Any], layers: "list[L
         # Sums are taken in an order that depends on these, and differ in their last bits.
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "quick_products": multiplies_bfloat16_fast(torch.device(device)),
     }
 
 
