@@ -108,12 +108,14 @@ def _key_sums(seen: Seen, traits: AttentionTraits, rows: Rows, weights: Tensor) 
     sums = {"keys": total.double(), "queries": (queries.transpose(1, 2) @ queries).double()}
     if pairs:
         turned = torch.complex(keys[..., :pairs], keys[..., pairs : 2 * pairs]).flatten(0, 1).permute(2, 1, 0)  # [P, K, N]
-        parts = []
+        turned = turned.contiguous()
+        across, parts = turned.mH.resolve_conj().contiguous(), []  # else each product would copy it
         for head, mean in enumerate(means):
             width = keys.shape[-1]
             middle = mean.unflatten(1, (-1, width))
             centre = torch.complex(middle[..., :pairs], middle[..., pairs : 2 * pairs]).permute(2, 1, 0)  # [P, K, B·R]
             weighted = turned * columns[:, head].flatten()
-            parts.append(weighted @ turned.mH - centre @ centre.mH)
+            centre = centre.contiguous()
+            parts.append(weighted @ across - centre @ centre.mH.resolve_conj())
         sums["key_pairs"] = torch.view_as_real(torch.stack(parts)).double()
     return sums

@@ -245,7 +245,7 @@ def test_the_ridge_draws_to_the_start() -> None:
     still = fit_scores._conjugate_gradients(at, rows, at.gradient, 50)
     assert float(still.dot(still)) == 0
     away = Weights(drawn(*point.q.shape, seed=4), drawn(*point.k.shape, seed=5))
-    step = fit_scores._conjugate_gradients(at, rows, away, 2000)
+    step = fit_scores._conjugate_gradients(at, rows, away, 400)
     image = at.curvature(step).plus(step, fit_scores.RIDGE)
     torch.testing.assert_close(image.q, -fit_scores.RIDGE * away.q, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(image.k, -fit_scores.RIDGE * away.k, rtol=1e-4, atol=1e-6)
