@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from upfit.convert.recipe import FitContext
 
 FORWARDS = 2.3  # passes of a block: the teacher's, and the student's in pieces
-PASSES = 10  # over all sampled scores, for each product with the curvature
+PASSES = 6  # over all sampled scores, for each product with the curvature
 
 
 def work(context: "FitContext", choice: Choice) -> Work:
@@ -100,5 +100,5 @@ def _scores(block: Block, kv_heads: int, tokens: float, rows: float, pairs: floa
     """Gauss–Newton: products with the curvature. Errors are tried as well, and steps end early: one makes up for the other."""
     shape, effort = block.geometry, Effort()
     projections = 2 * block.hidden * shape.head_dim * (rows * shape.heads + tokens * kv_heads)
-    scores = pairs * shape.heads * (4 * shape.head_dim + PASSES * estimate.A_NUMBER)
+    scores = pairs * shape.heads * (5 * shape.head_dim + PASSES * estimate.A_NUMBER)
     return (sum(effort.iterations) + len(effort.iterations) + 2) * (projections + scores)
