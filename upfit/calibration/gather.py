@@ -7,7 +7,7 @@ from torch import Tensor
 from upfit.architecture.layers import Architecture
 from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import Opaque
-from upfit.calibration.statistics import ROWS, THIN, add, observe, thinned
+from upfit.calibration.statistics import ROWS, add, observe
 from upfit.calibration.teacher_student import LayerPair, PairedBatch, pass_by
 from upfit.calibration.traits import AttentionTraits
 
@@ -51,7 +51,7 @@ def _gather(pair: LayerPair) -> tuple[LayerSums, list[Tensor]]:
     outputs = []
     for batch, watched, rows in pair.watch(rows=ROWS):
         if not batch.held:
-            add(sums, observe(watched.seen, traits, [thinned(sampled, THIN) for sampled in rows]))
+            add(sums, observe(watched.seen, traits, rows))
         outputs.append(watched.output)
     stored = {name: tensor.float().cpu().contiguous() for name, tensor in sums.items()}
     return LayerSums(pair.layer.path, traits, stored), outputs

@@ -40,12 +40,6 @@ class Rows:
         return rows * self.counted[:, None].reshape(*self.counted[:, None].shape, *[1] * (rows.ndim - 3))
 
 
-def thinned(rows: Rows, every: int) -> Rows:
-    """One in `every` of the rows, at least one."""
-    return Rows(rows.at[::every], rows.keys, None if rows.counted is None else rows.counted[:, ::every])
-
-
-THIN = 3  # of the sampled rows one in so many is enough for second moments
 ROWS = 96  # query positions sampled of each SEGMENT
 
 

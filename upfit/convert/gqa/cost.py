@@ -93,7 +93,7 @@ def _values(block: Block, kv_heads: int, rows: float, pairs: float) -> float:
     group, joint = shape.kv_heads // kv_heads * shape.v_head_dim, shape.heads * shape.v_head_dim
     step = 2 * rows * (shape.heads * shape.v_head_dim * group + block.hidden * joint)
     solve = rows * joint * (joint + block.hidden) + estimate.A_DOUBLE * (joint**3 / 3 + block.hidden * joint**2)
-    return pairs * shape.heads * group + ROUNDS * (ITERATIONS * step + solve)
+    return pairs * shape.heads * group + (ROUNDS + 1) * (ITERATIONS * step + solve)
 
 
 def _scores(block: Block, kv_heads: int, tokens: float, rows: float, pairs: float) -> float:

@@ -21,7 +21,7 @@ SHORTEST = 0.5  # share of a step that is tried last
 class Effort:
     """How hard to try: conjugate-gradient iterations of each Gauss–Newton step."""
 
-    iterations: tuple[int, ...] = (3, 10)
+    iterations: tuple[int, ...] = (3, 6, 12)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from upfit.calibration.ridge import Moments
 
 ROUNDS = 3  # outputs and values in turn; it ends before where what is held back gains nothing
 ITERATIONS = 6  # conjugate gradients a round
-RIDGE = 1.0  # of each input's own power, towards the closed form: rows are few, and all tokens fit the projection afterwards
+RIDGES = (1.0, 0.1)  # of each input's own power, towards the closed form, for rows are few; the first round chooses
 NEGLIGIBLE = 1e-9  # a share of the energy that is rounding: what is fitted so well is left alone
 
 
@@ -34,13 +34,19 @@ def refine_values(fit: Mixed, held: Mixed, down: Tensor, outputs: Tensor) -> tup
     best, error = (down, outputs), _error(held, down, outputs)
     if error < NEGLIGIBLE * float((held.target.square().sum(1) * held.weight).sum()):
         return best
-    for _ in range(ROUNDS):
-        outputs = _improve_outputs(fit, down, prior).reshape(outputs.shape)
-        down = _improve_down(fit, down, outputs)
-        trial = _error(held, down, outputs)
-        if trial >= error:
+
+    def improved(down: Tensor, ridge: float) -> tuple[float, Tensor, Tensor]:
+        new_outputs = _improve_outputs(fit, down, prior, ridge).reshape(outputs.shape)
+        new_down = _improve_down(fit, down, new_outputs)
+        return _error(held, new_down, new_outputs), new_down, new_outputs
+
+    ridge, trial = min(((ridge, improved(down, ridge)) for ridge in RIDGES), key=lambda tried: tried[1][0])
+    for left in reversed(range(ROUNDS)):
+        if trial[0] >= error:
             break
-        best, error = (down, outputs), trial
+        error, best = trial[0], trial[1:]
+        if left:
+            trial = improved(best[0], ridge)
     return best
 
 
@@ -60,12 +66,12 @@ def _error(rows: Mixed, down: Tensor, outputs: Tensor) -> float:
     return float((gap.square().sum(1) * rows.weight).sum())
 
 
-def _improve_outputs(rows: Mixed, down: Tensor, prior: Tensor) -> Tensor:
+def _improve_outputs(rows: Mixed, down: Tensor, prior: Tensor, ridge: float) -> Tensor:
     """The output projection [E, G·n·V] for these shared values, drawn to `prior`."""
     moments = Moments()
     moments.add(_mixed(rows, down), rows.target, rows.weight)
     assert moments.inputs is not None and moments.cross is not None
-    power = RIDGE * (moments.inputs.diagonal() + 1e-4 * moments.inputs.diagonal().mean() + 1e-30)
+    power = ridge * (moments.inputs.diagonal() + 1e-4 * moments.inputs.diagonal().mean() + 1e-30)
     solved = torch.linalg.solve(moments.inputs + torch.diag(power), (moments.cross + prior.double() * power).T).T
     return solved.to(prior.dtype)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from upfit.architecture.attention import Attention
 from upfit.calibration.observe import Seen
-from upfit.calibration.statistics import ROWS, THIN, Rows, add, observe, thinned
+from upfit.calibration.statistics import ROWS, Rows, add, observe
 from upfit.calibration.teacher_student import LayerPair, PairedBatch, stream_before, taps_before
 from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa.fit_scores import Effort
@@ -98,7 +98,7 @@ def watch_teacher(
     extra = (*taps_before(pair.place, traits.residual), *([sum_path] if sum_path else []))
     for batch, watched, rows in pair.watch((q, k, o, *extra), settings.rows):
         if not batch.held:
-            add(sums, observe(watched.seen, traits, [thinned(sampled, THIN) for sampled in rows]))
+            add(sums, observe(watched.seen, traits, rows))
         inputs, of_keys, attended = watched.taps[q][0], watched.taps[k][0], watched.taps[o][1]
         of_keys = inputs if of_keys.data_ptr() == inputs.data_ptr() else of_keys
         before = stream_before(batch.teacher, pair.place, watched.taps, traits.residual)
