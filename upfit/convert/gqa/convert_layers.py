@@ -100,7 +100,8 @@ def _convert(pair: LayerPair, statistics: LayerStatistics | None, settings: Sett
     form = _form(pair, traits, turns, attention, views[0].scaling * turns.scale, settings.kv_heads)
     lossy = min(merge.lost for merge in merges.values()) > NEARLY_NOTHING  # and where nothing is lost, rounding shall not be
     with quick_products(device, lossy):
-        new = _fit_layer(pair, traits, attention, form, choices, views, settings, record)
+        merged = _fit_heads(pair, traits, attention, form, choices, views, settings, record)
+        new = _fit_layer(pair, traits, attention, merged, views, settings, record)
     return record, new
 
 
@@ -108,14 +109,12 @@ def _fit_layer(
     pair: LayerPair,
     traits: AttentionTraits,
     attention: Attention,
-    form: Form | None,
-    choices: dict[int, Merged],
+    merged: Merged,
     views: list[View],
     settings: Settings,
     record: LayerRecord,
 ) -> dict[str, Tensor]:
-    """The layer's new tensors by name, from its `choices` of merges; both streams move on."""
-    merged = _fit_heads(pair, traits, attention, form, choices, views, settings, record)
+    """The layer's new tensors by name, with its heads `merged`; both streams move on."""
     for view in views:
         view.targets.clear()  # of a large model they are what the ridges below need room for
     new = _replace_parts(pair, pack(pair.layer, traits, attention, merged), ("q", "k", "v", "k_norm", "o"))
