@@ -35,6 +35,7 @@ class Shape:
     model: str  # its class in transformers
     config: dict[str, Any]
     task: str = "text"  # or "spans", "masks"
+    muon: float = 0.02  # the rate of hidden matrices, the embedded model's
 
 
 COMMON = {name: CONFIG[name] for name in CONFIG if name != "vocab_size"}
@@ -46,8 +47,8 @@ SHAPES = {
     "gpt2": Shape("GPT2LMHeadModel", {"n_embd": 192, "n_layer": 4, "n_head": 8, "n_positions": 1024}),
     "bloom": Shape("BloomForCausalLM", {"hidden_size": 192, "n_layer": 4, "n_head": 8}),
     "t5": Shape(
-        "T5ForConditionalGeneration", {"d_model": 192, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 8}, "spans"
-    ),
+        "T5ForConditionalGeneration", {"d_model": 192, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 8}, "spans", 0.005
+    ),  # its scores are not divided by the root of their width, so that large steps of queries and keys end its learning
     "bart": Shape(
         "BartForConditionalGeneration",
         {"d_model": 192, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512, "max_position_embeddings": 1024, **HALF},
@@ -104,20 +105,22 @@ def maker(task: str, tokenizer: Any) -> Callable[[Tensor, int], dict[str, Tensor
     return make
 
 
-def optimizers(model: Any) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for tables and vectors, at the embedded model's rates."""
+def optimizers(model: Any, muon: float) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices at the rate `muon`, AdamW for tables and vectors at the embedded model's."""
     named = dict(model.named_parameters())
     hidden = [p for name, p in named.items() if p.ndim == 2 and not any(word in name for word in TABLES)]
     rest = [p for name, p in named.items() if p.ndim != 2 or any(word in name for word in TABLES)]
     return [
-        torch.optim.Muon(hidden, lr=0.02, weight_decay=0.05, momentum=0.95),
+        torch.optim.Muon(hidden, lr=muon, weight_decay=0.05, momentum=0.95),
         torch.optim.AdamW(rest, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
-def train(model: Any, tokens: np.ndarray, make: Callable[[Tensor, int], dict[str, Tensor]], steps: int) -> float:
+def train(
+    model: Any, tokens: np.ndarray, make: Callable[[Tensor, int], dict[str, Tensor]], steps: int, muon: float
+) -> float:
     """The loss in nats a token, as the mean of the last 50 steps."""
-    opts, losses, began = optimizers(model), list[float](), time.monotonic()
+    opts, losses, began = optimizers(model, muon), list[float](), time.monotonic()
     peaks = [[group["lr"] for group in opt.param_groups] for opt in opts]
     for step in range(steps):
         for opt, peak in zip(opts, peaks, strict=True):
@@ -147,7 +150,7 @@ def main() -> None:
     tokenizer = tokenizer_of(shape.task)
     torch.manual_seed(0)
     model = make_model(shape, tokenizer)
-    loss = train(model, tokens, maker(shape.task, tokenizer), args.tokens // (BATCH * CONTEXT))
+    loss = train(model, tokens, maker(shape.task, tokenizer), args.tokens // (BATCH * CONTEXT), shape.muon)
     model.config.use_cache = True
     model.save_pretrained(args.folder / args.shape)
     tokenizer.save_pretrained(args.folder / args.shape)
