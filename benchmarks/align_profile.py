@@ -26,13 +26,13 @@ from upfit.output import Output
 STEPS = {  # the step: the functions that it is
     "run layers": ["upfit.calibration.observe.run_block", "upfit.calibration.observe.run_until"],
     "traits": ["upfit.calibration.traits.probe_attention"],
-    "teacher's rows": ["upfit.convert.gqa.layer_state._target"],
+    "teacher's rows": ["upfit.calibration.teacher_view._target"],
     "statistics": ["upfit.calibration.statistics.observe"],
     "closed forms": ["upfit.convert.gqa.merge_layer.merge_layer"],
     "values": ["upfit.convert.gqa.merge_layer.refine"],
-    "drift": ["upfit.convert.gqa.convert_layers._drifts"],
-    "cuts": ["upfit.convert.gqa.fit_scores.held_error"],
-    "scores": ["upfit.convert.gqa.fit_scores.fit_scores"],
+    "drift": ["upfit.calibration.stream_refit.drifts_of"],
+    "cuts": ["upfit.calibration.scores.fit.held_error"],
+    "scores": ["upfit.calibration.scores.fit.fit_scores"],
     "moments": ["upfit.calibration.ridge.Moments.add"],
     "ridges": ["upfit.calibration.ridge.ridge"],
 }
@@ -43,8 +43,9 @@ READERS = (  # the modules that import them by name
     "upfit.calibration.capture",
     "upfit.calibration.gather",
     "upfit.calibration.traits",
-    "upfit.convert.gqa.layer_state",
+    "upfit.calibration.teacher_view",
     "upfit.convert.gqa.merge_layer",
+    "upfit.calibration.stream_refit",
     "upfit.convert.gqa.convert_layers",
     "upfit.convert.gqa.fit_values",
 )

@@ -116,9 +116,7 @@ def optimizers(model: Any, muon: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(
-    model: Any, tokens: np.ndarray, make: Callable[[Tensor, int], dict[str, Tensor]], steps: int, muon: float
-) -> float:
+def train(model: Any, tokens: np.ndarray, make: Callable[[Tensor, int], dict[str, Tensor]], steps: int, muon: float) -> float:
     """The loss in nats a token, as the mean of the last 50 steps."""
     opts, losses, began = optimizers(model, muon), list[float](), time.monotonic()
     peaks = [[group["lr"] for group in opt.param_groups] for opt in opts]

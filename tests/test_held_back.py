@@ -14,9 +14,10 @@ from tests.folders import save_tiny
 from upfit.calibration import ridge
 from upfit.calibration.residual import FEW
 from upfit.calibration.sample import Sample, text_sample
+from upfit.calibration.scores import fit as fit_scores
 from upfit.convert import fitting
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.gqa import fit_scores, fit_values, merge_layer
+from upfit.convert.gqa import fit_values, merge_layer
 from upfit.convert.recipe import get_recipe
 from upfit.output import Output
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from upfit.calibration.reduction import TINY, reduce
 from upfit.calibration.traits import AttentionTraits
 
-TINY = 1e-12  # a share of float64's energy that is rounding; its 1e-10th only keeps a division from 0
 AVERAGED = -1  # in the place of a cut: keys are not turned before they are merged
 ALTERNATIONS = 8  # each lowers the error; after so many it hardly moves
 
@@ -40,24 +40,6 @@ class ValueMerge:
     values: Tensor
     outputs: Tensor
     lost: float
-
-
-def powers(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root and inverse square root of a symmetric positive matrix, its smallest eigenvalues raised to 1e-9 of the
-    largest."""
-    values, vectors = torch.linalg.eigh(matrix)
-    root = values.clamp_min(1e-9 * float(values[-1].clamp_min(TINY))).sqrt()
-    return (vectors * root) @ vectors.mH, (vectors / root) @ vectors.mH
-
-
-def reduce(moment: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """`up` [n, rank] and `down` [rank, n] that minimise E‖x − up·down·x‖² in `metric` [n, n], for E[x xᵀ] = `moment` [n, n],
-    and the share of the energy that is lost. Directions come strongest first."""
-    root, inverse = powers(metric)
-    values, vectors = torch.linalg.eigh(root @ moment @ root)
-    strongest = vectors[:, -rank:].flip(1)
-    lost = values.clamp_min(0)[: len(values) - rank].sum() / values.clamp_min(0).sum().clamp_min(TINY)
-    return inverse @ strongest, strongest.mH @ root, float(lost)
 
 
 def merge_values(moment: Tensor, metric: Tensor, width: int) -> ValueMerge:

@@ -6,10 +6,10 @@ from upfit.calibration import estimate
 from upfit.calibration.estimate import Block, Work
 from upfit.calibration.observe import Opaque
 from upfit.calibration.sample import BATCH_TOKENS, LENGTH, SHORT, TOKENS, Sample
+from upfit.calibration.scores.fit import Effort
 from upfit.calibration.statistics import ROWS, SEGMENT
 from upfit.checkpoint.reader import most_positions
 from upfit.convert.gqa.choice import Choice, statistics_for
-from upfit.convert.gqa.fit_scores import Effort
 from upfit.convert.gqa.fit_values import ITERATIONS, ROUNDS
 from upfit.examples.kinds import kind_of
 from upfit.options import parse_count

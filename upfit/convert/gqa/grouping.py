@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from upfit.calibration.reduction import powers
 from upfit.calibration.traits import AttentionTraits
-from upfit.convert.gqa.closed_form import powers
 
 STARTS = 16  # exchanging heads finds a near optimum, so several random beginnings are tried beside the contiguous one
 

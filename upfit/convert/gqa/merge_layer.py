@@ -5,10 +5,12 @@ from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
 from upfit.calibration.products import rounded
+from upfit.calibration.reduction import TINY
+from upfit.calibration.teacher_view import View
 from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import closed_form, fit_values
 from upfit.convert.gqa.grouping import head_order, pair_costs, partition
-from upfit.convert.gqa.layer_state import LayerRecord, Merged, View, with_bias
+from upfit.convert.gqa.layer_state import LayerRecord, Merged, with_bias
 from upfit.convert.gqa.pooling import mean
 
 CUTS = (0.4, 0.5, 0.6, 0.75, 1.0)  # shares of the rotated pairs, from the fastest, that are merged as rotated
@@ -54,7 +56,7 @@ def merge_layer(
 
 def _unlike(heads: Tensor) -> float:
     """What the mean of `heads` [g, D, E'] loses, as a share of their energy."""
-    return float((heads - heads.mean(0)).square().sum() / heads.square().sum().clamp_min(closed_form.TINY))
+    return float((heads - heads.mean(0)).square().sum() / heads.square().sum().clamp_min(TINY))
 
 
 def group_owners(group: list[int], per: int) -> Tensor:
@@ -126,12 +128,12 @@ def _merge_keys(
         errors.append(closed_form.key_error(traits, merged, moments[0], moments[2], owners))
         own = k[group][:, order]
         if one_length and cut != closed_form.AVERAGED:  # which the norm takes away
-            lengths = own.flatten(1).norm(dim=1).clamp_min(closed_form.TINY)
+            lengths = own.flatten(1).norm(dim=1).clamp_min(TINY)
             own = own * (lengths.mean() / lengths)[:, None, None]
         new_k.append(merged.keys @ own.flatten(0, 1))
         new_q.append(merged.queries @ q[head_order([group], per)][:, order])
     lost, total = (sum(part) for part in zip(*errors, strict=True))
-    return torch.cat(new_q), torch.stack(new_k), lost / max(total, closed_form.TINY)
+    return torch.cat(new_q), torch.stack(new_k), lost / max(total, TINY)
 
 
 @rounded()

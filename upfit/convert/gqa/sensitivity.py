@@ -9,6 +9,7 @@ from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
 from upfit.calibration.gather import gather_layer
+from upfit.calibration.reduction import reduce
 from upfit.calibration.sample_for import sample_for
 from upfit.calibration.teacher_student import open_pair
 from upfit.calibration.traits import AttentionTraits
@@ -93,7 +94,7 @@ def _errors(
             width = layer.geometry.v_head_dim
             moment, metric = group_values(sums, outputs[:, head_order([group], per)], group, width)
             power = float((moment * metric).sum())
-            lost["values"] += closed_form.reduce(moment, metric, width)[2] * power
+            lost["values"] += reduce(moment, metric, width)[2] * power
             total["values"] += power
     attention_error = lost["keys"] / total["keys"] if traits.keys else None
     return attention_error, lost["values"] / total["values"] if traits.values else None

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from upfit.calibration.reduction import powers, reduce
 from upfit.calibration.ridge import Moments, ridge
+from upfit.calibration.scores import fit as fit_scores
+from upfit.calibration.scores.problem import Batch, Form, Point, Problem, Target, Weights
 from upfit.calibration.traits import AttentionTraits, Turns
-from upfit.convert.gqa import closed_form, fit_scores, fit_values
+from upfit.convert.gqa import closed_form, fit_values
 from upfit.convert.gqa.grouping import partition
-from upfit.convert.gqa.score_problem import Batch, Form, Point, Problem, Target, Weights
 
 HEADS, OLD, PAIRS, FREE, HIDDEN = 6, 3, 4, 2, 20
 WIDTH = 2 * PAIRS + FREE
@@ -46,10 +48,10 @@ def test_roots_are_those_of_a_matrix_without_its_smallest_directions() -> None:
     """Nothing is divided by less than 1e-9 of the largest; of nothing at all, by the least that float64 can be divided by."""
     basis = torch.linalg.qr(drawn(4, 4))[0]
     values, raised = (torch.tensor(numbers, dtype=torch.float64) for numbers in ([0, 1e-12, 1, 4], [4e-9, 4e-9, 1, 4]))
-    root, inverse = closed_form.powers(basis @ torch.diag(values) @ basis.T)
+    root, inverse = powers(basis @ torch.diag(values) @ basis.T)
     torch.testing.assert_close(root @ root, basis @ torch.diag(raised) @ basis.T, rtol=1e-9, atol=1e-14)
     torch.testing.assert_close(root @ inverse, torch.eye(4, dtype=torch.float64))
-    assert all(power.isfinite().all() for power in closed_form.powers(torch.zeros(3, 3, dtype=torch.float64)))
+    assert all(power.isfinite().all() for power in powers(torch.zeros(3, 3, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("cut", [0, 2, PAIRS])
@@ -121,7 +123,7 @@ def test_values_in_different_bases_merge_exactly(seed: int) -> None:
 
 def test_full_rank_is_exact() -> None:
     joint = drawn(100, 12)
-    up, down, lost = closed_form.reduce(joint.T @ joint, torch.eye(12, dtype=torch.float64), 12)
+    up, down, lost = reduce(joint.T @ joint, torch.eye(12, dtype=torch.float64), 12)
     torch.testing.assert_close(up @ down, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-10)
     assert lost == 0
 

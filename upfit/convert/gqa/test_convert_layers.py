@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tests.folders import letter_tokenizer
 from tests.tiny import tiny_model
 from upfit.calibration.observe import Seen
+from upfit.calibration.stream_refit import _drift
 from upfit.calibration.teacher_student import MlpEnd, PairedBatch, _is_plain, refit_mlp
+from upfit.calibration.teacher_view import View, _spread
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.gqa.convert_layers import _drift
-from upfit.convert.gqa.layer_state import View, _spread
 from upfit.convert.gqa.test_closed_form import drawn, plain_error, problem
 from upfit.convert.recipe import get_recipe
 from upfit.output import Output

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from upfit.architecture.attention import Attention
 from upfit.calibration.observe import Seen
+from upfit.calibration.reduction import powers
+from upfit.calibration.scores.problem import Target
 from upfit.calibration.statistics import Rows
 from upfit.calibration.teacher_student import PairedBatch
+from upfit.calibration.teacher_view import View, _spread, _target
 from upfit.convert.gqa import closed_form, fit_values
 from upfit.convert.gqa.grouping import pair_costs
-from upfit.convert.gqa.layer_state import LayerRecord, Merged, Settings, View, _spread, _target
+from upfit.convert.gqa.layer_state import LayerRecord, Merged
 from upfit.convert.gqa.merge_layer import CUTS, _cuts, choose_groups, merge_layer, refine
-from upfit.convert.gqa.score_problem import Target
 from upfit.convert.gqa.test_closed_form import FREE, OLD, PAIRS, WIDTH, drawn, moments, traits
 
 VALUE, HIDDEN, SAMPLES = 4, 12, 60
@@ -65,7 +67,7 @@ def test_shared_keys_lose_least_where_queries_are_loud(cut: int) -> None:
             torch.testing.assert_close(lost, tail(seen, 1), rtol=1e-3, atol=0)
         gaps, keys = ([one[:, -FREE:] for one in tensors] for tensors in (gaps, keys))
         queries = [query[:, -FREE:] for query in queries]
-    roots = [closed_form.powers(query.T @ query)[0] for query in queries]
+    roots = [powers(query.T @ query)[0] for query in queries]
     lost = sum((gap @ root).square().sum() for gap, root in zip(gaps, roots, strict=True))
     least = tail(torch.cat([own @ root for own, root in zip(keys, roots, strict=True)], 1), len(roots[0]))
     torch.testing.assert_close(lost, least, rtol=1e-3, atol=0)
@@ -126,14 +128,14 @@ def test_rows_are_fitted_as_they_matter() -> None:
     outputs, of_tokens = drawn(HIDDEN, heads, VALUE, seed=4), drawn(2, tokens, seed=5).abs() + 0.1
     at = torch.tensor([1, 4])
     rows = Rows(at, tokens)
-    importance = _target(seen, rows, Attention(o=outputs), of_tokens, Settings(1)).importance
+    importance = _target(seen, rows, outputs, of_tokens, 1.0).importance
     wanted = _spread(seen, seen.scores(at, tokens)[1], tokens, outputs) * of_tokens[:, at][:, None, :, None]
     torch.testing.assert_close(importance, wanted / wanted.mean(), rtol=1e-3, atol=1e-3)
     assert float(importance.max()) > 2 * float(importance.min()), "they are not all alike"
-    halved = _target(seen, rows, Attention(o=outputs), of_tokens, Settings(1, importance=0.5)).importance
+    halved = _target(seen, rows, outputs, of_tokens, 0.5).importance
     torch.testing.assert_close(halved, importance.sqrt() / importance.sqrt().mean(), rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(halved.mean(), torch.ones((), dtype=halved.dtype))
-    alike = _target(seen, rows, Attention(o=outputs), of_tokens, Settings(1, importance=0.0)).importance
+    alike = _target(seen, rows, outputs, of_tokens, 0.0).importance
     assert torch.equal(alike, torch.ones_like(alike))
 
 

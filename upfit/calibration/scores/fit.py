@@ -1,4 +1,4 @@
-"""Fits query and key projections to given attention scores (`score_problem.py`), over both projections at once.
+"""Fits query and key projections to given attention scores (`problem.py`), over both projections at once.
 
 Gauss–Newton, each step some iterations of preconditioned conjugate gradients on inputs that are whitened first, drawn to the
 start by a ridge; steps end when held-back windows stop gaining. Early steps are short: far from the end their direction is
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upfit.convert.gqa.score_problem import Batch, Form, Point, Problem, Weights
+from upfit.calibration.scores.problem import Batch, Form, Point, Problem, Weights
 
 NEGLIGIBLE = 1e-6  # a share of the energy that is rounding
 RIDGE = 0.3  # of the mean curvature of each output row

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from upfit.calibration.products import rounded
 from upfit.calibration.traits import Turns
@@ -23,13 +23,15 @@ Norm = Callable[[Tensor], Tensor]
 @dataclass
 class Target:
     """What the sampled rows of one batch should score. `at` [R], `scores` and `weights` [B, H, R, L], `importance` [B, H, R,
-    1]."""
+    1], 1 on average: in units of `unit`, what a score's squared error costs in the output of the attention over the energy of
+    the stream there."""
 
     at: Tensor
     keys: int
     scores: Tensor
     weights: Tensor
     importance: Tensor
+    unit: float = 1.0
 
 
 @dataclass
@@ -283,3 +285,28 @@ def whitened(basis: Tensor, inputs: Tensor) -> Tensor:
     """Rows x with E[x xᵀ] = basis·basisᵀ become rows with unit covariance."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     return torch.linalg.solve_triangular(basis, flat.T, upper=False).T.reshape(inputs.shape).contiguous()
+
+
+def input_moments(problems: list[Batch], q_width: int, k_width: int) -> tuple[Tensor, Tensor]:
+    """Σ x xᵀ [E', E'] of the inputs of queries and, weighted as the attention looks at them, of keys."""
+    q_moment, k_moment = (torch.zeros(size, size, device=problems[0].inputs.device) for size in (q_width, k_width))
+    for problem in problems:
+        flat = problem.inputs.flatten(0, 1)
+        q_moment = q_moment + flat.T @ flat
+        for target in problem.targets:
+            sharp = torch.addcmul(target.weights, target.weights, target.weights, value=-1)
+            looked = (target.importance.flatten(1)[:, None] @ sharp.flatten(1, 2))[:, 0]  # [B, L]
+            seen = problem.key_inputs[:, : target.keys]
+            k_moment = k_moment + (seen * looked[..., None]).flatten(0, 1).T @ seen.flatten(0, 1)
+    return q_moment, k_moment
+
+
+def norm_in_order(module: nn.Module, order: list[int]) -> Norm:
+    """`module`, which norms heads as the model stores them, on heads whose dimensions are in `AttentionTraits.order`."""
+    back = torch.tensor(order).argsort().tolist()
+
+    def norm(heads: Tensor) -> Tensor:
+        normed: Tensor = module(heads[..., back])
+        return normed[..., order]
+
+    return norm
