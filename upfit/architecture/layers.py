@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from upfit.architecture.adapter import adapt, adapt_shapes
 from upfit.architecture.attention import Geometry, Layer
 from upfit.architecture.grouped_class import as_own
+from upfit.architecture.latent import is_latent, latent_layers
 from upfit.architecture.names import disk_names, name_map
-from upfit.architecture.table import Described, Entry, entry_for
+from upfit.architecture.table import Described, Entry, entry_for, family_entry
 from upfit.checkpoint.reader import Checkpoint
 from upfit.checkpoint.safetensors_header import ITEM_BYTES
 from upfit.errors import UpfitError
@@ -30,6 +31,7 @@ class Architecture:
     entry: Entry
     config: dict[str, Any]
     layers: tuple[Layer, ...]
+    latent: bool = False  # what is cached is one latent a token: to be described, not converted
 
     @property
     def kv_heads(self) -> int:
@@ -124,6 +126,8 @@ def _counts(config: dict[str, Any], entry: Entry) -> list[tuple[dict[str, Any], 
 
 def open_model(checkpoint: Checkpoint, own: bool = False) -> tuple[Checkpoint, Architecture]:
     """The checkpoint as recipes want it, and its attention layers. For `own` and errors see `bind`."""
+    if is_latent(checkpoint.tensors):
+        return checkpoint, bind(checkpoint.config, checkpoint.tensors)
     adapted = adapt(checkpoint, own)
     return adapted, _architecture(adapted.config, adapted.tensors)
 
@@ -134,6 +138,8 @@ def bind(config: dict[str, Any], tensors: Mapping[str, "Described"], own: bool =
 
     Raises UpfitError for an unsupported model type, and when the tensors are not what the class wants.
     """
+    if is_latent(tensors):
+        return Architecture(family_entry(config), config, latent_layers(config, tensors), latent=True)
     return _architecture(*adapt_shapes(config, tensors, own))
 
 

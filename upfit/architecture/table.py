@@ -110,6 +110,15 @@ def entry_for(config: dict[str, Any]) -> Entry:
     return replace(inner, model_type=entry.model_type, kv_heads=tuple(f"{entry.nested}.{key}" for key in inner.kv_heads))
 
 
+def family_entry(config: dict[str, Any]) -> Entry:
+    """The row of the family of this `config.json`; an empty one where the family cannot be converted."""
+    known, name = table(), family(config)
+    if name in known.entries:
+        return known.entries[name]
+    empty = dict.fromkeys(("q", "k", "v", "o", "q_norm", "k_norm", "layout", "nested", "fused", "own", "heads", "inside"), "")
+    return Entry(name, (), kv_heads_multiple=1, kv_heads_flag=False, fused_by="model", fused_transposed=False, **empty)
+
+
 def check_known(config: dict[str, Any]) -> None:
     """Raise UpfitError, with the reason, for a config whose model type cannot be converted, whatever its tensors are."""
     if config["model_type"] not in table().retargets:

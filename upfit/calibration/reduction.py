@@ -6,11 +6,11 @@ from torch import Tensor
 TINY = 1e-12  # a share of float64's energy that is rounding; its 1e-10th only keeps a division from 0
 
 
-def powers(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root and inverse square root of a symmetric positive matrix, its smallest eigenvalues raised to 1e-9 of the
+def powers(matrix: Tensor, floor: float = 1e-9) -> tuple[Tensor, Tensor]:
+    """Square root and inverse square root of a symmetric positive matrix, its smallest eigenvalues raised to `floor` times the
     largest."""
     values, vectors = torch.linalg.eigh(matrix)
-    root = values.clamp_min(1e-9 * float(values[-1].clamp_min(TINY))).sqrt()
+    root = values.clamp_min(floor * float(values[-1:].clamp_min(TINY).sum())).sqrt()  # of a matrix of no rows too
     return (vectors * root) @ vectors.mH, (vectors / root) @ vectors.mH
 
 

@@ -23,10 +23,11 @@ def adopt(student: nn.Module, teacher: nn.Module) -> None:
     theirs = dict(teacher.named_modules())
     for path, module in student.named_modules():
         for kind in ("_parameters", "_buffers"):
-            own, other = getattr(module, kind), getattr(theirs[path], kind)
+            own, other = getattr(module, kind), getattr(theirs.get(path), kind, {})
             for name, tensor in own.items():
-                if tensor is not None and other[name].shape == tensor.shape:
-                    own[name] = other[name]
+                known = other.get(name)
+                if tensor is not None and known is not None and known.shape == tensor.shape:
+                    own[name] = known
 
 
 def student_inputs(pair: LayerPair, views: list[View]) -> list[tuple[Tensor, Tensor]]:

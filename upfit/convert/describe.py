@@ -19,19 +19,23 @@ def describe(model: str, revision: str | None = None) -> Description:
     """
     source = find_source(model, revision)  # what is not there is told before torch is imported
     from upfit.architecture.grouped_class import is_grouped
+    from upfit.architecture.latent import is_latent
     from upfit.architecture.layers import bind
     from upfit.architecture.meta_model import model_class_for
     from upfit.architecture.quantised import check_not_quantised
 
     with open_checkpoint(source.path) as checkpoint:
-        check_known(checkpoint.config)
+        latent = is_latent(checkpoint.tensors)
+        if not latent:
+            check_known(checkpoint.config)
         check_not_quantised(checkpoint)
         architecture = bind(checkpoint.config, checkpoint.tensors)
         seen = architecture.config["model_type"]
         shapes = [layer.geometry for layer in architecture.layers]
-        recipes = {} if is_own(checkpoint.config) and not is_grouped(checkpoint.config) else find_recipes()
+        closed = latent or (is_own(checkpoint.config) and not is_grouped(checkpoint.config))
+        recipes = {} if closed else find_recipes()
         ways = [architecture]
-        if has_two_ways(checkpoint.config):
+        if not latent and has_two_ways(checkpoint.config):
             ways.append(bind(checkpoint.config, checkpoint.tensors, own=True))
         offers = [(name, recipe.offers(way)) for name, recipe in recipes.items() for way in ways]
         return Description(

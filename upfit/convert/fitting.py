@@ -4,7 +4,7 @@ A recipe says what to do with a layer: the body of a loop over `LayerFits`. The 
 folder until the rules write them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -148,10 +148,11 @@ class LayerFits:
     def records(self) -> list[dict[str, Any]]:
         return [entry.record for entry in self.entries]
 
-    def rules(self, label: str) -> tuple[Rule, ...]:
-        """The rules that write the fitted tensors."""
+    def rules(self, label: str, dropped: "Callable[[Layer], tuple[str, ...]]" = lambda layer: ()) -> tuple[Rule, ...]:
+        """The rules that write the fitted tensors, and leave out those that a layer has `dropped`."""
         layers = {layer.path: layer for layer in self.layers}
-        return tuple(_rule(entry, layers[entry.layer], label) for entry in self.entries if entry.names)
+        chosen = [(entry, layers[entry.layer]) for entry in self.entries if entry.names]
+        return tuple(_rule(entry, layer, label, dropped(layer)) for entry, layer in chosen)
 
 
 def identity(calibration: Calibration, settings: dict[str, Any], layers: "list[Layer]") -> dict[str, Any]:
@@ -170,11 +171,12 @@ def identity(calibration: Calibration, settings: dict[str, Any], layers: "list[L
     }
 
 
-def _rule(entry: Entry, layer: "Layer", label: str) -> Rule:
+def _rule(entry: Entry, layer: "Layer", label: str, dropped: tuple[str, ...]) -> Rule:
     """The rule that writes a layer's fitted tensors."""
     # The old output projection is read to say beside which tensor of the checkpoint the new ones are to stand.
     writes = tuple(name.removeprefix(FITTED) for name in entry.names)
-    return Rule((*entry.names, layer.names["o.weight"]), writes, _renamed, label)
+    gone = tuple(name for name in dropped if name not in writes)
+    return Rule((*entry.names, layer.names["o.weight"]), writes, _renamed, label, gone)
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ start by a ridge; steps end when held-back windows stop gaining. Early steps are
 worth little.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,27 @@ class Effort:
 
 
 @dataclass(frozen=True)
+class Penalty:
+    """What a change Δ of the key projection [G·D, E] costs besides scores: tr(metric · Δ · moment · Δᵀ), with `metric` [G·D,
+    G·D] and `moment` [E, E] symmetric, in the units of the score errors' sum."""
+
+    metric: Tensor
+    moment: Tensor
+
+    def whitened(self, basis: Tensor) -> "Penalty":
+        """The same for a projection times `basis`."""
+        half = torch.linalg.solve_triangular(basis, self.moment.to(basis), upper=False)
+        return Penalty(self.metric.to(basis), torch.linalg.solve_triangular(basis, half.T, upper=False))
+
+    def pull(self, change: Tensor) -> Tensor:
+        """Half the gradient by Δ."""
+        return self.metric @ change @ self.moment
+
+    def cost(self, change: Tensor) -> float:
+        return float((self.pull(change) * change).sum())
+
+
+@dataclass(frozen=True)
 class Fitted:
     weights: Weights
     before: float  # error on the held-back rows
@@ -32,23 +54,37 @@ class Fitted:
 
 
 def fit_scores(
-    batches: list[Batch], held: list[Batch], form: Form, start: Weights, q_moment: Tensor, k_moment: Tensor, effort: Effort
+    batches: list[Batch],
+    held: list[Batch],
+    form: Form,
+    start: Weights,
+    q_moment: Tensor,
+    k_moment: Tensor,
+    effort: Effort,
+    penalty: Penalty | None = None,
 ) -> Fitted:
     """Improve `start` on `batches`; a step counts only if the `held` batches gain. Moments are E[x xᵀ] [E, E] of the inputs of
-    queries and, weighted as the attention weighs them, of keys."""
+    queries and, weighted as the attention weighs them, of keys. `penalty`: where keys serve for something else too."""
     q_basis, k_basis = whitening(q_moment, 1e-4), whitening(k_moment, 1e-3)
     problem, check = Problem(batches, form, q_basis, k_basis), Problem(held, form, q_basis, k_basis)
     best = Weights(start.q @ q_basis, start.k @ k_basis)
     before = error = check.error(best)
     first, curvature = best, None
+    besides = None if penalty is None else penalty.whitened(k_basis)
+
+    def judged(weights: Weights) -> float:
+        """The held-back error, and what the penalty takes as a share of the same energy."""
+        cost = 0.0 if besides is None else besides.cost(weights.k - first.k)
+        return check.error(weights) + cost / max(problem.total, 1e-30)  # no division by 0
+
     for iterations in effort.iterations:
         if error < NEGLIGIBLE:
             break
         point = Point(problem, best)
         if curvature is None:
             curvature = _row_curvature(point, best)
-        step = _conjugate_gradients(point, curvature, best.plus(first, -1.0), iterations)
-        trial, trial_error = _tried(check, best, step, error)
+        step = _conjugate_gradients(point, curvature, best.plus(first, -1.0), iterations, besides)
+        trial, trial_error = _tried(judged, best, step, error)
         if trial_error >= error:
             break
         best, error = trial, trial_error
@@ -72,12 +108,12 @@ def _unwhiten(weight: Tensor, basis: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(basis, weight, upper=False, left=False)
 
 
-def _tried(check: Problem, best: Weights, step: Weights, error: float) -> tuple[Weights, float]:
-    """The longest share of `step` from `best` that lowers the held-back error, and that error; the shortest where none does."""
+def _tried(judged: Callable[[Weights], float], best: Weights, step: Weights, error: float) -> tuple[Weights, float]:
+    """The longest share of `step` from `best` that lowers the `judged` error, and that error; the shortest where none does."""
     length = 1.0
     while True:
         trial = best.plus(step, length)
-        trial_error = check.error(trial)
+        trial_error = judged(trial)
         if trial_error < error or length <= SHORTEST:
             return trial, trial_error
         length /= 2
@@ -94,16 +130,24 @@ def _row_curvature(point: Point, like: Weights) -> Weights:
     return Weights(*(row + 1e-2 * row.mean() + 1e-30 for row in rows))  # rows of little curvature take no giant steps
 
 
-def _conjugate_gradients(point: Point, curvature: Weights, moved: Weights, iterations: int) -> Weights:
-    """The step that the Gauss–Newton form asks for at `point`, with the ridge towards where the fit began, `moved` away."""
+def _conjugate_gradients(
+    point: Point, curvature: Weights, moved: Weights, iterations: int, penalty: Penalty | None = None
+) -> Weights:
+    """The step that the Gauss–Newton form asks for at `point`, with the ridge towards where the fit began, `moved` away, and
+    the `penalty` of having moved."""
     pull = Weights(RIDGE * curvature.q, RIDGE * curvature.k)
     scale = Weights(1 / (curvature.q + pull.q), 1 / (curvature.k + pull.k))
-    residual = point.gradient.plus(pull.times(moved), -1.0)
+
+    def drawn(change: Weights) -> Weights:
+        back = pull.times(change)
+        return back if penalty is None else Weights(back.q, back.k + penalty.pull(change.k))
+
+    residual = point.gradient.plus(drawn(moved), -1.0)
     solution = Weights(torch.zeros_like(residual.q), torch.zeros_like(residual.k))
     direction = residual.times(scale)
     power = residual.dot(direction)
     for _ in range(iterations):
-        image = point.curvature(direction).plus(pull.times(direction), 1.0)
+        image = point.curvature(direction).plus(drawn(direction), 1.0)
         bend = direction.dot(image)
         if not float(bend) > 0:
             break

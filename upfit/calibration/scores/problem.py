@@ -67,7 +67,8 @@ class Weights:
 @dataclass(frozen=True)
 class Form:
     """How projections become scores: the rotation, norms of queries and keys [B, T, heads, D] (None: none), which come before
-    the rotation or, with `norm_last`, behind it; head counts."""
+    the rotation or, with `norm_last`, behind it; head counts. A norm may be any function, of queries also one that changes
+    their width, which is `q_width` where they are projected (None: `width`)."""
 
     turns: Turns
     q_norm: Norm | None
@@ -77,6 +78,7 @@ class Form:
     width: int
     scaling: float
     norm_last: bool = False
+    q_width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,11 @@ class Side:
     """Queries or keys of all windows: `inputs` [N, E], and how a projection [heads·D, E] and a change of it make values: heads
     that are turned and normed (or normed and turned), times `scale`."""
 
-    def __init__(self, inputs: Tensor, factors: Tensor, norm: Norm | None, form: Form, scale: float = 1.0) -> None:
+    def __init__(
+        self, inputs: Tensor, factors: Tensor, norm: Norm | None, form: Form, scale: float = 1.0, width: int | None = None
+    ) -> None:
         self.inputs, self.norm, self.norm_last = inputs, norm, form.norm_last
-        self.turn, self.width, self.scale = Turn.of(factors, form.width), form.width, scale
+        self.turn, self.width, self.scale = Turn.of(factors, form.width), width or form.width, scale
 
     def project(self, weight: Tensor) -> Tensor:
         """[1, N, heads, D]"""
@@ -182,7 +186,7 @@ class Problem:
                     row += len(target.at)
             position += count * length
         self.total = sum(_energy(window) for window in self.windows)
-        self.q = Side(torch.cat(queries), torch.cat(q_turns), form.q_norm, form, form.scaling)
+        self.q = Side(torch.cat(queries), torch.cat(q_turns), form.q_norm, form, form.scaling, form.q_width)
         self.k = Side(torch.cat(keys), torch.cat(k_turns), form.k_norm, form)
 
     def of_window(self, window: Window, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

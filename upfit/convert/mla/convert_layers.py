@@ -1,0 +1,257 @@
+"""Latent attention for a whole model, layer by layer.
+
+Two models run side by side through the same layers: the teacher and the converted one. At each layer the teacher is watched
+and summed up (`sums.py`), and its attention is replaced in closed form (`layer.py`). Then, with `refit`, on what the converted
+model really sees: queries, rotated keys and the latent are fitted to the teacher's scores (`calibration/scores`), where a
+change of the latent also costs what it does to the values; then the output projection and the last matrix of the MLP to the
+teacher's stream (`calibration/stream_refit.py`). Balance, steps and ridges are chosen on held-back windows.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upfit.architecture.attention import LAYOUTS, Attention
+from upfit.calibration.layerwise import Block, find_blocks, observed_model
+from upfit.calibration.observe import Call, Opaque
+from upfit.calibration.ridge import augmented
+from upfit.calibration.scores.fit import Effort, Penalty, fit_scores
+from upfit.calibration.scores.problem import Batch, Form, Turn, Weights, input_moments
+from upfit.calibration.statistics import ROWS, add
+from upfit.calibration.stream_refit import adopt, drifts_of, mapped, refit_stream
+from upfit.calibration.teacher_student import LayerPair, put, stream_error
+from upfit.calibration.teacher_view import View, watch_teacher
+from upfit.calibration.traits import AttentionTraits, Turns
+from upfit.convert.fitting import LayerFits
+from upfit.convert.mla.layer import Latent, Source, closed_form, even
+from upfit.convert.mla.linear import projections, scale_sums, scaled
+from upfit.convert.mla.own_config import written
+from upfit.convert.mla.sizes import Sizes, layer_settings
+from upfit.convert.mla.sums import observe
+
+BALANCES = (0.25, 0.03)  # of the keys' errors against the values', tried on what is held back
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`rows`: sampled query positions of every 512 of a window. `refit`: fit in the converted stream, not only replace."""
+
+    sizes: Sizes
+    refit: bool = True
+    rows: int = ROWS
+    effort: Effort = Effort()
+    balances: tuple[float, ...] = BALANCES
+    token_power: float = 2.0  # a token weighs 1 / rms of the teacher's stream to this power
+
+
+@dataclass
+class LayerRecord:
+    """What happened to one layer, for recipe.json. Errors are shares of the teacher's energy, held back."""
+
+    layer: str
+    settings: dict[str, Any]  # of the layer, in the config of our class
+    scaling: float
+    balance: float
+    output_error: float  # of what the attention gives out, after the closed form
+    fitted_before: float | None = None  # of the scores, before and after the fit
+    fitted_after: float | None = None
+    stream_error: float | None = None  # |student − teacher|² / |teacher|² of the hidden states, mean over tokens
+
+
+def convert_layers(
+    fits: LayerFits, config: Callable[[list[dict[str, Any]], float], dict[str, Any]], settings: Settings
+) -> None:
+    """Replace the attention of every layer of `fits`. `config(layers, scaling)` is that of our class."""
+    known: dict[str, Any] | None = None
+    students: list[Block] = []
+    for pair in fits:
+        traits, turns = pair.probe()
+        _check(pair, traits, settings.sizes)
+        own = layer_settings(settings.sizes, rotation_columns(pair.batches[0].calls[pair.index], turns))
+        if own != known:  # as a rule once: layers turn alike
+            device = str(pair.batches[0].teacher.device)
+            model = observed_model(config([own] * len(fits.layers), 1.0), device)
+            students, known = find_blocks(model, fits.context.architecture), own
+        student = students[pair.index].module
+        adopt(student, pair.block.module)
+        record, tensors = _convert(replace(pair, student=student), traits, turns, own, settings)
+        pair.model.empty(student)
+        note = f"output error {record.output_error:.3f}"
+        fits.store(pair, asdict(record), tensors, note=note)
+
+
+def _check(pair: LayerPair, traits: AttentionTraits, sizes: Sizes) -> None:
+    """Raise Opaque for a layer that cannot be given a latent, with the reason."""
+    if not traits.keys or not traits.values:
+        raise Opaque(f"{pair.layer.path}: {'; '.join(traits.reasons) or 'its keys or values are not its projections'}")
+    if traits.pairs != len(sizes.counts):
+        raise Opaque(f"{pair.layer.path} rotates {traits.pairs} pairs of dimensions, where {len(sizes.counts)} were expected")
+    if not pair.last or len(pair.block.attentions) > 1:
+        raise Opaque(f"{pair.layer.path} is not the only attention of its layer")
+
+
+def rotation_columns(call: Call, turns: Turns) -> list[int]:
+    """For each pair (fastest first) the column of the family's cosines and sines that turns it. Raises Opaque where there is
+    none."""
+    count = turns.k.shape[1]
+    if not count:
+        return []
+    for value in (*call.keywords.values(), *call.arguments):
+        if isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, Tensor) and part.ndim == 3 for part in value):
+            cos, sin = (part[0].double() for part in value)
+            seen = turns.k[: len(cos)]  # of the longest windows
+            columns = [_column(seen[:, pair], cos[: len(seen)], sin[: len(seen)]) for pair in range(count)]
+            if all(column is not None for column in columns):
+                return [column for column in columns if column is not None]
+    raise Opaque("its attention is not given cosines and sines by which its keys turn")
+
+
+def _column(turn: Tensor, cos: Tensor, sin: Tensor) -> int | None:
+    gaps = (cos - turn.real.double()[:, None]).abs().amax(0) + (sin - turn.imag.double()[:, None]).abs().amax(0)
+    best = int(gaps.argmin())
+    return best if float(gaps[best]) < 1e-3 else None
+
+
+def _convert(
+    pair: LayerPair, traits: AttentionTraits, turns: Turns, own: dict[str, Any], settings: Settings
+) -> tuple[LayerRecord, dict[str, Tensor]]:
+    layout, device = LAYOUTS[pair.layer.layout], pair.batches[0].teacher.device
+    stored = {part: pair.model.weights.checkpoint.read(name).float() for part, name in pair.layer.names.items()}
+    attention = layout.unpack({part: tensor.to(device) for part, tensor in stored.items()}, pair.layer.geometry)
+    views, source, sums = _watch(pair, traits, turns, attention, settings)
+    balance, error, latent = _choose(source, sums, turns, views, settings)
+    record = LayerRecord(pair.layer.path, own, source.scaling, balance, error)
+    latent = latent.to(device)
+    if settings.refit:
+        latent = _fit(pair, latent, sums, turns, views, settings, record)
+    new = _put(pair, latent)
+    for view in views:
+        view.targets.clear()
+    if settings.refit:
+        new |= refit_stream(pair, traits, views, settings.token_power)
+    for view in views:
+        view.batch.teacher = view.output
+        if not settings.refit:
+            view.batch.student = view.output
+    record.stream_error = stream_error(pair.batches) if settings.refit else None
+    return record, new
+
+
+def _watch(
+    pair: LayerPair, traits: AttentionTraits, turns: Turns, attention: Attention, settings: Settings
+) -> tuple[list[View], Source, dict[str, Tensor]]:
+    """The teacher's layer over every batch, what it is, and the sums of the batches that are fitted."""
+    q, k, v = projections(attention, list(traits.order))
+    views, sums = list[View](), dict[str, Tensor]()
+    for view, seen, _ in watch_teacher(pair, traits, attention.o, settings.rows, 1.0):
+        if not view.batch.held:
+            add(sums, observe(view, seen, traits, turns, v.shape[-1]))
+            if traits.normed:
+                add(sums, scale_sums(view, seen, traits, turns, q, k))
+        views.append(view)
+    assert attention.o is not None
+    wide = [part.double().cpu() for part in (q, k, v, attention.o)]
+    if traits.normed:
+        wide[0], wide[1] = scaled(wide[0], sums["scale_q"]), scaled(wide[1], sums["scale_k"])
+    return views, Source(wide[0], wide[1], wide[2], wide[3], traits.pairs, views[0].scaling * turns.scale), sums
+
+
+def _choose(
+    source: Source, sums: dict[str, Tensor], turns: Turns, views: list[View], settings: Settings
+) -> tuple[float, float, Latent]:
+    """The balance that does best on what is held back, the error of the attention's output there, and the layer."""
+    held, tried = [view for view in views if view.batch.held], []
+    for balance in settings.balances:
+        latent = closed_form(source, sums, settings.sizes.counts, settings.sizes.latent, balance)
+        tried.append((output_error(latent.to(held[0].inputs.device), source.scaling, turns, held), balance, latent))
+    error, balance, latent = min(tried, key=lambda one: one[0])
+    return balance, error, latent
+
+
+def output_error(latent: Latent, scaling: float, turns: Turns, views: list[View]) -> float:
+    """The squared error of what the attention gives out on the sampled rows of `views`, as a share of its energy."""
+    lost = energy = 0.0
+    slots, width = list(latent.slots), latent.key.shape[-1]
+    for view in views:
+        inputs = augmented(view.inputs, width)
+        keys = (inputs @ latent.key.T)[:, :, None]
+        keys = Turn.of(turns.k[: keys.shape[1], slots], keys.shape[-1])(keys)[:, :, 0]
+        for target in view.targets:
+            queries = torch.einsum("bre,hde->brhd", inputs[:, target.at], latent.q)
+            queries = latent.absorbed(Turn.of(turns.q[target.at][:, slots], queries.shape[-1])(queries))
+            scores = torch.einsum("brhk,blk->bhrl", queries, keys[:, : target.keys]) * scaling
+            whole = target.weights.sum(-1, keepdim=True)  # less than 1 where sinks take a part
+            weights = scores.masked_fill(target.weights == 0, float("-inf")).softmax(-1).nan_to_num() * whole
+            mixed = torch.einsum("bhrl,blk->bhrk", weights, keys[:, : target.keys, latent.rotated :])
+            wanted = _attended(target.weights, view.values[:, : target.keys], latent.o)
+            gap = torch.einsum("bhrk,hvk,ehv->bre", mixed, latent.of_heads(latent.up_v), latent.o) - wanted
+            lost, energy = lost + float(gap.square().sum()), energy + float(wanted.square().sum())
+    return lost / max(energy, 1e-30)
+
+
+def _attended(weights: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
+    """[B, R, E]: what the output projection makes of `values` [B, L, K, V] under `weights` [B, H, R, L]."""
+    of_heads = values.repeat_interleave(weights.shape[1] // values.shape[2], 2)
+    return torch.einsum("bhrl,blhv,ehv->bre", weights, of_heads, outputs)
+
+
+def _fit(
+    pair: LayerPair,
+    latent: Latent,
+    sums: dict[str, Tensor],
+    turns: Turns,
+    views: list[View],
+    settings: Settings,
+    record: LayerRecord,
+) -> Latent:
+    """The layer on what the student sees, queries and keys fitted to the teacher's scores."""
+    path = f"{pair.place.at}.q_proj"
+    inputs = [pair.run_until(path, view.batch) for view in views]
+    drift, _ = drifts_of([(x, x) for x in inputs], views)
+    latent = replace(latent, q=mapped(latent.q, drift), key=mapped(latent.key, drift))
+    width, slots = latent.key.shape[-1], list(latent.slots)
+    problems: dict[bool, list[Batch]] = {False: [], True: []}
+    for x, view in zip(inputs, views, strict=True):
+        problems[view.batch.held].append(Batch(augmented(x, width), view.targets))
+    form = Form(
+        Turns(turns.q[:, slots], turns.k[:, slots]),
+        latent.absorbed,
+        None,
+        len(latent.q),
+        1,
+        len(latent.key),
+        record.scaling,
+        q_width=latent.q.shape[1],
+    )
+    start = Weights(latent.q.flatten(0, 1), latent.key)
+    moments = input_moments(problems[False], width, width)
+    penalty = _penalty(latent, sums, views)
+    result = fit_scores(problems[False], problems[True], form, start, *moments, settings.effort, penalty)
+    record.fitted_before, record.fitted_after = result.before, result.after
+    return even(replace(latent, q=result.weights.q.unflatten(0, (len(latent.q), -1)), key=result.weights.k), sums)
+
+
+def _penalty(latent: Latent, sums: dict[str, Tensor], views: list[View]) -> Penalty:
+    """What a change of the latent costs the values: Σ_h tr (O_h U_V)ᵀ(O_h U_V) Δ C_V Δᵀ, in units of the scores' errors."""
+    read = torch.einsum("ehv,hvr->her", latent.o, latent.of_heads(latent.up_v))
+    metric = torch.nn.functional.pad(torch.einsum("her,hes->rs", read, read), (latent.rotated, 0, latent.rotated, 0))
+    units = [target.unit for view in views if not view.batch.held for target in view.targets]
+    unit = len(latent.q) * sum(units) / len(units)
+    return Penalty(metric, sums["values"].to(metric.device) / max(unit, 1e-30))
+
+
+def _put(pair: LayerPair, latent: Latent) -> dict[str, Tensor]:
+    """Put the layer into the student; its tensors by name."""
+    width, rotated = pair.batches[0].teacher.shape[-1], latent.rotated
+    q = torch.cat([latent.q[:, rotated:], latent.q[:, :rotated]], 1).flatten(0, 1)
+    key = torch.cat([latent.key[rotated:], latent.key[:rotated]])
+    up = torch.cat([latent.up_k, latent.up_v], 1).flatten(0, 1)
+    biased = latent.key.shape[-1] > width
+    put(pair.student, f"{pair.place.at}.q_proj", q[:, :width], q[:, width] if biased else None)
+    put(pair.student, f"{pair.place.at}.kv_a_proj_with_mqa", key[:, :width], key[:, width] if biased else None)
+    put(pair.student, f"{pair.place.at}.kv_b_proj", up)
+    tensors = [q[:, :width], key[:, :width], up] + ([q[:, width], key[:, width]] if biased else [])
+    return dict(zip(written(pair.layer, biased), tensors, strict=True))

@@ -1,0 +1,141 @@
+"""One layer of latent attention, and its closed form from the layer that it replaces.
+
+Shapes: E' inputs, H query heads, K key/value heads of the source, D and V head widths, S slots, N unrotated dimensions of a
+head, r latent width. Rotated dimensions stand as the first of every slot, then the second of every slot.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from upfit.calibration.reduction import powers
+from upfit.convert.mla.latent import joint, together
+from upfit.convert.mla.slots import Slots, share_pairs
+
+
+@dataclass(frozen=True)
+class Source:
+    """The layer as it is, float64: q [H, D, E'] and k [K, D, E'] in `AttentionTraits.order`, linear in the inputs; v [K, V,
+    E'], o [E, H, V]; P rotated `pairs`; scores are q · k times `scaling`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    pairs: int
+    scaling: float
+
+    @property
+    def owners(self) -> Tensor:
+        """[H]: the key/value head that a query head uses."""
+        return torch.arange(len(self.q)).div(len(self.q) // len(self.k), rounding_mode="floor")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """q [H, 2S + N, E'], key [2S + r, E'] (rotated keys, then the latent), up_k [K, N, r], up_v [K, V, r], o [E, H, V]."""
+
+    q: Tensor
+    key: Tensor
+    up_k: Tensor
+    up_v: Tensor
+    o: Tensor
+    slots: tuple[int, ...]  # the pair of each slot
+
+    @property
+    def rotated(self) -> int:
+        return 2 * len(self.slots)
+
+    def to(self, device: torch.device) -> "Latent":
+        return replace(self, **{name: getattr(self, name).float().to(device) for name in ("q", "key", "up_k", "up_v", "o")})
+
+    def of_heads(self, up: Tensor) -> Tensor:
+        """`up` [K, .., r] for each query head."""
+        return up.repeat_interleave(len(self.q) // len(up), 0)
+
+    def absorbed(self, queries: Tensor) -> Tensor:
+        """Queries [.., H, 2S + N] as they meet what is cached: [.., H, 2S + r]."""
+        inner = torch.einsum("...hn,hnr->...hr", queries[..., self.rotated :], self.of_heads(self.up_k))
+        return torch.cat([queries[..., : self.rotated], inner], -1)
+
+
+def closed_form(source: Source, sums: dict[str, Tensor], counts: Sequence[int], width: int, balance: float) -> Latent:
+    """The layer with `counts` [P] shared keys for each pair (fastest first) and a latent of `width`; `sums` as in `sums.py`.
+
+    Pairs without a shared key lose their rotation and are plain dimensions. `balance` multiplies the weight of the keys' errors
+    against the values': 1 where score errors of all keys agree, less where they partly average out. Where nothing has to be
+    left out, nothing is: the layer computes the same.
+    """
+    first = torch.arange(source.pairs)
+    energy = sums["queries"].diagonal(dim1=1, dim2=2)
+    energy = energy[:, first] + energy[:, source.pairs + first]
+    slots = share_pairs(sums["pairs"], energy, source.owners, counts)
+    rotated_q, rotated_k = _rotated(source, slots)
+    plain = _plain(source, counts)
+    down, up_k, up_v = _reduced(source, sums, plain, width, balance)
+    q = torch.cat([rotated_q, source.q[:, plain]], 1)
+    return even(Latent(q, torch.cat([rotated_k, down]), up_k, up_v, source.o, slots.pairs), sums)
+
+
+def _reduced(
+    source: Source, sums: dict[str, Tensor], plain: list[int], width: int, balance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The latent [width, E'], and what makes `plain` keys [K, N, width] and values [K, V, width] of it."""
+    keys, values, count = source.k[:, plain].flatten(0, 1), source.v.flatten(0, 1), len(source.k)
+    if width >= len(keys) + len(values):
+        down = torch.cat([keys, values, keys.new_zeros(width - len(keys) - len(values), keys.shape[1])])
+        up = torch.eye(len(keys) + len(values), width, dtype=keys.dtype)
+        return down, up[: len(keys)].unflatten(0, (count, -1)), up[len(keys) :].unflatten(0, (count, -1))
+    of_keys, of_values = (sums[name].trace().clamp_min(1e-30) / sums["rows"] / len(source.q) for name in ("keys", "values"))
+    units = source.scaling * (balance * of_keys).sqrt(), of_values.sqrt()  # both errors are the output's, both moments alike
+    (root_k, back_k), (root_v, back_v) = _metric_of_keys(source, sums, plain), _metric_of_values(source)
+    metrics = together(sums["keys"] / sums["keys"].trace(), sums["values"] / sums["values"].trace())
+    reduced = joint(units[0] * (root_k @ keys), units[1] * (root_v @ values), metrics, width)
+    up_k, up_v = back_k @ reduced.keys / units[0], back_v @ reduced.values / units[1]
+    return reduced.down, up_k.unflatten(0, (count, -1)), up_v.unflatten(0, (count, -1))
+
+
+def _rotated(source: Source, slots: Slots) -> tuple[Tensor, Tensor]:
+    """Queries [H, 2S, E'] and shared keys [2S, E'] of the slots."""
+    pairs = list(slots.pairs)
+    first, second = pairs, [source.pairs + pair for pair in pairs]
+    keys = torch.complex(source.k[:, first], source.k[:, second])  # [K, S, E']
+    queries = torch.complex(source.q[:, first], source.q[:, second])
+    keys = torch.einsum("sk,kse->se", slots.mix, keys)
+    queries = slots.factors.conj().T[..., None] * queries
+    return torch.cat([queries.real, queries.imag], 1), torch.cat([keys.real, keys.imag])
+
+
+def _plain(source: Source, counts: Sequence[int]) -> list[int]:
+    """The dimensions that have no shared rotated key."""
+    slow = [pair for pair, count in enumerate(counts) if not count]
+    return [*slow, *(source.pairs + pair for pair in slow), *range(2 * source.pairs, source.q.shape[1])]
+
+
+def _metric_of_keys(source: Source, sums: dict[str, Tensor], plain: list[int]) -> tuple[Tensor, Tensor]:
+    """Root and inverse root [K·N, K·N] of what errors of unrotated keys do to the scores: block-diagonal, the moment of the
+    queries of each head, weighed by what its scores do to the output."""
+    share = sums["share"] / sums["share"].mean().clamp_min(1e-30)
+    weighed = sums["queries"] / sums["rows"] * share[:, None, None]
+    return _block_powers(weighed[:, plain][:, :, plain], source)
+
+
+def _metric_of_values(source: Source) -> tuple[Tensor, Tensor]:
+    """The same [K·V, K·V] of values: the output projection's."""
+    return _block_powers(torch.einsum("ehv,ehw->hvw", source.o, source.o), source)
+
+
+def _block_powers(of_heads: Tensor, source: Source) -> tuple[Tensor, Tensor]:
+    parts = [powers(own.sum(0)) for own in of_heads.unflatten(0, (len(source.k), -1))]
+    return torch.block_diag(*[root for root, _ in parts]), torch.block_diag(*[inverse for _, inverse in parts])
+
+
+def even(latent: Latent, sums: dict[str, Tensor]) -> Latent:
+    """The same layer with every latent number of a mean square near 1 on the text, by powers of two, which round nothing."""
+    down = latent.key[latent.rotated :]
+    size = ((down @ sums["inputs"].to(down)) * down).sum(1) / sums["tokens"].to(down)
+    factor = torch.exp2(-size.clamp_min(1e-30).sqrt().log2().round()).where(size > 0, torch.ones_like(size))
+    key = torch.cat([latent.key[: latent.rotated], down * factor[:, None]])
+    return replace(latent, key=key, up_k=latent.up_k / factor, up_v=latent.up_v / factor)
