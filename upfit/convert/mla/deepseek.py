@@ -8,9 +8,9 @@ with another ε gets its residual stream multiplied by κ = sqrt(1e-6 / ε), whi
 
 Embeddings, output projections and the MLPs' last matrices are multiplied by κ; the head, behind the last norm, is not.
 
-Pair i of F in the stock class turns by θ'^(−i/F) a position. The F fastest of a family's P pairs turn by θ^(−i/P), so θ' = θ^(F/P)
-says them exactly. It is written as yarn with factor 1, which turns by the same angles: DeepSeek's own form, which vLLM's CPU
-kernels turn right as well (plain RoPE they do not, in 0.32).
+Pair i of F in the stock class turns by θ'^(−i/F) a position. The F fastest of a family's P pairs turn by θ^(−i/P), so
+θ' = θ^(F/P) says them exactly. It is written as yarn with factor 1, which turns by the same angles: DeepSeek's own form, which
+vLLM's CPU kernels turn right as well (plain RoPE they do not, in 0.32).
 """
 
 import math

@@ -1,17 +1,17 @@
 """One layer's latent attention as the tensors of the stock DeepSeek-V3 class, and back.
 
-The class divides the latent c by its root mean square before the heads read it (DeepSeek-V3, arXiv 2412.19437, section 4.2). A
-latent that is a linear map of the input must not be divided, so its rows are scaled by a power of two s so small that the norm's
-own epsilon outweighs them:
+The class divides the latent c by its root mean square before the heads read it (DeepSeek-V3, arXiv 2412.19437, section 4.2).
+A latent that is a linear map of the input must not be divided, so its rows are scaled by a power of two s so small that the
+norm's own epsilon outweighs them:
 
     s c / sqrt(s² mean(c²) + ε) = s c / sqrt(ε) · (1 − s² mean(c²) / (2 ε) + ...)        ε = 1e-6
 
 and the norm's weight sqrt(ε) / s gives c back. A power of two costs no bit of a weight, and taking it off gives the same bits
 again. In bfloat16 the norm's weight itself is rounded, by 5.5e-4: one common factor of the latent.
 
-Shapes: H query heads, K key/value heads of the source, N unrotated and 2F rotated dimensions of a head, r latent width, V width of
-a value head, E hidden width. Linear weights are [out, in]. Rotated rows are the first and then the second dimensions of all pairs
-in our class, and first and second in turn in the stock class.
+Shapes: H query heads, K key/value heads of the source, N unrotated and 2F rotated dimensions of a head, r latent width, V width
+of a value head, E hidden width. Linear weights are [out, in]. Rotated rows are the first and then the second dimensions of all
+pairs in our class, and first and second in turn in the stock class.
 """
 
 import math
