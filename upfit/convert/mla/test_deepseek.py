@@ -202,6 +202,25 @@ def test_a_folder_loads_as_it_is(tmp_path: Path) -> None:
     assert apart(model, stock) < ROUNDED
 
 
+def test_what_engines_read_stands_in_the_config() -> None:
+    """Other engines divide by routed_scaling_factor in float16, tie nothing, and take the norm's constant from the config."""
+    settings = stock_config(own_checkpoint(source("granite", torch.float32, **GRANITE))[0])
+    wanted: dict[str, Any] = {
+        "rms_norm_eps": 1e-6,
+        "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": False,
+        "q_lora_rank": None,
+    }
+    wanted |= {"first_k_dense_replace": 2, "num_hidden_layers": 2, "num_key_value_heads": 4, "num_attention_heads": 4}
+    wanted |= {"kv_lora_rank": 8, "qk_nope_head_dim": 0, "qk_rope_head_dim": 8, "v_head_dim": 8, "attention_bias": False}
+    wanted |= {"num_nextn_predict_layers": 0, "rope_theta": 1e4, "rope_interleave": True, "dtype": "float32"}
+    assert {key: settings[key] for key in wanted} == wanted
+    rope = settings["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("yarn", 1.0, 1e4)
+    assert {"rope_theta": 1e4, **settings["rope_scaling"]} == rope
+    assert not {"mla", "auto_map", "base_model_type", "embedding_multiplier"} & settings.keys()
+
+
 LINEAR = DEFAULT | {"rope_type": "linear", "factor": 2.0}
 WINDOW = {"sliding_window": 16}
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
