@@ -92,9 +92,13 @@ def check_class(raw: Mapping[str, Any]) -> None:
 
 def common(draft: Draft, model_type: str, architecture: str) -> dict[str, Any]:
     """The keys of `config.json` that mean the same in every family."""
+    return common_keys(draft.raw, draft.config, model_type, architecture)
+
+
+def common_keys(raw: Mapping[str, Any], config: Any, model_type: str, architecture: str) -> dict[str, Any]:
+    """`common`, of a `config.json` and of what its class reads in it."""
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-    raw, config = draft.raw, draft.config
     settings: dict[str, Any] = {"architectures": [architecture], "model_type": model_type, "vocab_size": config.vocab_size}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         settings[key] = getattr(config, key, None)
