@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -100,6 +101,16 @@ def test_absorbed_is_expanded(model_type: str) -> None:
         whole = model(ids_of()).logits
     assert error(absorbed, expanded) < CLOSE[model.dtype]
     assert error(absorbed, whole) < CLOSE[model.dtype]
+
+
+def test_offloaded_weights_are_waited_for() -> None:
+    """Of a module whose weights are elsewhere until it is called, nothing but calls is asked."""
+    model = rough("llama")
+    with torch.no_grad():
+        expected, _ = in_pieces(model, (9, 3, 1, 1))
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert attentions(model)[0].kv_b_proj.weight.is_meta
+        assert error(in_pieces(model, (9, 3, 1, 1))[0], expected) < 1e-9
 
 
 @few_families
@@ -200,7 +211,8 @@ def test_everything_new_learns(model_type: str) -> None:
 def test_round_trip(model_type: str, tmp_path: Path) -> None:
     model = rough(model_type)
     model.save_pretrained(tmp_path)
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=model.dtype, output_loading_info=True)
+    result: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=model.dtype, output_loading_info=True)
+    loaded, report = result
     assert not any(report.values()) and type(loaded).__name__ == "UpfitMlaForCausalLM"
     loaded.config._attn_implementation = model.config._attn_implementation
     with torch.no_grad():
@@ -256,6 +268,8 @@ def test_what_it_would_not_compute_is_refused() -> None:
         settings = {"classes": [f"{name}Attention"], "output": output, "dropped": dropped, "layers": [layer, layer]}
         with pytest.raises(ValueError, match=message):
             swap(tiny_model(model_type), SimpleNamespace(mla=settings))
+    with pytest.raises(ValueError, match="attention none; its `columns` in config.json must be empty"):
+        ours(source_of("opt"), [layer, layer])(ids_of())
     settings = ours(source, [layer, layer]).config.mla | {"output": "dense"}
     with pytest.raises(ValueError, match="it has o_proj, which is not dropped"):
         swap(source, SimpleNamespace(mla=settings))
