@@ -101,8 +101,8 @@ class _Latent(Own):
         if slots:
             if not isinstance(positions, tuple) or positions[0].ndim != 3:
                 raise ValueError(
-                    "rotated slots need the family's cosines and sines, each [rows, tokens, columns], and this family hands its "
-                    f"attention {'none' if positions is None else 'others'}; its `columns` in config.json must be empty"
+                    "rotated slots need the family's cosines and sines, each [rows, tokens, columns], and this family hands "
+                    f"its attention {'none' if positions is None else 'others'}; its `columns` in config.json must be empty"
                 )
             cos, sin = (part[..., self.index_on(part.device)] for part in positions)
             plain, pairs = query.split([self.unrotated, slots], -1)
