@@ -62,6 +62,12 @@ class _Latent(Own):
     """Queries, a latent and shared rotated keys in place of the stock projections; the output projection is the stock one."""
 
     upfit_cached = ("kv_a_proj_with_mqa.weight",)
+    q_proj: nn.Linear  # [H (N + 2S), E]
+    kv_a_proj_with_mqa: nn.Linear  # [r + 2S, E]
+    kv_b_proj: nn.Linear  # [K (N + V), r]
+    config: Any
+    layer_idx: int
+    training: bool
     arguments: tuple[str, ...]  # of the stock forward
     mla: dict[str, Any]  # settings of this model
     latent: int
@@ -77,22 +83,27 @@ class _Latent(Own):
         options = {name: value for name, value in named.items() if name not in (*self.arguments, *CACHE_NAMES)}
         query, latent, rotated = self.project(hidden_states, named.get("position_embeddings"))
         if cache is not None:
-            latent, rotated = cache.update(latent, rotated, self.layer_idx)  # type: ignore[attr-defined]
+            latent, rotated = cache.update(latent, rotated, self.layer_idx)
         attended = self.absorbed if cache is not None and self.can_absorb(query) else self.expanded
         heads, weights = attended(query, latent, rotated, named.get("attention_mask"), options | self.options())
         output = getattr(self, self.mla["output"])(heads.reshape(*hidden_states.shape[:-1], -1))
-        return F.dropout(output, self.dropouts[1], self.training), weights  # type: ignore[attr-defined]
+        return F.dropout(output, self.dropouts[1], self.training), weights
 
     def project(self, hidden: Tensor, positions: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [B, T, E] → queries [B, H, T, N + 2S], latents [B, 1, T, r], rotated keys [B, 1, T, 2S].
 
-        positions: the family's cosines and sines, each [B or 1, T, columns]; not read where nothing is rotated.
+        positions: the family's cosines and sines, each [B or 1, T, columns]; not read where nothing is rotated. Raises
+        ValueError where something is and they are anything else.
         """
         slots = 2 * len(self.columns)
-        query = self.q_proj(hidden).unflatten(-1, (self.mla["heads"], -1)).transpose(1, 2)  # type: ignore[attr-defined]
-        latent, key = self.kv_a_proj_with_mqa(hidden)[:, None].split([self.latent, slots], -1)  # type: ignore[attr-defined]
+        query = self.q_proj(hidden).unflatten(-1, (self.mla["heads"], -1)).transpose(1, 2)
+        latent, key = self.kv_a_proj_with_mqa(hidden)[:, None].split([self.latent, slots], -1)
         if slots:
-            assert positions is not None, "rotated slots need the family's cosines and sines"
+            if not isinstance(positions, tuple) or positions[0].ndim != 3:
+                raise ValueError(
+                    "rotated slots need the family's cosines and sines, each [rows, tokens, columns], and this family hands "
+                    f"its attention {'none' if positions is None else 'others'}; its `columns` in config.json must be empty"
+                )
             cos, sin = (part[..., self.index_on(part.device)] for part in positions)
             plain, pairs = query.split([self.unrotated, slots], -1)
             query, key = torch.cat([plain, turn(pairs, cos, sin)], -1), turn(key, cos, sin)
@@ -106,9 +117,9 @@ class _Latent(Own):
 
     def can_absorb(self, query: Tensor) -> bool:
         """Whether these queries attend to the latents as they are: one a row, where U is a plain matrix (no adapter, not
-        quantised) and the attention function takes heads as wide as a latent."""
-        name = self.config._attn_implementation  # type: ignore[attr-defined]
-        plain = type(self.kv_b_proj) is nn.Linear  # type: ignore[attr-defined]
+        quantised, not on another device until it is called) and the attention function takes heads as wide as a latent."""
+        name, weight = self.config._attn_implementation, self.kv_b_proj.weight
+        plain = type(self.kv_b_proj) is nn.Linear and type(weight) is nn.Parameter and weight.device == query.device
         return query.shape[2] == 1 and plain and "flash" not in name and "flex" not in name
 
     def expanded(
@@ -117,10 +128,10 @@ class _Latent(Own):
         """query [B, H, T, N + 2S], latent [B, 1, L, r], rotated [B, 1, L, 2S] → [B, T, H, V] and the weights, by keys and
         values of all K heads."""
         kv_heads, width = self.mla["kv_heads"], self.mla["v_head_dim"]
-        both = self.kv_b_proj(latent[:, 0]).unflatten(-1, (kv_heads, -1)).transpose(1, 2)  # type: ignore[attr-defined]
+        both = self.kv_b_proj(latent[:, 0]).unflatten(-1, (kv_heads, -1)).transpose(1, 2)
         key, value = both.split([self.unrotated, width], -1)
         key = torch.cat([key, rotated.expand(-1, kv_heads, -1, -1)], -1)
-        if "flash" in self.config._attn_implementation:  # type: ignore[attr-defined]  # which takes one width alone
+        if "flash" in self.config._attn_implementation:  # which takes one width alone
             wide = max(key.shape[-1], width)
             query, key, value = (F.pad(part, (0, wide - part.shape[-1])) for part in (query, key, value))
         output, weights = self.function()(self, query, key, value, mask, **options)
@@ -131,12 +142,12 @@ class _Latent(Own):
     ) -> tuple[Tensor, Tensor | None]:
         """The same for T = 1, on the latents themselves: q_N · (U_K c) = (U_Kᵀ q_N) · c, and Σ p U_V c = U_V Σ p c."""
         kv_heads, heads = self.mla["kv_heads"], self.mla["heads"]
-        up = self.kv_b_proj.weight.unflatten(0, (kv_heads, -1))  # type: ignore[attr-defined]  # [K, N + V, r]
+        up = self.kv_b_proj.weight.unflatten(0, (kv_heads, -1))  # [K, N + V, r]
         up_key, up_value = up.split([self.unrotated, self.mla["v_head_dim"]], 1)
         plain, pairs = query.split([self.unrotated, rotated.shape[-1]], -1)
         grouped = plain[:, :, 0].unflatten(1, (kv_heads, -1)) @ up_key  # [B, K, H / K, r]
         query, key = torch.cat([grouped.flatten(1, 2)[:, :, None], pairs], -1), torch.cat([latent, rotated], -1)
-        name = self.config._attn_implementation  # type: ignore[attr-defined]
+        name = self.config._attn_implementation
         if name == "sdpa":  # heads of one key are its queries: transformers before 5.24 would copy the key for each
             options = options | {"is_causal": False}
             output, weights = self.function()(OneHead(self, 1), query.transpose(1, 2), key, latent, mask, **options)
@@ -149,18 +160,18 @@ class _Latent(Own):
     def function(self) -> Any:
         """The attention function that the user chose for the model (eager, sdpa, ...)."""
         eager = sys.modules[self.stock_module].eager_attention_forward
-        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)  # type: ignore[attr-defined]
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
 
     def options(self) -> dict[str, Any]:
         """What families hand to their attention functions besides tensors of the tokens: sliding windows as the masks have
         them, soft caps, sinks."""
-        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))  # type: ignore[attr-defined]
+        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         optional = {
             "sliding_window": window if getattr(self, "is_sliding", True) else None,
             "softcap": getattr(self, "attn_logit_softcapping", None),
             "s_aux": getattr(self, "sinks", None),
         }
-        dropout = self.dropouts[0] if self.training else 0.0  # type: ignore[attr-defined]
+        dropout = self.dropouts[0] if self.training else 0.0
         present = {name: value for name, value in optional.items() if value is not None}
         return {"scaling": self.mla["scaling"], "dropout": dropout} | present
 
@@ -174,7 +185,7 @@ def swap(model: nn.Module, config: Any) -> None:
     [K (N + V), r], by key/value head N rows of its key, V of its value.
     """
     settings = config.mla
-    changed = [module for module in model.modules() if type(module).__name__ in settings["classes"]]
+    changed: list[Any] = [module for module in model.modules() if type(module).__name__ in settings["classes"]]
     if len(changed) != len(settings["layers"]):
         raise ValueError(
             f"mla in config.json describes {len(settings['layers'])} attentions, the model has {len(changed)} of the classes "
