@@ -50,11 +50,11 @@ FAMILIES = {
 }
 
 
-def source_of(model_type: str) -> Any:
+def source_of(model_type: str, **changes: Any) -> Any:
     """A stock model in float64, without norms of queries and keys."""
     family = FAMILIES[model_type]
     heads = {"num_key_value_heads": family.kv_heads} if family.kv_heads != HEADS else {}
-    tiny = tiny_model(model_type, **family.changes, **heads)
+    tiny = tiny_model(model_type, **family.changes | heads | changes)
     settings = {"attn_implementation": "eager"} if family.eager else {}
     dtype = torch.float32 if model_type == "gpt_oss" else torch.float64
     model: Any = AutoModelForCausalLM.from_config(tiny.config, dtype=dtype, **settings).eval()
@@ -98,7 +98,7 @@ def ours(source: Any, layers: list[dict[str, Any]]) -> Any:
     return model.eval()
 
 
-def rough(model_type: str) -> Any:
+def rough(model_type: str, **changes: Any) -> Any:
     """Latent attention of low rank with random weights: repeated, unordered and left out columns, unlike in every layer."""
     columns = [[2, 0, 0], [1, 2, 1]] if FAMILIES[model_type].pairs else [[], []]
     if model_type in ("phi3", "gpt_neox"):
@@ -106,7 +106,7 @@ def rough(model_type: str) -> Any:
     layers = [{"latent": 5 + n, "unrotated": 3 - n, "columns": row} for n, row in enumerate(columns)]
     if model_type == "smollm3":
         layers[1]["columns"] = []
-    return ours(source_of(model_type), layers)
+    return ours(source_of(model_type, **changes), layers)
 
 
 def projected(module: Any) -> Tensor:

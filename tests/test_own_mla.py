@@ -12,8 +12,7 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask
 
 from tests.latent import FAMILIES, HEADS, NEW, attentions, exact, ours, rough, source_of
 from tests.tiny import tiny_model
@@ -238,20 +237,42 @@ assert type(model).__name__ == "UpfitMlaModel" and model.layers[1].self_attn.kv_
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=tmp_path)
 
 
-def test_flash_attention_gets_one_width() -> None:
-    """Its kernels take queries, keys and values of one width, and none as wide as a latent."""
-    model = rough("llama")
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+def test_flash_attention_gets_one_width(model_type: str) -> None:
+    """Its kernels take queries, keys and values of one width, and none as wide as a latent; sinks beside them."""
+    model = rough(model_type)
 
     def flash(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         assert query.shape[-1] == key.shape[-1] == value.shape[-1] == max(8, module.unrotated + 2 * len(module.columns))
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+        assert options.get("s_aux") is getattr(module, "sinks", None)
+        return sys.modules[module.stock_module].eager_attention_forward(module, query, key, value, mask, **options)
 
     AttentionInterface.register("flash_stand_in", flash)
-    AttentionMaskInterface.register("flash_stand_in", sdpa_mask)
+    AttentionMaskInterface.register("flash_stand_in", eager_mask)
     with torch.no_grad():
         expected, _ = in_pieces(model, (9, 3, 1, 1))
         model.config._attn_implementation = "flash_stand_in"
-        assert error(in_pieces(model, (9, 3, 1, 1))[0], expected) < 1e-9
+        assert error(in_pieces(model, (9, 3, 1, 1))[0], expected) < CLOSE[model.dtype]
+
+
+def test_arguments_by_place_are_those_by_name() -> None:
+    for model_type in ("llama", "gpt_neox"):
+        attention, hidden = attentions(rough(model_type))[0], torch.randn(2, 5, 32, dtype=torch.float64)
+        angles, mask = torch.randn(1, 5, 3, dtype=torch.float64), torch.rand(2, 1, 5, 5) > 0.3
+        named = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": mask | torch.eye(5).bool()}
+        by_place = [named.get(name) for name in attention.arguments[1:] if name not in ("kwargs", "cache", "past_key_values")]
+        assert torch.equal(attention(hidden, *by_place)[0], attention(hidden, **named)[0])
+        assert not torch.allclose(attention(hidden, *by_place)[0], attention(hidden, **named | {"attention_mask": None})[0])
+
+
+def test_dropout_is_the_familys() -> None:
+    attention = attentions(rough("gpt2", attn_pdrop=0.25, resid_pdrop=0.5))[0].train()
+    hidden = torch.randn(2, 5, 32, dtype=torch.float64)
+    assert attention.dropouts == (0.25, 0.5) and attentions(rough("opt", attention_dropout=0.5))[0].dropouts == (0.5, 0)
+    attention.dropouts = (1.0, 0.0)
+    assert torch.equal(attention(hidden)[0], attention.c_proj.bias.expand(2, 5, 32))
+    attention.dropouts = (0.0, 1.0)
+    assert not attention(hidden)[0].any() and attention.eval()(hidden)[0].any()
 
 
 def test_what_it_would_not_compute_is_refused() -> None:

@@ -31,7 +31,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from .upfit_base import CACHE_NAMES, Own, OwnConfig, OwnModel, Plain, cache_among, put_in_front
+from .upfit_base import Own, OwnConfig, OwnModel, Plain, cache_among, put_in_front
 
 MODEL_TYPE = "upfit_mla"
 PARAMETERS = {"sinks"}  # of a stock attention itself, which are understood here
@@ -80,7 +80,7 @@ class _Latent(Own):
         """hidden_states [B, T, E] → [B, T, E], and the attention weights [B, H, T, L] where the attention function has them."""
         cache = cache_among(args, kwargs)
         named = dict(zip(self.arguments[1:], args, strict=False)) | kwargs
-        options = {name: value for name, value in named.items() if name not in (*self.arguments, *CACHE_NAMES)}
+        options = {name: value for name, value in named.items() if name not in self.arguments}
         query, latent, rotated = self.project(hidden_states, named.get("position_embeddings"))
         if cache is not None:
             latent, rotated = cache.update(latent, rotated, self.layer_idx)
@@ -147,13 +147,9 @@ class _Latent(Own):
         plain, pairs = query.split([self.unrotated, rotated.shape[-1]], -1)
         grouped = plain[:, :, 0].unflatten(1, (kv_heads, -1)) @ up_key  # [B, K, H / K, r]
         query, key = torch.cat([grouped.flatten(1, 2)[:, :, None], pairs], -1), torch.cat([latent, rotated], -1)
-        name = self.config._attn_implementation
-        if name == "sdpa":  # heads of one key are its queries: transformers before 5.24 would copy the key for each
-            options = options | {"is_causal": False}
-            output, weights = self.function()(OneHead(self, 1), query.transpose(1, 2), key, latent, mask, **options)
-        else:  # eager functions know broadcasting all, groups not all
-            groups = 1 if name == "eager" else heads
-            output, weights = self.function()(OneHead(self, groups), query, key, latent, mask, **options)
+        if self.config._attn_implementation == "sdpa":  # heads of one key as its queries: older sdpa copies the key for each
+            query, heads, options = query.transpose(1, 2), 1, options | {"is_causal": False}
+        output, weights = self.function()(OneHead(self, heads), query, key, latent, mask, **options)
         sums = output.reshape(len(query), kv_heads, -1, self.latent)
         return (sums @ up_value.transpose(1, 2)).flatten(1, 2)[:, None], weights
 
