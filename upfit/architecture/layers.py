@@ -7,7 +7,7 @@ lie, shapes cannot.
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.adapter import adapt, adapt_shapes
@@ -32,6 +32,7 @@ class Architecture:
     config: dict[str, Any]
     layers: tuple[Layer, ...]
     latent: bool = False  # what is cached is one latent a token: to be described, not converted
+    tensors: Mapping[str, Described] = field(default_factory=dict, repr=False)
 
     @property
     def kv_heads(self) -> int:
@@ -139,7 +140,7 @@ def bind(config: dict[str, Any], tensors: Mapping[str, "Described"], own: bool =
     Raises UpfitError for an unsupported model type, and when the tensors are not what the class wants.
     """
     if is_latent(tensors):
-        return Architecture(family_entry(config), config, latent_layers(config, tensors), latent=True)
+        return Architecture(family_entry(config), config, latent_layers(config, tensors), True, tensors)
     return _architecture(*adapt_shapes(config, tensors, own))
 
 
@@ -153,7 +154,7 @@ def _architecture(config: dict[str, Any], tensors: Mapping[str, "Described"]) ->
     if not stored:
         raise UpfitError(f"this {entry.model_type} checkpoint has no layer with key/value heads of its own; nothing to convert")
     layers = tuple(_layer(entry, path, index, names, probe, disk, tensors) for index, path in enumerate(stored))
-    return Architecture(entry, config, layers)
+    return Architecture(entry, config, layers, tensors=tensors)
 
 
 @dataclass(frozen=True)

@@ -14,36 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upfit.architecture.attention import LAYOUTS, Attention
+from upfit.architecture.attention import LAYOUTS
 from upfit.calibration.layerwise import Block, find_blocks, observed_model
 from upfit.calibration.observe import Call, Opaque
 from upfit.calibration.ridge import augmented
 from upfit.calibration.scores.fit import Effort, Penalty, fit_scores
-from upfit.calibration.scores.problem import Batch, Form, Turn, Weights, input_moments
-from upfit.calibration.statistics import ROWS, add
+from upfit.calibration.scores.problem import Batch, Form, Weights, input_moments
 from upfit.calibration.stream_refit import adopt, drifts_of, mapped, refit_stream
 from upfit.calibration.teacher_student import LayerPair, put, stream_error
-from upfit.calibration.teacher_view import View, watch_teacher
 from upfit.calibration.traits import AttentionTraits, Turns
 from upfit.convert.fitting import LayerFits
-from upfit.convert.mla.layer import Latent, Source, closed_form, even
-from upfit.convert.mla.linear import projections, scale_sums, scaled
+from upfit.convert.mla.layer import Latent, even
 from upfit.convert.mla.own_config import written
 from upfit.convert.mla.sizes import Sizes, layer_settings
-from upfit.convert.mla.sums import observe
-
-BALANCES = (0.25, 0.03)  # of the keys' errors against the values', tried on what is held back
+from upfit.convert.mla.watch_layer import BALANCES, Shown, closest, watch_layer
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`rows`: sampled query positions of every 512 of a window. `refit`: fit in the converted stream, not only replace."""
+    """`refit`: fit in the converted stream, not only replace."""
 
     sizes: Sizes
     refit: bool = True
-    rows: int = ROWS
     effort: Effort = Effort()
-    balances: tuple[float, ...] = BALANCES
     token_power: float = 2.0  # a token weighs 1 / rms of the teacher's stream to this power
 
 
@@ -121,12 +114,10 @@ def _convert(
     layout, device = LAYOUTS[pair.layer.layout], pair.batches[0].teacher.device
     stored = {part: pair.model.weights.checkpoint.read(name).float() for part, name in pair.layer.names.items()}
     attention = layout.unpack({part: tensor.to(device) for part, tensor in stored.items()}, pair.layer.geometry)
-    views, source, sums = _watch(pair, traits, turns, attention, settings)
-    balance, error, latent = _choose(source, sums, turns, views, settings)
-    record = LayerRecord(pair.layer.path, own, source.scaling, balance, error)
-    latent = latent.to(device)
-    if settings.refit:
-        latent = _fit(pair, latent, sums, turns, views, settings, record)
+    shown = watch_layer(pair, traits, turns, attention)
+    chosen, views = closest(shown, settings.sizes, BALANCES), shown.views
+    record = LayerRecord(pair.layer.path, own, shown.source.scaling, chosen.balance, chosen.error)
+    latent = _fit(pair, chosen.latent, shown, settings, record) if settings.refit else chosen.latent
     new = _put(pair, latent)
     for view in views:
         view.targets.clear()
@@ -140,75 +131,9 @@ def _convert(
     return record, new
 
 
-def _watch(
-    pair: LayerPair, traits: AttentionTraits, turns: Turns, attention: Attention, settings: Settings
-) -> tuple[list[View], Source, dict[str, Tensor]]:
-    """The teacher's layer over every batch, what it is, and the sums of the batches that are fitted."""
-    q, k, v = projections(attention, list(traits.order))
-    views, sums = list[View](), dict[str, Tensor]()
-    for view, seen, _ in watch_teacher(pair, traits, attention.o, settings.rows, 1.0):
-        if not view.batch.held:
-            add(sums, observe(view, seen, traits, turns, v.shape[-1]))
-            if traits.normed:
-                add(sums, scale_sums(view, seen, traits, turns, q, k))
-        views.append(view)
-    assert attention.o is not None
-    wide = [part.double().cpu() for part in (q, k, v, attention.o)]
-    if traits.normed:
-        wide[0], wide[1] = scaled(wide[0], sums["scale_q"]), scaled(wide[1], sums["scale_k"])
-    return views, Source(wide[0], wide[1], wide[2], wide[3], traits.pairs, views[0].scaling * turns.scale), sums
-
-
-def _choose(
-    source: Source, sums: dict[str, Tensor], turns: Turns, views: list[View], settings: Settings
-) -> tuple[float, float, Latent]:
-    """The balance that does best on what is held back, the error of the attention's output there, and the layer."""
-    held, tried = [view for view in views if view.batch.held], []
-    for balance in settings.balances:
-        latent = closed_form(source, sums, settings.sizes.counts, settings.sizes.latent, balance)
-        tried.append((output_error(latent.to(held[0].inputs.device), source.scaling, turns, held), balance, latent))
-    error, balance, latent = min(tried, key=lambda one: one[0])
-    return balance, error, latent
-
-
-def output_error(latent: Latent, scaling: float, turns: Turns, views: list[View]) -> float:
-    """The squared error of what the attention gives out on the sampled rows of `views`, as a share of its energy."""
-    lost = energy = 0.0
-    slots, width = list(latent.slots), latent.key.shape[-1]
-    for view in views:
-        inputs = augmented(view.inputs, width)
-        keys = (inputs @ latent.key.T)[:, :, None]
-        keys = Turn.of(turns.k[: keys.shape[1], slots], keys.shape[-1])(keys)[:, :, 0]
-        for target in view.targets:
-            queries = torch.einsum("bre,hde->brhd", inputs[:, target.at], latent.q)
-            queries = latent.absorbed(Turn.of(turns.q[target.at][:, slots], queries.shape[-1])(queries))
-            scores = torch.einsum("brhk,blk->bhrl", queries, keys[:, : target.keys]) * scaling
-            whole = target.weights.sum(-1, keepdim=True)  # less than 1 where sinks take a part
-            weights = scores.masked_fill(target.weights == 0, float("-inf")).softmax(-1).nan_to_num() * whole
-            mixed = torch.einsum("bhrl,blk->bhrk", weights, keys[:, : target.keys, latent.rotated :])
-            wanted = _attended(target.weights, view.values[:, : target.keys], latent.o)
-            gap = torch.einsum("bhrk,hvk,ehv->bre", mixed, latent.of_heads(latent.up_v), latent.o) - wanted
-            lost, energy = lost + float(gap.square().sum()), energy + float(wanted.square().sum())
-    return lost / max(energy, 1e-30)
-
-
-def _attended(weights: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
-    """[B, R, E]: what the output projection makes of `values` [B, L, K, V] under `weights` [B, H, R, L]."""
-    of_heads = values.repeat_interleave(weights.shape[1] // values.shape[2], 2)
-    return torch.einsum("bhrl,blhv,ehv->bre", weights, of_heads, outputs)
-
-
-def _fit(
-    pair: LayerPair,
-    latent: Latent,
-    sums: dict[str, Tensor],
-    turns: Turns,
-    views: list[View],
-    settings: Settings,
-    record: LayerRecord,
-) -> Latent:
+def _fit(pair: LayerPair, latent: Latent, shown: Shown, settings: Settings, record: LayerRecord) -> Latent:
     """The layer on what the student sees, queries and keys fitted to the teacher's scores."""
-    path = f"{pair.place.at}.q_proj"
+    path, views, turns = f"{pair.place.at}.q_proj", shown.views, shown.turns
     inputs = [pair.run_until(path, view.batch) for view in views]
     drift, _ = drifts_of([(x, x) for x in inputs], views)
     latent = replace(latent, q=mapped(latent.q, drift), key=mapped(latent.key, drift))
@@ -228,19 +153,19 @@ def _fit(
     )
     start = Weights(latent.q.flatten(0, 1), latent.key)
     moments = input_moments(problems[False], width, width)
-    penalty = _penalty(latent, sums, views)
+    penalty = _penalty(latent, shown)
     result = fit_scores(problems[False], problems[True], form, start, *moments, settings.effort, penalty)
     record.fitted_before, record.fitted_after = result.before, result.after
-    return even(replace(latent, q=result.weights.q.unflatten(0, (len(latent.q), -1)), key=result.weights.k), sums)
+    return even(replace(latent, q=result.weights.q.unflatten(0, (len(latent.q), -1)), key=result.weights.k), shown.sums)
 
 
-def _penalty(latent: Latent, sums: dict[str, Tensor], views: list[View]) -> Penalty:
+def _penalty(latent: Latent, shown: Shown) -> Penalty:
     """What a change of the latent costs the values: Σ_h tr (O_h U_V)ᵀ(O_h U_V) Δ C_V Δᵀ, in units of the scores' errors."""
     read = torch.einsum("ehv,hvr->her", latent.o, latent.of_heads(latent.up_v))
     metric = torch.nn.functional.pad(torch.einsum("her,hes->rs", read, read), (latent.rotated, 0, latent.rotated, 0))
-    units = [target.unit for view in views if not view.batch.held for target in view.targets]
+    units = [target.unit for view in shown.views if not view.batch.held for target in view.targets]
     unit = len(latent.q) * sum(units) / len(units)
-    return Penalty(metric, sums["values"].to(metric.device) / max(unit, 1e-30))
+    return Penalty(metric, shown.sums["values"].to(metric.device) / max(unit, 1e-30))
 
 
 def _put(pair: LayerPair, latent: Latent) -> dict[str, Tensor]:

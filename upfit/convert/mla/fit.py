@@ -5,20 +5,24 @@ from typing import TYPE_CHECKING, Any
 
 from upfit.checkpoint.plan import Plan
 from upfit.convert.fitting import LayerFits, read_calibration
+from upfit.convert.mla.choose import choose
 from upfit.convert.mla.convert_layers import Settings, convert_layers
 from upfit.convert.mla.own_config import dropped, own_config
 from upfit.convert.mla.sizes import Sizes
+from upfit.convert.mla.stock_plan import stock_plan
 from upfit.provenance import FITTED, STATE
 
 if TYPE_CHECKING:
+    from upfit.architecture.layers import Architecture
     from upfit.convert.recipe import FitContext
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user asked for."""
+    """What the user asked for; `stock`: the result is to be of the stock class."""
 
-    sizes: Sizes
+    possible: tuple[Sizes, ...]
+    stock: bool
     refit: bool
     calibration: list[str] | None
     tokens: str | None
@@ -26,17 +30,39 @@ class Choice:
     field: str
 
 
-def fit(context: "FitContext", choice: Choice, plan: Plan, label: str) -> Plan:
-    """Fit every layer and give `plan` the config and rules of what was found.
+def fit(context: "FitContext", choice: Choice, notes: tuple[str, ...]) -> Plan:
+    """Choose the sizes, fit every layer, and plan to write what was found.
 
     Raises UpfitError for calibration text that cannot be used, Opaque for a model that cannot be watched on it.
     """
     calibration = read_calibration(context, choice.calibration, choice.tokens, choice.length, choice.field)
-    settings, architecture = Settings(choice.sizes, choice.refit), context.architecture
+    architecture = context.architecture
+    sizes, tried = choose(context, choice.calibration, choice.length, choice.field, list(choice.possible))
+    settings = Settings(sizes, choice.refit)
     identity = {"recipe": "mla", "config": architecture.config} | asdict(settings)
     fits = LayerFits(context, calibration, "fitting latents", identity, list(architecture.layers))
     convert_layers(fits, lambda layers, scaling: own_config(architecture, layers, scaling), settings)
     records = fits.records
     config = own_config(architecture, [record["settings"] for record in records], records[0]["scaling"])
-    report: dict[str, Any] = {STATE: FITTED, "calibration": calibration.record(), "layers": records}
-    return Plan(config, fits.rules(label, dropped), notes=plan.notes, report=report)
+    report: dict[str, Any] = {
+        STATE: FITTED,
+        "calibration": calibration.record(),
+        "sizes": asdict(sizes),
+        "tried": [{"rotated_pairs": pairs(one.sizes), "slots": one.sizes.slots, "error": one.error} for one in tried],
+        "layers": records,
+    }
+    plan = Plan(config, fits.rules(label(architecture, sizes, choice.refit), dropped), notes=notes, report=report)
+    return stock_plan(plan, architecture) if choice.stock else plan
+
+
+def pairs(sizes: Sizes) -> int:
+    """How many pairs keep a rotation."""
+    return sum(count > 0 for count in sizes.counts)
+
+
+def label(architecture: "Architecture", sizes: Sizes, refit: bool) -> str:
+    """What a dry run says of a layer."""
+    shape = architecture.layers[0].geometry
+    whole = shape.kv_heads * (shape.head_dim + shape.v_head_dim)
+    keys = f"{2 * sizes.slots} of rotated keys" if sizes.slots else "no rotated key"
+    return f"{whole} → {sizes.numbers} cached numbers a token: latent {sizes.latent}, {keys}" + (", refitted" if refit else "")

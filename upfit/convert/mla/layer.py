@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from upfit.calibration.reduction import powers
-from upfit.convert.mla.latent import joint, together
+from upfit.convert.mla.latent import Metrics, joint, together
 from upfit.convert.mla.slots import Slots, share_pairs
 
 
@@ -61,8 +61,11 @@ class Latent:
         return torch.cat([queries[..., : self.rotated], inner], -1)
 
 
-def closed_form(source: Source, sums: dict[str, Tensor], counts: Sequence[int], width: int, balance: float) -> Latent:
-    """The layer with `counts` [P] shared keys for each pair (fastest first) and a latent of `width`; `sums` as in `sums.py`.
+def closed_form(
+    source: Source, sums: dict[str, Tensor], metrics: Metrics, counts: Sequence[int], width: int, balance: float
+) -> Latent:
+    """The layer with `counts` [P] shared keys for each pair (fastest first) and a latent of `width`; `sums` as in `sums.py`,
+    `metrics` by `metrics_of`.
 
     Pairs without a shared key lose their rotation and are plain dimensions. `balance` multiplies the weight of the keys' errors
     against the values': 1 where score errors of all keys agree, less where they partly average out. Where nothing has to be
@@ -74,13 +77,18 @@ def closed_form(source: Source, sums: dict[str, Tensor], counts: Sequence[int], 
     slots = share_pairs(sums["pairs"], energy, source.owners, counts)
     rotated_q, rotated_k = _rotated(source, slots)
     plain = _plain(source, counts)
-    down, up_k, up_v = _reduced(source, sums, plain, width, balance)
+    down, up_k, up_v = _reduced(source, sums, metrics, plain, width, balance)
     q = torch.cat([rotated_q, source.q[:, plain]], 1)
     return even(Latent(q, torch.cat([rotated_k, down]), up_k, up_v, source.o, slots.pairs), sums)
 
 
+def metrics_of(sums: dict[str, Tensor]) -> Metrics:
+    """The moments of the inputs as keys and as values see them, of one size."""
+    return together(*(sums[name] / sums[name].trace().clamp_min(1e-30) for name in ("keys", "values")))
+
+
 def _reduced(
-    source: Source, sums: dict[str, Tensor], plain: list[int], width: int, balance: float
+    source: Source, sums: dict[str, Tensor], metrics: Metrics, plain: list[int], width: int, balance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The latent [width, E'], and what makes `plain` keys [K, N, width] and values [K, V, width] of it."""
     keys, values, count = source.k[:, plain].flatten(0, 1), source.v.flatten(0, 1), len(source.k)
@@ -91,7 +99,6 @@ def _reduced(
     of_keys, of_values = (sums[name].trace().clamp_min(1e-30) / sums["rows"] / len(source.q) for name in ("keys", "values"))
     units = source.scaling * (balance * of_keys).sqrt(), of_values.sqrt()  # both errors are the output's, both moments alike
     (root_k, back_k), (root_v, back_v) = _metric_of_keys(source, sums, plain), _metric_of_values(source)
-    metrics = together(sums["keys"] / sums["keys"].trace(), sums["values"] / sums["values"].trace())
     reduced = joint(units[0] * (root_k @ keys), units[1] * (root_v @ values), metrics, width)
     up_k, up_v = back_k @ reduced.keys / units[0], back_v @ reduced.values / units[1]
     return reduced.down, up_k.unflatten(0, (count, -1)), up_v.unflatten(0, (count, -1))

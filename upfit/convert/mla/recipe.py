@@ -1,7 +1,7 @@
 """Latent attention: keys and values of all heads made of one cached vector a token, and of rotated keys that heads share."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from upfit.checkpoint.plan import Plan
 from upfit.convert.recipe import Fit, FitContext, Recipe
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 PAPER = "DeepSeek-AI 2024, DeepSeek-V2, arXiv 2405.04434; from finished models: TransMLA, Meng et al. 2025, arXiv 2502.07864"
 
 
+STOCK, OWN = "deepseek_v3", "upfit_mla"
+Target = Literal["auto", "deepseek_v3", "upfit_mla"]
+STOCK_NOTE = "the result is a stock DeepseekV3ForCausalLM, which transformers, vLLM and SGLang know"
+OWN_NOTE = "the result is of our class upfit_mla, which transformers loads from the folder, and no other engine{}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Flags of `upfit convert mla`."""
@@ -23,6 +29,11 @@ class Options:
     cache: str | None = option(None, help="a share of the source's cache, such as 50%, or numbers a token and layer")
     latent: int | None = option(None, help="width of the latent, with --rope-dim, in place of --cache")
     rope_dim: int | None = option(None, help="numbers of rotated keys that all heads share, with --latent")
+    target: Target = option(
+        "auto",
+        help="class of the result: deepseek_v3, which engines serve, or our own, which can have several rotated keys a pair; "
+        "auto: deepseek_v3 where it can hold the model",
+    )
     calibration: list[str] | None = option(None, help="text files or folders; default: Python's standard library")
     field: str = option(FIELD, goes_with=("calibration",), help=FIELD_HELP)
     calibration_tokens: str | None = option(None, help="tokens of calibration text to use, such as 64k (the default)")
@@ -34,29 +45,54 @@ class Options:
 
 def plan(architecture: "Architecture", options: Options) -> Fit:
     """A latent in every layer. Raises UpfitError for widths that are none, and for a model that cannot have one."""
+    from upfit.convert.mla.deepseek import why_not
     from upfit.convert.mla.own_config import check, has_bias, outline, own_config
-    from upfit.convert.mla.sizes import layer_settings, rotated_pairs, sizes
+    from upfit.convert.mla.sizes import layer_settings, possible_sizes, rotated_pairs
 
-    if (options.cache is None) == (options.latent is None or options.rope_dim is None):
-        raise UpfitError("give --cache, such as --cache 50%, or both --latent and --rope-dim")
-    if options.cache is not None and (options.latent is not None or options.rope_dim is not None):
-        raise UpfitError("--cache decides --latent and --rope-dim; give one or the others")
+    _check_options(options)
     check(architecture)
-    pairs, shape = rotated_pairs(architecture), architecture.layers[0].geometry
-    chosen = sizes(shape, pairs, True, options.cache, options.latent, options.rope_dim)
-    whole = shape.kv_heads * (shape.head_dim + shape.v_head_dim)
-    label = f"{whole} → {chosen.latent} latent + {2 * chosen.slots} rotated numbers a token" + (", refitted" * options.refit)
-    bias, settings = has_bias(architecture), layer_settings(chosen, list(range(pairs)))
-    rules = tuple(outline(layer, chosen, bias, label) for layer in architecture.layers)
-    drawn = Plan(own_config(architecture, [settings] * len(rules), 1.0), rules)
+    pairs, shape, asked = rotated_pairs(architecture), architecture.layers[0].geometry, _asked(options)
+    reason, possible = None, possible_sizes(shape, pairs, options.target == OWN, *asked)
+
+    def drawn(stock: bool) -> Plan:
+        """The plan as far as it is known before the fit."""
+        from upfit.convert.mla.fit import label
+        from upfit.convert.mla.stock_plan import stock_plan
+
+        sizes = possible[len(possible) // 2]
+        settings, bias = layer_settings(sizes, list(range(pairs))), has_bias(architecture)
+        rules = tuple(outline(layer, sizes, bias, label(architecture, sizes, options.refit)) for layer in architecture.layers)
+        own = Plan(own_config(architecture, [settings] * len(rules), 1.0), rules)
+        return stock_plan(own, architecture) if stock else own
+
+    if options.target != OWN:
+        reason = why_not(drawn(stock=False).config)
+        if reason is not None and options.target == STOCK:
+            raise UpfitError(f"--target {STOCK}: {reason}; leave it out for a class of ours")
+        if reason is not None:
+            possible = possible_sizes(shape, pairs, True, *asked)
+    stock = options.target != OWN and reason is None
+    note = STOCK_NOTE if stock else OWN_NOTE.format(f": {reason}" if reason else "")
 
     def run(context: FitContext) -> Plan:
         from upfit.convert.mla.fit import Choice, fit
 
         how = (options.calibration, options.calibration_tokens, options.calibration_length, options.field)
-        return fit(context, Choice(chosen, options.refit, *how), drawn, label)
+        return fit(context, Choice(tuple(possible), stock, options.refit, *how), (note,))
 
-    return Fit(drawn, run)
+    return Fit(replace(drawn(stock), notes=(note,)), run)
+
+
+def _check_options(options: Options) -> None:
+    widths = (options.latent, options.rope_dim)
+    if options.cache is not None and widths != (None, None):
+        raise UpfitError("--cache decides --latent and --rope-dim; give one or the others")
+    if options.cache is None and None in widths:
+        raise UpfitError("give --cache, such as --cache 50%, or both --latent and --rope-dim")
+
+
+def _asked(options: Options) -> tuple[str | None, int | None, int | None]:
+    return options.cache, options.latent, options.rope_dim
 
 
 def _shapes(architecture: "Architecture", options: Options) -> "list[Geometry]":

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from upfit.architecture.attention import Geometry
     from upfit.architecture.layers import Architecture
 
-ROTATED_SHARE = 0.4  # at most, of a cache: beyond it a rotated key is worth less than what it takes from the latent
-STOCK_SHARE = 0.5  # of the pairs, the fastest: which are best with one rotated key each, at half and a third of a cache
+ROTATED_SHARES = (0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # of the pairs, the fastest, that may keep a rotation
+MOST_ROTATED = 0.8  # of a cache: the rest is for values, of which rotated keys hold nothing
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,39 @@ class Sizes:
         return 2 * self.slots + self.latent
 
 
-def sizes(shape: "Geometry", pairs: int, several: bool, cache: str | None, latent: int | None, rope: int | None) -> Sizes:
-    """What `cache` (a share such as 50%, or numbers a token and layer) is spent on, or the widths as they are asked for; with
-    `several` a pair may have more than one rotated key.
+def possible_sizes(
+    shape: "Geometry", pairs: int, several: bool, cache: str | None, latent: int | None, rope_dim: int | None
+) -> list[Sizes]:
+    """What a cache, as a share such as 50% or as numbers a token and layer, may be spent on, or ways of dealing out `rope_dim`
+    rotated numbers beside a `latent`; with `several` a pair may have more than one rotated key.
 
     Raises UpfitError for widths that are none.
     """
-    whole = shape.kv_heads * (shape.head_dim + shape.v_head_dim)
+    most, whole = shape.kv_heads if several else 1, shape.kv_heads * (shape.head_dim + shape.v_head_dim)
     if cache is not None:
-        return _of_cache(_numbers(cache, whole), shape, pairs, several)
-    assert latent is not None and rope is not None
-    counts = _dealt(rope, shape, pairs)
-    result = _sizes(counts, latent, shape)
-    most = shape.kv_heads * (result.unrotated + shape.v_head_dim)
-    if not 1 <= latent <= most:
-        raise UpfitError(f"--latent got {latent}; with --rope-dim {rope} choose from 1 to {most}, which loses nothing")
-    return result
+        numbers = _numbers(cache, whole)
+        every = [_sizes(counts, numbers - 2 * sum(counts), shape) for counts in _dealings(pairs, most)]
+        kept = [one for one in every if _whole(one, shape)]
+        if numbers == whole and kept:
+            return kept
+        chosen = [one for one in every if 2 * one.slots <= MOST_ROTATED * numbers]
+        if not chosen:
+            raise UpfitError(f"--cache {cache} is {numbers} numbers a token and layer, too few to rotate a key; give more")
+        return chosen
+    assert latent is not None and rope_dim is not None
+    dealt = [counts for counts in _dealings(pairs, most, any_share=True) if 2 * sum(counts) == rope_dim]
+    if not dealt:
+        raise UpfitError(f"--rope-dim got {rope_dim}; choose an even number from 2 to {2 * pairs * most}")
+    chosen = [_sizes(counts, latent, shape) for counts in dealt]
+    widest = max(shape.kv_heads * (one.unrotated + shape.v_head_dim) for one in chosen)
+    if not 1 <= latent <= widest:
+        raise UpfitError(f"--latent got {latent}; with --rope-dim {rope_dim} choose from 1 to {widest}, which loses nothing")
+    return chosen
+
+
+def _whole(sizes: Sizes, shape: "Geometry") -> bool:
+    """Whether nothing is lost."""
+    return all(count == shape.kv_heads for count in sizes.counts)
 
 
 def _numbers(cache: str, whole: int) -> int:
@@ -64,31 +81,12 @@ def _numbers(cache: str, whole: int) -> int:
     return numbers
 
 
-def _of_cache(numbers: int, shape: "Geometry", pairs: int, several: bool) -> Sizes:
-    if numbers == shape.kv_heads * (shape.head_dim + shape.v_head_dim):
-        return _sizes([shape.kv_heads] * pairs, numbers - 2 * pairs * shape.kv_heads, shape)
-    rotated = min(round(STOCK_SHARE * pairs), int(ROTATED_SHARE * numbers) // 2)
-    most = min(shape.kv_heads, int(ROTATED_SHARE * numbers) // (2 * rotated)) if rotated and several else 1
-    counts = [most] * rotated + [0] * (pairs - rotated)
-    return _sizes(counts, numbers - 2 * sum(counts), shape)
-
-
-def _dealt(rope: int, shape: "Geometry", pairs: int) -> list[int]:
-    """How many rotated keys each pair has of `rope` numbers: one each on the fastest; where half of the pairs cannot take them,
-    several on the faster half, and on all of them only where all heads keep theirs."""
-    most = shape.kv_heads * pairs
-    if rope < 0 or rope % 2 or rope > 2 * most:
-        raise UpfitError(f"--rope-dim got {rope}; choose an even number from 0 to {2 * most}, which loses nothing")
-    slots, half = rope // 2, max(1, round(STOCK_SHARE * pairs))
-    if slots == most:
-        return [shape.kv_heads] * pairs
-    if slots <= half or (shape.kv_heads == 1 and slots <= pairs):
-        return [1] * slots + [0] * (pairs - slots)
-    each, over = divmod(slots, half)
-    if each + bool(over) > shape.kv_heads:  # more than the faster half can hold
-        each, over = divmod(slots, pairs)
-        return [each + (pair < over) for pair in range(pairs)]
-    return [each + (pair < over) for pair in range(half)] + [0] * (pairs - half)
+def _dealings(pairs: int, most: int, any_share: bool = False) -> list[list[int]]:
+    """Ways to give the fastest of `pairs` up to `most` rotated keys each, all as many: of a few shares of them, or of any."""
+    if not pairs:
+        return [[]]
+    fast = range(1, pairs + 1) if any_share else sorted({max(1, round(share * pairs)) for share in ROTATED_SHARES})
+    return [[count] * rotated + [0] * (pairs - rotated) for rotated in fast for count in range(1, most + 1)]
 
 
 def _sizes(counts: list[int], latent: int, shape: "Geometry") -> Sizes:

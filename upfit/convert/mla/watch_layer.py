@@ -1,0 +1,96 @@
+"""What a layer of the teacher shows for its latent, and which closed form of it is closest on what is held back."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from upfit.architecture.attention import Attention
+from upfit.calibration.ridge import augmented
+from upfit.calibration.scores.problem import Turn
+from upfit.calibration.statistics import ROWS, add
+from upfit.calibration.teacher_student import LayerPair
+from upfit.calibration.teacher_view import View, watch_teacher
+from upfit.calibration.traits import AttentionTraits, Turns
+from upfit.convert.mla.latent import Metrics
+from upfit.convert.mla.layer import Latent, Source, closed_form, metrics_of
+from upfit.convert.mla.linear import projections, scale_sums, scaled
+from upfit.convert.mla.sizes import Sizes
+from upfit.convert.mla.sums import observe
+
+BALANCES = (0.25, 0.06, 1.0)  # of the keys' errors against the values', tried on what is held back
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What one layer showed: its views on every batch, the layer itself, the sums of the batches that are fitted."""
+
+    views: list[View]
+    source: Source
+    sums: dict[str, Tensor]
+    metrics: Metrics
+    turns: Turns
+
+
+@dataclass(frozen=True)
+class Closest:
+    """A closed form, its balance, and the share of the attention's output that it loses on what is held back."""
+
+    latent: Latent
+    balance: float
+    error: float
+
+
+def watch_layer(pair: LayerPair, traits: AttentionTraits, turns: Turns, attention: Attention) -> Shown:
+    """The teacher's layer over every batch. `attention` is on the device of the batches."""
+    q, k, v = projections(attention, list(traits.order))
+    views, sums = list[View](), dict[str, Tensor]()
+    for view, seen, _ in watch_teacher(pair, traits, attention.o, ROWS, 1.0):
+        if not view.batch.held:
+            add(sums, observe(view, seen, traits, turns, v.shape[-1]))
+            if traits.normed:
+                add(sums, scale_sums(view, seen, traits, turns, q, k))
+        views.append(view)
+    assert attention.o is not None
+    wide = [part.double().cpu() for part in (q, k, v, attention.o)]
+    if traits.normed:
+        wide[0], wide[1] = scaled(wide[0], sums["scale_q"]), scaled(wide[1], sums["scale_k"])
+    source = Source(wide[0], wide[1], wide[2], wide[3], traits.pairs, views[0].scaling * turns.scale)
+    return Shown(views, source, sums, metrics_of(sums), turns)
+
+
+def closest(shown: Shown, sizes: Sizes, balances: tuple[float, ...]) -> Closest:
+    """The best of the `balances` on what is held back."""
+    held, tried = [view for view in shown.views if view.batch.held], list[Closest]()
+    for balance in balances:
+        latent = closed_form(shown.source, shown.sums, shown.metrics, sizes.counts, sizes.latent, balance)
+        latent = latent.to(held[0].inputs.device)
+        tried.append(Closest(latent, balance, output_error(latent, shown.source.scaling, shown.turns, held)))
+    return min(tried, key=lambda one: one.error)
+
+
+def output_error(latent: Latent, scaling: float, turns: Turns, views: list[View]) -> float:
+    """The squared error of what the attention gives out on the sampled rows of `views`, as a share of its energy."""
+    lost = energy = 0.0
+    slots, width = list(latent.slots), latent.key.shape[-1]
+    for view in views:
+        inputs = augmented(view.inputs, width)
+        keys = (inputs @ latent.key.T)[:, :, None]
+        keys = Turn.of(turns.k[: keys.shape[1], slots], keys.shape[-1])(keys)[:, :, 0]
+        for target in view.targets:
+            queries = torch.einsum("bre,hde->brhd", inputs[:, target.at], latent.q)
+            queries = latent.absorbed(Turn.of(turns.q[target.at][:, slots], queries.shape[-1])(queries))
+            scores = torch.einsum("brhk,blk->bhrl", queries, keys[:, : target.keys]) * scaling
+            whole = target.weights.sum(-1, keepdim=True)  # less than 1 where sinks take a part
+            weights = scores.masked_fill(target.weights == 0, float("-inf")).softmax(-1).nan_to_num() * whole
+            mixed = torch.einsum("bhrl,blk->bhrk", weights, keys[:, : target.keys, latent.rotated :])
+            wanted = _attended(target.weights, view.values[:, : target.keys], latent.o)
+            gap = torch.einsum("bhrk,hvk,ehv->bre", mixed, latent.of_heads(latent.up_v), latent.o) - wanted
+            lost, energy = lost + float(gap.square().sum()), energy + float(wanted.square().sum())
+    return lost / max(energy, 1e-30)
+
+
+def _attended(weights: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
+    """[B, R, E]: what the output projection makes of `values` [B, L, K, V] under `weights` [B, H, R, L]."""
+    of_heads = values.repeat_interleave(weights.shape[1] // values.shape[2], 2)
+    return torch.einsum("bhrl,blhv,ehv->bre", weights, of_heads, outputs)
