@@ -47,12 +47,14 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
     """A latent in every layer. Raises UpfitError for widths that are none, and for a model that cannot have one."""
     from upfit.convert.mla.deepseek import why_not
     from upfit.convert.mla.own_config import check, has_bias, outline, own_config
-    from upfit.convert.mla.sizes import layer_settings, possible_sizes, rotated_pairs
+    from upfit.convert.mla.sizes import Asked, layer_settings, possible_sizes, rotated_pairs
 
     _check_options(options)
     check(architecture)
-    pairs, shape, asked = rotated_pairs(architecture), architecture.layers[0].geometry, _asked(options)
-    reason, possible = None, possible_sizes(shape, pairs, options.target == OWN, *asked)
+    first, pairs, bias = architecture.layers[0], rotated_pairs(architecture), has_bias(architecture)
+    inputs = architecture.tensors[first.names["q.weight"]].shape[1] + bias
+    asked = Asked(options.cache, options.latent, options.rope_dim)
+    reason, possible = None, possible_sizes(first.geometry, inputs, pairs, options.target == OWN, asked)
 
     def drawn(stock: bool) -> Plan:
         """The plan as far as it is known before the fit."""
@@ -60,7 +62,7 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
         from upfit.convert.mla.stock_plan import stock_plan
 
         sizes = possible[len(possible) // 2]
-        settings, bias = layer_settings(sizes, list(range(pairs))), has_bias(architecture)
+        settings = layer_settings(sizes, list(range(pairs)))
         rules = tuple(outline(layer, sizes, bias, label(architecture, sizes, options.refit)) for layer in architecture.layers)
         own = Plan(own_config(architecture, [settings] * len(rules), 1.0), rules)
         return stock_plan(own, architecture) if stock else own
@@ -70,7 +72,7 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
         if reason is not None and options.target == STOCK:
             raise UpfitError(f"--target {STOCK}: {reason}; leave it out for a class of ours")
         if reason is not None:
-            possible = possible_sizes(shape, pairs, True, *asked)
+            possible = possible_sizes(first.geometry, inputs, pairs, True, asked)
     stock = options.target != OWN and reason is None
     note = STOCK_NOTE if stock else OWN_NOTE.format(f": {reason}" if reason else "")
 
@@ -89,10 +91,6 @@ def _check_options(options: Options) -> None:
         raise UpfitError("--cache decides --latent and --rope-dim; give one or the others")
     if options.cache is None and None in widths:
         raise UpfitError("give --cache, such as --cache 50%, or both --latent and --rope-dim")
-
-
-def _asked(options: Options) -> tuple[str | None, int | None, int | None]:
-    return options.cache, options.latent, options.rope_dim
 
 
 def _shapes(architecture: "Architecture", options: Options) -> "list[Geometry]":

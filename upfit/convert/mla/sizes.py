@@ -36,22 +36,31 @@ class Sizes:
         return 2 * self.slots + self.latent
 
 
-def possible_sizes(
-    shape: "Geometry", pairs: int, several: bool, cache: str | None, latent: int | None, rope_dim: int | None
-) -> list[Sizes]:
-    """What a cache, as a share such as 50% or as numbers a token and layer, may be spent on, or ways of dealing out `rope_dim`
-    rotated numbers beside a `latent`; with `several` a pair may have more than one rotated key.
+@dataclass(frozen=True)
+class Asked:
+    """A cache, as a share such as 50% or as numbers a token and layer, or the widths that it is spent on."""
+
+    cache: str | None = None
+    latent: int | None = None
+    rope_dim: int | None = None
+
+
+def possible_sizes(shape: "Geometry", inputs: int, pairs: int, several: bool, asked: Asked) -> list[Sizes]:
+    """Ways to have what is `asked`, of layers with so many `inputs`; with `several` a pair may have more than one rotated key. A
+    latent is never wider than what it is made of, whatever the cache.
 
     Raises UpfitError for widths that are none.
     """
     most, whole = shape.kv_heads if several else 1, shape.kv_heads * (shape.head_dim + shape.v_head_dim)
+    cache, latent, rope_dim = asked.cache, asked.latent, asked.rope_dim
     if cache is not None:
         numbers = _numbers(cache, whole)
-        every = [_sizes(counts, numbers - 2 * sum(counts), shape) for counts in _dealings(pairs, most)]
+        dealt = _dealings(pairs, most)
+        every = [_sizes(counts, _widest(counts, shape, inputs, numbers - 2 * sum(counts)), shape) for counts in dealt]
         kept = [one for one in every if _whole(one, shape)]
         if numbers == whole and kept:
             return kept
-        chosen = [one for one in every if 2 * one.slots <= MOST_ROTATED * numbers]
+        chosen = [one for one in every if 2 * one.slots <= MOST_ROTATED * numbers and one.latent > 0]
         if not chosen:
             raise UpfitError(f"--cache {cache} is {numbers} numbers a token and layer, too few to rotate a key; give more")
         return chosen
@@ -60,10 +69,16 @@ def possible_sizes(
     if not dealt:
         raise UpfitError(f"--rope-dim got {rope_dim}; choose an even number from 2 to {2 * pairs * most}")
     chosen = [_sizes(counts, latent, shape) for counts in dealt]
-    widest = max(shape.kv_heads * (one.unrotated + shape.v_head_dim) for one in chosen)
+    widest = max(_widest(counts, shape, inputs, whole) for counts in dealt)
     if not 1 <= latent <= widest:
         raise UpfitError(f"--latent got {latent}; with --rope-dim {rope_dim} choose from 1 to {widest}, which loses nothing")
     return chosen
+
+
+def _widest(counts: list[int], shape: "Geometry", inputs: int, most: int) -> int:
+    """The width of a latent, up to `most`, beyond which there is nothing to hold."""
+    plain = shape.head_dim - 2 * sum(count > 0 for count in counts)
+    return min(most, inputs, shape.kv_heads * (plain + shape.v_head_dim))
 
 
 def _whole(sizes: Sizes, shape: "Geometry") -> bool:
