@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upfit.architecture.attention import LAYOUTS
+from upfit.architecture.attention import LAYOUTS, Attention
 from upfit.calibration.layerwise import Block, find_blocks, observed_model
 from upfit.calibration.observe import Call, Opaque
 from upfit.calibration.ridge import augmented
@@ -54,26 +54,34 @@ class LayerRecord:
     stream_error: float | None = None  # |student − teacher|² / |teacher|² of the hidden states, mean over tokens
 
 
-def convert_layers(
-    fits: LayerFits, config: Callable[[list[dict[str, Any]], float], dict[str, Any]], settings: Settings
-) -> None:
-    """Replace the attention of every layer of `fits`. `config(layers, scaling)` is that of our class."""
-    known: dict[str, Any] | None = None
+Config = Callable[[list[dict[str, Any]], float], dict[str, Any]]  # settings of layers and scaling → config of our class
+
+
+def convert_layers(fits: LayerFits, config: Config, settings: Settings) -> None:
+    """Replace the attention of every layer of `fits`."""
+    known: tuple[dict[str, Any], float] | None = None
     students: list[Block] = []
     for pair in fits:
         traits, turns = pair.probe()
         _check(pair, traits, settings.sizes)
         own = layer_settings(settings.sizes, rotation_columns(pair.batches[0].calls[pair.index], turns))
-        if own != known:  # as a rule once: layers turn alike
-            device = str(pair.batches[0].teacher.device)
-            model = observed_model(config([own] * len(fits.layers), 1.0), device)
-            students, known = find_blocks(model, fits.context.architecture), own
+        shown = watch_layer(pair, traits, turns, _attention(pair))
+        if known != (own, shown.source.scaling):  # as a rule once: layers are alike
+            known = own, shown.source.scaling
+            model = observed_model(config([own] * len(fits.layers), known[1]), str(pair.batches[0].teacher.device))
+            students = find_blocks(model, fits.context.architecture)
         student = students[pair.index].module
         adopt(student, pair.block.module)
-        record, tensors = _convert(replace(pair, student=student), traits, turns, own, settings)
+        record, tensors = _convert(replace(pair, student=student), traits, shown, own, settings)
         pair.model.empty(student)
-        note = f"output error {record.output_error:.3f}"
-        fits.store(pair, asdict(record), tensors, note=note)
+        fits.store(pair, asdict(record), tensors, note=f"output error {record.output_error:.3f}")
+
+
+def _attention(pair: LayerPair) -> Attention:
+    """The layer's attention as it is stored, on the device of the batches."""
+    device = pair.batches[0].teacher.device
+    stored = {part: pair.model.weights.checkpoint.read(name).float() for part, name in pair.layer.names.items()}
+    return LAYOUTS[pair.layer.layout].unpack({part: tensor.to(device) for part, tensor in stored.items()}, pair.layer.geometry)
 
 
 def _check(pair: LayerPair, traits: AttentionTraits, sizes: Sizes) -> None:
@@ -109,12 +117,9 @@ def _column(turn: Tensor, cos: Tensor, sin: Tensor) -> int | None:
 
 
 def _convert(
-    pair: LayerPair, traits: AttentionTraits, turns: Turns, own: dict[str, Any], settings: Settings
+    pair: LayerPair, traits: AttentionTraits, shown: Shown, own: dict[str, Any], settings: Settings
 ) -> tuple[LayerRecord, dict[str, Tensor]]:
-    layout, device = LAYOUTS[pair.layer.layout], pair.batches[0].teacher.device
-    stored = {part: pair.model.weights.checkpoint.read(name).float() for part, name in pair.layer.names.items()}
-    attention = layout.unpack({part: tensor.to(device) for part, tensor in stored.items()}, pair.layer.geometry)
-    shown = watch_layer(pair, traits, turns, attention)
+    """The layer's record and new tensors; both streams move on."""
     chosen, views = closest(shown, settings.sizes, BALANCES), shown.views
     record = LayerRecord(pair.layer.path, own, shown.source.scaling, chosen.balance, chosen.error)
     latent = _fit(pair, chosen.latent, shown, settings, record) if settings.refit else chosen.latent

@@ -46,8 +46,8 @@ class Asked:
 
 
 def possible_sizes(shape: "Geometry", inputs: int, pairs: int, several: bool, asked: Asked) -> list[Sizes]:
-    """Ways to have what is `asked`, of layers with so many `inputs`; with `several` a pair may have more than one rotated key. A
-    latent is never wider than what it is made of, whatever the cache.
+    """Ways to have what is `asked`, of layers with so many `inputs`; with `several` a pair may have more than one rotated key.
+    A latent is never wider than what it is made of, whatever the cache.
 
     Raises UpfitError for widths that are none.
     """
