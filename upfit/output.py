@@ -159,7 +159,7 @@ def cache_change(before: int, after: int, cross: Sequence[int] | None = None) ->
     """What became of the bytes that a token's keys and values take, in words; the same ones wherever it is told. `cross`: of an
     encoder-decoder, bytes of a position that was read, before and after."""
     if cross is not None:
-        return f"KV cache {_change(before, after, 'a token written')} and {_change(*cross, 'a position read')}"
+        return f"KV cache {_change(before, after, 'a token written')} and {_change(cross[0], cross[1], 'a position read')}"
     return f"KV cache {_change(before, after, 'a token')}"
 
 
