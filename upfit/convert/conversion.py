@@ -17,10 +17,9 @@ from typing import Any
 from upfit import provenance
 from upfit.architecture.grouped_class import is_grouped
 from upfit.architecture.layers import Architecture, bind, open_model
-from upfit.architecture.leftovers import Leftovers, left_over, settle
-from upfit.architecture.loading import pick_device, structure_report
-from upfit.architecture.names import name_map
-from upfit.architecture.planned import changed_layers, check_against_class, edit_dtype, output_bytes
+from upfit.architecture.leftovers import Leftovers, settle
+from upfit.architecture.loading import pick_device, unused_tensors
+from upfit.architecture.planned import changed_layers, check_against_class, in_dtype, output_bytes
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known, has_two_ways
 from upfit.calibration.estimate import START_UP, Weights, Work, conversion_of, ends, this_machine
@@ -33,7 +32,7 @@ from upfit.checkpoint.hub_stream import HubStream, streamed
 from upfit.checkpoint.output_folder import check_output
 from upfit.checkpoint.plan import Plan, Rule
 from upfit.checkpoint.read_back import check_places, check_written
-from upfit.checkpoint.reader import Checkpoint, config_dtypes, open_checkpoint, read_config, safetensors_dtype, torch_dtype
+from upfit.checkpoint.reader import Checkpoint, open_checkpoint, read_config, torch_dtype
 from upfit.checkpoint.remote_code import without_code
 from upfit.checkpoint.shard import Shard, split
 from upfit.checkpoint.side_files import check_side_files, copy_code, copy_side_files
@@ -42,10 +41,10 @@ from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.checkpoint.writer import write_shards
 from upfit.convert.recipe import MERGE, Fit, FitContext, Recipe, check_dtype, find_merge, outline_of
 from upfit.convert.result import Change, Conversion, Estimate, Sensitivity, Unchecked, Verification
-from upfit.convert.verify import MEMORY_FACTOR, Promise, tolerance, verify
+from upfit.convert.verify import MEMORY_FACTOR, Promise, promise_of, verify
 from upfit.errors import UpfitError
 from upfit.examples.kinds import encoder_reads
-from upfit.modeling.registry import family, is_own
+from upfit.modeling.registry import is_own
 from upfit.options import as_flags, check
 from upfit.output import Output
 from upfit.results import Origin
@@ -195,7 +194,8 @@ def _planned(job: Job, plan: Plan, alone: bool) -> Job:
     changed = changed_layers(job.architecture, plan)
     plan, leftovers = settle(plan, present, checkpoint.tensors, job.architecture, changed, replan if alone else None)
     leftovers = dataclasses.replace(leftovers, left_out=leftovers.left_out | (job.unused - present))
-    plan, dtype = _with_dtype(checkpoint.written(plan), job.settings.dtype)
+    check_dtype(job.settings.dtype)
+    plan, dtype = in_dtype(checkpoint.written(plan), job.settings.dtype)
     config = without_code(plan.config)
     notes = (*plan.notes, *leftovers.notes(), *([CODE_NOTE] if config != plan.config else []))
     plan = dataclasses.replace(plan, config=config, notes=notes)
@@ -223,7 +223,7 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     stored = checkpoint
     checkpoint, architecture, plan_or_fit = _first_way(recipe, options, stored)
     plan, fit = outline_of(plan_or_fit), plan_or_fit if isinstance(plan_or_fit, Fit) else None
-    unused = _check_source(stored)
+    unused = unused_tensors(stored)
     job = Job(recipe, options, settings, source, out, checkpoint, architecture, plan, fit, [], *unused, Leftovers())
     job = _planned(job, plan, fit is None)
     check_side_files(source.path)
@@ -256,40 +256,12 @@ def _first_way(recipe: Recipe, options: Any, checkpoint: Checkpoint) -> tuple[Ch
     return way(own=True)
 
 
-def _check_source(checkpoint: Checkpoint) -> tuple[frozenset[str], frozenset[str]]:
-    """The tensors that the source's own class does not take, and what its loading calls them.
-
-    Raises UpfitError when the source is incomplete.
-    """
-
-    report = structure_report(checkpoint.config, checkpoint.tensors)
-    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if report[kind]:
-            first = ", ".join(sorted(map(str, report[kind]))[:3])
-            what = f"{len(report[kind])} {kind.replace('_', ' ')}, e.g. {first}"
-            raise UpfitError(f"the source {checkpoint.folder} is incomplete: {what}")
-    names = name_map(checkpoint.config, stored=True)
-    unused = left_over(checkpoint.tensors, names.module_name, names.shapes)
-    return unused, unused | frozenset(report["unexpected_keys"])
-
-
-def _with_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
-    """The plan with its config in another type, and that type's safetensors name."""
-    import torch
-
-    if name is None:
-        return plan, None
-    check_dtype(name)
-    changed = dataclasses.replace(plan, config={"dtype": name} | edit_dtype(plan.config, name))
-    return changed, safetensors_dtype(getattr(torch, name))
-
-
 def _write(
     job: Job, conversion: Conversion, output: Output, work: WorkFolder, stream: "HubStream | None"
 ) -> Verification | None:
     """Write the folder and its history, which tells of `conversion`; what was checked, None with --no-verify."""
     shards, earlier = split(job.planned, job.checkpoint, job.settings.max_shard_bytes), provenance.read(job.source.path)
-    promise = _promise(job)
+    promise = promise_of(job.plan, job.planned, job.settings.dtype or "", read_config(job.source.path))
     step, verification = _step(job, conversion, promise), None
     with disk_errors(job.out):
         folder = work.folder(RESULT)
@@ -347,16 +319,6 @@ def _verified(
             check_places(folder, shards, job.checkpoint)
     output.note("verifying ...")
     return verify(folder, job.source.path if stream is None else None, promise, job.out, job.unexpected, output)
-
-
-def _promise(job: Job) -> Promise:
-    """How far the result may be from the source: not at all, or as far as rounding goes in the types that it computes in."""
-    dtype = job.settings.dtype or ""
-    if job.plan.exact or not job.plan.close:
-        return Promise(0.0 if job.plan.exact else None, dtype)
-    moved = family(read_config(job.source.path)) != family(job.plan.config)
-    stored = str(torch_dtype(max(job.planned, key=lambda item: item.nbytes).dtype)).removeprefix("torch.")
-    return Promise(max(tolerance(name, moved) for name in {stored, *config_dtypes(job.plan.config)}), dtype)
 
 
 def _work(job: Job, shards: list[Shard]) -> dict[str, Any]:
