@@ -52,6 +52,15 @@ def test_what_is_read_costs_the_cross_attention_more() -> None:
     assert products(CROSS, long) - products(CROSS, short) > 2 * (products(OWN, long) - products(OWN, short)) > 0
 
 
+@pytest.mark.parametrize(
+    ("block", "counted", "nbytes"), [(OWN, 1.40733e11, 1.28196e08), (CROSS, 3.42471e11, 4.34904e08)], ids=["self", "cross"]
+)
+def test_counts_are_those_that_were_held_against_conversions(block: Block, counted: float, nbytes: float) -> None:
+    """Whoever counts otherwise, or changes what is done, measures again."""
+    work = cost.aligned(block, 2, [Windows(100, 40, 300), Windows(8, 120, 1500)])
+    assert (work.products, work.bytes) == (pytest.approx(counted, rel=1e-5), pytest.approx(nbytes, rel=1e-5))
+
+
 def test_passes_by_hand() -> None:
     """Two windows of 3 tokens, and 5 positions read beside each; keys and values of those are made once."""
     shape, windows = Geometry(2, 2, 4, 4), Windows(2, 3, 5)

@@ -1,6 +1,7 @@
 """What report, card and comparison say of encoder-decoders: both caches, the loss given what was read, and wrong words."""
 
 import html
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from tests.records import compare
 from tests.test_examples import PAIRS, save_t5, write
-from tests.test_report_first_screen import CONVERTED, SMALL, SOURCE, of, recorded, rows
+from tests.test_report_first_screen import BETTER, CONVERTED, SMALL, SOURCE, of, recorded, rows, story, trained
 from tests.test_report_probes import answer, estimate, subject
 from upfit import api
 from upfit.convert.conversion import Settings, convert
@@ -18,6 +19,7 @@ from upfit.evaluate.options import Options
 from upfit.output import Output, cache_change, human_bytes
 from upfit.publish.options import Options as PushOptions
 from upfit.publish.push import pack
+from upfit.report import stages
 from upfit.report.first_screen import first_screen
 from upfit.report.outcome import Outcome
 from upfit.report.wording import calibrated
@@ -66,6 +68,19 @@ def test_shapes_tell_both_where_nothing_was_measured() -> None:
     assert [(stage.cache.per_token, stage.cache.per_position) for stage in bare.stages[:1] if stage.cache] == [(96, 64)]
     decoder = of(CONVERTED, model=SMALL)
     assert "KV cache a token" in rows(decoder)["source: big"] and "a position" not in decoder.sentence("a", "b")
+
+
+@pytest.mark.parametrize(("measured", "between"), [(16, (32, 16)), (8, None)])
+def test_shapes_stand_in_between_where_they_agree_with_what_was_measured(
+    measured: int, between: tuple[int, int] | None
+) -> None:
+    """Of the converted model between source and uptrained one, which alone were measured."""
+    told = answer(of_model(BETTER["path"], 3.25, 32, measured), of_model(SOURCE["path"], 3.0, 96, 64))
+    whole = story(STEP, trained(), recorded(told))
+    result = stages.outcome(replace(whole, facts=whole.facts | {"cross_bytes_per_position": 16}))
+    assert result is not None
+    cache = result.stages[1].cache
+    assert (cache and (cache.per_token, cache.per_position)) == between
 
 
 def test_wrong_words_are_told_with_their_difference() -> None:
