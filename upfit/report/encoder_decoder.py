@@ -18,18 +18,18 @@ def columns(models: list[Measured]) -> list[tuple[str, list[str]]]:
 
 def tables(text: Text) -> list[Table]:
     """Both caches, and wrong words with their difference from the source's, paired by recording."""
-    found = []
+    shown: list[Table] = []
     if any(model.subject.get("cross_cache") for model in text.models):
         rows = [[model.label, *_written(model), *_read(model)] for model in text.models]
         columns = ["model", "a token written", "type", "a position read", "all that was read", "positions"]
-        found.append(
+        shown.append(
             Table("Caches of one sequence: self-attention keeps what is written, cross-attention what was read", columns, rows)
         )
     if any(model.subject.get("word_errors") for model in text.models):
         rows = [[model.label, _rate(model), _more(model, text), *_counts(model)] for model in text.models]
         columns = ["model", "word error rate", "points against the source", "substituted", "missing", "added", "of words"]
-        found.append(Table("Words written greedily, without case and punctuation", columns, rows))
-    return found
+        shown.append(Table("Words written greedily, without case and punctuation", columns, rows))
+    return shown
 
 
 def _written(model: Measured) -> list[str]:
