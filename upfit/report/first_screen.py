@@ -79,8 +79,8 @@ def _notes(outcome: Outcome) -> list[str]:
     if outcome.data is None:
         last, source = outcome.last.name, outcome.stages[0].name
         return [f"{caches} Loss was not measured; this does it: upfit evaluate {last} --against {source} --data TEXT --record"]
-    given = f" {wording.GIVEN}" if "examples" in outcome.data else ""
-    notes = [f"{wording.LOSS}{given} It is of {where(outcome.data)}; ± is half of a 95 % interval. {caches}"]
+    beside = f" {wording.GIVEN}" if "examples" in outcome.data else ""
+    notes = [f"{wording.LOSS}{beside} It is of {where(outcome.data)}; ± is half of a 95 % interval. {caches}"]
     return notes + list(dict.fromkeys(stage.agreement.note for stage in outcome.stages if stage.agreement))
 
 

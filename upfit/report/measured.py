@@ -64,9 +64,9 @@ def _losses(text: Text, number: int) -> Section:
         ]
         rows.append([model.label, *measures, _apart(model, text), _cache(model)])
     columns = ["model", "nats per token", "perplexity", "bits per byte", "against the source", _of_tokens(text)]
-    same, given = ("examples", f" {wording.GIVEN}") if "examples" in text.data else ("windows", "")
+    same, beside = ("examples", f" {wording.GIVEN}") if "examples" in text.data else ("windows", "")
     words = (
-        f"{where(text.data)}. {INTERVALS} Differences are paired on the same {same}, unless the table says otherwise.{given}"
+        f"{where(text.data)}. {INTERVALS} Differences are paired on the same {same}, unless the table says otherwise.{beside}"
     )
     tables = [
         Table("Loss", columns, rows),
