@@ -12,7 +12,7 @@ from tests.folders import save_tiny
 from upfit.architecture.attention import Geometry
 from upfit.architecture.layers import open_model
 from upfit.calibration import estimate
-from upfit.calibration.estimate import Block, Machine, Weights, Work, block_of, conversion_of
+from upfit.calibration.estimate import Block, Machine, Weights, Windows, Work, block_of, conversion_of
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.gqa import cost, fit
@@ -23,7 +23,7 @@ from upfit.output import Output, human_seconds
 
 QUIET = Output(quiet=True)
 BLOCK = Block(Geometry(8, 8, 32, 32), 500_000, 192, 512)
-WINDOWS = {512: 4000.0, 1024: 4000.0}
+WINDOWS = [Windows(4000 / 512, 512), Windows(4000 / 1024, 1024)]
 MACHINE = Machine(rate=1e10, stored_rate=1e10, held=10**8, free=10**10)
 FAR = 2.5  # times that a count may be off: steps end when they gain nothing, and decompositions are not counted
 
@@ -39,21 +39,28 @@ def test_more_work_takes_longer() -> None:
     for wider in ({"mlp": 4096}, {"weights": 4_000_000}, {"hidden": 1024}, {"geometry": Geometry(32, 8, 32, 32)}):
         more = cost.aligned(dataclasses.replace(BLOCK, **wider), 2, WINDOWS)
         assert more.products > base.products and more.bytes > base.bytes
-    grown = cost.aligned(BLOCK, 2, {size: 10 * count for size, count in WINDOWS.items()})
-    fixed = cost.aligned(BLOCK, 2, {size: 1e-9 for size in WINDOWS})
+    grown = cost.aligned(BLOCK, 2, [Windows(10 * each.count, each.length) for each in WINDOWS])
+    fixed = cost.aligned(BLOCK, 2, [Windows(1e-12, each.length) for each in WINDOWS])
     assert grown.products - fixed.products == pytest.approx(10 * (base.products - fixed.products), rel=0.05)
 
 
 COUNTED = [
     (BLOCK, 2, WINDOWS, True, 1.28999e11, 1.49408e08),
-    (BLOCK, 4, {2048: 3000.0}, False, 5.19276e10, 7.2352e07),
-    (Block(Geometry(6, 6, 20, 28), 300_000, 160, 0), 3, {64: 500.0, 700: 900.0}, True, 4.94072e10, 2.08062e07),
+    (BLOCK, 4, [Windows(3000 / 2048, 2048)], False, 5.19276e10, 7.2352e07),
+    (
+        Block(Geometry(6, 6, 20, 28), 300_000, 160, 0),
+        3,
+        [Windows(500 / 64, 64), Windows(900 / 700, 700)],
+        True,
+        4.94072e10,
+        2.08062e07,
+    ),
 ]
 
 
 @pytest.mark.parametrize(("block", "kv_heads", "windows", "refit", "products", "nbytes"), COUNTED)
 def test_counts_are_those_that_were_held_against_profiles(
-    block: Block, kv_heads: int, windows: dict[int, float], refit: bool, products: float, nbytes: float
+    block: Block, kv_heads: int, windows: list[Windows], refit: bool, products: float, nbytes: float
 ) -> None:
     """Whoever counts otherwise, or changes what is done, measures again."""
     counted = cost.aligned(block, kv_heads, windows, refit)
@@ -95,7 +102,7 @@ def test_seconds_and_bytes_of_a_conversion() -> None:
 def test_the_block_around_an_attention(tmp_path: Path) -> None:
     with open_checkpoint(embedded_model()) as checkpoint:
         opened, architecture = open_model(checkpoint)
-        assert [block_of(layer, opened.tensors) for layer in architecture.layers] == [
+        assert [block_of(layer, opened.tensors, architecture.layers) for layer in architecture.layers] == [
             Block(Geometry(8, 8, 32, 32), 4 * 192 * 256 + 3 * 192 * 512 + 2 * 192, 192, 512)
         ] * 4
 
@@ -116,7 +123,7 @@ def test_the_count_is_of_what_is_multiplied(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "text.txt").write_text("A line about many things that are not the same.\n" * 2000)
     text = [str(tmp_path / "text.txt")]
     run(embedded_model(), tmp_path / "out", dry_run=False, kv_heads=2, calibration=text, calibration_tokens="2k")
-    expected = 4 * cost.aligned(BLOCK, 2, {512: 1000.0, 1024: 1000.0}).products
+    expected = 4 * cost.aligned(BLOCK, 2, [Windows(1000 / 512, 512), Windows(1000 / 1024, 1024)]).products
     assert expected / FAR < counts[0] < expected * FAR
 
 

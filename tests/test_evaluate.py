@@ -2,10 +2,7 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +11,6 @@ import torch
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertLMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -29,20 +23,17 @@ from transformers import (
 )
 
 from tests.records import evaluate
-from upfit import text as texts
-from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.evaluate.cache import measure_cache
 from upfit.evaluate.intervals import difference_interval, mean_interval
-from upfit.evaluate.load import check_model, load_tokenizer, pick_device
 from upfit.evaluate.loss import by_position, token_losses, window_losses
 from upfit.evaluate.measures import Spread
 from upfit.evaluate.options import Options
 from upfit.evaluate.result import Evaluation
 from upfit.evaluate.speed import _row, settle_lengths
 from upfit.output import Meter, Output
-from upfit.text import Document, file_documents, python_documents, read_blocks
-from upfit.text.windows import digest, make_windows, prefix_ids, retokenised, same_tokens, spread
+from upfit.text import Document, python_documents
+from upfit.text.windows import make_windows
 
 LAYERS, HEADS, HEAD_DIM, POSITIONS = 2, 4, 8, 128
 # float32 cross entropy over a few hundred words against float64: rounding of a handful of units in the last place
@@ -213,87 +204,7 @@ def test_one_window_gives_no_interval(folders: dict[str, str]) -> None:
 # Windows
 
 
-@pytest.mark.parametrize("bos", [False, True])
-def test_windows_are_disjoint_and_inside_their_documents(bos: bool) -> None:
-    tokenizer, length = tiny_tokenizer(bos=bos), 48
-    assert prefix_ids(tokenizer) == ([0] if bos else [])
-    windows = make_windows(documents(), tokenizer, length, 1000)
-    ends: dict[int, int] = {}
-    exact = 0
-    for window in windows:
-        text = documents()[window.document].text
-        assert text[window.start : window.start + len(window.text)] == window.text
-        assert window.start == ends.get(window.document, 0)
-        ends[window.document] = window.start + len(window.text)
-        assert len(window.ids) == length or (len(window.ids) < length and len(text) == len(window.text))
-        assert bool(window.ids[0] == 0) is bos
-        scored = window.ids[1:].tolist()
-        if "\ufffd" not in tokenizer.decode(scored):  # else the cut is inside a character, which counts for one of the two
-            # byte-level tokens: a letter stands for a byte
-            assert window.scored_bytes == sum(map(len, tokenizer.convert_ids_to_tokens(scored)))
-            exact += 1
-    assert exact > len(windows) / 2
-    full = [w for w in windows if w.document == 5]
-    assert len(full) == len(tokenizer(documents()[5].text, add_special_tokens=False)["input_ids"]) // (length - bos)
-    assert len(documents()[5].text) - ends[5] < 4 * length
-
-
-def test_windows_are_the_same_each_time_and_spread_over_all() -> None:
-    tokenizer = tiny_tokenizer()
-    first, again = (make_windows(documents(), tokenizer, 32, 10) for _ in range(2))
-    assert digest(first) == digest(again) and len(first) == 10
-    assert digest(first) != digest(first[:-1])
-    assert len({window.document for window in first}) >= 3
-    chosen = spread(1000, 10, 0)
-    assert [i // 100 for i in chosen] == list(range(10)) and chosen != [100 * i for i in range(10)]
-    assert spread(3, 10, 0) == [0, 1, 2] and spread(1000, 0, 0) == []
-
-
-def test_kinds_of_text_get_equal_shares() -> None:
-    long = [Document(PROSE * 40, "p", "prose"), Document(PROSE * 8, "c", "code")]
-    kinds = [window.kind for window in make_windows(long, tiny_tokenizer(), 32, 10)]
-    assert kinds.count("prose") == kinds.count("code") == 5
-
-
-def test_retokenised_windows_hold_the_same_text() -> None:
-    first, second = tiny_tokenizer(), tiny_tokenizer(merges=5, bos=True)
-    windows = make_windows(documents(), first, 48, 8)
-    assert same_tokens(windows, first, tiny_tokenizer()) and not same_tokens(windows, first, second)
-    others = retokenised(windows, second)
-    assert [w.text for w in others] == [w.text for w in windows]
-    assert all(second.decode(w.ids[1:].tolist()) == w.text for w in others if "�" not in second.decode(w.ids[1:].tolist()))
-    assert all(w.scored_bytes == len(w.text.encode()) for w in others)
-
-
 # Text
-
-
-def test_files_folders_and_jsonl_are_read(tmp_path: Path) -> None:
-    (tmp_path / "b.md").write_text("second")
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
-    (tmp_path / "weights.bin").write_bytes(b"\0\1")
-    (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "c.txt").write_text("hidden")
-    assert [document.text for document in file_documents([str(tmp_path)], 10**6)] == ["one", "two", "second"]
-
-
-def test_large_files_are_read_in_whole_lines_from_all_over(tmp_path: Path) -> None:
-    path = tmp_path / "large.txt"
-    lines = [f"line {i} " + "x" * (i % 90) for i in range(20_000)]
-    path.write_text("\n".join(lines))
-    size = path.stat().st_size
-    for share in (40_000, size - 10):
-        read = [line for block in read_blocks(path, size, share) for line in block.splitlines()]
-        numbers = [int(line.split()[1]) for line in read]
-        assert set(read) <= set(lines) and numbers == sorted(set(numbers)) and sum(map(len, read)) <= share
-        assert numbers[0] == 0 and numbers[-1] > 17_500
-
-
-def test_default_text_is_half_code() -> None:
-    found = python_documents()
-    sizes = {kind: sum(len(d.text) for d in found if d.kind == kind) for kind in ("prose", "code")}
-    assert len([d for d in found if d.kind == "code"]) == len(texts.PYTHON_FILES)
-    assert 0.5 < sizes["prose"] / sizes["code"] < 2
 
 
 # Cache
@@ -406,108 +317,3 @@ def test_the_same_run_gives_the_same_numbers(folders: dict[str, str]) -> None:
 
 
 # Errors
-
-
-@pytest.mark.parametrize(
-    ("model", "changes", "message"),
-    [
-        ("nowhere/at/all", {}, "no model folder"),
-        ("no tokenizer", {}, "no tokenizer has no tokenizer|has no tokenizer"),
-        ("a", {"against": "no tokenizer"}, "has no tokenizer"),
-        ("a", {"data": ["/nowhere.txt"]}, "not here"),
-        ("a", {"data": "short.txt"}, "too short"),
-        ("a", {"data": "a/model.safetensors"}, "not UTF-8|zero bytes"),
-        ("a", {"length": POSITIONS + 1}, f"give at most {POSITIONS}"),
-        ("a", {"length": 1}, "--length got 1"),
-        ("a", {"speed": True, "speed_repeats": 1}, "--speed-repeats got 1"),
-        ("a", {"speed": True, "speed_steps": 500}, "leaves no room"),
-        ("a", {"dtype": "int8"}, "--dtype 'int8'"),
-        ("a", {"device": "cuda:99"}, "--device cuda:99"),
-        ("text.txt", {}, "is a file"),
-    ],
-)
-def test_errors_are_one_line(folders: dict[str, str], model: str, changes: dict[str, Any], message: str) -> None:
-    if isinstance(changes.get("data"), str):
-        changes = changes | {"data": [str(Path(folders["a"]).parent / changes["data"])]}
-    if changes.get("against") in folders:
-        changes = changes | {"against": folders[changes["against"]]}
-    with pytest.raises(UpfitError, match=message) as caught:
-        evaluate(folders.get(model, model), settings(folders, **changes), quiet())
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("error", "line"), [(RuntimeError("no such thing\nand a stack"), "no such thing"), (AssertionError(), "AssertionError")]
-)
-def test_of_an_error_the_first_line_is_told(monkeypatch: pytest.MonkeyPatch, error: Exception, line: str) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.raises(UpfitError) as caught:
-        pick_device("cpu")
-    assert str(caught.value) == f"--device cpu cannot be used here ({line}); try cpu or auto"
-
-
-def fails(model: Any, folder: Path, folders: dict[str, str]) -> str:
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    with pytest.raises(UpfitError) as caught:
-        evaluate(str(folder), settings(folders), quiet())
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_a_model_that_sees_the_future_is_refused(tmp_path: Path, folders: dict[str, str]) -> None:
-    config = BertConfig(
-        vocab_size=330, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3
-    )
-    assert "not a causal language model" in fails(BertLMHeadModel(config), tmp_path, folders)
-
-
-@pytest.mark.parametrize("ids", [[5, 6, 7, 8], [5, 6, 7, 5], [63, 6, 7, 63]])
-def test_another_last_token_is_another(ids: list[int]) -> None:
-    """Also where the last token is the first one, or the last of the vocabulary too: what looks ahead is seen to."""
-    config = BertConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3
-    )
-    with pytest.raises(UpfitError, match="a later token changes what it predicts before it"):
-        check_model(BertLMHeadModel(config).eval(), torch.tensor(ids), "model")
-    check_model(tiny_llama(), torch.tensor(ids), "model")
-
-
-def test_a_loss_that_is_not_finite_is_refused(tmp_path: Path, folders: dict[str, str]) -> None:
-    model = tiny_llama()
-    model.model.norm.weight.data[0] = float("nan")
-    assert "not finite in 12 of 12 windows" in fails(model, tmp_path, folders)
-
-
-def test_weights_that_do_not_fit_are_refused(tmp_path: Path, folders: dict[str, str]) -> None:
-    model = tiny_llama()
-    del model.model.layers[1].mlp.up_proj
-    model.register_parameter("stray", torch.nn.Parameter(torch.ones(2)))
-    assert "1 missing keys, e.g. model.layers.1.mlp.up_proj.weight" in fails(model, tmp_path, folders)
-
-
-def test_an_id_outside_the_embedding_is_refused(tmp_path: Path, folders: dict[str, str]) -> None:
-    model = tiny_llama()
-    model.resize_token_embeddings(100)
-    assert "embeds 100 tokens but its tokenizer gives id" in fails(model, tmp_path, folders)
-
-
-@pytest.mark.parametrize(("words", "line"), [(["no merges\nat all\n"], "no merges"), ([], "ValueError")])
-def test_a_tokenizer_that_does_not_load_is_told_by_its_first_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], line: str
-) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise ValueError(*words)
-
-    (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", broken)
-    with pytest.raises(UpfitError, match=f"model has a tokenizer that does not load: {line}$"):
-        load_tokenizer(Source(tmp_path, "model"))
-
-
-def test_options_import_no_torch() -> None:
-    code = "import sys, upfit.evaluate.options; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

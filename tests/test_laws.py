@@ -19,7 +19,7 @@ from tests.tiny_data import DOES_NOT_RUN, MODEL_TYPES
 from upfit.architecture.adapter import adapt
 from upfit.architecture.layers import Architecture, bind, open_model
 from upfit.architecture.table import table
-from upfit.calibration.estimate import block_of
+from upfit.calibration.estimate import Windows, block_of
 from upfit.checkpoint.execute import outline
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
@@ -125,10 +125,10 @@ def case_of(model_type: str, changes: dict[str, Any], scratch: Path) -> Case:
 def test_what_a_fit_takes_can_be_estimated_of_every_layer(case: Case) -> None:
     with open_checkpoint(case.folder) as checkpoint:
         checkpoint, architecture = open_model(checkpoint)
-        blocks = [block_of(layer, checkpoint.tensors) for layer in architecture.layers]
+        blocks = [block_of(layer, checkpoint.tensors, architecture.layers) for layer in architecture.layers]
         attention = [sum(checkpoint.tensors[name].numel for name in layer.names.values()) for layer in architecture.layers]
     assert all(block.weights >= own > 0 for block, own in zip(blocks, attention, strict=True))
-    assert all(aligned(block, 1, {32: 64.0}).products > 0 for block in blocks)
+    assert all(aligned(block, 1, [Windows(2, 32)]).products > 0 for block in blocks)
 
 
 def tensors(folder: Path) -> dict[str, str]:

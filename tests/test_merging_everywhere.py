@@ -41,9 +41,9 @@ def sampled(name: str) -> Any:
     return name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow)
 
 
-def saved(model_type: str, folder: Path) -> dict[str, Any]:
+def saved(model_type: str, folder: Path, **changes: Any) -> dict[str, Any]:
     """A tiny model with a tokenizer in `folder`/source; what it is calibrated on, as options."""
-    model = tiny_model(model_type)
+    model = tiny_model(model_type, **changes)
     model.save_pretrained(folder / "source")
     letter_tokenizer().save_pretrained(folder / "source")
     if model.config.is_encoder_decoder:

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_uptrain_resume import torchrun, untimed
+from tests.test_uptrain_killed import torchrun
+from tests.test_uptrain_resume import untimed
 from tests.uptraining import BASE, QUIET, Workshop, config, make_workshop, metrics, weights
 from tests.warm_python import ENVIRONMENT, shared_python
 from upfit.errors import UpfitError

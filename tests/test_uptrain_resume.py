@@ -5,54 +5,28 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import TCPStore
 from typer.testing import CliRunner
 
-from tests.folders import save_tiny, tiny_llama
-from tests.uptraining import BASE, Workshop, make_workshop, metrics, one_thread, weights
-from tests.warm_python import ENVIRONMENT, shared_python
+from tests.uptraining import Workshop, make_workshop, metrics, one_thread, weights
 from upfit import provenance
 from upfit.checkpoint import content as content_room
-from upfit.checkpoint.content import PIECE, content_hash
+from upfit.checkpoint.content import content_hash
 from upfit.checkpoint.work_folder import LOCK, MARK, work_folder
 from upfit.cli import app
 from upfit.errors import UpfitError
 from upfit.output import Meter, Output
-from upfit.uptrain.model.model_traits import fingerprint
 from upfit.uptrain.run import state
 from upfit.uptrain.run.state import Counters, Workspace
 
 ROOT = Path(__file__).parent.parent
 TIMED = {"tokens_per_second", "seconds"}
-DRIVER = """
-import gc, json, os, sys
-from pathlib import Path
-import torch
-from torch.distributed import TCPStore
-from accelerate import Accelerator
-from upfit.output import Output
-from upfit.uptrain.config import Config
-from upfit.uptrain.train import uptrain
-torch.set_num_threads(1)
-end = Accelerator.end_training
-def checked(accelerator):  # a wrapped model that is still there when the process group ends hangs the process now and then
-    assert not [o for o in gc.get_objects() if isinstance(o, torch.nn.parallel.DistributedDataParallel)]
-    end(accelerator)
-Accelerator.end_training = checked
-model, data, out, resume, settings = sys.argv[1:]
-Path(out + ".pid" + os.environ.get("RANK", "0")).write_text(str(os.getpid()))
-report = uptrain(model, data, Path(out), Config(**json.loads(settings)), resume == "resume", False, Output(quiet=True))
-print(json.dumps(report.record()))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +145,17 @@ def test_a_finished_run_is_finished_already(shop: Workshop, tmp_path: Path) -> N
     assert (tmp_path / "out" / "model.safetensors").stat().st_ino != inode, "done again"
 
 
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file; its size and the time of its last change stay."""
+    state = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(state.st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(state.st_size // 2)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
 @contextmanager
 def flipped(path: Path) -> Iterator[None]:
     flip(path)
@@ -263,84 +248,6 @@ def test_metrics_are_truncated_to_the_step_resumed_from(shop: Workshop, tmp_path
     assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, 13))
 
 
-def damage(checkpoint: Path, how: str) -> None:
-    if how == "partial":
-        checkpoint.rename(checkpoint.with_suffix(".tmp"))
-    elif how == "unfinished":
-        (checkpoint / "trainer.json").unlink()
-    elif how == "truncated":
-        content = (checkpoint / "__0_0.distcp").read_bytes()
-        (checkpoint / "__0_0.distcp").write_bytes(content[:-100])
-    else:
-        size = (checkpoint / ".metadata").stat().st_size
-        (checkpoint / ".metadata").write_bytes(b"\xff" * size)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["partial", "unfinished", "truncated", "garbled"])
-def test_a_damaged_checkpoint_is_passed_over(shop: Workshop, tmp_path: Path, how: str) -> None:
-    shop.run(tmp_path / "whole")
-    place = stopped(shop, tmp_path)
-    assert [path.name for path in Workspace(tmp_path / "out.upfit-work").checkpoints()] == ["step-00000009", "step-00000008"]
-    damage(place / "step-00000009", how)
-    assert [path.name for path in Workspace(tmp_path / "out.upfit-work").checkpoints()] == ["step-00000008"]
-    shop.run(tmp_path / "out", resume=True)
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
-
-
-def flip(path: Path) -> None:
-    """Change one bit in the middle of a file; its size and the time of its last change stay."""
-    state = path.stat()
-    with open(path, "r+b") as file:
-        file.seek(state.st_size // 2)
-        byte = file.read(1)[0]
-        file.seek(state.st_size // 2)
-        file.write(bytes([byte ^ 1]))
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-
-
-def test_one_bit_makes_another_content(tmp_path: Path) -> None:
-    """Wherever it lies; and what is the same in another place has the same hash."""
-    content = bytes(range(256)) * 4 * 2**10
-    first, second = tmp_path / "first", tmp_path / "second"
-    for size in (0, 1, 3 * 2**20, PIECE, PIECE + 1, 2 * PIECE + 5):
-        first.write_bytes((content * (size // len(content) + 1))[:size])
-        shutil.copyfile(first, second)
-        assert content_hash(first) == content_hash(second)
-        if size:
-            flip(second)
-            assert content_hash(first) != content_hash(second)
-            flip(second)
-            assert content_hash(first) == content_hash(second)
-
-
-def test_a_bit_in_the_middle_of_a_checkpoint_or_a_model_is_noticed(tmp_path: Path) -> None:
-    """Both are larger than what their beginnings and ends would tell of."""
-    workspace = Workspace(tmp_path / "out")
-    workspace.partial(1).mkdir(parents=True)
-    (workspace.partial(1) / "__0_0.distcp").write_bytes(bytes(5 * 2**20))
-    checkpoint = workspace.publish(Counters(step=1), {}, 1)
-    assert workspace.newest() == checkpoint
-    flip(checkpoint / "__0_0.distcp")
-    assert workspace.newest() is None
-    model = save_tiny(tmp_path / "model", tiny_llama(hidden_size=256, intermediate_size=1024))
-    known = fingerprint(model)
-    assert fingerprint(model) == known and (model / "model.safetensors").stat().st_size > 5 * 2**20
-    flip(model / "model.safetensors")
-    assert fingerprint(model) != known
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("changed", ["teacher", "model"])
-def test_a_model_that_was_changed_meanwhile_cannot_be_resumed_with(shop: Workshop, tmp_path: Path, changed: str) -> None:
-    teacher, student = (Path(shutil.copytree(path, tmp_path / path.name)) for path in (shop.teacher, shop.student))
-    mine = Workshop(teacher, student, shop.data)
-    mine.run(tmp_path / "out", output=Interrupting(3), teacher=str(teacher))
-    flip({"teacher": teacher, "model": student}[changed] / "model.safetensors")
-    with pytest.raises(UpfitError, match=f"{changed}'s fingerprint"):
-        mine.run(tmp_path / "out", resume=True, teacher=str(teacher))
-
-
 @pytest.mark.slow
 def test_training_does_not_wait_for_the_hashes_of_a_checkpoint(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -425,134 +332,3 @@ def test_killed_while_old_ones_are_removed_none_is_left_by_half(
 def test_two_runs_cannot_share_a_place(shop: Workshop, tmp_path: Path) -> None:
     with work_folder(tmp_path / "out", "uptrain"), pytest.raises(UpfitError, match="another process"):
         shop.run(tmp_path / "out")
-
-
-def driver(tmp_path: Path) -> Path:
-    path = tmp_path / "driver.py"
-    path.write_text(DRIVER)
-    return path
-
-
-def command(shop: Workshop, tmp_path: Path, out: Path, resume: bool = False, **changes: Any) -> list[str]:
-    settings = json.dumps({**BASE, **changes})
-    return [str(driver(tmp_path)), str(shop.student), str(shop.data), str(out), "resume" if resume else "new", settings]
-
-
-@pytest.fixture(scope="module")
-def python() -> str:
-    return shared_python()
-
-
-PATIENCE = 300.0  # seconds; a busy machine takes long to import torch
-LONG: dict[str, Any] = {"tokens": "12800", "save_every": "10"}
-
-
-@contextmanager
-def running(command: list[str], place: Path, lines: int) -> Iterator[subprocess.Popen[bytes]]:
-    """The process once its metrics in `place` have so many lines; it never outlives the block."""
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    try:
-        deadline, path = time.monotonic() + PATIENCE, place / "metrics.jsonl"
-        while lines and (not path.exists() or path.read_bytes().count(b"\n") < lines):
-            assert process.poll() is None, "it ended before it could be interrupted"
-            assert time.monotonic() < deadline, "it did not come so far in time"
-            time.sleep(0.005)
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_and_resumed_ends_with_the_same_bytes(shop: Workshop, python: str, tmp_path: Path) -> None:
-    whole = [python, *command(shop, tmp_path, tmp_path / "whole", **LONG)]
-    subprocess.run(whole, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-    for count, resume in ((15, False), (60, True)):
-        broken = [python, *command(shop, tmp_path, tmp_path / "broken", resume, **LONG)]
-        with running(broken, tmp_path / "broken.upfit-work", count) as process:
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL and not (tmp_path / "broken").exists()
-    final = [python, *command(shop, tmp_path, tmp_path / "broken", True, **LONG)]
-    subprocess.run(final, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
-    assert untimed(tmp_path / "broken") == untimed(tmp_path / "whole")
-
-
-def torchrun(python: str, shop: Workshop, tmp_path: Path, out: Path, resume: bool = False, **changes: Any) -> list[str]:
-    launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return [*launcher, *command(shop, tmp_path, out, resume, **changes)]
-
-
-@pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(shop: Workshop, python: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "batch_tokens": "160",
-        "tokens": "1600",
-        "micro_batch": 2,
-    }  # 5 rows a step: one process has an empty one
-    subprocess.run(
-        torchrun(python, shop, tmp_path, tmp_path / "two", **settings), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL
-    )
-    report = shop.run(tmp_path / "one", **settings)
-    pairs = zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True)
-    for two, one in pairs:
-        for name in ("loss", "ce", "kl", "grad_norm"):
-            assert two[name] == pytest.approx(one[name], rel=1e-4), name
-    told = json.loads((tmp_path / "two" / "recipe.json").read_text())["steps"][-1]
-    assert told["options"]["resolved"]["processes"] == 2
-    assert told["measurements"]["holdout"]["after"]["kl"] == pytest.approx(report.holdout["after"]["kl"], rel=1e-3)
-
-
-@pytest.mark.slow
-def test_sigterm_to_torchrun_saves_and_resumes_bit_exactly(shop: Workshop, python: str, tmp_path: Path) -> None:
-    def run(out: str, resume: bool = False) -> None:
-        words = torchrun(python, shop, tmp_path, tmp_path / out, resume, **LONG)
-        subprocess.run(words, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-
-    run("whole")
-    with running(torchrun(python, shop, tmp_path, tmp_path / "broken", **LONG), tmp_path / "broken.upfit-work", 13) as process:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-    assert not (tmp_path / "broken").exists() and not list((tmp_path / "broken.upfit-work").glob("*.tmp"))
-    saved = next(Workspace(tmp_path / "broken.upfit-work").checkpoints())
-    assert int(saved.name[5:]) == len(metrics(tmp_path / "broken.upfit-work"))
-    run("broken", resume=True)
-    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_one_process_dies_all_end_and_nothing_is_lost_but_the_last_steps(shop: Workshop, python: str, tmp_path: Path) -> None:
-    def run(out: str, resume: bool = False) -> None:
-        words = torchrun(python, shop, tmp_path, tmp_path / out, resume, **LONG)
-        subprocess.run(words, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-
-    run("whole")
-    with running(torchrun(python, shop, tmp_path, tmp_path / "broken", **LONG), tmp_path / "broken.upfit-work", 23) as process:
-        os.kill(int((tmp_path / "broken.pid1").read_text()), signal.SIGKILL)
-        assert process.wait(PATIENCE) == 1
-    assert not (tmp_path / "broken").exists()
-    saved = next(Workspace(tmp_path / "broken.upfit-work").checkpoints())
-    assert int(saved.name[5:]) >= 10, "a checkpoint is due every ten steps, and written while the next ones go on"
-    run("broken", resume=True)
-    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
-    assert untimed(tmp_path / "broken") == untimed(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_two_nodes_find_each_other_and_stop_together(shop: Workshop, python: str, tmp_path: Path) -> None:
-    """Two launchers on the loopback device, and USR1 to both, as Slurm sends it (see examples/slurm.sbatch)."""
-    # The store outlives both launchers: torch aborts one whose store went with the other.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    flags = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-conf", "is_host=0"]
-    flags += ["--rdzv-endpoint", f"127.0.0.1:{store.port}"]
-    flags += ["--rdzv-id", "7", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    place = tmp_path / "out.upfit-work"
-    words = [python, "-m", "torch.distributed.run", *flags, *command(shop, tmp_path, tmp_path / "out", **LONG)]
-    with running(words, place, 0) as first, running(words, place, 2) as second:
-        for node in (first, second):
-            node.send_signal(signal.SIGUSR1)
-        assert [node.wait(PATIENCE) for node in (first, second)] == [1, 1]
-    assert (place / "stopped").exists() and not (tmp_path / "out").exists()
-    saved = next(Workspace(tmp_path / "out.upfit-work").checkpoints())
-    assert int(saved.name[5:]) == len(metrics(place)) >= 2

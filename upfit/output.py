@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -155,12 +155,26 @@ def human_count(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-def cache_change(before: int, after: int) -> str:
-    """What became of the bytes that a token's keys and values take, in words; the same ones wherever it is told."""
+def cache_change(before: int, after: int, cross: Sequence[int] | None = None) -> str:
+    """What became of the bytes that a token's keys and values take, in words; the same ones wherever it is told. `cross`: of an
+    encoder-decoder, bytes of a position that was read, before and after."""
+    if cross is not None:
+        return f"KV cache {_change(before, after, 'a token written')} and {_change(cross[0], cross[1], 'a position read')}"
+    return f"KV cache {_change(before, after, 'a token')}"
+
+
+def _change(before: int, after: int, of: str) -> str:
     if before == after:
-        return f"KV cache {human_bytes(before)} a token, as before"
+        return f"{human_bytes(before)} {of}, as before"
     factor = cache_factor(before, after)
-    return f"KV cache {human_bytes(before)} → {human_bytes(after)} a token" + (f" ({factor})" if factor else "")
+    return f"{human_bytes(before)} → {human_bytes(after)} {of}" + (f" ({factor})" if factor else "")
+
+
+def cache_size(per_token: float, per_position: float | None = None) -> str:
+    """`1.0 kB a token`; of an encoder-decoder `1.0 kB a token written, 1.0 kB a position read`."""
+    if per_position is None:
+        return f"{human_bytes(per_token)} a token"
+    return f"{human_bytes(per_token)} a token written, {human_bytes(per_position)} a position read"
 
 
 def cache_factor(before: float, after: float) -> str:

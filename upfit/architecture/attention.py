@@ -4,6 +4,7 @@ Shapes: H query heads, K key/value heads, D head width of queries and keys, V he
 A recipe sees only `Attention`; how a family stores it is a `Layout`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -115,6 +116,9 @@ class SeparateHeadNorms(Separate):
 LAYOUTS: dict[str, Layout] = {"separate": Separate(), "separate-head-norms": SeparateHeadNorms()}
 
 
+BLOCK = re.compile(r".*?\.\d+\.")  # in a tensor's name, up to the number of the layer of the model
+
+
 @dataclass(frozen=True)
 class Layer:
     """One attention layer of a checkpoint: where it is, what it looks like, and under which names its parts are stored."""
@@ -128,6 +132,13 @@ class Layer:
     itemsize: int = 2  # bytes an element
     stem: str = ""  # what the names of the module's tensors begin with in the checkpoint
     beside: int = 0  # numbers a token that are cached besides its keys and values
+    cross: bool = False  # its keys and values are made of what an encoder gave, once
+
+    @property
+    def block(self) -> str:
+        """What the names of all tensors in its layer of the model begin with."""
+        start = BLOCK.match(self.stem)
+        return start[0] if start else self.stem
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -7,7 +7,7 @@ lie, shapes cannot.
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from upfit.architecture.adapter import adapt, adapt_shapes
@@ -72,8 +72,14 @@ class Architecture:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes a token adds to the KV cache at batch size 1, in the type of the weights, while every window is open."""
-        return sum(layer.kv_bytes_per_token for layer in self.layers)
+        """Bytes a token adds to the KV cache at batch size 1, in the type of the weights, while every window is open; of an
+        encoder-decoder, a token that is written."""
+        return sum(layer.kv_bytes_per_token for layer in self.layers if not layer.cross)
+
+    @property
+    def cross_bytes_per_position(self) -> int:
+        """Bytes that the cross-attention of an encoder-decoder keeps for each position that was read; 0 for a decoder."""
+        return sum(layer.kv_bytes_per_token for layer in self.layers if layer.cross)
 
     def with_kv_heads(self, kv_heads: int) -> dict[str, Any]:
         """`config.json` with every layer kind that has more key/value heads than `kv_heads` reduced to it; where none has as
@@ -153,8 +159,11 @@ def _architecture(config: dict[str, Any], tensors: Mapping[str, "Described"]) ->
     stored = [path for path in paths if _is_stored(entry, path, disk, names)]
     if not stored:
         raise UpfitError(f"this {entry.model_type} checkpoint has no layer with key/value heads of its own; nothing to convert")
-    layers = tuple(_layer(entry, path, index, names, probe, disk, tensors) for index, path in enumerate(stored))
-    return Architecture(entry, config, layers, tensors=tensors)
+    layers = [_layer(entry, path, index, names, probe, disk, tensors) for index, path in enumerate(stored)]
+    first = {layer.block: layer for layer in reversed(layers)}
+    # Of two attentions in one layer the second one looks at what an encoder gave.
+    layers = [replace(layer, cross=layer is not first[layer.block]) for layer in layers]
+    return Architecture(entry, config, tuple(layers), tensors=tensors)
 
 
 @dataclass(frozen=True)

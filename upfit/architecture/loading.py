@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from upfit.architecture.leftovers import left_over
 from upfit.architecture.meta_model import (
     auto_class_for,
     built_of,
@@ -17,6 +18,7 @@ from upfit.architecture.meta_model import (
     nothing_drawn,
     read_as_class,
 )
+from upfit.architecture.names import name_map
 from upfit.checkpoint.reader import open_checkpoint, read_config, torch_dtype
 from upfit.errors import UpfitError
 from upfit.model_files import quiet_transformers
@@ -53,6 +55,23 @@ def structure_report(config: dict[str, Any], tensors: "Mapping[str, Described]")
 def check_structure(checkpoint: "Checkpoint", unexpected: frozenset[str] | None = None) -> None:
     """Raise UpfitError, as `load_strictly` does, when the opened folder would not load completely into its class."""
     _complain(checkpoint.folder, structure_report(checkpoint.config, checkpoint.tensors), unexpected)
+
+
+def unused_tensors(checkpoint: "Checkpoint") -> tuple[frozenset[str], frozenset[str]]:
+    """The tensors of a checkpoint that its own class does not take, and what its loading calls them.
+
+    Raises UpfitError when it is incomplete.
+    """
+
+    report = structure_report(checkpoint.config, checkpoint.tensors)
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if report[kind]:
+            first = ", ".join(sorted(map(str, report[kind]))[:3])
+            what = f"{len(report[kind])} {kind.replace('_', ' ')}, e.g. {first}"
+            raise UpfitError(f"the source {checkpoint.folder} is incomplete: {what}")
+    names = name_map(checkpoint.config, stored=True)
+    unused = left_over(checkpoint.tensors, names.module_name, names.shapes)
+    return unused, unused | frozenset(report["unexpected_keys"])
 
 
 def load_strictly(

@@ -5,6 +5,7 @@ known (names, shapes, types, sizes, file offsets) and compared with what the tar
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from upfit.architecture.layers import Architecture
 from upfit.architecture.names import name_map
 from upfit.checkpoint.execute import Planned
 from upfit.checkpoint.plan import Plan
+from upfit.checkpoint.reader import safetensors_dtype
 from upfit.checkpoint.side_files import check_side_files
 
 
@@ -60,6 +62,16 @@ def edit_dtype(config: dict[str, Any], dtype_name: str) -> dict[str, Any]:
         if isinstance(changed.get(key), str):
             changed[key] = dtype_name
     return changed
+
+
+def in_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
+    """The plan with its config in the type of torch called `name`, and that type's safetensors name; as it is without one."""
+    import torch
+
+    if name is None:
+        return plan, None
+    changed = replace(plan, config={"dtype": name} | edit_dtype(plan.config, name))
+    return changed, safetensors_dtype(getattr(torch, name))
 
 
 def output_bytes(planned: list[Planned], folder: Path) -> int:

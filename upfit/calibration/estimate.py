@@ -5,12 +5,13 @@ numbers that are passed over one by one. The clock is one small product, measure
 at in profiles of a few models on a CPU. A busy machine takes longer, which the upper end has room for.
 """
 
-import re
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from upfit.architecture.attention import BLOCK
 
 if TYPE_CHECKING:
     import torch
@@ -24,13 +25,15 @@ A_DOUBLE = 3  # a multiplication in float64, most of them in decompositions
 A_LAYER = 4 * 10**10  # what of a layer does not grow: modules, loading, small solves
 A_BYTE = 25  # of weights that are made to be a model
 LIBRARY = 2 * 10**11  # reading Python's standard library, the default text
+START_UP = 4.0  # CPU seconds of a new process until torch and transformers are there
 SECONDS_A_BYTE = 2e-9  # of weights that are written or read back
 LESS, MORE = 1.7, 2.5  # how many times shorter or longer it may be
 WASTE = 1.3  # memory that is taken for what is held, for it is let go of in pieces
 TEXT_BYTES = 10**8  # the tokenizer, and the text that is drawn from
 TRIED = 4  # strengths of a ridge
 CHECKED = 512  # tokens of the sample text that source and result are run over
-BLOCK = re.compile(r".*?\.\d+\.")  # what the names of all that is in a layer of the model begin with
+KEYS_VALUES = ("k.weight", "v.weight")
+ENCODER, EMBEDDING = "encoder", "embed"  # a part of the names of what is in an encoder; and of what is only looked up
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,46 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """`count` windows of `length` tokens. Of an encoder-decoder, `length` is what the decoder writes, and `read` how many
+    positions the encoder makes of what it reads beside each (0: there is no encoder)."""
+
+    count: float
+    length: int
+    read: int = 0
+
+    @property
+    def tokens(self) -> float:
+        return self.count * self.length
+
+    @property
+    def positions(self) -> float:
+        """Of the encoder."""
+        return self.count * self.read
+
+
+@dataclass(frozen=True)
 class Block:
-    """A layer of the model, with its attention's shape. `weights`: numbers in it; `hidden` and `mlp`: widths of the stream and
-    of what the MLP's last matrix is given (0 where no single matrix is the last)."""
+    """A layer of the model, with one attention's shape. `weights`: numbers in it; `hidden` and `mlp`: widths of the stream and
+    of what the MLP's last matrix is given (0 where no single matrix is the last, or another attention of the layer comes after
+    this one). `reading`: how many of the weights are multiplied with what an encoder gave; `cross`: this attention's keys are
+    made of that."""
 
     geometry: "Geometry"
     weights: int
     hidden: int
     mlp: int
+    reading: int = 0
+    cross: bool = False
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What runs before a decoder's layers: `layers` of width `hidden` with `weights` numbers in all."""
+
+    layers: int
+    weights: int
+    hidden: int
 
 
 @dataclass(frozen=True)
@@ -76,22 +111,38 @@ class Machine:
     free: int
 
 
-def block_of(layer: "Layer", tensors: Mapping[str, "TensorInfo"]) -> Block:
-    """The block around an attention layer, from the names and shapes of a checkpoint."""
-    start = BLOCK.match(layer.stem)
-    inside = {name: info for name, info in tensors.items() if name.startswith(start[0] if start else layer.stem)}
-    own = set(layer.names.values())
+def block_of(layer: "Layer", tensors: Mapping[str, "TensorInfo"], layers: Sequence["Layer"]) -> Block:
+    """The block around one of the attention `layers` of a model, from the names and shapes of its checkpoint."""
+    inside = {name: info for name, info in tensors.items() if name.startswith(layer.block)}
+    attentions = [each for each in layers if each.block == layer.block]
+    own = {name for each in attentions for name in each.names.values()}
     hidden = tensors[layer.names["o.weight"]].shape[0]
     others = [info.shape for name, info in inside.items() if name not in own]
     into_stream = [shape[1] for shape in others if len(shape) == 2 and shape[0] == hidden]
-    weights = sum(info.numel for info in inside.values())
-    return Block(layer.geometry, weights, hidden, into_stream[0] if len(into_stream) == 1 else 0)
+    mlp = into_stream[0] if len(into_stream) == 1 and layer is attentions[-1] else 0
+    read = [each.names[part] for each in attentions if each.cross for part in KEYS_VALUES if part in each.names]
+    weights, reading = sum(info.numel for info in inside.values()), sum(tensors[name].numel for name in read)
+    return Block(layer.geometry, weights, hidden, mlp, reading, layer.cross)
 
 
-def forward(block: Block, tokens: float, length: float) -> float:
-    """Multiplications of one pass of `tokens` in windows of `length`; masked products are taken whole."""
+def encoder_of(tensors: Mapping[str, "TensorInfo"], hidden: int) -> Encoder:
+    """The encoder beside a decoder of width `hidden`, from the names and shapes of a checkpoint."""
+    names = [name for name in tensors if ENCODER in name.split(".") and EMBEDDING not in name]
+    layers = {start[0] for name in names if (start := BLOCK.match(name))}
+    return Encoder(len(layers), sum(tensors[name].numel for name in names), hidden)
+
+
+def forward(block: Block, windows: Windows) -> float:
+    """Multiplications of one pass through a layer; masked products are taken whole."""
     shape = block.geometry
-    return tokens * (block.weights + length * shape.heads * (shape.head_dim + shape.v_head_dim))
+    seen = windows.length + windows.read
+    each = block.weights - block.reading + seen * shape.heads * (shape.head_dim + shape.v_head_dim)
+    return windows.tokens * each + windows.positions * block.reading
+
+
+def encoded(encoder: Encoder, windows: Windows) -> float:
+    """Multiplications of what the encoder reads."""
+    return windows.positions * (encoder.weights + encoder.layers * 2 * windows.read * encoder.hidden)
 
 
 def ridge(inputs: int, outputs: int, tokens: float) -> float:

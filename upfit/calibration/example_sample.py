@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from upfit.calibration.sample import HELD_SHARE
-from upfit.examples.model_inputs import IGNORE, Example, Examples, ModelInputs, batches
+from upfit.examples.model_inputs import IGNORE, Example, Examples, ModelInputs, batches, encoder_length, grouped
 
 DECODER, LABELS = "decoder_ids", "labels"
 BATCH_TOKENS = 16_384  # positions of encoder and decoder together; attention maps of one batch fit into memory
@@ -44,6 +44,14 @@ class ExampleSample:
         held = batches(self.held, self.config, BATCH_TOKENS)
         fitted = batches(self.fitted, self.config, BATCH_TOKENS)
         return [*held, *fitted], [True] * len(held) + [False] * len(fitted)
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """(examples, tokens of the decoder, positions of the encoder) of each batch, padded."""
+        sizes = []
+        for part in (self.held, self.fitted):
+            for batch in ([part[index] for index in indices] for indices in grouped(part, BATCH_TOKENS)):
+                sizes.append((len(batch), max(len(e.decoder_ids) for e in batch), max(map(encoder_length, batch))))
+        return sizes
 
 
 PREFIX = "examples."  # of the names under which a file keeps them

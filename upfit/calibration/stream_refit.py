@@ -78,8 +78,7 @@ def refit_stream(pair: LayerPair, traits: AttentionTraits, views: list[View], to
         end = mlp_end(pair, traits.residual) if pair.last else None
         if traits.residual is not None and end is not None:
             totals = [view.total for view in views]
-            refit = _refit_normed_mlp if traits.residual.normed else _refit_mlp
-            return new | refit(pair, traits.residual, end, attended, totals, token_power)
+            return new | _refit_mlp(pair, traits.residual, end, attended, totals, token_power)
     if pair.last:
         for batch in pair.batches:
             batch.student = pair.run(batch)
@@ -116,41 +115,38 @@ def _refit_mlp(
     outputs: list[Tensor],
     token_power: float,
 ) -> dict[str, Tensor]:
-    """The last matrix of the MLP, fitted to the teacher's stream after the layer, to which the student moves on."""
-    projection, down = pair.linear(pair.path("o")), pair.linear(end.path)
-    inner, middles = list[Tensor](), list[Tensor]()
+    """The last matrix of the MLP, fitted to the teacher's stream after the layer (before a norm that follows the sum), to which
+    the student moves on."""
+    parts: list[tuple[Tensor, Tensor]] = []
 
     def rest(number: int, batch: PairedBatch) -> tuple[Tensor, Tensor]:
-        z, before = attended[number]
-        with knowing(pair.student.get_submodule(pair.place.at), z):
-            inner.append(pair.run_until(end.path, batch))
-        middles.append(before + residual.attention * projection(z))
-        return inner[number], middles[number]
+        if residual.normed:
+            return _normed_parts(pair, residual, end, batch)
+        parts.append(_parts(pair, residual, end, batch, *attended[number]))
+        return parts[number]
 
     new = refit_mlp(pair.student, end, residual.mlp, pair.batches, outputs, rest, token_power)
-    for batch, middle, part in zip(pair.batches, middles, inner, strict=True):
-        batch.student = middle + residual.mlp * down(part)
+    for number, batch in enumerate(pair.batches):
+        if residual.normed:
+            batch.student = pair.run(batch)
+        else:
+            inner, middle = parts[number]
+            batch.student = middle + residual.mlp * pair.linear(end.path)(inner)
     return new
 
 
-def _refit_normed_mlp(
-    pair: LayerPair,
-    residual: Residual,
-    end: MlpEnd,
-    attended: list[tuple[Tensor, Tensor]],
-    totals: list[Tensor],
-    token_power: float,
-) -> dict[str, Tensor]:
-    """As `_refit_mlp`, where a norm follows the sum `totals`, and the MLP adds to what another norm gives out."""
+def _parts(
+    pair: LayerPair, residual: Residual, end: MlpEnd, batch: PairedBatch, z: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the MLP's last matrix is given, and the student's stream that it adds to; the attention's own part is known."""
+    with knowing(pair.student.get_submodule(pair.place.at), z):
+        inner = pair.run_until(end.path, batch)
+    return inner, before + residual.attention * pair.linear(pair.path("o"))(z)
+
+
+def _normed_parts(pair: LayerPair, residual: Residual, end: MlpEnd, batch: PairedBatch) -> tuple[Tensor, Tensor]:
+    """The same where the MLP adds to what a norm gives out."""
     assert residual.mlp_base is not None
-    base = residual.mlp_base
-
-    def rest(number: int, batch: PairedBatch) -> tuple[Tensor, Tensor]:
-        with tapped({base: pair.student.get_submodule(base)}) as taps:
-            inner = pair.run_until(end.path, batch)
-        return inner, taps[base][1]
-
-    new = refit_mlp(pair.student, end, residual.mlp, pair.batches, totals, rest, token_power)
-    for batch in pair.batches:
-        batch.student = pair.run(batch)
-    return new
+    with tapped({residual.mlp_base: pair.student.get_submodule(residual.mlp_base)}) as taps:
+        inner = pair.run_until(end.path, batch)
+    return inner, taps[residual.mlp_base][1]

@@ -100,7 +100,8 @@ def _add_conversion(
         if flags.get("method") in BLIND and conversion.kv_heads[0] > conversion.kv_heads[1]:
             output.note(ALIGNED_IS_BETTER)
         if not dry_run:
-            output.note(f"Next: upfit evaluate {conversion.out} --against {conversion.source.name}")
+            shown = " --data RECORDINGS" if conversion.reads == "sound" else ""  # for which nothing stands in
+            output.note(f"Next: upfit evaluate {conversion.out} --against {conversion.source.name}{shown}")
 
     command.__doc__ = doc
     target.command(name, rich_help_panel=panel)(with_flags(command, options, name))

@@ -17,13 +17,12 @@ from typing import Any
 from upfit import provenance
 from upfit.architecture.grouped_class import is_grouped
 from upfit.architecture.layers import Architecture, bind, open_model
-from upfit.architecture.leftovers import Leftovers, left_over, settle
-from upfit.architecture.loading import pick_device, structure_report
-from upfit.architecture.names import name_map
-from upfit.architecture.planned import changed_layers, check_against_class, edit_dtype, output_bytes
+from upfit.architecture.leftovers import Leftovers, settle
+from upfit.architecture.loading import pick_device, unused_tensors
+from upfit.architecture.planned import changed_layers, check_against_class, in_dtype, output_bytes
 from upfit.architecture.quantised import check_not_quantised
 from upfit.architecture.table import check_known, has_two_ways
-from upfit.calibration.estimate import Weights, Work, conversion_of, ends, this_machine
+from upfit.calibration.estimate import START_UP, Weights, Work, conversion_of, ends, this_machine
 from upfit.calibration.observe import Opaque
 from upfit.calibration.sample import check_texts
 from upfit.checkpoint.disk_errors import disk_errors
@@ -33,7 +32,7 @@ from upfit.checkpoint.hub_stream import HubStream, streamed
 from upfit.checkpoint.output_folder import check_output
 from upfit.checkpoint.plan import Plan, Rule
 from upfit.checkpoint.read_back import check_places, check_written
-from upfit.checkpoint.reader import Checkpoint, config_dtypes, open_checkpoint, read_config, safetensors_dtype, torch_dtype
+from upfit.checkpoint.reader import Checkpoint, open_checkpoint, read_config, torch_dtype
 from upfit.checkpoint.remote_code import without_code
 from upfit.checkpoint.shard import Shard, split
 from upfit.checkpoint.side_files import check_side_files, copy_code, copy_side_files
@@ -42,15 +41,17 @@ from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
 from upfit.checkpoint.writer import write_shards
 from upfit.convert.recipe import MERGE, Fit, FitContext, Recipe, check_dtype, find_merge, outline_of
 from upfit.convert.result import Change, Conversion, Estimate, Sensitivity, Unchecked, Verification
-from upfit.convert.verify import MEMORY_FACTOR, Promise, tolerance, verify
+from upfit.convert.verify import MEMORY_FACTOR, Promise, promise_of, verify
 from upfit.errors import UpfitError
-from upfit.modeling.registry import family, is_own
+from upfit.examples.kinds import encoder_reads
+from upfit.modeling.registry import is_own
 from upfit.options import as_flags, check
 from upfit.output import Output
 from upfit.results import Origin
 from upfit.text.files import FIELD
 
 CODE_NOTE = "auto_map left out: code of the source does not travel, and the classes of the result need none of it"
+MEASURED = ("parameters", "kv_heads", "kv_bytes_per_token", "cross_bytes_per_position")  # of a Conversion, for recipe.json
 FIT_FACTOR = 4  # what a fit keeps beside OUT, in bytes of the attention's weights: it may change the MLP's as well
 
 
@@ -99,7 +100,9 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
     check_texts(getattr(options, "calibration", None), getattr(options, "field", FIELD))
     with _opened(source, out, options, recipe, settings, output) as (job, context, work, stream):
         preview: Sensitivity | dict[str, Any] | None = None
-        estimate = _estimate(job, context, began) if settings.dry_run else None
+        estimate = None
+        if settings.dry_run:
+            job, estimate = _estimated(job, context, began)
         if job.fit is not None and not settings.dry_run:
             with disk_errors(out):
                 job = _fitted(job, job.fit, context)
@@ -162,15 +165,19 @@ def _fitted(job: Job, fit: Fit, context: FitContext) -> Job:
     """The job with the plan that the fit makes, checked again; with the fallback where the model cannot be watched."""
 
     context.scratch.mkdir(parents=True, exist_ok=True)
-    alone = False
     try:
         plan, checkpoint = fit.run(context), context.checkpoint.with_fitted(context.scratch)
     except Opaque as reason:
-        if fit.fallback is None:
-            choose = f"; choose {fit.otherwise}" if fit.otherwise else ""
-            raise UpfitError(f"{job.source.name} cannot be fitted on text: {reason}{choose}") from reason
-        plan, checkpoint, alone = fit.fallback(str(reason)), job.checkpoint, True
-    return _planned(dataclasses.replace(job, checkpoint=checkpoint), plan, alone)
+        return _unfitted(job, fit, reason)
+    return _planned(dataclasses.replace(job, checkpoint=checkpoint), plan, alone=False)
+
+
+def _unfitted(job: Job, fit: Fit, reason: Opaque) -> Job:
+    """The job with the fallback's plan. Raises UpfitError where there is none."""
+    if fit.fallback is None:
+        choose = f"; choose {fit.otherwise}" if fit.otherwise else ""
+        raise UpfitError(f"{job.source.name} cannot be fitted on text: {reason}{choose}") from reason
+    return _planned(dataclasses.replace(job, fit=None), fit.fallback(str(reason)), alone=True)
 
 
 def _planned(job: Job, plan: Plan, alone: bool) -> Job:
@@ -187,7 +194,8 @@ def _planned(job: Job, plan: Plan, alone: bool) -> Job:
     changed = changed_layers(job.architecture, plan)
     plan, leftovers = settle(plan, present, checkpoint.tensors, job.architecture, changed, replan if alone else None)
     leftovers = dataclasses.replace(leftovers, left_out=leftovers.left_out | (job.unused - present))
-    plan, dtype = _with_dtype(checkpoint.written(plan), job.settings.dtype)
+    check_dtype(job.settings.dtype)
+    plan, dtype = in_dtype(checkpoint.written(plan), job.settings.dtype)
     config = without_code(plan.config)
     notes = (*plan.notes, *leftovers.notes(), *([CODE_NOTE] if config != plan.config else []))
     plan = dataclasses.replace(plan, config=config, notes=notes)
@@ -215,7 +223,7 @@ def _prepare(recipe: Recipe, source: Source, out: Path, options: Any, settings: 
     stored = checkpoint
     checkpoint, architecture, plan_or_fit = _first_way(recipe, options, stored)
     plan, fit = outline_of(plan_or_fit), plan_or_fit if isinstance(plan_or_fit, Fit) else None
-    unused = _check_source(stored)
+    unused = unused_tensors(stored)
     job = Job(recipe, options, settings, source, out, checkpoint, architecture, plan, fit, [], *unused, Leftovers())
     job = _planned(job, plan, fit is None)
     check_side_files(source.path)
@@ -248,40 +256,12 @@ def _first_way(recipe: Recipe, options: Any, checkpoint: Checkpoint) -> tuple[Ch
     return way(own=True)
 
 
-def _check_source(checkpoint: Checkpoint) -> tuple[frozenset[str], frozenset[str]]:
-    """The tensors that the source's own class does not take, and what its loading calls them.
-
-    Raises UpfitError when the source is incomplete.
-    """
-
-    report = structure_report(checkpoint.config, checkpoint.tensors)
-    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if report[kind]:
-            first = ", ".join(sorted(map(str, report[kind]))[:3])
-            what = f"{len(report[kind])} {kind.replace('_', ' ')}, e.g. {first}"
-            raise UpfitError(f"the source {checkpoint.folder} is incomplete: {what}")
-    names = name_map(checkpoint.config, stored=True)
-    unused = left_over(checkpoint.tensors, names.module_name, names.shapes)
-    return unused, unused | frozenset(report["unexpected_keys"])
-
-
-def _with_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
-    """The plan with its config in another type, and that type's safetensors name."""
-    import torch
-
-    if name is None:
-        return plan, None
-    check_dtype(name)
-    changed = dataclasses.replace(plan, config={"dtype": name} | edit_dtype(plan.config, name))
-    return changed, safetensors_dtype(getattr(torch, name))
-
-
 def _write(
     job: Job, conversion: Conversion, output: Output, work: WorkFolder, stream: "HubStream | None"
 ) -> Verification | None:
     """Write the folder and its history, which tells of `conversion`; what was checked, None with --no-verify."""
     shards, earlier = split(job.planned, job.checkpoint, job.settings.max_shard_bytes), provenance.read(job.source.path)
-    promise = _promise(job)
+    promise = promise_of(job.plan, job.planned, job.settings.dtype or "", read_config(job.source.path))
     step, verification = _step(job, conversion, promise), None
     with disk_errors(job.out):
         folder = work.folder(RESULT)
@@ -305,7 +285,8 @@ def _step(job: Job, conversion: Conversion, promise: Promise) -> dict[str, Any]:
     """What recipe.json will say of this conversion."""
     step = provenance.step(_verb(job.recipe), job.source.record(), conversion.options)
     step["command"] = _command(job)
-    step["measurements"] = {key: getattr(conversion, key) for key in ("parameters", "kv_heads", "kv_bytes_per_token")}
+    measured = {key: getattr(conversion, key) for key in MEASURED}
+    step["measurements"] = {key: value for key, value in measured.items() if value is not None}
     if job.checkpoint.adapted_because:
         moved = (read_config(job.source.path)["model_type"], job.plan.config["model_type"])
         step["retarget"] = {"from": moved[0], "to": moved[1], "why": job.checkpoint.adapted_because}
@@ -340,16 +321,6 @@ def _verified(
     return verify(folder, job.source.path if stream is None else None, promise, job.out, job.unexpected, output)
 
 
-def _promise(job: Job) -> Promise:
-    """How far the result may be from the source: not at all, or as far as rounding goes in the types that it computes in."""
-    dtype = job.settings.dtype or ""
-    if job.plan.exact or not job.plan.close:
-        return Promise(0.0 if job.plan.exact else None, dtype)
-    moved = family(read_config(job.source.path)) != family(job.plan.config)
-    stored = str(torch_dtype(max(job.planned, key=lambda item: item.nbytes).dtype)).removeprefix("torch.")
-    return Promise(max(tolerance(name, moved) for name in {stored, *config_dtypes(job.plan.config)}), dtype)
-
-
 def _work(job: Job, shards: list[Shard]) -> dict[str, Any]:
     """All that the bytes of the shards depend on: a run that finds a journal of other work does not go on with it."""
     fitted = {path.name: crc_of(path) for path in sorted({info.file for info in job.checkpoint.fitted.values()})}
@@ -365,6 +336,7 @@ def _work(job: Job, shards: list[Shard]) -> dict[str, Any]:
 
 def _summary(job: Job, sensitivity: Sensitivity | dict[str, Any] | None) -> Conversion:
     changed = bind(job.plan.config, {item.name: item for item in job.planned})
+    cross = [architecture.cross_bytes_per_position for architecture in (job.architecture, changed)]
     return Conversion(
         recipe=job.recipe.name,
         source=Origin(**job.source.record()),
@@ -375,8 +347,10 @@ def _summary(job: Job, sensitivity: Sensitivity | dict[str, Any] | None) -> Conv
         parameters=[job.checkpoint.numel, sum(math.prod(item.shape) for item in job.planned)],
         kv_heads=[job.architecture.kv_heads, changed.kv_heads],
         kv_bytes_per_token=[job.architecture.kv_bytes_per_token, changed.kv_bytes_per_token],
+        cross_bytes_per_position=None if not cross[0] else cross,
         tensors=[_change(item, item.rule, job.checkpoint) for item in job.planned if item.rule is not None],
         sensitivity=sensitivity,
+        reads=encoder_reads(job.checkpoint.config),
     )
 
 
@@ -385,23 +359,28 @@ def _change(item: Planned, rule: Rule, checkpoint: Checkpoint) -> Change:
     return Change(item.name, list(before.shape) if before else None, list(item.shape), rule.label)
 
 
-def _estimate(job: Job, context: FitContext, began: float) -> Estimate | None:
+def _estimated(job: Job, context: FitContext, began: float) -> tuple[Job, Estimate | None]:
     """What the conversion will take, this process's own work since `began` (and before, to start up) among it; None where that
-    is not known."""
+    is not known. With the job as it will be: with the fallback where there is nothing to fit it on."""
+    prepared = time.process_time()
     if job.settings.stream or (job.fit is not None and (job.fit.work is None or pick_device() != "cpu")):
-        return None
-    start = min(time.process_time(), 2 * (time.process_time() - began))
+        return job, None
+    fit = Work()
     try:
-        fit = job.fit.work(context) if job.fit is not None and job.fit.work is not None else Work()
-    except Opaque:
-        return None
+        if job.fit is not None and job.fit.work is not None:
+            fit = job.fit.work(context)
+    except Opaque as reason:
+        assert job.fit is not None
+        job = _unfitted(job, job.fit, reason)
+    read = time.process_time() - prepared  # examples, which the conversion will read too
+    start = read + min(prepared, prepared - began + START_UP)
     numbers = [job.checkpoint.numel, sum(math.prod(item.shape) for item in job.planned)]
     largest = max(job.planned, key=lambda item: math.prod(item.shape))
     weights = Weights(numbers, [job.checkpoint.nbytes, sum(item.nbytes for item in job.planned)], largest.shape[0])
     machine = this_machine(torch_dtype(largest.dtype))
     compared = job.settings.verify and max(weights.nbytes) * MEMORY_FACTOR < machine.free
     seconds, memory = conversion_of(fit, weights, machine, compared, job.settings.verify_bytes)
-    return Estimate(ends(start + seconds), int(float(f"{memory:.2g}")))
+    return job, Estimate(ends(start + seconds), int(float(f"{memory:.2g}")))
 
 
 def _verb(recipe: Recipe) -> str:

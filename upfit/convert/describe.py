@@ -23,6 +23,7 @@ def describe(model: str, revision: str | None = None) -> Description:
     from upfit.architecture.layers import bind
     from upfit.architecture.meta_model import model_class_for
     from upfit.architecture.quantised import check_not_quantised
+    from upfit.examples.kinds import encoder_reads
 
     with open_checkpoint(source.path) as checkpoint:
         latent = is_latent(checkpoint.tensors)
@@ -51,6 +52,8 @@ def describe(model: str, revision: str | None = None) -> Description:
             kv_heads=sorted({shape.kv_heads for shape in shapes}),
             head_dim=sorted({shape.head_dim for shape in shapes}),
             kv_bytes_per_token=architecture.kv_bytes_per_token,
+            reads=encoder_reads(checkpoint.config),
+            cross_bytes_per_position=architecture.cross_bytes_per_position or None,
             sliding_windows=sliding_windows(checkpoint.config),
             history=provenance.read(source.path),
             can_become=[f"{name} {offer}".strip() for name, offer in dict.fromkeys(offers) if offer],

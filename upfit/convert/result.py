@@ -6,7 +6,7 @@ from typing import Any
 
 from upfit.output import Output, cache_change, human_bytes, human_count, human_seconds
 from upfit.provenance import method_ran
-from upfit.results import Origin, Part, Result, absent
+from upfit.results import Origin, Part, Result, absent, beside
 
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")  # in a tensor's name
 
@@ -67,6 +67,8 @@ class TotalChoice(Part):
     largest_attention_error: the largest of them
     output_error: mean over the layers of the predicted errors of outputs, shares of their energy
     largest_output_error: the largest of them
+    cross_bytes_per_position: of an encoder-decoder, cache of its cross-attention, bytes a position that was read (and
+        kv_bytes_per_token is of a token that is written)
     """
 
     kv_heads: int
@@ -75,6 +77,7 @@ class TotalChoice(Part):
     largest_attention_error: float | None
     output_error: float | None
     largest_output_error: float | None
+    cross_bytes_per_position: int | None = absent()
 
 
 @dataclass(frozen=True)
@@ -148,11 +151,13 @@ class Conversion(Result):
     bytes: size of the weights, bytes
     parameters: number of weights
     kv_heads: key/value heads of the layers that have most of them
-    kv_bytes_per_token: key/value cache of all layers, bytes a token
+    kv_bytes_per_token: key/value cache of all layers, bytes a token; of an encoder-decoder, a token that is written
     tensors: the tensors that are changed
+    cross_bytes_per_position: the cache of its cross-attention, bytes a position that was read; None without an encoder
     estimate: of a dry run: what the conversion takes; None where nobody has counted it, and for a fit on a GPU
     sensitivity: of a dry run on text: predicted errors; of an attention that predicts something else, its own dictionary
     verify: what was checked; None for a dry run
+    reads: what its encoder reads: text or sound; None without an encoder (not in the record)
     """
 
     recipe: str
@@ -165,9 +170,11 @@ class Conversion(Result):
     kv_heads: list[int]
     kv_bytes_per_token: list[int]
     tensors: list[Change]
+    cross_bytes_per_position: list[int] | None = absent()
     estimate: Estimate | None = absent()
     sensitivity: Sensitivity | dict[str, Any] | None = absent()
     verify: Verification | Unchecked | None = absent()
+    reads: str | None = beside()
 
     def show(self, output: Output) -> None:
         verb = "Would write" if self.dry_run else "Wrote"
@@ -175,7 +182,7 @@ class Conversion(Result):
         more = f" (+{human_count(added)})" if added > 0 else ""
         output.line(
             f"{verb} {self.out}: {human_bytes(self.bytes[1])}, {human_count(self.parameters[1])} parameters{more}, "
-            f"{cache_words(self.kv_heads, self.kv_bytes_per_token)}"
+            f"{cache_words(self.kv_heads, self.kv_bytes_per_token, self.cross_bytes_per_position)}"
         )
         if self.estimate is not None:
             output.line(self.estimate.words())
@@ -222,10 +229,13 @@ class Description(Result):
     heads: query heads, one number for each kind of layer
     kv_heads: key/value heads, the same
     head_dim: width of a head, the same
-    kv_bytes_per_token: key/value cache of all layers, bytes a token, in the type of the weights
+    kv_bytes_per_token: key/value cache of all layers, bytes a token, in the type of the weights; of an encoder-decoder, a token
+        that is written
     sliding_windows: tokens of a sliding window, and how many layers keep no more than that; empty without any
     history: the steps of recipe.json, oldest first
     can_become: attentions that it can be given
+    reads: what its encoder reads: text or sound; None without an encoder
+    cross_bytes_per_position: the cache of its cross-attention, bytes a position that was read; None without an encoder
     """
 
     model: Origin
@@ -243,6 +253,8 @@ class Description(Result):
     sliding_windows: dict[str, int]
     history: list[dict[str, Any]]
     can_become: list[str]
+    reads: str | None = absent()
+    cross_bytes_per_position: int | None = absent()
 
     def show(self, output: Output) -> None:
         rows = [
@@ -258,13 +270,14 @@ def as_rows(facts: dict[str, Any]) -> list[list[str]]:
     """Name and value, as people read them, of the dictionary of a Description: what tells of the model itself."""
     return [
         ["architecture", f"{facts['model_type']} ({facts['class']})"],
+        *([["reads", f"{facts['reads']}, by its encoder"]] if facts.get("reads") else []),
         *([["converted as", facts["converted_as"]]] if facts.get("converted_as") else []),
         ["parameters", f"{human_count(facts['parameters'])} in {human_bytes(facts['bytes'])}, {', '.join(facts['dtypes'])}"],
         ["attention layers", str(facts["layers"])],
         ["query heads", ", ".join(map(str, facts["heads"]))],
         ["key/value heads", ", ".join(map(str, facts["kv_heads"]))],
         ["head width", ", ".join(map(str, facts["head_dim"]))],
-        ["KV cache", f"{facts['kv_bytes_per_token']:,} bytes a token"],
+        ["KV cache", _cache_bytes(facts)],
         *[
             ["sliding window", f"{int(window):,} tokens in {layers} of {facts['layers']} layers"]
             for window, layers in facts.get("sliding_windows", {}).items()
@@ -272,10 +285,15 @@ def as_rows(facts: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def cache_words(heads: list[int], nbytes: list[int]) -> str:
-    """What became of key/value heads and of the bytes that a token's keys and values take."""
+def _cache_bytes(facts: dict[str, Any]) -> str:
+    own, cross = facts["kv_bytes_per_token"], facts.get("cross_bytes_per_position")
+    return f"{own:,} bytes a token" + (f" written, {cross:,} bytes a position read" if cross is not None else "")
+
+
+def cache_words(heads: list[int], nbytes: list[int], cross: list[int] | None = None) -> str:
+    """What became of key/value heads and of the bytes that a token's keys and values take; `cross`: and of what was read."""
     changed = f"{heads[0]} → {heads[1]} key/value heads, " if heads[0] != heads[1] else ""
-    return changed + cache_change(nbytes[0], nbytes[1])
+    return changed + cache_change(nbytes[0], nbytes[1], cross)
 
 
 def sanity_words(report: Verification) -> str:
@@ -301,6 +319,8 @@ def _show_sensitivity(sensitivity: Sensitivity, output: Output) -> None:
     most = [_pair(totals[count].largest_attention_error, totals[count].largest_output_error) for count in counts]
     rows += [["mean of the layers", *means], ["largest", *most]]
     rows.append(["KV cache a token", *[human_bytes(totals[count].kv_bytes_per_token) for count in counts]])
+    if any(totals[count].cross_bytes_per_position for count in counts):
+        rows.append(["KV cache a position read", *[human_bytes(totals[c].cross_bytes_per_position or 0) for c in counts]])
     title = "Predicted error of attention / output before any refit, by key/value heads (share of its energy)"
     output.table(["layer", *map(str, counts)], rows, title)
 

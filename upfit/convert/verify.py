@@ -21,10 +21,13 @@ from typing import TYPE_CHECKING, Any
 from upfit.architecture.loading import check_structure, garbage_collected, load_strictly
 from upfit.architecture.meta_model import quiet_transformers, read_as_class, vocabulary
 from upfit.bounded import reason
-from upfit.checkpoint.reader import most_positions, open_checkpoint, read_config, torch_dtype
+from upfit.checkpoint.execute import Planned
+from upfit.checkpoint.plan import Plan
+from upfit.checkpoint.reader import config_dtypes, most_positions, open_checkpoint, read_config, torch_dtype
 from upfit.convert.result import Verification
 from upfit.errors import UpfitError
 from upfit.examples.random_inputs import possible_inputs
+from upfit.modeling.registry import family
 from upfit.output import Output
 from upfit.text.tokenizer import no_panic
 
@@ -52,6 +55,16 @@ class Promise:
 
     tolerance: float | None = None
     dtype: str = ""
+
+
+def promise_of(plan: Plan, planned: list[Planned], dtype: str, source: dict[str, Any]) -> Promise:
+    """How far a result of `plan` may be from its source, which has the config `source`: not at all, or as far as rounding goes
+    in the types that it computes in. `dtype`: the one that it is written in, where that is another."""
+    if plan.exact or not plan.close:
+        return Promise(0.0 if plan.exact else None, dtype)
+    moved = family(source) != family(plan.config)
+    stored = str(torch_dtype(max(planned, key=lambda item: item.nbytes).dtype)).removeprefix("torch.")
+    return Promise(max(tolerance(name, moved) for name in {stored, *config_dtypes(plan.config)}), dtype)
 
 
 def verify(

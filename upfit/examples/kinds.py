@@ -20,6 +20,11 @@ def kind_of(config: dict[str, Any]) -> Kind:
         return "sound" if any(model_class.main_input_name in SOUND for model_class in _classes(config)) else "pairs"
 
 
+def encoder_reads(config: dict[str, Any]) -> str | None:
+    """ "text" or "sound"; None for a model without an encoder."""
+    return {"pairs": "text", "sound": "sound"}.get(kind_of(config))
+
+
 def _classes(config: dict[str, Any]) -> list[Any]:
     """The encoder-decoders that transformers has for this type; a decoder alone may be named for it too."""
     import transformers

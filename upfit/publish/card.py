@@ -12,7 +12,7 @@ from markupsafe import Markup
 from upfit import __version__
 from upfit.convert.recipe import find_recipes
 from upfit.modeling.registry import code_files
-from upfit.output import cache_change, human_bytes, human_count
+from upfit.output import cache_change, cache_size, human_count
 from upfit.provenance import config_lines, method_ran
 from upfit.publish import front
 from upfit.publish.markdown import REPO, code, harmless, model_link, plain, unmarked
@@ -21,15 +21,31 @@ from upfit.report.measured import measured
 from upfit.report.page import Table
 from upfit.report.stages import outcome
 from upfit.report.story import Story, newest_evaluation
-from upfit.report.wording import amount
+from upfit.report.wording import amount, calibrated
 
 BEGIN, END = "<!-- upfit:begin -->", "<!-- upfit:end -->"
-SAMPLE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+DECODES = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{repo}"{trust})
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))"""
+READS = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+model = AutoModelForSeq2SeqLM.from_pretrained("{repo}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))"""
+HEARS = """import soundfile
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+
+model = AutoModelForSpeechSeq2Seq.from_pretrained("{repo}"{trust})
+processor = AutoProcessor.from_pretrained("{repo}")
+samples, rate = soundfile.read("speech.wav")
+inputs = processor(samples, sampling_rate=rate, return_tensors="pt")
+print(processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0])"""
+SAMPLES = {"text": READS, "sound": HEARS}  # by what an encoder reads
+TASKS = {"text": "text2text-generation", "sound": "automatic-speech-recognition"}  # as the hub calls them
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 
@@ -72,7 +88,7 @@ class Card:
             "base_model": self.base_model or origin(self.story.steps),
             "base_model_relation": "finetune" if self.base_model or origin(self.story.steps) else None,
             "library_name": "transformers",
-            "pipeline_tag": "text-generation" if generates else None,
+            "pipeline_tag": "text-generation" if generates else TASKS["sound"] if self._reads() == "sound" else None,
             "license": self.license,
             "tags": tags,
             "model-index": self._index(),
@@ -86,23 +102,25 @@ class Card:
         from huggingface_hub import EvalResult
         from huggingface_hub.repocard_data import eval_results_to_model_index
 
-        data, loss = newest["data"], newest["model"]["loss"]
+        data, loss, heard = newest["data"], newest["model"]["loss"], newest["model"].get("word_errors")
+        task = TASKS.get(self._reads(), "text-generation")
         name = unmarked(_text_name(data["source"]))
         results = [
             EvalResult(
-                task_type="text-generation",
-                task_name="Text generation",
-                dataset_type="text",
+                task_type=task,
+                task_name=task.replace("-", " ").capitalize(),
+                dataset_type="audio" if heard else "text",
                 dataset_name=f"{name}, {amount(data)}",
                 dataset_args={"sha256": data["sha256"]},
                 metric_type=kind,
                 metric_name=label,
-                metric_value=round(loss[key]["mean"], 4),
+                metric_value=round(value["mean"], 4),
             )
-            for kind, label, key in (
-                ("perplexity", "Perplexity", "perplexity"),
-                ("loss", "Loss, nats a token", "nats_per_token"),
-                ("bits_per_byte", "Bits per byte", "bits_per_byte"),
+            for kind, label, value in (
+                *([("wer", "Word error rate, greedy, as a share", heard["rate"])] if heard else []),
+                ("perplexity", "Perplexity", loss["perplexity"]),
+                ("loss", "Loss, nats a token", loss["nats_per_token"]),
+                ("bits_per_byte", "Bits per byte", loss["bits_per_byte"]),
             )
         ]
         return eval_results_to_model_index(self.repo.rsplit("/", 1)[-1], results)
@@ -116,7 +134,7 @@ class Card:
             name=self.repo.rsplit("/", 1)[-1],
             lead=self._lead(),
             outcome=self._outcome(),
-            columns=["parameters", "query heads", "key/value heads", "KV cache a token"],
+            columns=["parameters", "query heads", "key/value heads", "KV cache"],
             shape=[["this model", *_shape(facts)]],
             steps=[
                 _step(step, facts["parameters"])
@@ -125,7 +143,11 @@ class Card:
             ],
             tables=[table for section in measured(self._evaluations()) for table in _titled(section)],
             limits=self._limits(),
-            code=Markup(SAMPLE.format(repo=self.repo, trust=", trust_remote_code=True" if self._own() else "")),
+            code=Markup(
+                SAMPLES.get(self._reads(), DECODES).format(
+                    repo=self.repo, trust=", trust_remote_code=True" if self._own() else ""
+                )
+            ),
             serving=self._serving(),
             papers=[Markup(recipe.paper) for _, recipe in conversions(self.story.steps)],
             version=__version__,
@@ -171,6 +193,10 @@ class Card:
             )
         return Markup("It is a plain checkpoint of its class: whatever serves that class with these head counts serves it.")
 
+    def _reads(self) -> str:
+        """What its encoder reads; "" without one."""
+        return str(self.story.facts.get("reads") or "")
+
     def _own(self) -> bool:
         return self.story.facts["model_type"] in code_files()
 
@@ -213,7 +239,8 @@ def is_inherited(readme: str, steps: list[dict[str, Any]]) -> bool:
 
 def _shape(facts: dict[str, Any]) -> list[str]:
     heads = [", ".join(map(str, facts[name])) for name in ("heads", "kv_heads")]
-    return [human_count(facts["parameters"]), *heads, human_bytes(facts["kv_bytes_per_token"])]
+    cache = cache_size(facts["kv_bytes_per_token"], facts.get("cross_bytes_per_position"))
+    return [human_count(facts["parameters"]), *heads, cache]
 
 
 def _step(step: dict[str, Any], parameters: int) -> dict[str, Any]:
@@ -223,11 +250,11 @@ def _step(step: dict[str, Any], parameters: int) -> dict[str, Any]:
         texts.append(Markup("Its config file says {}.").format(Markup(", ").join(map(code, config_lines(step)))))
     before, after = measured.get("kv_bytes_per_token", (0, 0))
     if before != after:
-        texts.append(f"{cache_change(before, after)}.")
+        texts.append(f"{cache_change(before, after, measured.get('cross_bytes_per_position'))}.")
     if method_ran(step):
         texts.append(f"Heads merged: {method_ran(step)}.")
     if measured.get("calibration"):
-        texts.append(f"Calibrated on {measured['calibration']['tokens']:,} tokens.")
+        texts.append(calibrated(measured["calibration"]))
     if measured.get("verify"):
         texts.append(f"Verified: {measured['verify']['structure']}; {measured['verify']['numbers']}.")
     if step["verb"] == "uptrain":

@@ -73,13 +73,14 @@ def losses(models: list[tuple[str, dict[str, Any]]], what: str) -> Figure:
     return figure
 
 
-def positions(labels: list[str], parts: list[list[float]], length: int) -> Figure:
-    """Loss by position: `parts` holds for each model the loss of equal parts of a window of `length` tokens."""
+def positions(labels: list[str], parts: list[list[float]], length: int, written: bool = False) -> Figure:
+    """Loss by position: `parts` holds for each model the loss of equal parts of a window of `length` tokens; with `written`, of
+    what a decoder writes for each example, however long that is."""
     figure, [axes] = panels(1)
     for label, values in zip(labels, parts, strict=True):
-        middles = (np.arange(len(values)) + 0.5) * length / len(values)
+        middles = (np.arange(len(values)) + 0.5) * (1 if written else length) / len(values)
         axes.plot(middles, values, label=label, **series(label, labels))
-    axes.set_xlabel("position in the window")
+    axes.set_xlabel("position in what is written, as a share of it" if written else "position in the window")
     axes.set_ylabel("nats a token")
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     return figure

@@ -10,7 +10,7 @@ from upfit.evaluate.tables import half_width
 from upfit.output import human_bytes
 from upfit.report import wording
 from upfit.report.figures import series
-from upfit.report.outcome import DIGITS, Cache, Outcome, Stage
+from upfit.report.outcome import DIGITS, Cache, Outcome, Stage, points
 from upfit.report.page import Plot, Section, Table
 from upfit.report.wording import where
 
@@ -30,15 +30,21 @@ def first_screen(outcome: Outcome) -> Section:
 
 def _table(outcome: Outcome) -> Table:
     """Columns of which something is known; what is not known of a row is said so. Of the source itself nothing was lost."""
+    written, read = [stage.cache for stage in outcome.stages], [_read(stage.cache) for stage in outcome.stages]
     columns = {
-        "KV cache a token": [_cache(stage.cache) for stage in outcome.stages],
+        f"KV cache a token{' written' if any(read) else ''}": [_cache(cache) for cache in written],
+        "KV cache a position read": read,
         f"KV cache at {outcome.context or 0:,} tokens": [_context(stage.cache, outcome.context) for stage in outcome.stages],
         "loss, nats a token": [None if stage.loss is None else half_width(stage.loss, DIGITS) for stage in outcome.stages],
         "above the source": [None if stage.lost is None else stage.lost.cell() for stage in outcome.stages],
+        "word error rate": [None if stage.wrong is None else f"{points(stage.wrong.rate)} %" for stage in outcome.stages],
+        "points more": [
+            None if not stage.wrong or not stage.wrong.more else points(stage.wrong.more) for stage in outcome.stages
+        ],
         "agreement with the source": [None if stage.agreement is None else stage.agreement.cell for stage in outcome.stages],
     }
     known = {name: cells for name, cells in columns.items() if any(cells)}
-    of_others = ("above the source", "agreement with the source")
+    of_others = ("above the source", "points more", "agreement with the source")
     rows = [
         [
             f"{stage.label}: {stage.name}" if stage.name else stage.label,
@@ -53,8 +59,12 @@ def _cache(cache: Cache | None) -> str | None:
     return None if cache is None else human_bytes(cache.per_token)
 
 
+def _read(cache: Cache | None) -> str | None:
+    return None if cache is None or cache.per_position is None else human_bytes(cache.per_position)
+
+
 def _context(cache: Cache | None, tokens: int | None) -> str | None:
-    size = None if cache is None or tokens is None else cache.at(tokens)
+    size = None if cache is None or cache.per_position is not None or tokens is None else cache.at(tokens)
     return None if size is None else human_bytes(size)
 
 
@@ -69,34 +79,39 @@ def _notes(outcome: Outcome) -> list[str]:
     if outcome.data is None:
         last, source = outcome.last.name, outcome.stages[0].name
         return [f"{caches} Loss was not measured; this does it: upfit evaluate {last} --against {source} --data TEXT --record"]
-    notes = [f"{wording.LOSS} It is of {where(outcome.data)}; ± is half of a 95 % interval. {caches}"]
+    beside = f" {wording.GIVEN}" if "examples" in outcome.data else ""
+    notes = [f"{wording.LOSS}{beside} It is of {where(outcome.data)}; ± is half of a 95 % interval. {caches}"]
     return notes + list(dict.fromkeys(stage.agreement.note for stage in outcome.stages if stage.agreement))
 
 
 def _picture(outcome: Outcome) -> tuple[str, Figure] | None:
     """Caption and figure: bars of the cache above, what was lost with intervals below; None where nothing can be compared."""
     caches = [(stage, stage.cache.per_token) for stage in outcome.stages if stage.cache is not None]
+    read = [(stage, stage.cache.per_position) for stage, _ in caches if stage.cache and stage.cache.per_position is not None]
     lost = [stage for stage in outcome.stages[1:] if stage.lost is not None and stage.lost.unit == "nats a token"]
     if len(caches) < 2:
         return None
     names = [stage.label for stage in outcome.stages]
-    heights = [0.62 + 0.34 * len(caches), 0.62 + 0.34 * (len(lost) + 1)] if lost else [0.62 + 0.34 * len(caches)]
+    counts = [len(caches), *([len(read)] if read else []), *([len(lost) + 1] if lost else [])]
+    heights = [0.62 + 0.34 * count for count in counts]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
     figure.set_layout_engine("constrained", h_pad=0.12)
     grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).flatten().tolist()
-    _bars(grid[0], caches, names)
+    _bars(grid[0], caches, names, "a token written" if read else "a token")
+    if read:
+        _bars(grid[1], read, names, "a position read")
     if not lost:
         return wording.BARS, figure
-    _losses(grid[1], outcome.stages[0], lost, names)
+    _losses(grid[-1], outcome.stages[0], lost, names)
     return wording.ABOVE_AND_BELOW, figure
 
 
-def _bars(axes: Any, caches: list[tuple[Stage, float]], names: list[str]) -> None:
+def _bars(axes: Any, caches: list[tuple[Stage, float]], names: list[str], of: str) -> None:
     rows = np.arange(len(caches))[::-1]
     colours = [series(stage.label, names)["color"] for stage, _ in caches]
     bars = axes.barh(rows, [size for _, size in caches], color=colours, height=0.62)
     axes.bar_label(bars, [human_bytes(size) for _, size in caches], padding=4)
-    axes.set_title("saved: KV cache a token", loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(f"saved: KV cache {of}", loc="left", fontsize=10, fontweight="bold")
     axes.margins(x=0.16)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))

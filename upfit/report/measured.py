@@ -4,7 +4,7 @@ from typing import Any
 
 from upfit.evaluate.tables import half_width, interval
 from upfit.output import human_bytes
-from upfit.report import attention, figures, probes, speed, wording
+from upfit.report import attention, encoder_decoder, figures, probes, speed, wording
 from upfit.report.outcome import Outcome
 from upfit.report.page import Plot, Section, Table
 from upfit.report.subjects import Evaluation, Measured, Text, texts
@@ -17,7 +17,7 @@ def summary(evaluations: list[Evaluation], origin: dict[str, Any] | None = None)
     """One row a model: its loss, how far from the source's, its cache, and each probe's average and gap."""
     tables = []
     for text in texts(evaluations, origin):
-        columns = probes.columns(text.models)
+        columns = [*encoder_decoder.columns(text.models), *probes.columns(text.models)]
         rows = [
             [
                 model.label,
@@ -28,7 +28,7 @@ def summary(evaluations: list[Evaluation], origin: dict[str, Any] | None = None)
             ]
             for index, model in enumerate(text.models)
         ]
-        head = ["model", "nats a token", "from the source", "cache a token", *(title for title, _ in columns)]
+        head = ["model", "nats a token", "from the source", _of_tokens(text), *(title for title, _ in columns)]
         tables.append(Table(where(text.data), head, rows))
     words = (
         f"{INTERVALS} Loss: lower is better. Probes: the mean score over depths, and the gap between the best and the worst."
@@ -63,9 +63,18 @@ def _losses(text: Text, number: int) -> Section:
             half_width(loss["bits_per_byte"], 4),
         ]
         rows.append([model.label, *measures, _apart(model, text), _cache(model)])
-    columns = ["model", "nats per token", "perplexity", "bits per byte", "against the source", "cache per token"]
-    words = f"{where(text.data)}. {INTERVALS} Differences are paired on the same windows, unless the table says otherwise."
-    tables = [Table("Loss", columns, rows), *_tasks(text.models), *speed.tables(text), *_ablations(text.evaluations)]
+    columns = ["model", "nats per token", "perplexity", "bits per byte", "against the source", _of_tokens(text)]
+    same, beside = ("examples", f" {wording.GIVEN}") if "examples" in text.data else ("windows", "")
+    words = (
+        f"{where(text.data)}. {INTERVALS} Differences are paired on the same {same}, unless the table says otherwise.{beside}"
+    )
+    tables = [
+        Table("Loss", columns, rows),
+        *encoder_decoder.tables(text),
+        *_tasks(text.models),
+        *speed.tables(text),
+        *_ablations(text.evaluations),
+    ]
     shown, what = _shown(text)
     parts = [model.subject["loss"]["nats_per_token_by_position"] for model in text.models]
     plots = [
@@ -76,8 +85,8 @@ def _losses(text: Text, number: int) -> Section:
         ),
         Plot(
             f"positions-{number}",
-            wording.POSITIONS,
-            figures.positions(text.labels, parts, text.data["length"]),
+            wording.WRITTEN if "examples" in text.data else wording.POSITIONS,
+            figures.positions(text.labels, parts, text.data["length"], "examples" in text.data),
         ),
         *speed.plots(text, number),
     ]
@@ -121,6 +130,11 @@ def _unpaired(model: Measured, text: Text) -> float | None:
     source = next(each for each in text.models if each.label == text.source)
     mine, its = (each.subject["loss"]["nats_per_token"]["mean"] for each in (model, source))
     return float(mine - its)
+
+
+def _of_tokens(text: Text) -> str:
+    """The title of a column."""
+    return "cache a token written" if "examples" in text.data else "cache a token"
 
 
 def _cache(model: Measured) -> str:

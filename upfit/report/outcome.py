@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from upfit.evaluate.tables import half_width
-from upfit.output import cache_factor, human_bytes
+from upfit.output import cache_factor, cache_size, human_bytes
 
 DIGITS = 4  # of a loss in nats, wherever it stands
 
@@ -16,7 +16,8 @@ DIGITS = 4  # of a loss in nats, wherever it stands
 class Cache:
     """Of one sequence, in bytes. `window`: the largest sliding window, in tokens; `beyond`: bytes a token past it, where known.
 
-    `types`: what it was measured in; none where it is told by the shapes and types of the weights.
+    `types`: what it was measured in; none where it is told by the shapes and types of the weights. `per_position`: of an
+    encoder-decoder, what its cross-attention keeps of each position that was read; `per_token` is then of a token written.
     """
 
     per_token: float
@@ -24,6 +25,11 @@ class Cache:
     window: int | None = None
     beyond: float | None = None
     types: tuple[str, ...] = ()
+    per_position: float | None = None
+
+    def same(self, other: "Cache") -> bool:
+        """Whether both keep as much of each token, and of each position that was read."""
+        return (self.per_token, self.per_position) == (other.per_token, other.per_position)
 
     def at(self, tokens: int) -> float | None:
         """Bytes of a context of `tokens`; None where that is not known."""
@@ -68,8 +74,27 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Wrong:
+    """Words that a model got wrong: its word error rate, and that less the source's on the same recordings, paired, where it is
+    known. Both as shares of the words."""
+
+    rate: dict[str, Any]
+    more: dict[str, Any] | None = None
+
+    def words(self) -> str:
+        more = "" if self.more is None else f" ({points(self.more)} points against the source's)"
+        return f"its word error rate is {points(self.rate)} %{more}"
+
+
+def points(share: dict[str, Any]) -> str:
+    """A share with its interval, in hundredths: `12.34 ± 1.20`."""
+    return half_width({key: None if end is None else 100 * end for key, end in share.items()}, 2)
+
+
+@dataclass(frozen=True)
 class Stage:
-    """A model on the way: `label` is source, converted or uptrained; `loss` an estimate in nats a token."""
+    """A model on the way: `label` is source, converted or uptrained; `loss` an estimate in nats a token, of an encoder-decoder
+    given what it read; `wrong` what one that hears made of recordings."""
 
     label: str
     name: str
@@ -77,6 +102,7 @@ class Stage:
     loss: dict[str, Any] | None = None
     lost: Lost | None = None
     agreement: Agreement | None = None
+    wrong: Wrong | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +126,8 @@ class Outcome:
         before, after = self.stages[0].cache, self.last.cache
         if before is None or after is None:
             return f"What {model} keeps in its cache was not measured"
+        if before.per_position is not None and after.per_position is not None:
+            return _both_saved(model, source, before, after)
         if before.per_token == after.per_token:
             return f"{model} keeps {human_bytes(after.per_token)} of KV cache a token, as {source} does"
         factor = cache_factor(before.per_token, after.per_token)
@@ -111,6 +139,23 @@ class Outcome:
         return f"{saved}, {human_bytes(long[1])} instead of {human_bytes(long[0])} at {self.context:,} tokens"
 
     def _cost(self) -> str:
-        lost = self.last.lost
-        cost = "and its loss was not measured" if lost is None else f"and its loss is {lost.words()}"
-        return cost + (f"; {self.last.agreement.words}" if self.last.agreement else "")
+        lost, wrong = self.last.lost, self.last.wrong
+        loss = f"its loss{' given what is read' if self.data and 'examples' in self.data else ''}"
+        cost = "and its loss was not measured" if lost is None else f"and {loss} is {lost.words()}"
+        return "; ".join(
+            [cost, *([wrong.words()] if wrong else []), *([self.last.agreement.words] if self.last.agreement else [])]
+        )
+
+
+def _both_saved(model: str, source: str, before: Cache, after: Cache) -> str:
+    """Of an encoder-decoder: what its self-attention and its cross-attention keep."""
+    assert before.per_position is not None and after.per_position is not None
+    if before.same(after):
+        return f"{model} keeps {cache_size(after.per_token, after.per_position)} in its KV caches, as {source} does"
+    pairs = [(before.per_token, after.per_token), (before.per_position, after.per_position)]
+    factors = [f" ({factor})" if (factor := cache_factor(*pair)) else "" for pair in pairs]
+    return (
+        f"{model} keeps {human_bytes(after.per_token)} of KV cache a token written where {source} keeps "
+        f"{human_bytes(before.per_token)}{factors[0]}, and {human_bytes(after.per_position)} a position read instead of "
+        f"{human_bytes(before.per_position)}{factors[1]}"
+    )

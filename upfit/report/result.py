@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from upfit.output import Output
-from upfit.results import Part, Result, beside
+from upfit.results import Part, Result, absent, beside
 
 COLUMNS = ("model", "parameters", "KV heads", "KV a token", "trained on", "nats per token", "against source")
+OF_SOME = ("KV a position read", "word errors", "points more")  # of encoder-decoders, and of those that hear
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,11 +36,13 @@ class Group(Part):
     title: the text, in words
     data: the text, as `evaluate` tells it; None for models that were not measured
     rows: a row for each model, in words, by the columns of the table
+    columns: their titles, where there are more than every table has: of encoder-decoders, and of models that hear
     """
 
     title: str
     data: dict[str, Any] | None
     rows: list[list[str]]
+    columns: list[str] | None = absent()
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,4 +59,4 @@ class Comparison(Result):
 
     def show(self, output: Output) -> None:
         for group in self.groups:
-            output.table(list(COLUMNS), group.rows, group.title)
+            output.table(group.columns or list(COLUMNS), group.rows, group.title)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from upfit.convert.result import as_rows
-from upfit.output import cache_change, human_bytes, human_count
+from upfit.output import cache_change, cache_size, human_count
 from upfit.provenance import config_lines, method_ran
 from upfit.report import figures, wording
 from upfit.report.first_screen import first_screen
@@ -12,6 +12,7 @@ from upfit.report.page import Plot, Section, Table, file_name
 from upfit.report.stages import outcome
 from upfit.report.story import Story, same_run
 from upfit.report.subjects import called
+from upfit.report.wording import calibrated
 
 
 def tell(story: Story) -> list[Section]:
@@ -59,10 +60,14 @@ def _versions(step: dict[str, Any]) -> str:
 
 def _predicted(label: str, prediction: dict[str, Any]) -> Section:
     rows = [
-        [str(row["kv_heads"]), human_bytes(row["kv_bytes_per_token"]), *(_share(row[name]) for name in _ERRORS)]
+        [
+            str(row["kv_heads"]),
+            cache_size(row["kv_bytes_per_token"], row.get("cross_bytes_per_position")),
+            *(_share(row[name]) for name in _ERRORS),
+        ]
         for row in prediction["totals"]
     ]
-    columns = ["key/value heads", "KV cache a token", *(name.replace("_", " ") for name in _ERRORS)]
+    columns = ["key/value heads", "KV cache", *(name.replace("_", " ") for name in _ERRORS)]
     text = (
         "Predicted from calibration text alone, before any refit: the share of the attention scores' variance, and of what the "
         "values bring to the output, that a merge in closed form would lose. They rank layers and numbers of heads; losses in "
@@ -85,7 +90,7 @@ def _conversion(step: dict[str, Any], number: int) -> list[Section]:
     measured, texts, plots, tables = step["measurements"], [], [], []
     before, after = measured.get("kv_bytes_per_token", (0, 0))
     if before != after:
-        texts.append(f"{cache_change(before, after)}.")
+        texts.append(f"{cache_change(before, after, measured.get('cross_bytes_per_position'))}.")
     if method_ran(step):
         texts.append(f"Heads merged: {method_ran(step)}.")
     verified = measured.get("verify")
@@ -93,7 +98,7 @@ def _conversion(step: dict[str, Any], number: int) -> list[Section]:
         texts.append(f"Verified: {verified['structure']}; {verified['numbers']}.")
     calibration = measured.get("calibration")
     if calibration:
-        texts.append(f"Calibrated on {calibration['tokens']:,} tokens, windows of {calibration['length']}.")
+        texts.append(calibrated(calibration))
     rows = [row for row in measured.get("layers") or [] if isinstance(row, dict)]
     left_out = [[row["layer"], "; ".join(row["reasons"])] for row in rows if row.get("reasons")]
     if left_out:

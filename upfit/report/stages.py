@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from upfit.report.outcome import DIGITS, Agreement, Cache, Lost, Outcome, Stage
+from upfit.report.outcome import DIGITS, Agreement, Cache, Lost, Outcome, Stage, Wrong
 from upfit.report.story import Story
 from upfit.report.subjects import called, same_model
 
+CROSS = "cross_bytes_per_position"
 SOURCE, CONVERTED, UPTRAINED, CHANGED = "source", "converted", "uptrained", "changed"
 
 
@@ -33,7 +34,8 @@ def outcome(story: Story) -> Outcome | None:
     for label, model in history.models.items():
         loss = subjects[label]["loss"]["nats_per_token"] if label in subjects else None
         lost = None if label == SOURCE else _lost(on_text[label], subjects, history.origin)
-        stages.append(Stage(label, called(model), caches[label], loss, lost, _agreement(history, label)))
+        wrong = _wrong(on_text[label], subjects.get(label), history.origin)
+        stages.append(Stage(label, called(model), caches[label], loss, lost, _agreement(history, label), wrong))
     return Outcome(stages, story.context, data)
 
 
@@ -121,19 +123,27 @@ def _lost(answers: list[dict[str, Any]], subjects: dict[str, dict[str, Any]], or
     return Lost({"mean": mean, "low": None, "high": None})
 
 
+def _wrong(answers: list[dict[str, Any]], subject: dict[str, Any] | None, origin: dict[str, Any]) -> Wrong | None:
+    """The word error rate, where one was measured; beside the source's where an evaluation was against it."""
+    if subject is None or not subject.get("word_errors"):
+        return None
+    paired = [answer for answer in answers if answer["against"] is not None and same_model(answer["against"], origin)]
+    return Wrong(subject["word_errors"]["rate"], paired[-1].get("word_error_difference") if paired else None)
+
+
 def _caches(story: Story, history: _History, subjects: dict[str, dict[str, Any]]) -> dict[str, Cache | None]:
     """As measured, where source and result were both measured in one type; else as the shapes of the weights tell."""
     planned = {
         SOURCE: _planned(history.steps[history.conversions[0]], 0, story),
         CONVERTED: _planned(history.steps[history.conversions[-1]], 1, story),
-        list(history.models)[-1]: _by_shape(story.facts["kv_bytes_per_token"], story),
+        list(history.models)[-1]: _by_shape(story, story.facts["kv_bytes_per_token"], story.facts.get(CROSS)),
     }
     measured = {label: _measured(subject) for label, subject in subjects.items()}
     first, last = (measured.get(label) for label in (SOURCE, list(history.models)[-1]))
     if first is None or last is None or first.types != last.types:
         return planned
     pairs = [(cache, planned[label]) for label, cache in measured.items() if cache is not None]
-    alike = all(shape is not None and cache.per_token == shape.per_token for cache, shape in pairs)
+    alike = all(shape is not None and cache.same(shape) for cache, shape in pairs)
     return {
         label: cache if (cache := measured.get(label)) and cache.types == first.types else planned[label] if alike else None
         for label in history.models
@@ -141,12 +151,12 @@ def _caches(story: Story, history: _History, subjects: dict[str, dict[str, Any]]
 
 
 def _planned(step: dict[str, Any], which: int, story: Story) -> Cache | None:
-    sizes = step["measurements"].get("kv_bytes_per_token")
-    return None if sizes is None else _by_shape(sizes[which], story)
+    sizes, cross = (step["measurements"].get(key) for key in ("kv_bytes_per_token", CROSS))
+    return None if sizes is None else _by_shape(story, sizes[which], None if cross is None else cross[which])
 
 
-def _by_shape(per_token: int, story: Story) -> Cache:
-    return Cache(per_token, window=0 if story.sliding else None)
+def _by_shape(story: Story, per_token: int, per_position: int | None) -> Cache:
+    return Cache(per_token, window=0 if story.sliding else None, per_position=per_position)
 
 
 def _measured(subject: dict[str, Any]) -> Cache | None:
@@ -154,7 +164,8 @@ def _measured(subject: dict[str, Any]) -> Cache | None:
     if cache is None:
         return None
     fixed, window, beyond = cache.get("fixed_bytes", 0.0), cache.get("window"), cache.get("bytes_per_token_beyond")
-    return Cache(cache["bytes_per_token"], fixed, window, beyond, tuple(cache.get("dtypes", ())))
+    read = (subject.get("cross_cache") or {}).get("bytes_per_position")
+    return Cache(cache["bytes_per_token"], fixed, window, beyond, tuple(cache.get("dtypes", ())), read)
 
 
 def _agreement(history: _History, label: str) -> Agreement | None:

@@ -1,11 +1,13 @@
 """What an aligned merge takes: counts of its steps, layer by layer, as `convert_layers.py` does them."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from upfit.calibration import estimate
-from upfit.calibration.estimate import Block, Work
-from upfit.calibration.observe import Opaque
+from upfit.calibration.estimate import Block, Windows, Work
+from upfit.calibration.example_sample import ExampleSample
 from upfit.calibration.sample import BATCH_TOKENS, LENGTH, SHORT, TOKENS, Sample
+from upfit.calibration.sample_for import sample_for
 from upfit.calibration.scores.fit import Effort
 from upfit.calibration.statistics import ROWS, SEGMENT
 from upfit.checkpoint.reader import most_positions
@@ -13,66 +15,97 @@ from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.fit_values import ITERATIONS, ROUNDS
 from upfit.examples.kinds import kind_of
 from upfit.options import parse_count
+from upfit.output import Output
 
 if TYPE_CHECKING:
     from upfit.convert.recipe import FitContext
 
 FORWARDS = 2.3  # passes of a block: the teacher's, and the student's in pieces
+STREAMS = 10  # of an encoder's width, that one of its layers holds
 PASSES = 6  # over all sampled scores, for each product with the curvature
 
 
 def work(context: "FitContext", choice: Choice) -> Work:
-    """The whole fit. Raises UpfitError for calibration that cannot be used, Opaque for an encoder-decoder."""
-    if kind_of(context.checkpoint.config) != "text":
-        raise Opaque("nobody has counted what its encoder takes")
+    """The whole fit; what an encoder-decoder is calibrated on is read for it, as its lengths are not known before.
+
+    Raises UpfitError for calibration that cannot be used, Opaque for an encoder-decoder that has none.
+    """
     statistics = statistics_for(context, choice)
-    if statistics is not None and isinstance(statistics.sample, Sample):
-        windows = {length: float(rows.numel()) for length, rows in statistics.sample.windows.items()}
-    else:
-        windows = windows_of(parse_count(choice.tokens or str(TOKENS), "--calibration-tokens"), choice.length, context)
-    layers = [layer for layer in context.architecture.layers if layer.geometry.kv_heads > choice.kv_heads]
-    blocks = [estimate.block_of(layer, context.checkpoint.tensors) for layer in layers]
-    total = Work(0 if choice.calibration else estimate.LIBRARY)
-    for block in blocks:
+    sample = statistics.sample if statistics is not None else _examples(context, choice)
+    windows = windows_of(choice, context) if sample is None else windows_in(sample)
+    every, tensors = context.architecture.layers, context.checkpoint.tensors
+    total = Work(0 if choice.calibration or sample is not None else estimate.LIBRARY)
+    for layer in (layer for layer in every if layer.geometry.kv_heads > choice.kv_heads):
+        block = estimate.block_of(layer, tensors, every)
         total = total.then(aligned(block, choice.kv_heads, windows, choice.refit))
-    embeddings = max(info.numel for info in context.checkpoint.tensors.values())
+    if any(each.read for each in windows):
+        total = total.then(_encoded(context, windows))
+    embeddings = max(info.numel for info in tensors.values())
     return Work(total.products, estimate.WASTE * (total.bytes + 4 * embeddings) + estimate.TEXT_BYTES)
 
 
-def windows_of(tokens: int, length: int | None, context: "FitContext") -> dict[int, float]:
-    """Tokens in windows of each length, as they are drawn."""
-    longest = length or min(LENGTH, most_positions(context.checkpoint.config) or LENGTH)
+def _encoded(context: "FitContext", windows: list[Windows]) -> Work:
+    """The encoder, which runs once, whole, before the layers."""
+    tensors, every = context.checkpoint.tensors, context.architecture.layers
+    block = estimate.block_of(every[0], tensors, every)
+    encoder = estimate.encoder_of(tensors, block.hidden)
+    each = max(at.positions * (STREAMS * encoder.hidden + block.geometry.heads * at.read) for at in windows)
+    return Work(sum(estimate.encoded(encoder, at) for at in windows), 4 * (encoder.weights + each))
+
+
+def _examples(context: "FitContext", choice: Choice) -> "Sample | ExampleSample | None":
+    """What an encoder-decoder is calibrated on; None for a decoder, of which only numbers and lengths of windows are asked."""
+    if kind_of(context.checkpoint.config) == "text":
+        return None
+    asked = (choice.calibration, choice.tokens, choice.length)
+    return sample_for(context.folder, context.checkpoint, *asked, Output(quiet=True), choice.field)
+
+
+def windows_of(choice: Choice, context: "FitContext") -> list[Windows]:
+    """Windows of text, as they are drawn."""
+    tokens = parse_count(choice.tokens or str(TOKENS), "--calibration-tokens")
+    longest = choice.length or min(LENGTH, most_positions(context.checkpoint.config) or LENGTH)
     lengths = {longest, min(longest, SHORT)}
-    return {size: tokens / len(lengths) for size in lengths}
+    return [Windows(tokens / len(lengths) / size, size) for size in lengths]
 
 
-def aligned(block: Block, kv_heads: int, windows: dict[int, float], refit: bool = True) -> Work:
-    """One layer, on `windows`: length → tokens."""
+def windows_in(sample: "Sample | ExampleSample") -> list[Windows]:
+    """Windows of text, or batches of examples, padded as they are run."""
+    if isinstance(sample, Sample):
+        return [Windows(len(rows), length) for length, rows in sample.windows.items()]
+    return [Windows(*size) for size in sample.sizes()]
+
+
+def aligned(block: Block, kv_heads: int, windows: Sequence[Windows], refit: bool = True) -> Work:
+    """One attention of a layer, on `windows`."""
     shape, hidden = block.geometry, block.hidden
-    tokens, joint = sum(windows.values()), shape.heads * shape.v_head_dim
-    rows, pairs = (sum(part) for part in zip(*(_sampled(size, count) for size, count in windows.items()), strict=True))
+    tokens, joint = sum(each.tokens for each in windows), shape.heads * shape.v_head_dim
+    positions = sum(each.positions for each in windows)
+    keys = positions if block.cross else tokens
+    rows, pairs = (sum(part) for part in zip(*(_sampled(each, block.cross) for each in windows), strict=True))
     passes = FORWARDS if refit else 1.3
-    total = sum(passes * estimate.forward(block, count, size) for size, count in windows.items())
+    total = sum(passes * estimate.forward(block, each) for each in windows)
     total += min(tokens, BATCH_TOKENS) * block.weights + _statistics(block, rows, pairs) + _closed_form(block, kv_heads)
     total += _values(block, kv_heads, rows, pairs)
     if refit:
-        total += _scores(block, kv_heads, tokens, rows, pairs) + estimate.ridge(joint, hidden, tokens)
+        total += _scores(block, kv_heads, keys, rows, pairs) + estimate.ridge(joint, hidden, tokens)
         total += estimate.ridge(block.mlp, hidden, tokens) if block.mlp else 0.0
-        total += 4 * tokens * hidden**2 + estimate.A_DOUBLE * 3 * hidden**3  # drift and moments of the inputs
-    streams = 4 * tokens * (7 * hidden + joint + shape.kv_heads * shape.v_head_dim)
+        total += (3 * tokens + keys) * hidden**2 + estimate.A_DOUBLE * 3 * hidden**3  # drift and moments of the inputs
+    streams = 4 * (tokens * (7 * hidden + joint) + keys * shape.kv_heads * shape.v_head_dim + positions * hidden)
     scores = 4 * 4 * pairs * shape.heads
     ridges = 8 * (5 * block.mlp**2 + 4 * hidden * block.mlp) + 4 * tokens * (block.mlp + 2 * hidden)
     return Work(total + estimate.A_LAYER, streams + max(scores, ridges) + 2 * 4 * block.weights)
 
 
-def _sampled(length: int, tokens: float) -> tuple[float, float]:
-    """(rows, scores of one head) sampled in `tokens` of windows of `length`, as `statistics.sample_rows` does."""
+def _sampled(windows: Windows, cross: bool) -> tuple[float, float]:
+    """(rows, scores of one head) sampled in windows, as `statistics.sample_rows` does."""
+    length = windows.length
     each, rows, scores = ROWS if length <= SEGMENT else ROWS // 2, 0, 0
     for start in range(0, length, SEGMENT):
         end = min(start + SEGMENT, length)
         rows += min(each, end - start)
-        scores += min(each, end - start) * end
-    return tokens / length * rows, tokens / length * scores
+        scores += min(each, end - start) * (windows.read if cross else end)
+    return windows.count * rows, windows.count * scores
 
 
 def _statistics(block: Block, rows: float, pairs: float) -> float:
@@ -96,9 +129,9 @@ def _values(block: Block, kv_heads: int, rows: float, pairs: float) -> float:
     return pairs * shape.heads * group + (ROUNDS + 1) * (ITERATIONS * step + solve)
 
 
-def _scores(block: Block, kv_heads: int, tokens: float, rows: float, pairs: float) -> float:
+def _scores(block: Block, kv_heads: int, keys: float, rows: float, pairs: float) -> float:
     """Gauss–Newton: products with the curvature. Errors are tried as well, and steps end early: one makes up for the other."""
     shape, effort = block.geometry, Effort()
-    projections = 2 * block.hidden * shape.head_dim * (rows * shape.heads + tokens * kv_heads)
+    projections = 2 * block.hidden * shape.head_dim * (rows * shape.heads + keys * kv_heads)
     scores = pairs * shape.heads * (5 * shape.head_dim + PASSES * estimate.A_NUMBER)
     return (sum(effort.iterations) + len(effort.iterations) + 2) * (projections + scores)

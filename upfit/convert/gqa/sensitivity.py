@@ -3,6 +3,7 @@
 The predictions are for the closed-form merge before any refit, so they are upper bounds. They rank layers and head counts.
 """
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -50,7 +51,7 @@ def predict(context: "FitContext", choice: Choice) -> Sensitivity:
                 for gathered in attentions:
                     known = None if isinstance(gathered.traits, str) else (gathered.traits, gathered.sums)
                     rows.append(_row(context, layers[gathered.path], known, counts))
-    return Sensitivity(counts, rows, totals(counts, rows))
+    return Sensitivity(counts, rows, totals(counts, rows, {layer.path for layer in architecture.layers if layer.cross}))
 
 
 def _row(
@@ -100,15 +101,17 @@ def _errors(
     return attention_error, lost["values"] / total["values"] if traits.values else None
 
 
-def totals(counts: list[int], layers: list[LayerChoices]) -> list[TotalChoice]:
+def totals(counts: list[int], layers: list[LayerChoices], cross: Collection[str] = ()) -> list[TotalChoice]:
     """For each number of heads: the mean and the largest predicted errors over the layers, and the cache's bytes a token (a
-    layer that has fewer heads stays as it is)."""
+    layer that has fewer heads stays as it is); of those that are `cross`, by their names, the bytes a position read."""
     rows = []
     for count in counts:
         choices = [max((c for c in layer.choices if c.kv_heads <= count), key=lambda c: c.kv_heads) for layer in layers]
         attention = _mean_and_largest([choice.attention_error for choice in choices])
         output = _mean_and_largest([choice.output_error for choice in choices])
-        rows.append(TotalChoice(count, sum(choice.kv_bytes_per_token for choice in choices), *attention, *output))
+        sizes = [(layer.layer in cross, choice.kv_bytes_per_token) for layer, choice in zip(layers, choices, strict=True)]
+        own, read = (sum(size for of_cross, size in sizes if of_cross == which) for which in (False, True))
+        rows.append(TotalChoice(count, own, *attention, *output, read or None))
     return rows
 
 
