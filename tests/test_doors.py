@@ -39,6 +39,7 @@ ROOMS = {  # what a room may import beside the ground and itself
 ATTENTIONS = {path.parent.name for path in PACKAGE.glob("convert/*/recipe.py")}
 MAY_NAME_AN_ATTENTION = {  # with the reason
     "architecture/grouped_class.py": "the class that some families need to have fewer heads",
+    "architecture/latent.py": "where the config of a class of ours says what its modules are called",
     "architecture/table.py": "the same class: where its config counts heads",
     "cli/conversions.py": "the next command to type",
     "demo/run.py": "the conversions that the demo shows",

@@ -2,7 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from transformers import AutoModelForCausalLM
+
 from upfit.architecture.decoder_check import auto_map, class_shapes
+from upfit.architecture.meta_model import auto_class_for
+from upfit.architecture.names import name_map
 from upfit.checkpoint.plan import Rule, Tensors
 from upfit.convert.mla.sizes import Sizes
 from upfit.errors import UpfitError
@@ -19,10 +23,6 @@ PROJECTIONS = ("q", "k", "v")
 
 def check(architecture: "Architecture") -> None:
     """Raise UpfitError for a model whose attention cannot be given a latent, with the reason."""
-    from transformers import AutoModelForCausalLM
-
-    from upfit.architecture.meta_model import auto_class_for
-
     entry, name = architecture.entry, architecture.entry.model_type
     if entry.own:
         raise UpfitError(f"{name} needs a class of ours for grouped heads, and cannot have another one beside it")
@@ -55,8 +55,6 @@ def has_bias(architecture: "Architecture") -> bool:
 
 def own_config(architecture: "Architecture", layers: list[dict[str, Any]], scaling: float) -> dict[str, Any]:
     """What `modeling_upfit_mla.py` reads, with these settings of each layer."""
-    from upfit.architecture.names import name_map
-
     entry, shape = architecture.entry, architecture.layers[0].geometry
     classes = name_map(architecture.config).classes
     gone = [entry.fused] if entry.fused else [entry.q, entry.k, entry.v]

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from upfit.architecture.meta_model import build_on_meta
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
@@ -113,8 +114,6 @@ def rotated_pairs(architecture: "Architecture") -> int:
 
     Raises UpfitError where parts of the model rotate in different numbers.
     """
-    from upfit.architecture.meta_model import build_on_meta
-
     model = build_on_meta(architecture.config)
     known = {int(buffer.shape[-1]) for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
     if len(known) > 1:
