@@ -11,6 +11,7 @@ from upfit.errors import UpfitError
 from upfit.examples.kinds import kind_of
 from upfit.examples.model_inputs import Examples
 from upfit.examples.read import digest, read_examples
+from upfit.examples.sound import unheard
 from upfit.options import parse_count
 from upfit.output import Output
 from upfit.text.files import FIELD
@@ -41,7 +42,7 @@ def sample_for(
             "--calibration-length is for models that read windows of text; an example is as long as it is: leave it out"
         )
     if kind == "sound" and not texts:
-        raise Opaque(f"it hears, and there is no {FLAG}: give a folder of recordings with their transcripts")
+        raise Opaque(unheard(FLAG))
     tokenizer = fast_tokenizer(folder)
     examples = read_examples(folder, checkpoint.config, texts, FLAG, field, None, output)
     if tokens is not None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from upfit.errors import UpfitError
 from upfit.options import check, option
-from upfit.text.files import FIELD, FIELD_HELP, holds_recordings, named_files
+from upfit.text.files import FIELD, FIELD_HELP, has_metadata, named_files
 
 CONTEXT_PROBES = ("val-document", "val-code", "val-database", "key-value", "multi-needle", "variable-tracking")
 SEVERAL_LENGTHS = (*CONTEXT_PROBES, "position")
@@ -97,7 +97,7 @@ def check_options(options: Options) -> None:
 
 def check_data(options: Options) -> None:
     """Raise UpfitError for data that is not there, or cannot have the field. A folder of recordings is no text."""
-    texts = [name for name in options.data or () if not holds_recordings(name)]
+    texts = [name for name in options.data or () if not has_metadata(name)]
     if not texts or "," in options.field:  # two fields of a pair: whoever reads pairs looks for them
         return
     named_files(texts, "--data", options.field)
