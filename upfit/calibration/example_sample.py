@@ -1,4 +1,4 @@
-"""What an encoder-decoder is calibrated on: examples of what it reads and writes, some of them held back."""
+"""What a model is calibrated on that takes more than text: examples of what it reads and writes, some of them held back."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +28,9 @@ class ExampleSample:
 
     @property
     def tokens(self) -> int:
-        """That the decoder was to give."""
+        """That the decoder was to give; with images all that it read, for these are most of it."""
+        if self.kind == "images":
+            return sum(len(example.decoder_ids) for example in (*self.fitted, *self.held))
         return sum(int((example.labels != IGNORE).sum()) for example in (*self.fitted, *self.held))
 
     def record(self) -> dict[str, Any]:

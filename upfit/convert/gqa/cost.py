@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING
 from upfit.calibration import estimate
 from upfit.calibration.estimate import Block, Work
 from upfit.calibration.observe import Opaque
-from upfit.calibration.sample import BATCH_TOKENS, LENGTH, SHORT, TOKENS, Sample
+from upfit.calibration.sample import BATCH_TOKENS, FLAG, LENGTH, SHORT, TOKENS, Sample
 from upfit.calibration.statistics import ROWS, SEGMENT
 from upfit.checkpoint.reader import most_positions
 from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.fit_scores import Effort
 from upfit.convert.gqa.fit_values import ITERATIONS, ROUNDS
-from upfit.examples.kinds import kind_of
+from upfit.examples.images import all_images
+from upfit.examples.kinds import kind_of, sees
 from upfit.options import parse_count
 
 if TYPE_CHECKING:
@@ -22,10 +23,14 @@ PASSES = 6  # over all sampled scores, for each product with the curvature
 
 
 def work(context: "FitContext", choice: Choice) -> Work:
-    """The whole fit. Raises UpfitError for calibration that cannot be used, Opaque for an encoder-decoder."""
-    if kind_of(context.checkpoint.config) != "text":
+    """The whole fit. Raises UpfitError for calibration that cannot be used, Opaque for an encoder-decoder and for images."""
+    config = context.checkpoint.config
+    if kind_of(config) != "text":
         raise Opaque("nobody has counted what its encoder takes")
     statistics = statistics_for(context, choice)
+    of_images = statistics is not None and not isinstance(statistics.sample, Sample)
+    if of_images or (statistics is None and sees(config) and all_images(choice.calibration, FLAG)):
+        raise Opaque("nobody has counted what images take")
     if statistics is not None and isinstance(statistics.sample, Sample):
         windows = {length: float(rows.numel()) for length, rows in statistics.sample.windows.items()}
     else:
