@@ -21,7 +21,7 @@ class Options:
     data: list[str] | None = option(
         None,
         help="text: files (.txt, .jsonl, .json, .parquet, .gz ...) or folders of them; default: text of this Python; for "
-        "encoder-decoders also pairs of texts, or a folder of recordings",
+        "encoder-decoders also pairs of texts, or a folder of recordings; for models that see, a folder of images with texts",
     )
     field: str = option(FIELD, goes_with=("data",), help=FIELD_HELP)
     length: int | None = option(
@@ -96,7 +96,7 @@ def check_options(options: Options) -> None:
 
 
 def check_data(options: Options) -> None:
-    """Raise UpfitError for data that is not there, or cannot have the field. A folder of recordings is no text."""
+    """Raise UpfitError for data that is not there, or cannot have the field. A folder of recordings or images is no text."""
     texts = [name for name in options.data or () if not has_metadata(name)]
     if not texts or "," in options.field:  # two fields of a pair: whoever reads pairs looks for them
         return
