@@ -14,6 +14,7 @@ from tests.test_aligned_laws import equal_heads
 from tests.test_merging_everywhere import convert_to, logits
 from tests.vision import FAMILIES, image_folder, raw_examples, save_seeing
 from upfit.architecture.layers import open_model
+from upfit.calibration import calibrate as calibrating
 from upfit.calibration import sample_for as sampling
 from upfit.calibration.calibrate import calibrate
 from upfit.calibration.example_sample import ExampleSample, hold_back
@@ -160,3 +161,27 @@ def test_examples_with_images_each_stand_by_themselves(tmp_path: Path) -> None:
     assert len(inputs) == 12 and held == [True] + [False] * 11
     assert all(len(each.keywords["input_ids"]) == 1 and each.counted is None and each.own_positions for each in inputs)
     assert sample.tokens == sum(each.keywords["input_ids"].numel() for each in inputs)
+
+
+def test_a_calibration_goes_on_where_the_model_adds_between_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is added before a layer is added once, whether the run was stopped there or not."""
+    options = saved("qwen3_vl", tmp_path, monkeypatch)
+    original = calibrating.gather_layer
+
+    def run(out: str) -> bytes:
+        stats = tmp_path / out
+        calibrate(str(tmp_path / "source"), options["calibration"], stats, "64k", None, None, False, QUIET)
+        return stats.read_bytes()
+
+    def stop(model: Any, architecture: Any, index: int, batches: Any) -> Any:
+        if index == 1:
+            raise KeyboardInterrupt
+        return original(model, architecture, index, batches)
+
+    whole = run("whole.safetensors")
+    monkeypatch.setattr(calibrating, "gather_layer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped.safetensors")
+    monkeypatch.setattr(calibrating, "gather_layer", original)
+    assert (tmp_path / "stopped.safetensors.upfit-work").is_dir()
+    assert run("stopped.safetensors") == whole
