@@ -188,11 +188,11 @@ def test_statistics_of_examples_give_the_same_bytes(model_type: str, tmp_path: P
 
 def test_without_sound_a_model_that_hears_is_averaged_and_told_so(tmp_path: Path) -> None:
     tiny_model("whisper").save_pretrained(tmp_path / "source")
-    with pytest.raises(UpfitError, match="it hears, and there is no --calibration"):
+    with pytest.raises(UpfitError, match="this model hears, and there is no --calibration"):
         convert_to(tmp_path, "source", "out", kv_heads=2, method="aligned")
     convert_to(tmp_path, "source", "out", kv_heads=2)
     step = json.loads((tmp_path / "out" / "recipe.json").read_text())["steps"][-1]["measurements"]
-    assert "it hears" in step["not_aligned"]
+    assert "this model hears" in step["not_aligned"]
 
 
 def test_a_model_that_hears_is_aligned_on_recordings(tmp_path: Path) -> None:

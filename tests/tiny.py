@@ -31,6 +31,7 @@ __all__ = [
     "UNGROUPABLE",
     "auto_class",
     "kv_heads_paths",
+    "model_of",
     "runs",
     "tiny_config",
     "tiny_inputs",
@@ -84,10 +85,14 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
 
 def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A tiny model in float32 and evaluation mode; the same seed gives the same weights."""
-    config = tiny_config(model_type, **changes)
+    return model_of(tiny_config(model_type, **changes), seed)
+
+
+def model_of(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """As `tiny_model`, of this configuration."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = auto_class(model_type).from_config(config, dtype=torch.float32)
+        model = auto_class(config.model_type).from_config(config, dtype=torch.float32)
         for parameter in model.parameters():
             parameter.add_(NOISE * torch.randn_like(parameter))
     return model.eval()

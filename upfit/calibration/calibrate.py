@@ -52,7 +52,7 @@ def calibrate(
 ) -> Calibration:
     """Write the statistics of `model` on `texts`, whose JSON and parquet have it in `field`, to the file `out`.
 
-    Raises UpfitError for anything that cannot be read, an `out` that exists, or a model that cannot be run on plain text.
+    Raises UpfitError for anything that cannot be read, an `out` that exists, or a model that cannot be run on what it is given.
     """
     called, out = str(out), out.expanduser()
     if out.suffix != ".safetensors":

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from upfit.calibration.observe import Opaque, Seen
+from upfit.calibration.observe import HIDDEN, Opaque, Seen
 
 SAME = 1e-6  # share of the energy that a guess of the scale may leave unexplained, in float32
-HIDDEN = -1e4  # a score so low is a key that is not looked at
 SOFTMAX = {torch.softmax, torch.Tensor.softmax, torch.nn.functional.softmax}
 
 

@@ -1,4 +1,4 @@
-"""What an encoder-decoder is calibrated on: examples of what it reads and writes, some of them held back."""
+"""What a model is calibrated on that takes more than text: examples of what it reads and writes, some of them held back."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +28,9 @@ class ExampleSample:
 
     @property
     def tokens(self) -> int:
-        """That the decoder was to give."""
+        """That the decoder was to give; with images all that it read, for these are most of it."""
+        if self.kind == "images":
+            return sum(len(example.decoder_ids) for example in (*self.fitted, *self.held))
         return sum(int((example.labels != IGNORE).sum()) for example in (*self.fitted, *self.held))
 
     def record(self) -> dict[str, Any]:
@@ -90,17 +92,14 @@ def _example(parts: dict[str, Tensor]) -> Example:
 
 
 def hold_back(examples: Examples, config: dict[str, Any], tokenizer: dict[str, Any]) -> ExampleSample:
-    """About one example of HELD_SHARE is held back: whole documents, the smallest first, where there are several."""
+    """One example of HELD_SHARE is held back: whole documents, the smallest first, as far as they fit, then a part of the next
+    one."""
     of_documents: dict[str, list[Example]] = {}
     for example in examples.examples:
         of_documents.setdefault(example.document, []).append(example)
     wanted = max(1, len(examples.examples) // HELD_SHARE)
-    held: list[Example] = []
-    smallest = sorted(of_documents.values(), key=len)
-    while len(smallest) > 1 and len(held) < wanted:
-        held += smallest.pop(0)
-    if not held:
-        held = examples.examples[:wanted]
+    by_document = [example for document in sorted(of_documents.values(), key=len) for example in document]
+    held = by_document[:wanted]
     chosen = set(map(id, held))
     fitted = [example for example in examples.examples if id(example) not in chosen]
     return ExampleSample(examples.kind, fitted, held, examples.record, config, tokenizer)

@@ -8,7 +8,7 @@ from upfit.architecture.layers import Architecture
 from upfit.calibration.layerwise import LayerwiseModel
 from upfit.calibration.observe import Opaque
 from upfit.calibration.statistics import ROWS, add, observe
-from upfit.calibration.teacher_student import LayerPair, PairedBatch, pass_by
+from upfit.calibration.teacher_student import LayerPair, PairedBatch, enter, pass_by
 from upfit.calibration.traits import AttentionTraits
 
 
@@ -26,6 +26,7 @@ def gather_layer(model: LayerwiseModel, architecture: Architecture, index: int, 
     heads."""
     block = model.blocks[index]
     model.load(index)
+    enter(index, batches)
     paths = {f"{block.path}.{attention}" for attention in block.attentions}
     own = [layer for layer in architecture.layers if layer.path in paths]
     results, outputs = [], list[Tensor]()

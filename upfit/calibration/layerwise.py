@@ -1,5 +1,5 @@
 """Runs a model layer by layer over what it takes, with the weights of one layer in memory. Of an encoder-decoder the layers are
-those of the decoder: the encoder has run before them.
+those of the decoder, of a model that sees those of its language model: the encoder, and what sees, have run before them.
 
 The model's own code runs, whatever its family: its forward is called once with the layers replaced by stubs, which tells what
 each layer is given besides the hidden states (positions, masks); then the layers are called one after the other on hidden
@@ -150,6 +150,13 @@ class Weights:
                 module.register_forward_pre_hook(lambda module, arguments, path=path: self.load(path, deep=False))
 
 
+def _between(before: Tensor, hidden: Tensor) -> Tensor | None:
+    """What the model adds to the hidden states between two layers; None for nothing."""
+    if hidden is before or hidden.shape != before.shape or torch.equal(hidden, before):
+        return None
+    return hidden - before
+
+
 @dataclass
 class Batch:
     """What the model is given and, between the layers, hidden states [B, T, E]; what each layer is given besides."""
@@ -158,10 +165,8 @@ class Batch:
     hidden: Tensor | None = None
     calls: list[Call] = field(default_factory=list)
 
-
-def _moved(inputs: ModelInputs, device: str) -> ModelInputs:
-    keywords = {name: tensor.to(device) for name, tensor in inputs.keywords.items()}
-    return ModelInputs(keywords, None if inputs.counted is None else inputs.counted.to(device))
+    def moved_to(self, device: str) -> dict[str, Tensor]:
+        return {name: tensor.to(device) for name, tensor in self.inputs.keywords.items()}
 
 
 class LayerwiseModel:
@@ -176,9 +181,11 @@ class LayerwiseModel:
         self.model = observed_model(checkpoint.config, device)
         self.blocks = find_blocks(self.model, architecture)
         self.weights = Weights(self.model, checkpoint, device)
-        self.batches = [Batch(_moved(each, device)) for each in inputs]
+        self.device, self.batches = device, [Batch(each) for each in inputs]
         if self.model.config.is_encoder_decoder:
             self._begin_behind_encoder()
+        elif any(each.keywords.keys() > {"input_ids"} for each in inputs):
+            self._begin_behind_eye()
         else:
             self._begin_at_embedding()
 
@@ -189,14 +196,25 @@ class LayerwiseModel:
         self.weights.on_demand(self._in_blocks)
         embedding = self.model.get_input_embeddings()  # asked for its device before it is called
         self.weights.load(next(path for path, module in self.model.named_modules() if module is embedding))
+        self._begin_all()
+        for module in self.model.modules():
+            module._forward_pre_hooks.clear()
+
+    def _begin_behind_eye(self) -> None:
+        """All that comes before the layers runs whole; its modules may use each other's weights without calling them."""
+        head = self.model.get_output_embeddings()
+        ends = [path for path, module in self.model.named_modules() if module is head]  # which comes behind the layers
+        self.weights.load_all(lambda path: self._in_blocks(path) or path in ends)
+        self._begin_all()
+        self.empty(self.model)
+
+    def _begin_all(self) -> None:
         for batch in self.batches:
             try:
                 self._begin(batch, lambda hidden: hidden)
             except Opaque:
                 batch.calls.clear()
                 self._begin(batch, lambda hidden: (hidden, None))
-        for module in self.model.modules():
-            module._forward_pre_hooks.clear()
 
     def _begin_behind_encoder(self) -> None:
         """The encoder runs whole. What the decoder's first layer gives out beside its hidden states (T5: the bias by position)
@@ -219,12 +237,14 @@ class LayerwiseModel:
         `result` makes of hidden states what a layer of the family gives out: most the hidden states themselves, some a tuple.
         """
         first: list[Tensor] = []
+        last: list[Tensor] = []
 
         def stub(*arguments: Any, **keywords: Any) -> Any:
             hidden = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
             if not first:
                 first.append(hidden)
-            batch.calls.append(Call(arguments[1:], keywords))
+            batch.calls.append(Call(arguments[1:], keywords, _between(last.pop(), hidden) if last else None))
+            last.append(hidden)
             if len(batch.calls) == len(self.blocks):
                 raise Stop
             return result(hidden)
@@ -233,7 +253,7 @@ class LayerwiseModel:
             block.module.forward = stub
         try:
             with torch.no_grad(), quiet_transformers():
-                self.model(**batch.inputs.keywords, use_cache=False)
+                self.model(**batch.moved_to(self.device), use_cache=False)
         except Stop:
             pass
         except Opaque:

@@ -12,6 +12,7 @@ from upfit.architecture.meta_model import quiet_transformers
 from upfit.calibration.products import rounded
 from upfit.modeling.upfit_base import Plain
 
+HIDDEN = -1e4  # a score so low is a key that is not looked at
 NAME = "upfit_observed"  # of our function in transformers' attention interface
 HARMLESS = {
     "position_ids",
@@ -46,6 +47,14 @@ class Seen:
     sinks: Tensor | None
     output: Tensor
     causal: bool = True
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a query sees keys that stand behind it: those of another stream, or of the same image."""
+        if not self.causal or self.mask is None:
+            return not self.causal
+        seen = self.mask if self.mask.dtype == torch.bool else self.mask > HIDDEN
+        return bool(seen.triu(1).any())
 
     def scores(self, rows: Tensor, keys: int) -> tuple[Tensor, Tensor]:
         """Scores before any cap [B, H, R, keys] of the query positions `rows` [R] on the first `keys` keys, and the attention
@@ -165,10 +174,12 @@ def register() -> None:
 
 @dataclass
 class Call:
-    """What a layer is given for one batch, besides the hidden states."""
+    """What a layer is given for one batch, besides the hidden states. `added` [B, T, E]: what the model adds to them before the
+    layer (to those of images, in families that see at several depths); None for nothing."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    added: Tensor | None = None
 
 
 @rounded()

@@ -18,7 +18,7 @@ from upfit.examples.pairs import is_pair_field
 from upfit.options import parse_count
 from upfit.output import Output
 from upfit.text import Document, file_documents, library_documents
-from upfit.text.files import FIELD, check_field, holds_recordings, named_files
+from upfit.text.files import FIELD, check_field, has_metadata, named_files
 from upfit.text.plain import pieces
 from upfit.text.tokenizer import identity, no_panic
 from upfit.text.windows import encode, prefix_ids
@@ -81,7 +81,7 @@ def check_texts(texts: list[str] | None, field: str = FIELD) -> None:
     none can have the `field`."""
     if texts and any(map(is_statistics, texts)):
         check_field([Path(name) for name in texts], field)
-    elif texts and not is_pair_field(field) and not any(map(holds_recordings, texts)):
+    elif texts and not is_pair_field(field) and not any(map(has_metadata, texts)):
         named_files(texts, FLAG, field)
 
 

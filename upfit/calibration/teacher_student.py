@@ -35,6 +35,7 @@ class PairedBatch:
     student: Tensor
     tokens: int
     counted: Tensor | None = None
+    own_positions: bool = False  # as of `ModelInputs`
 
     def middle(self, attended: Tensor, residual: Residual | None, before: Tensor | None = None) -> Tensor:
         """The teacher's stream [B, T, E] after the attention gave out `attended`; that itself where the stream has another
@@ -61,16 +62,27 @@ def open_pair(
     for batch, back in zip(model.batches, held, strict=True):
         memo: dict[int, Any] = {}
 
-        def own(value: Any, memo: dict[int, Any] = memo) -> Any:
+        def copy(value: Any, memo: dict[int, Any] = memo) -> Any:
             """Dictionaries that layers write to (keys and values shared between layers) belong to one stream."""
             return memo.setdefault(id(value), dict(value)) if isinstance(value, dict) else value
 
-        copies = [Call(tuple(map(own, c.arguments)), {k: own(v) for k, v in c.keywords.items()}) for c in batch.calls]
+        copies = [Call(tuple(map(copy, c.arguments)), {k: copy(v) for k, v in c.keywords.items()}) for c in batch.calls]
         assert batch.hidden is not None
         hidden = batch.hidden
-        batches.append(PairedBatch(back, batch.calls, copies, hidden, hidden, hidden.shape[1], batch.inputs.counted))
+        counted = None if batch.inputs.counted is None else batch.inputs.counted.to(hidden.device)
+        own = batch.inputs.own_positions
+        batches.append(PairedBatch(back, batch.calls, copies, hidden, hidden, hidden.shape[1], counted, own))
         batch.hidden = None  # a gigabyte where the text is long: it is let go of once both models have moved on
     return model, batches
+
+
+def enter(index: int, batches: list[PairedBatch]) -> None:
+    """Add to both streams what the model itself adds before layer `index`."""
+    for batch in batches:
+        added, same = batch.calls[index].added, batch.student is batch.teacher
+        if added is not None:
+            batch.teacher = batch.teacher + added
+            batch.student = batch.teacher if same else batch.student + added
 
 
 def pass_by(module: nn.Module, index: int, batches: list[PairedBatch], alone: bool) -> None:
@@ -118,7 +130,7 @@ class LayerPair:
         """The teacher's layer on one batch after the other, and query positions to look at: `rows` of every SEGMENT."""
         for number, batch in enumerate(self.batches):
             watched = watch(self.place, batch.teacher, batch.calls[self.index], taps)
-            keys = None if watched.seen.causal else watched.seen.k.shape[2]
+            keys = watched.seen.k.shape[2] if watched.seen.looks_ahead else None
             device = batch.teacher.device
             yield batch, watched, sample_rows(batch.tokens, rows, self.index, number, device, keys, batch.counted)
 

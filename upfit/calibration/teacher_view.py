@@ -10,7 +10,8 @@ from upfit.calibration.observe import Seen
 from upfit.calibration.scores.problem import Target
 from upfit.calibration.statistics import Rows
 from upfit.calibration.teacher_student import LayerPair, PairedBatch, stream_before, taps_before
-from upfit.calibration.traits import AttentionTraits
+from upfit.calibration.traits import AttentionTraits, Turns, turns_of
+from upfit.calibration.watch import Watched, has_module
 
 
 @dataclass
@@ -18,7 +19,7 @@ class View:
     """What the teacher's layer showed on one batch: `inputs` [B, T, E] of queries and `key_inputs` [B, S, E] of keys and values
     (the same but in cross-attention), `before` [B, T, E] the stream that the attention adds to, `attended` [B, T, E] by o_proj,
     `total` [B, T, E] the stream with what the MLP adds, `output` [B, T, E] after the layer (the same but where that is normed),
-    `values` [B, S, K, V]."""
+    `values` [B, S, K, V]; `turns`: how queries and keys are turned in it, where that is not alike in all batches."""
 
     batch: PairedBatch
     inputs: Tensor
@@ -30,6 +31,7 @@ class View:
     values: Tensor
     scaling: float
     targets: list[Target]
+    turns: Turns | None = None
 
     @property
     def cross(self) -> bool:
@@ -49,7 +51,9 @@ def watch_teacher(
     q, k, o = pair.path("q"), pair.path("k"), pair.path("o")
     sum_path = None if traits.residual is None else traits.residual.mlp_sum
     extra = (*taps_before(pair.place, traits.residual), *([sum_path] if sum_path else []))
-    for batch, watched, sampled in pair.watch((q, k, o, *extra), rows):
+    own_turns = traits.keys and bool(traits.pairs) and any(batch.own_positions for batch in pair.batches)
+    norms = [path for path in map(pair.path, ("q_norm", "k_norm")) if has_module(pair.block.module, path)] if own_turns else []
+    for batch, watched, sampled in pair.watch((q, k, o, *extra, *norms), rows):
         inputs, of_keys, attended = watched.taps[q][0], watched.taps[k][0], watched.taps[o][1]
         of_keys = inputs if of_keys.data_ptr() == inputs.data_ptr() else of_keys
         before = stream_before(batch.teacher, pair.place, watched.taps, traits.residual)
@@ -58,8 +62,14 @@ def watch_teacher(
         values = watched.seen.v.transpose(1, 2)
         scaling, output = watched.seen.scaling, watched.output
         total = watched.taps[sum_path][0] if sum_path else output
-        view = View(batch, inputs, of_keys, before, attended, total, output, values, scaling, targets)
+        turns = _turns(pair, watched, traits) if own_turns else None
+        view = View(batch, inputs, of_keys, before, attended, total, output, values, scaling, targets, turns)
         yield view, watched.seen, sampled
+
+
+def _turns(pair: LayerPair, watched: Watched, traits: AttentionTraits) -> Turns:
+    parts = {part: watched.taps.get(pair.path(part)) for part in ("q", "k", "q_norm", "k_norm")}
+    return turns_of(watched.seen, {part: tap for part, tap in parts.items() if tap}, traits, pair.layer.geometry)
 
 
 def _target(seen: Seen, rows: Rows, outputs: Tensor | None, token_weight: Tensor, power: float) -> Target:

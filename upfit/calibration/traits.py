@@ -139,13 +139,11 @@ def _rotation(
     tokens, width = {"q": seen.q.shape[2], "k": seen.k.shape[2]}, shape.head_dim
     none = torch.empty(tokens["k"], 0, device=seen.k.device)
     nothing = Turns(none[: tokens["q"]], none), _Layout(0, tuple(range(width)), ())
-    before, after = {}, {"k": seen.k.transpose(1, 2).double(), "q": seen.q.transpose(1, 2).double()}
-    norm_last = all(_norm_is_last(after[part], taps.get(f"{part}_norm")) for part in after)
+    before, after = dict[str, Tensor](), dict[str, Tensor]()
+    sides = (("k_norm", seen.k), ("q_norm", seen.q))
+    norm_last = all(_norm_is_last(heads.transpose(1, 2).double(), taps.get(norm)) for norm, heads in sides)
     for part, heads in (("k", shape.kv_heads), ("q", shape.heads)):
-        norm = taps.get(f"{part}_norm")
-        if norm_last and norm is not None:  # rotated first: the rotation ends where the norm begins
-            after[part], norm = heads_view(norm[0], tokens[part], heads).double(), None
-        raw = taps[part][1] if norm is None else norm[1]
+        raw, after[part], norm = _around_rotation(part, seen, taps, heads, norm_last)
         if raw.numel() != after[part].numel() or after[part].shape[2] != heads:
             reasons.append(
                 f"its {'keys' if part == 'k' else 'queries'} are not the output of {part}_proj, so keys are averaged"
@@ -172,6 +170,31 @@ def _rotation(
             return True, Turns(q, k, scales["q"] * scales["k"]), layout
     reasons.append("its rotation of keys is not one of pairs of dimensions by position, so keys are averaged")
     return False, *nothing
+
+
+def _around_rotation(
+    part: str, seen: Seen, taps: dict[str, tuple[Tensor, Tensor]], heads: int, norm_last: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Queries or keys before the rotation, in the form that the family has them in, and after it [B, T, heads, D]; the norm
+    (its input and output) before it, if there is one."""
+    attended = (seen.k if part == "k" else seen.q).transpose(1, 2).double()
+    norm = taps.get(f"{part}_norm")
+    if norm_last and norm is not None:  # rotated first: the rotation ends where the norm begins
+        return taps[part][1], heads_view(norm[0], attended.shape[1], heads).double(), None
+    return taps[part][1] if norm is None else norm[1], attended, norm
+
+
+def turns_of(seen: Seen, taps: dict[str, tuple[Tensor, Tensor]], traits: AttentionTraits, shape: Geometry) -> Turns:
+    """The rotation in one run of an attention whose keys are rotated as `traits` say; `taps`: (input, output) of its q and k,
+    and of their norms, by these names."""
+    pairs, order, factors = traits.pairs, list(traits.order), dict[str, Tensor]()
+    first, second, free = order[:pairs], order[pairs : 2 * pairs], order[2 * pairs :]
+    for part, heads in (("k", shape.kv_heads), ("q", shape.heads)):
+        raw, after, _ = _around_rotation(part, seen, taps, heads, traits.norm_last)
+        before = heads_view(raw, after.shape[1], heads).double()
+        scale = _scale(before[..., free], after[..., free])
+        factors[part] = (_factors(before, after, first, second) / scale).to(torch.complex64)
+    return Turns(factors["q"], factors["k"])
 
 
 def _norm_is_last(after: Tensor, norm: tuple[Tensor, Tensor] | None) -> bool:

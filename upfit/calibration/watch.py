@@ -58,7 +58,19 @@ def watch(place: Place, hidden: Tensor, call: Call, taps: tuple[str, ...]) -> Wa
         return _watch_softmax(place, hidden, call, taps)
     if len(events) > 1:
         raise Opaque("its attention runs more than once")
-    return _without_copies(Watched(events[0], dict(seen), hidden, output), place)
+    return _without_copies(_by_example(Watched(events[0], dict(seen), hidden, output), place), place)
+
+
+def _by_example(watched: Watched, place: Place) -> Watched:
+    """What projections of another stream see as [B, S, ...], where the layer has it in other pieces (tiles of an image)."""
+    batch, keys = watched.seen.k.shape[0], watched.seen.k.shape[2]
+
+    def whole(tensor: Tensor) -> Tensor:
+        pieces = tensor.ndim == 3 and len(tensor) != batch and tensor.shape[0] * tensor.shape[1] == batch * keys
+        return tensor.reshape(batch, keys, -1) if pieces else tensor
+
+    parts = {path: tap for path, tap in watched.taps.items() if path in (place.path("k"), place.path("v"))}
+    return replace(watched, taps=watched.taps | {path: (whole(x), whole(y)) for path, (x, y) in parts.items()})
 
 
 def _without_copies(watched: Watched, place: Place) -> Watched:

@@ -123,7 +123,11 @@ _add_conversion(
 def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or hub id (id@revision).")],
     texts: Annotated[
-        list[str], typer.Argument(metavar="TEXT...", help="Files (.txt, .jsonl, .json, .parquet, .gz ...) or folders.")
+        list[str],
+        typer.Argument(
+            metavar="TEXT...",
+            help="Files (.txt, .jsonl, .json, .parquet, .gz ...) or folders; of sound or images if the model takes these.",
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="STATS", help="Statistics file to write, NAME.safetensors.")],
     field: Field = FIELD,

@@ -21,7 +21,7 @@ from upfit.calibration.observe import Opaque
 from upfit.calibration.sample import Sample
 from upfit.calibration.sample_for import sample_for
 from upfit.calibration.statistics_file import fingerprint
-from upfit.calibration.teacher_student import LayerPair, PairedBatch, open_pair, pass_by
+from upfit.calibration.teacher_student import LayerPair, PairedBatch, enter, open_pair, pass_by
 from upfit.checkpoint.plan import Rule
 from upfit.checkpoint.reader import torch_dtype
 from upfit.examples.kinds import kind_of
@@ -96,6 +96,7 @@ class LayerFits:
             entry, blocks = self.context.architecture.entry, model.blocks
             for index in range(done.next, len(blocks)):
                 model.load(index)
+                enter(index, batches)
                 own = [f"{blocks[index].path}.{attention}" for attention in blocks[index].attentions]
                 layers = [layer for layer in self.layers if layer.path in own]
                 for layer in layers:

@@ -104,7 +104,7 @@ def evaluate(model: str, options: Options, output: Output) -> Evaluation:
     if options.record:
         check_recordable(source)
     command = shlex.join(["upfit", "evaluate", model, *as_flags(options)])
-    if is_encoder_decoder(source):
+    if encoder_decoder.takes_examples(source, options):
         return encoder_decoder.evaluate(source, options, device, command, output)
     subjects = [_subject(source)]
     subjects[0].ablate = options.ablate

@@ -250,7 +250,7 @@ class Text(Part):
     length: length of a window, or of what the decoder reads at most, tokens
     tokens: number of tokens
     sha256: of the text of all windows, or of all that the model was shown
-    examples: what an encoder-decoder was shown: text pairs, spans or sound
+    examples: what an encoder-decoder, or a model that sees, was shown: text pairs, spans, sound or images
     """
 
     source: str | list[str]

@@ -6,7 +6,7 @@ from typing import Literal
 
 from upfit.errors import UpfitError
 from upfit.options import check, option
-from upfit.text.files import FIELD, FIELD_HELP, holds_recordings, named_files
+from upfit.text.files import FIELD, FIELD_HELP, has_metadata, named_files
 
 CONTEXT_PROBES = ("val-document", "val-code", "val-database", "key-value", "multi-needle", "variable-tracking")
 SEVERAL_LENGTHS = (*CONTEXT_PROBES, "position")
@@ -21,7 +21,7 @@ class Options:
     data: list[str] | None = option(
         None,
         help="text: files (.txt, .jsonl, .json, .parquet, .gz ...) or folders of them; default: text of this Python; for "
-        "encoder-decoders also pairs of texts, or a folder of recordings",
+        "encoder-decoders also pairs of texts, or a folder of recordings; for models that see, a folder of images with texts",
     )
     field: str = option(FIELD, goes_with=("data",), help=FIELD_HELP)
     length: int | None = option(
@@ -96,8 +96,8 @@ def check_options(options: Options) -> None:
 
 
 def check_data(options: Options) -> None:
-    """Raise UpfitError for data that is not there, or cannot have the field. A folder of recordings is no text."""
-    texts = [name for name in options.data or () if not holds_recordings(name)]
+    """Raise UpfitError for data that is not there, or cannot have the field. A folder of recordings or images is no text."""
+    texts = [name for name in options.data or () if not has_metadata(name)]
     if not texts or "," in options.field:  # two fields of a pair: whoever reads pairs looks for them
         return
     named_files(texts, "--data", options.field)

@@ -1,12 +1,14 @@
 """What kind of input a model's class takes, from its config.json."""
 
+import inspect
 from typing import Any, Literal
 
-from upfit.architecture.meta_model import read_as_class
+from upfit.architecture.meta_model import model_class_for, read_as_class
 from upfit.model_files import quiet_transformers
 
 Kind = Literal["text", "pairs", "sound"]
 SOUND = ("input_features", "input_values")  # what classes that hear call their main input
+PIXELS = "pixel_values"  # what classes that see call their images
 ENCODER_DECODERS = ("AutoModelForSpeechSeq2Seq", "AutoModelForSeq2SeqLM")
 
 
@@ -23,6 +25,13 @@ def kind_of(config: dict[str, Any]) -> Kind:
 def encoder_reads(config: dict[str, Any]) -> str | None:
     """ "text" or "sound"; None for a model without an encoder."""
     return {"pairs": "text", "sound": "sound"}.get(kind_of(config))
+
+
+def sees(config: dict[str, Any]) -> bool:
+    """Whether this is a decoder that images can be shown to."""
+    config = of_family(config)
+    taken = inspect.signature(model_class_for(config).forward).parameters
+    return PIXELS in taken and not read_as_class(config).is_encoder_decoder
 
 
 def _classes(config: dict[str, Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Examples of what an encoder-decoder reads and writes, and how they are put together as inputs of its forward.
+"""Examples of what a model reads and writes, and how they are put together as inputs of its forward.
 
 Legend: B examples of a batch, S positions that the encoder reads, T positions of the decoder.
 """
@@ -25,19 +25,22 @@ class ModelInputs:
     keywords: by their names there: input_ids, attention_mask, decoder_input_ids, input_features ...
     counted: [B, T] bool, the positions of the (decoder's) stream that are no padding; None for all of them
     labels: [B, T], the token that each position should give next, IGNORE where it does not count
+    own_positions: an image in it, not a token's place alone, tells by how much queries and keys are turned
     """
 
     keywords: dict[str, Tensor]
     counted: Tensor | None = None
     labels: Tensor | None = None
+    own_positions: bool = False
 
 
 @dataclass(frozen=True)
 class Example:
     """One thing to read and what is to be written for it, without a batch dimension.
 
-    keywords: the encoder's: input_ids [S], or input_features [mels, frames]
-    decoder_ids: [T], begins with the decoder's start
+    keywords: the encoder's: input_ids [S], or input_features [mels, frames]; of a decoder that sees all but the ids, as its
+        processor gives them for a batch of one (pixel_values, image_grid_thw ...)
+    decoder_ids: [T], begins with the decoder's start, or with what a decoder that sees reads first
     labels: [T]
     text: what is to be written, as text
     document: what it belongs to, for splits and intervals
@@ -52,7 +55,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """kind: "text pairs", "spans" or "sound"; record: what they are, for recipe.json."""
+    """kind: "text pairs", "spans", "sound" or "images"; record: what they are, for recipe.json."""
 
     kind: str
     examples: list[Example]
@@ -60,16 +63,27 @@ class Examples:
 
 
 def padding_of(config: dict[str, Any]) -> int:
-    """The id that fills up a batch. Nothing depends on it: its positions are masked, or come after all that counts."""
-    pad = getattr(read_as_class(of_family(config)), "pad_token_id", None)
+    """The id that fills up a batch of an encoder-decoder. Nothing depends on it: its positions are masked, or come after all
+    that counts."""
+    parsed = read_as_class(of_family(config))
+    pad = getattr(parsed, "pad_token_id", None) if parsed.is_encoder_decoder else None
     return pad if isinstance(pad, int) and pad >= 0 else 0
 
 
 def batches(examples: Sequence[Example], config: dict[str, Any], tokens: int) -> list[ModelInputs]:
     """The examples, those of similar lengths together, in batches of at most `tokens` positions of encoder and decoder, or of
-    one example; padded on the right. The same examples give the same batches."""
+    one example; padded on the right. Those of a decoder, with images, each by itself: how images of several examples are put
+    together is each family's own. The same examples give the same batches."""
+    if not read_as_class(of_family(config)).is_encoder_decoder:
+        return [alone(example) for example in sorted(examples, key=lambda example: len(example.decoder_ids))]
     pad = padding_of(config)
     return [together([examples[index] for index in indices], pad) for indices in grouped(examples, tokens)]
+
+
+def alone(example: Example) -> ModelInputs:
+    """The batch of an example with images."""
+    keywords = {**example.keywords, "input_ids": example.decoder_ids[None]}
+    return ModelInputs(keywords, labels=example.labels[None], own_positions=True)
 
 
 def grouped(examples: Sequence[Example], tokens: int) -> Iterator[list[int]]:

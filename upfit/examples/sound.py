@@ -4,8 +4,6 @@ the `file_name` and the transcript of each recording.
 The features are those of the model's own processor; sound of another rate is resampled for it.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -16,88 +14,33 @@ from torch import Tensor
 from upfit.architecture.meta_model import read_as_class
 from upfit.bounded import DATA_BYTES, check_ordinary, reason
 from upfit.errors import UpfitError
-from upfit.examples.choose import draw
 from upfit.examples.kinds import of_family
+from upfit.examples.metadata import LANGUAGE, Described, Layout, read_described
 from upfit.examples.model_inputs import Example
-from upfit.examples.records import Record, read_records
 from upfit.examples.targets import Decoder, is_whispers, make, transcribed
 from upfit.model_files import quiet_transformers
 from upfit.output import Output
-from upfit.text.files import FIELD, RECORDINGS
+from upfit.text.files import METADATA
 from upfit.text.tokenizer import encode_texts
 
-FILE_NAME = "file_name"
 TRANSCRIPTS = ("text", "transcription", "transcript", "sentence")
-LANGUAGE, DOCUMENT = "language", "document"  # fields that a recording may have
 PREPROCESSOR = "preprocessor_config.json"
 HOP, RATE = 160, 16_000  # samples of a frame of Whisper's features; samples a second
 WANTED = "give a folder with recordings and metadata.jsonl: a file_name and its text a line, as datasets' AudioFolder"
 
-
-@dataclass(frozen=True)
-class Recording:
-    path: Path
-    text: str
-    document: str
-    language: str | None
+SOUND = Layout("recording", "transcript", "hears", WANTED, TRANSCRIPTS)
 
 
-def read_recordings(names: list[str] | None, flag: str, field: str, count: int, output: Output) -> list[Recording]:
-    """At most `count` recordings of the folders `names`, spread over all of them; those in which nothing is said are left out.
-
-    Raises UpfitError where there is no folder, no metadata, or one that does not tell a file and its transcript.
-    """
+def read_recordings(names: list[str] | None, flag: str, field: str, count: int, output: Output) -> list[Described]:
+    """At most `count` recordings of the folders `names`, as `read_described` reads them. Raises UpfitError without `names`."""
     if not names:
-        raise UpfitError(f"this model hears, and there is no {flag}: noise and tones are no substitute for speech; {WANTED}")
-    silent = list[Path]()
-
-    def spoken() -> Iterator[Recording]:
-        for recording in (recording for name in names for recording in _of_folder(name, flag, field)):
-            if recording.text:
-                yield recording
-            else:
-                silent.append(recording.path)
-
-    recordings, _ = draw(spoken(), count)
-    if silent:
-        output.note(f"left out: {len(silent)} recordings without a word in their transcripts, e.g. {silent[0]}")
-    if not recordings:
-        raise UpfitError(f"{flag} {', '.join(names)}: no recording has a transcript; {WANTED}")
-    return recordings
+        raise UpfitError(unheard(flag))
+    return read_described(names, flag, field, count, SOUND, output)
 
 
-def _of_folder(name: str, flag: str, field: str) -> Iterator[Recording]:
-    folder = Path(name).expanduser()
-    if not folder.exists():
-        raise UpfitError(f"{flag} {name} is not here; {WANTED}")
-    if not folder.is_dir():
-        raise UpfitError(f"{flag} {name} is a file, and this model hears; {WANTED}")
-    metadata = next((folder / file for file in RECORDINGS if (folder / file).is_file()), None)
-    if metadata is None:
-        raise UpfitError(f"{flag} {name} has no {RECORDINGS[0]}; {WANTED}")
-    empty = True
-    for record in read_records(metadata):
-        empty = False
-        yield _recording(record, folder, field)
-    if empty:
-        raise UpfitError(f"{metadata} tells of no recording; {WANTED}")
-
-
-def _recording(record: Record, folder: Path, field: str) -> Recording:
-    file = record.text(FILE_NAME)
-    if not file:
-        raise UpfitError(f"{record.where} has no {FILE_NAME} (found: {record.shown()}); {WANTED}")
-    names = TRANSCRIPTS if field == FIELD else (field,)
-    text = next((text for text in map(record.text, names) if text is not None), None)
-    if text is None:
-        what = f"no {' or '.join(names[:2])}" if field == FIELD else f"no text in {field!r}"
-        raise UpfitError(f"{record.where} has {what} (found: {record.shown()}); name the transcript's field with --field")
-    path = folder / file
-    if Path(file).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-        raise UpfitError(f"{record.where} names {file!r}, which is outside its folder; move the recording there")
-    if not path.is_file():
-        raise UpfitError(f"{record.where} names {file!r}, which is not in {folder}; put it there, or leave out the line")
-    return Recording(path, text.strip(), record.text(DOCUMENT) or str(path), record.text(LANGUAGE))
+def unheard(flag: str) -> str:
+    """Why a model that hears cannot be shown anything where `flag` names no folder."""
+    return f"this model hears, and there is no {flag}: noise and tones are no substitute for speech; {WANTED}"
 
 
 def read_sound(path: Path, rate: int) -> np.ndarray:
@@ -172,13 +115,13 @@ def _extractor(folder: Path, mels: Any, positions: Any) -> Any:
 
 
 def sound_examples(
-    recordings: list[Recording], folder: Path, config: dict[str, Any], tokenizer: Any, decoder: Decoder, output: Output
+    recordings: list[Described], folder: Path, config: dict[str, Any], tokenizer: Any, decoder: Decoder, output: Output
 ) -> list[Example]:
     """Examples of the recordings. Those that are too long for the model are left out, which is noted on `output`."""
-    ear, examples, long = Ear(folder, config), list[Example](), list[Recording]()
+    ear, examples, long = Ear(folder, config), list[Example](), list[Described]()
     whisper = is_whispers(tokenizer)
     if whisper and decoder.multilingual and all(recording.language is None for recording in recordings):
-        output.note(f"the recordings' {RECORDINGS[0]} tells no {LANGUAGE}: they are taken to be English (en)")
+        output.note(f"the recordings' {METADATA[0]} tells no {LANGUAGE}: they are taken to be English (en)")
     with output.progress("hearing", len(recordings)) as meter:
         for recording in recordings:
             samples = read_sound(recording.path, ear.rate)

@@ -23,7 +23,7 @@ TEXT_SUFFIXES = frozenset({
     ".go", ".rs", ".rb", ".php", ".sh", ".sql", ".r", ".jl", ".lua", *FORMS,
 })
 # fmt: on
-RECORDINGS = ("metadata.jsonl", "metadata.csv")  # in a folder of sound, as datasets lays out an AudioFolder
+METADATA = ("metadata.jsonl", "metadata.csv")  # of files and their texts, as datasets lays out a folder of sound or images
 HUB_DATA = re.compile(r"\w[\w.\-]*/\w[\w.\-]*(:[\w.\-]+)?")
 
 
@@ -82,9 +82,9 @@ def find_files(name: str, flag: str = "--data") -> list[Path]:
     return paths
 
 
-def holds_recordings(name: str) -> bool:
-    """Whether `name` is a folder of sound with transcripts."""
-    return any((Path(name).expanduser() / metadata).is_file() for metadata in RECORDINGS)
+def has_metadata(name: str) -> bool:
+    """Whether `name` is a folder of files (sound, images) with texts."""
+    return any((Path(name).expanduser() / metadata).is_file() for metadata in METADATA)
 
 
 def named_files(names: list[str], flag: str, field: str = FIELD) -> list[Path]:

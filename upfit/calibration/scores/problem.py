@@ -36,11 +36,13 @@ class Target:
 
 @dataclass
 class Batch:
-    """Student inputs of one batch, [B, T, E], and its targets; [B, S, E] of keys where these are made of something else."""
+    """Student inputs of one batch, [B, T, E], and its targets; [B, S, E] of keys where these are made of something else; its
+    own turns, where they are not as the `Form` says for all."""
 
     inputs: Tensor
     targets: list[Target]
     of_keys: Tensor | None = None
+    turns: Turns | None = None
 
     @property
     def key_inputs(self) -> Tensor:
@@ -171,14 +173,14 @@ class Problem:
         queries, keys, q_turns, k_turns = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
         row = position = 0
         for batch in batches:
-            k = whitened(k_basis, batch.key_inputs)
+            k, turns = whitened(k_basis, batch.key_inputs), batch.turns or form.turns
             count, length = k.shape[:2]
             keys.append(k.flatten(0, 1))
-            k_turns.append(_factors(form.turns.k, length, slice(length)).repeat(count, 1))
+            k_turns.append(_factors(turns.k, length, slice(length)).repeat(count, 1))
             for target in batch.targets:
                 q = whitened(q_basis, batch.inputs[:, target.at])
                 queries.append(q.flatten(0, 1))
-                q_turns.append(_factors(form.turns.q, len(target.at), target.at).repeat(count, 1))
+                q_turns.append(_factors(turns.q, len(target.at), target.at).repeat(count, 1))
                 for number in range(count):
                     start = position + number * length
                     places = slice(row, row + len(target.at)), slice(start, start + target.keys)

@@ -186,7 +186,7 @@ def _fit_scores(
         targets = [_reordered(target, merged.heads) for target in view.targets]
         q_inputs = augmented(of_queries, widths[0])
         same = of_keys is of_queries and widths[0] == widths[1]
-        batch = Batch(q_inputs, targets, None if same else augmented(of_keys, widths[1]))
+        batch = Batch(q_inputs, targets, None if same else augmented(of_keys, widths[1]), view.turns)
         problems[view.batch.held].append(batch)
 
     def start(cut: int) -> Weights:

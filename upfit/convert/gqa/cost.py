@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING
 from upfit.calibration import estimate
 from upfit.calibration.estimate import Block, Windows, Work
 from upfit.calibration.example_sample import ExampleSample
-from upfit.calibration.sample import BATCH_TOKENS, LENGTH, SHORT, TOKENS, Sample
+from upfit.calibration.observe import Opaque
+from upfit.calibration.sample import BATCH_TOKENS, FLAG, LENGTH, SHORT, TOKENS, Sample
 from upfit.calibration.sample_for import sample_for
 from upfit.calibration.scores.fit import Effort
 from upfit.calibration.statistics import ROWS, SEGMENT
 from upfit.checkpoint.reader import most_positions
 from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.fit_values import ITERATIONS, ROUNDS
-from upfit.examples.kinds import kind_of
+from upfit.examples.images import all_images
+from upfit.examples.kinds import kind_of, sees
 from upfit.options import parse_count
 from upfit.output import Output
 
@@ -28,9 +30,12 @@ PASSES = 6  # over all sampled scores, for each product with the curvature
 def work(context: "FitContext", choice: Choice) -> Work:
     """The whole fit; what an encoder-decoder is calibrated on is read for it, as its lengths are not known before.
 
-    Raises UpfitError for calibration that cannot be used, Opaque for an encoder-decoder that has none.
+    Raises UpfitError for calibration that cannot be used, Opaque for an encoder-decoder that has none, and for images.
     """
-    statistics = statistics_for(context, choice)
+    statistics, config = statistics_for(context, choice), context.checkpoint.config
+    of_images = statistics is not None and kind_of(config) == "text" and not isinstance(statistics.sample, Sample)
+    if of_images or (statistics is None and sees(config) and all_images(choice.calibration, FLAG)):
+        raise Opaque("nobody has counted what images take")
     sample = statistics.sample if statistics is not None else _examples(context, choice)
     windows = windows_of(choice, context) if sample is None else windows_in(sample)
     every, tensors = context.architecture.layers, context.checkpoint.tensors

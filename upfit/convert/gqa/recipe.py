@@ -42,8 +42,8 @@ class MultiQueryOptions:
     calibration: list[str] | None = option(
         None,
         goes_with=ALIGNED,
-        help="text files or folders (pairs of texts or a folder of recordings where the model takes that), or one statistics "
-        "file of `upfit calibrate`; default: Python's standard library",
+        help="text files or folders (pairs of texts, a folder of recordings or of images where the model takes that), or "
+        "one statistics file of `upfit calibrate`; default: Python's standard library",
     )
     field: str = option(FIELD, goes_with=("calibration",), help=FIELD_HELP)
     calibration_tokens: str | None = option(

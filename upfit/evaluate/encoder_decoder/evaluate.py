@@ -1,7 +1,7 @@
-"""`upfit evaluate` of an encoder-decoder: show it examples, measure, compare."""
+"""`upfit evaluate` of an encoder-decoder, or of a model that is shown images: show it examples, measure, compare."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,19 +13,23 @@ from upfit.evaluate.encoder_decoder import words
 from upfit.evaluate.encoder_decoder.caches import measure_caches
 from upfit.evaluate.encoder_decoder.losses import example_losses
 from upfit.evaluate.encoder_decoder.words import Heard, check_jiwer, listen
-from upfit.evaluate.load import free, load_encoder_decoder
+from upfit.evaluate.load import free, is_encoder_decoder, load_encoder_decoder
 from upfit.evaluate.loss import Losses, difference
 from upfit.evaluate.options import Options
 from upfit.evaluate.record import finished
 from upfit.evaluate.result import Evaluation
 from upfit.evaluate.speed import hardware
 from upfit.examples import Examples, Kind, kind_of, read_examples
+from upfit.examples.images import all_images, read_images
+from upfit.examples.kinds import sees
 from upfit.examples.model_inputs import padding_of
 from upfit.options import field_of
 from upfit.output import Output
 from upfit.text import python_documents
+from upfit.text.files import has_metadata
 from upfit.text.tokenizer import load_tokenizer
 
+ExampleKind = Kind | Literal["images"]
 DECODERS_ONLY = ("length", "speed", "probe", "ablate", "tasks")
 
 
@@ -50,12 +54,13 @@ class Measured:
 
 
 def evaluate(source: Source, options: Options, device: torch.device, command: str, output: Output) -> Evaluation:
-    """Measure the encoder-decoder in `source`, and with `options.against` a second one on the same examples.
+    """Measure the encoder-decoder, or the model that sees, in `source`, and with `options.against` a second one on the same
+    examples.
 
     Raises UpfitError for options that are of decoders alone, and for models or data that cannot be measured like this.
     """
     _check_options(source, options)
-    kind = kind_of(read_config(source.path))
+    kind = _kind_of(source)
     if kind == "sound":
         check_jiwer()
     shown = [_shown(source, options, output)]
@@ -85,26 +90,44 @@ def evaluate(source: Source, options: Options, device: torch.device, command: st
     return finished(result, source, shown[1].source if len(shown) > 1 else None, options, output)
 
 
+def takes_examples(source: Source, options: Options) -> bool:
+    """Whether it is measured on examples: an encoder-decoder, or a model that sees and is given images."""
+    if is_encoder_decoder(source):
+        return True
+    described = any(map(has_metadata, options.data or ()))
+    return described and sees(read_config(source.path)) and all_images(options.data, "--data")
+
+
+def _kind_of(source: Source) -> ExampleKind:
+    config = read_config(source.path)
+    kind = kind_of(config)
+    return "images" if kind == "text" and sees(config) else kind
+
+
 def _check_options(source: Source, options: Options) -> None:
     for name in DECODERS_ONLY:
         if getattr(options, name) != field_of(Options, name).default:
-            raise UpfitError(f"--{name} is for decoders, and {source.name} is an encoder-decoder; leave it out")
+            what = "decoders, and {} is an encoder-decoder" if is_encoder_decoder(source) else "text, and {} is shown images"
+            raise UpfitError(f"--{name} is for {what.format(source.name)}; leave it out")
 
 
-def _other(name: str, kind: Kind) -> Source:
+def _other(name: str, kind: ExampleKind) -> Source:
     source = find_source(name)
-    other = kind_of(read_config(source.path))
+    other = _kind_of(source)
     if other != kind:
-        takes = {"text": "text alone", "pairs": "pairs of texts", "sound": "sound"}
+        takes = {"text": "text alone", "pairs": "pairs of texts", "sound": "sound", "images": "images with text"}
         raise UpfitError(f"--against {name} takes {takes[other]}, and the model {takes[kind]}; give one of the same kind")
     return source
 
 
 def _shown(source: Source, options: Options, output: Output) -> Shown:
     config = read_config(source.path)
-    examples = read_examples(
-        source.path, config, options.data, "--data", options.field, options.windows, output, python_documents
-    )
+    if _kind_of(source) == "images":
+        examples = read_images(source.path, config, options.data or [], "--data", options.field, None, options.windows, output)
+    else:
+        examples = read_examples(
+            source.path, config, options.data, "--data", options.field, options.windows, output, python_documents
+        )
     return Shown(source, config, load_tokenizer(str(source.path)), examples)
 
 
@@ -124,7 +147,7 @@ def _same_tokens(shown: list[Shown]) -> bool:
     return all(torch.equal(one.labels, other.labels) for one, other in zip(first, second, strict=True))
 
 
-def _measure(shown: Shown, kind: Kind, options: Options, device: torch.device, output: Output) -> Measured:
+def _measure(shown: Shown, kind: ExampleKind, options: Options, device: torch.device, output: Output) -> Measured:
     model = load_encoder_decoder(shown.source, options.dtype, device)
     name, examples, pad = shown.source.name, shown.examples.examples, padding_of(shown.config)
     with output.progress(f"loss of {name}", len(examples)) as meter:

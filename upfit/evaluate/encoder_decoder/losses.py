@@ -1,4 +1,5 @@
-"""The loss of each example: what the decoder's tokens cost, given the encoder. Legend: B examples, T decoder positions."""
+"""The loss of each example: what the decoder's tokens cost, given the encoder, or the image before them. Legend: B examples, T
+decoder positions."""
 
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from upfit.bounded import reason
 from upfit.errors import UpfitError
 from upfit.evaluate.loss import PARTS, ROWS_AT_ONCE, Losses, by_position
-from upfit.examples.model_inputs import IGNORE, Example, ModelInputs, encoder_length, together
+from upfit.examples.model_inputs import IGNORE, Example, ModelInputs, alone, encoder_length, together
 from upfit.output import Meter
 
 
@@ -26,8 +27,10 @@ def example_losses(
     Raises UpfitError when the class does not take them, a loss is not finite or the memory does not suffice.
     """
     nats, tokens = np.zeros((len(examples), PARTS)), np.zeros((len(examples), PARTS), dtype=np.int64)
-    for indices in in_order(examples, batch):
-        inputs = together([examples[index] for index in indices], pad)
+    by_itself = not model.config.is_encoder_decoder
+    for indices in in_order(examples, 1 if by_itself else batch):
+        chosen = [examples[index] for index in indices]
+        inputs = alone(chosen[0]) if by_itself else together(chosen, pad)
         try:
             losses = token_losses(model, inputs)
         except torch.OutOfMemoryError as error:

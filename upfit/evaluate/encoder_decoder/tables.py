@@ -1,4 +1,4 @@
-"""What was measured of encoder-decoders, as tables."""
+"""What was measured of encoder-decoders, and of models that were shown images, as tables."""
 
 from upfit.evaluate import tables
 from upfit.evaluate.interval import Interval
@@ -9,6 +9,7 @@ KINDS = {
     "text pairs": "pairs of texts",
     "spans": "texts with parts left out",
     "sound": "recordings",
+    "images": "images with texts",
 }
 
 
