@@ -83,7 +83,9 @@ def _put_back(rule: Rule, puts: tuple[Rule, ...]) -> Rule:
         return stored
 
     writes = (*plain, *(name for put in mine for name in put.writes))
-    return Rule(tuple(dict.fromkeys((*rule.reads, *beside))), writes, apply, rule.label, rule.drops)
+    gone = [name for put in puts if set(put.reads) <= set(rule.drops) for name in put.writes]
+    drops = (*(name for name in rule.drops if name not in seen), *gone)
+    return Rule(tuple(dict.fromkeys((*rule.reads, *beside))), writes, apply, rule.label, drops)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from upfit.text.files import FIELD, check_field, local_inputs, named_files
 from upfit.uptrain.config import Config
 from upfit.uptrain.config import check as check_config
 
+LATENT_WIDTH = "kv_lora_rank"  # the key in DeepSeek's configs
 STATISTICS = ".safetensors"  # what the name of a statistics file ends with
 
 
@@ -32,6 +33,13 @@ def check_model(name: str | Path | None) -> None:
     source = None if name is None else local_source(str(name))
     if source is not None:
         check_known(read_config(source.path))
+
+
+def check_shown(name: str) -> None:
+    """As `check_model`; what caches a latent is shown, though nothing is made of it."""
+    source = local_source(name)
+    if source is not None and LATENT_WIDTH not in (config := read_config(source.path)):
+        check_known(config)
 
 
 def check_tokenizer(name: str) -> None:

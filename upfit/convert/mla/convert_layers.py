@@ -26,7 +26,7 @@ from upfit.calibration.traits import AttentionTraits, Turns
 from upfit.convert.fitting import LayerFits
 from upfit.convert.mla.layer import Latent, even
 from upfit.convert.mla.own_config import written
-from upfit.convert.mla.sizes import Sizes, layer_settings
+from upfit.convert.mla.sizes import Sizes, layer_settings, without_rotation
 from upfit.convert.mla.watch_layer import BALANCES, Shown, closest, watch_layer
 
 
@@ -64,15 +64,18 @@ def convert_layers(fits: LayerFits, config: Config, settings: Settings) -> None:
     for pair in fits:
         traits, turns = pair.probe()
         _check(pair, traits, settings.sizes)
-        own = layer_settings(settings.sizes, rotation_columns(pair.batches[0].calls[pair.index], turns))
         shown = watch_layer(pair, traits, turns, _attention(pair))
+        sizes = settings.sizes
+        if not traits.pairs and sizes.counts:
+            sizes = without_rotation(sizes, pair.layer.geometry, shown.source.q.shape[-1])
+        own = layer_settings(sizes, rotation_columns(pair.batches[0].calls[pair.index], turns))
         if known != (own, shown.source.scaling):  # as a rule once: layers are alike
             known = own, shown.source.scaling
             model = observed_model(config([own] * len(fits.layers), known[1]), str(pair.batches[0].teacher.device))
             students = find_blocks(model, fits.context.architecture)
         student = students[pair.index].module
         adopt(student, pair.block.module)
-        record, tensors = _convert(replace(pair, student=student), traits, shown, own, settings)
+        record, tensors = _convert(replace(pair, student=student), traits, shown, own, replace(settings, sizes=sizes))
         pair.model.empty(student)
         fits.store(pair, asdict(record), tensors, note=f"output error {record.output_error:.3f}")
 
@@ -88,7 +91,7 @@ def _check(pair: LayerPair, traits: AttentionTraits, sizes: Sizes) -> None:
     """Raise Opaque for a layer that cannot be given a latent, with the reason."""
     if not traits.keys or not traits.values:
         raise Opaque(f"{pair.layer.path}: {'; '.join(traits.reasons) or 'its keys or values are not its projections'}")
-    if traits.pairs != len(sizes.counts):
+    if traits.pairs and traits.pairs != len(sizes.counts):
         raise Opaque(f"{pair.layer.path} rotates {traits.pairs} pairs of dimensions, where {len(sizes.counts)} were expected")
     if not pair.last or len(pair.block.attentions) > 1:
         raise Opaque(f"{pair.layer.path} is not the only attention of its layer")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "upfit_mla"
 PROJECTIONS = ("q", "k", "v")
+GONE = (*PROJECTIONS, "q_norm", "k_norm")
 
 
 def check(architecture: "Architecture") -> None:
@@ -87,7 +88,7 @@ def written(layer: "Layer", bias: bool) -> tuple[str, ...]:
 
 def dropped(layer: "Layer") -> tuple[str, ...]:
     """The names of those that go away."""
-    return tuple(name for part, name in layer.names.items() if part.partition(".")[0] not in ("o",))
+    return tuple(name for part, name in layer.names.items() if part.partition(".")[0] in GONE)
 
 
 def outline(layer: "Layer", sizes: Sizes, bias: bool, label: str) -> Rule:

@@ -4,13 +4,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from upfit.checkpoint.plan import Plan
-from upfit.convert.recipe import Fit, FitContext, Recipe
+from upfit.convert.recipe import MERGE, Fit, FitContext, NoOptions, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import option
 from upfit.text.files import FIELD, FIELD_HELP
 
 if TYPE_CHECKING:
-    from upfit.architecture.attention import Geometry
     from upfit.architecture.layers import Architecture
 
 PAPER = "DeepSeek-AI 2024, DeepSeek-V2, arXiv 2405.04434; from finished models: TransMLA, Meng et al. 2025, arXiv 2502.07864"
@@ -54,16 +53,16 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
     first, pairs, bias = architecture.layers[0], rotated_pairs(architecture), has_bias(architecture)
     inputs = architecture.tensors[first.names["q.weight"]].shape[1] + bias
     asked = Asked(options.cache, options.latent, options.rope_dim)
-    reason, possible = None, possible_sizes(first.geometry, inputs, pairs, options.target == OWN, asked)
+    reason, sizes = None, possible_sizes(first.geometry, inputs, pairs, options.target == OWN, asked)
 
     def drawn(stock: bool) -> Plan:
         """The plan as far as it is known before the fit."""
         from upfit.convert.mla.fit import label
         from upfit.convert.mla.stock_plan import stock_plan
 
-        sizes = possible[len(possible) // 2]
-        settings = layer_settings(sizes, list(range(pairs)))
-        rules = tuple(outline(layer, sizes, bias, label(architecture, sizes, options.refit)) for layer in architecture.layers)
+        middle = sizes[len(sizes) // 2]
+        settings = layer_settings(middle, list(range(pairs)))
+        rules = tuple(outline(layer, middle, bias, label(architecture, middle, options.refit)) for layer in architecture.layers)
         own = Plan(own_config(architecture, [settings] * len(rules), 1.0), rules)
         return stock_plan(own, architecture) if stock else own
 
@@ -72,7 +71,7 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
         if reason is not None and options.target == STOCK:
             raise UpfitError(f"--target {STOCK}: {reason}; leave it out for a class of ours")
         if reason is not None:
-            possible = possible_sizes(first.geometry, inputs, pairs, True, asked)
+            sizes = possible_sizes(first.geometry, inputs, pairs, True, asked)
     stock = options.target != OWN and reason is None
     note = STOCK_NOTE if stock else OWN_NOTE.format(f": {reason}" if reason else "")
 
@@ -80,7 +79,7 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
         from upfit.convert.mla.fit import Choice, fit
 
         how = (options.calibration, options.calibration_tokens, options.calibration_length, options.field)
-        return fit(context, Choice(tuple(possible), stock, options.refit, *how), (note,))
+        return fit(context, Choice(tuple(sizes), stock, options.refit, *how), (note,))
 
     return Fit(replace(drawn(stock), notes=(note,)), run)
 
@@ -93,8 +92,15 @@ def _check_options(options: Options) -> None:
         raise UpfitError("give --cache, such as --cache 50%, or both --latent and --rope-dim")
 
 
-def _shapes(architecture: "Architecture", options: Options) -> "list[Geometry]":
-    return [layer.geometry for layer in architecture.layers]
+def plan_merge(architecture: "Architecture", options: object) -> Plan:
+    """A checkpoint of our class as one of the stock class, the same function. Raises UpfitError where that cannot hold it."""
+    from upfit.convert.mla.stock_plan import stock_plan
+
+    return replace(stock_plan(Plan(architecture.config, ()), architecture), close=True)
+
+
+def _offers(architecture: "Architecture") -> str:
+    return "--cache 50%" if possible(plan, architecture, Options(cache="50%")) else ""
 
 
 RECIPES = (
@@ -106,6 +112,18 @@ RECIPES = (
         plan=plan,
         identity=lambda architecture: None,
         trials=lambda architecture: [],
-        shapes=_shapes,
+        offers=_offers,
     ),
 )
+
+MERGES = {
+    "upfit_mla": Recipe(
+        name=MERGE,
+        summary="our latent attention as a stock DeepseekV3ForCausalLM",
+        paper=PAPER,
+        options=NoOptions,
+        plan=plan_merge,
+        identity=lambda architecture: None,
+        trials=lambda architecture: [NoOptions()],
+    )
+}

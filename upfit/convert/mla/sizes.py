@@ -109,6 +109,11 @@ def _sizes(counts: list[int], latent: int, shape: "Geometry") -> Sizes:
     return Sizes(tuple(counts), latent, shape.head_dim - 2 * sum(count > 0 for count in counts))
 
 
+def without_rotation(sizes: Sizes, shape: "Geometry", inputs: int) -> Sizes:
+    """The same cache in a layer that rotates nothing."""
+    return Sizes((), _widest([], shape, inputs, sizes.numbers), shape.head_dim)
+
+
 def rotated_pairs(architecture: "Architecture") -> int:
     """Pairs of dimensions that the model's class rotates by position; 0 where it has no rotation.
 
