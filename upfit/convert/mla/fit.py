@@ -1,12 +1,13 @@
 """From calibration text to a plan whose rules take latents that were fitted beforehand."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from upfit.checkpoint.plan import Plan
 from upfit.convert.fitting import LayerFits, read_calibration
 from upfit.convert.mla.choose import choose
 from upfit.convert.mla.convert_layers import Settings, convert_layers
+from upfit.convert.mla.deepseek import why_not
 from upfit.convert.mla.own_config import dropped, own_config
 from upfit.convert.mla.sizes import Sizes
 from upfit.convert.mla.stock_plan import stock_plan
@@ -17,12 +18,17 @@ if TYPE_CHECKING:
     from upfit.convert.recipe import FitContext
 
 
+STOCK_NOTE = "the result is a stock DeepseekV3ForCausalLM, which transformers, vLLM and SGLang know"
+
+
 @dataclass(frozen=True)
 class Choice:
-    """What the user asked for; `stock`: the result is to be of the stock class."""
+    """What the user asked for. `stock`: the result is to be of the stock class, where all layers turn out to be alike;
+    `why_own`: why it is not to be, if there is a reason."""
 
     possible: tuple[Sizes, ...]
     stock: bool
+    why_own: str | None
     refit: bool
     calibration: list[str] | None
     tokens: str | None
@@ -30,7 +36,7 @@ class Choice:
     field: str
 
 
-def fit(context: "FitContext", choice: Choice, notes: tuple[str, ...]) -> Plan:
+def fit(context: "FitContext", choice: Choice) -> Plan:
     """Choose the sizes, fit every layer, and plan to write what was found.
 
     Raises UpfitError for calibration text that cannot be used, Opaque for a model that cannot be watched on it.
@@ -51,8 +57,16 @@ def fit(context: "FitContext", choice: Choice, notes: tuple[str, ...]) -> Plan:
         "tried": [{"rotated_pairs": pairs(one.sizes), "slots": one.sizes.slots, "error": one.error} for one in tried],
         "layers": records,
     }
-    plan = Plan(config, fits.rules(label(architecture, sizes, choice.refit), dropped), notes=notes, report=report)
-    return stock_plan(plan, architecture) if choice.stock else plan
+    plan = Plan(config, fits.rules(label(architecture, sizes, choice.refit), dropped), report=report)
+    reason = why_not(config) if choice.stock else choice.why_own
+    if choice.stock and reason is None:
+        return replace(stock_plan(plan, architecture), notes=(STOCK_NOTE,))
+    return replace(plan, notes=(own_note(reason),))
+
+
+def own_note(reason: str | None) -> str:
+    """What is said of a result of our class; `reason`: why it is not of the stock class."""
+    return f"the result is of our class upfit_mla, which transformers loads from the folder{f': {reason}' if reason else ''}"
 
 
 def pairs(sizes: Sizes) -> int:

@@ -17,8 +17,6 @@ PAPER = "DeepSeek-AI 2024, DeepSeek-V2, arXiv 2405.04434; from finished models: 
 
 STOCK, OWN = "deepseek_v3", "upfit_mla"
 Target = Literal["auto", "deepseek_v3", "upfit_mla"]
-STOCK_NOTE = "the result is a stock DeepseekV3ForCausalLM, which transformers, vLLM and SGLang know"
-OWN_NOTE = "the result is of our class upfit_mla, which transformers loads from the folder, and no other engine{}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +43,10 @@ class Options:
 def plan(architecture: "Architecture", options: Options) -> Fit:
     """A latent in every layer. Raises UpfitError for widths that are none, and for a model that cannot have one."""
     from upfit.convert.mla.deepseek import why_not
+    from upfit.convert.mla.fit import STOCK_NOTE, Choice, fit, label, own_note
     from upfit.convert.mla.own_config import check, has_bias, outline, own_config
     from upfit.convert.mla.sizes import Asked, layer_settings, possible_sizes, rotated_pairs
+    from upfit.convert.mla.stock_plan import stock_plan
 
     _check_options(options)
     check(architecture)
@@ -57,9 +57,6 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
 
     def drawn(stock: bool) -> Plan:
         """The plan as far as it is known before the fit."""
-        from upfit.convert.mla.fit import label
-        from upfit.convert.mla.stock_plan import stock_plan
-
         middle = sizes[len(sizes) // 2]
         settings = layer_settings(middle, list(range(pairs)))
         rules = tuple(outline(layer, middle, bias, label(architecture, middle, options.refit)) for layer in architecture.layers)
@@ -73,15 +70,12 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
         if reason is not None:
             sizes = possible_sizes(first.geometry, inputs, pairs, True, asked)
     stock = options.target != OWN and reason is None
-    note = STOCK_NOTE if stock else OWN_NOTE.format(f": {reason}" if reason else "")
 
     def run(context: FitContext) -> Plan:
-        from upfit.convert.mla.fit import Choice, fit
-
         how = (options.calibration, options.calibration_tokens, options.calibration_length, options.field)
-        return fit(context, Choice(tuple(sizes), stock, options.refit, *how), (note,))
+        return fit(context, Choice(tuple(sizes), stock, reason, options.refit, *how))
 
-    return Fit(replace(drawn(stock), notes=(note,)), run)
+    return Fit(replace(drawn(stock), notes=(STOCK_NOTE if stock else own_note(reason),)), run)
 
 
 def _check_options(options: Options) -> None:
