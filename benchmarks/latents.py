@@ -5,8 +5,8 @@
 A row for each share of the source's cache and way: `heads` (aligned merging, where a number of heads has that share), `stock`
 (a DeepseekV3ForCausalLM) and `own` (several rotated keys a pair). Each tells the numbers that a token really adds to a layer's
 cache, and the loss over the source in nats a token, paired, with intervals over documents, on windows of Upfit's own evaluation
-text; TEXT, on which everything is fitted and chosen, must be other text: what the two share is counted. Conversions whose folder
-stands in SCRATCH already are not done again.
+text; TEXT, on which everything is fitted and chosen, must be other text: what the two share is counted. Conversions whose
+folder stands in SCRATCH already are not done again.
 """
 
 import argparse

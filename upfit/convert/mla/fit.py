@@ -9,6 +9,7 @@ from upfit.convert.mla.choose import choose
 from upfit.convert.mla.convert_layers import Settings, convert_layers
 from upfit.convert.mla.deepseek import why_not
 from upfit.convert.mla.own_config import dropped, own_config
+from upfit.convert.mla.pad import padded
 from upfit.convert.mla.sizes import Sizes
 from upfit.convert.mla.stock_plan import stock_plan
 from upfit.provenance import FITTED, STATE
@@ -24,11 +25,12 @@ STOCK_NOTE = "the result is a stock DeepseekV3ForCausalLM, which transformers, v
 @dataclass(frozen=True)
 class Choice:
     """What the user asked for. `stock`: the result is to be of the stock class, where all layers turn out to be alike;
-    `why_own`: why it is not to be, if there is a reason."""
+    `why_own`: why it is not to be, if there is a reason. `pad`: widths of latent and rotated keys that it gets by zeros."""
 
     possible: tuple[Sizes, ...]
     stock: bool
     why_own: str | None
+    pad: tuple[int, int] | None
     refit: bool
     calibration: list[str] | None
     tokens: str | None
@@ -60,7 +62,8 @@ def fit(context: "FitContext", choice: Choice) -> Plan:
     plan = Plan(config, fits.rules(label(architecture, sizes, choice.refit), dropped), report=report)
     reason = why_not(config) if choice.stock else choice.why_own
     if choice.stock and reason is None:
-        return replace(stock_plan(plan, architecture), notes=(STOCK_NOTE,))
+        wide = plan if choice.pad is None else padded(plan, choice.pad)
+        return replace(stock_plan(wide, architecture), notes=(STOCK_NOTE,))
     return replace(plan, notes=(own_note(reason),))
 
 

@@ -31,6 +31,9 @@ class Options:
         help="class of the result: deepseek_v3, which engines serve, or our own, which can have several rotated keys a pair; "
         "auto: deepseek_v3 where it can hold the model",
     )
+    pad: str | None = option(
+        None, help="with deepseek_v3: zeros up to these widths of latent and rotated keys, such as 512+64, for GPU kernels"
+    )
     calibration: list[str] | None = option(None, help="text files or folders; default: Python's standard library")
     field: str = option(FIELD, goes_with=("calibration",), help=FIELD_HELP)
     calibration_tokens: str | None = option(None, help="tokens of calibration text to use, such as 64k (the default)")
@@ -45,6 +48,7 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
     from upfit.convert.mla.deepseek import why_not
     from upfit.convert.mla.fit import STOCK_NOTE, Choice, fit, label, own_note
     from upfit.convert.mla.own_config import check, has_bias, outline, own_config
+    from upfit.convert.mla.pad import padded, read_pad
     from upfit.convert.mla.sizes import Asked, layer_settings, possible_sizes, rotated_pairs
     from upfit.convert.mla.stock_plan import stock_plan
 
@@ -53,6 +57,7 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
     first, pairs, bias = architecture.layers[0], rotated_pairs(architecture), has_bias(architecture)
     inputs = architecture.tensors[first.names["q.weight"]].shape[1] + bias
     asked = Asked(options.cache, options.latent, options.rope_dim)
+    pad = None if options.pad is None else read_pad(options.pad, pairs)
     reason, sizes = None, possible_sizes(first.geometry, inputs, pairs, options.target == OWN, asked)
 
     def drawn(stock: bool) -> Plan:
@@ -61,7 +66,9 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
         settings = layer_settings(middle, list(range(pairs)))
         rules = tuple(outline(layer, middle, bias, label(architecture, middle, options.refit)) for layer in architecture.layers)
         own = Plan(own_config(architecture, [settings] * len(rules), 1.0), rules)
-        return stock_plan(own, architecture) if stock else own
+        if not stock:
+            return own
+        return stock_plan(own if pad is None else padded(own, pad), architecture)
 
     if options.target != OWN:
         reason = why_not(drawn(stock=False).config)
@@ -70,10 +77,12 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
         if reason is not None:
             sizes = possible_sizes(first.geometry, inputs, pairs, True, asked)
     stock = options.target != OWN and reason is None
+    if pad is not None and not stock:
+        raise UpfitError(f"--pad is for {STOCK}, and the result is of our class{f': {reason}' if reason else ''}; leave it out")
 
     def run(context: FitContext) -> Plan:
         how = (options.calibration, options.calibration_tokens, options.calibration_length, options.field)
-        return fit(context, Choice(tuple(sizes), stock, reason, options.refit, *how))
+        return fit(context, Choice(tuple(sizes), stock, reason, pad, options.refit, *how))
 
     return Fit(replace(drawn(stock), notes=(STOCK_NOTE if stock else own_note(reason),)), run)
 
