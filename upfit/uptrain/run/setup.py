@@ -12,6 +12,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from transformers import PreTrainedModel
 
+from upfit import provenance
 from upfit.architecture.meta_model import read_as_class, vocabulary
 from upfit.checkpoint.output_folder import check_output
 from upfit.checkpoint.reader import open_checkpoint, read_config
@@ -86,6 +87,9 @@ def check_first(out: Path, source: Source, stages: list[Stage], opened: list[Dat
     first stage it finds by itself, at once."""
     check_output(out, [source.path, *opened[0].folders], 0, overwrite)
     check_copies(source.path)
+    reason = provenance.why_untrainable(source.path)
+    if reason is not None:
+        raise UpfitError(f"{source.name} is not to be trained as it is: {reason}")
     if len(stages) == 1:
         return
     config = read_config(source.path)
