@@ -29,17 +29,18 @@ STATISTICS = ".safetensors"  # what the name of a statistics file ends with
 
 
 def check_model(name: str | Path | None) -> None:
-    """Raise UpfitError for a model that is not here, is not one, or is of a type that is refused. Hub ids are not looked up."""
+    """Raise UpfitError for a model that is not here, is not one, or is of a type that is refused. Hub ids are not looked up.
+    What caches a latent is looked at, though nothing else is made of it."""
     source = None if name is None else local_source(str(name))
-    if source is not None:
-        check_known(read_config(source.path))
-
-
-def check_shown(name: str) -> None:
-    """As `check_model`; what caches a latent is shown, though nothing is made of it."""
-    source = local_source(name)
     if source is not None and LATENT_WIDTH not in (config := read_config(source.path)):
         check_known(config)
+
+
+def check_source(name: str) -> None:
+    """The same for a model that is to be changed or calibrated."""
+    source = local_source(name)
+    if source is not None:
+        check_known(read_config(source.path))
 
 
 def check_tokenizer(name: str) -> None:
@@ -50,7 +51,7 @@ def check_conversion(
     source: str, out: Path, flags: dict[str, Any], dtype: str | None, shard: str | None, overwrite: bool
 ) -> None:
     """The arguments of `convert` and `merge`."""
-    check_model(source)
+    check_source(source)
     check_dtype(dtype)
     if shard is not None:
         parse_size(shard, "--max-shard-size")

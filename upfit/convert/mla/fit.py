@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 SCALED_DOWN = (
-    "its latents are scaled far below the norm that the class puts behind them, where the first step of training would ruin it; "
+    "its latents are scaled far below the norm that the class puts behind them, where one step of training would ruin it; "
     "convert to --target upfit_mla, train that, and make it this class by upfit merge"
 )
 STOCK_NOTE = "the result is a stock DeepseekV3ForCausalLM, which transformers, vLLM and SGLang know"
