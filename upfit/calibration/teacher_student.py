@@ -11,14 +11,16 @@ from upfit.architecture.attention import Layer
 from upfit.architecture.layers import Architecture
 from upfit.architecture.loading import pick_device
 from upfit.architecture.table import Entry
+from upfit.calibration.between import OF_DIMENSIONS, OF_HEADS, gates_of
 from upfit.calibration.example_sample import ExampleSample
 from upfit.calibration.layerwise import Block, LayerwiseModel
 from upfit.calibration.observe import Call, run_block, run_until, tapped
 from upfit.calibration.residual import Residual
 from upfit.calibration.ridge import Moments, augmented, ridge_linear
+from upfit.calibration.rotation import Turns
 from upfit.calibration.sample import Sample
 from upfit.calibration.statistics import Rows, sample_rows
-from upfit.calibration.traits import AttentionTraits, Turns, probe_attention
+from upfit.calibration.traits import AttentionTraits, probe_attention
 from upfit.calibration.watch import Place, Watched, watch
 from upfit.checkpoint.reader import Checkpoint
 
@@ -113,6 +115,10 @@ class LayerPair:
         """What may be changed in the layer. Raises Opaque when nothing at all can be said."""
         longest = max(self.batches, key=lambda batch: batch.tokens)
         return probe_attention(self.place, longest.teacher, longest.calls[self.index])
+
+    def gates(self, watched: Watched, traits: AttentionTraits) -> Tensor | None:
+        """[B, T, H, V] of `between.gates_of`, for a layer that has any. The output projection must have been tapped."""
+        return gates_of(watched, self.place) if traits.gated in (OF_HEADS, OF_DIMENSIONS) else None
 
     def watch(self, taps: tuple[str, ...] = (), rows: int = 0) -> Iterator[tuple[PairedBatch, Watched, list[Rows]]]:
         """The teacher's layer on one batch after the other, and query positions to look at: `rows` of every SEGMENT."""

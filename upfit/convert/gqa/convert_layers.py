@@ -8,18 +8,22 @@ fitted: the cut of slow pairs, Gauss–Newton steps and ridges are chosen on hel
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from upfit.architecture.attention import LAYOUTS, Attention
+from upfit.calibration.between import PLAIN
 from upfit.calibration.layerwise import Block, find_blocks, observed_model
 from upfit.calibration.observe import Opaque, knowing, tapped
 from upfit.calibration.products import quick_products
 from upfit.calibration.residual import Residual
 from upfit.calibration.ridge import augmented, ridge_linear
+from upfit.calibration.rotation import Turns, unit_norm
 from upfit.calibration.teacher_student import (
     LayerPair,
     MlpEnd,
@@ -31,7 +35,7 @@ from upfit.calibration.teacher_student import (
     row_sums,
     stream_error,
 )
-from upfit.calibration.traits import AttentionTraits, Turns
+from upfit.calibration.traits import AttentionTraits
 from upfit.convert.fitting import LayerFits
 from upfit.convert.gqa import fit_scores, fit_values
 from upfit.convert.gqa.layer_state import LayerRecord, Merged, Settings, View, watch_teacher
@@ -188,6 +192,9 @@ def _form(
 ) -> Form | None:
     """How the student's projections become scores. None when its norms cannot be applied to heads in another order."""
     norms: dict[str, Norm | None] = {"q_norm": None, "k_norm": None}
+    if traits.unit:
+        units = traits.unit[:2], traits.unit[2:]
+        norms = {part: partial(unit_norm, scale=a, epsilon=e) for part, (a, e) in zip(norms, units, strict=True)}
     for part in norms:
         try:
             module = pair.student.get_submodule(pair.path(part))
@@ -300,14 +307,13 @@ def _reordered(target: Target, heads: list[int]) -> Target:
 
 def _refit_stream(pair: LayerPair, traits: AttentionTraits, views: list[View], settings: Settings) -> dict[str, Tensor]:
     """Ridges for the output projection and for the last matrix of the MLP; moves the student on. The new tensors by name."""
-    new: dict[str, Tensor] = {}
-    if traits.values:  # else something lies between: only carried on
-        new, attended = _refit_output(pair, traits.residual, views, settings.token_power)
-        end = mlp_end(pair, traits.residual) if pair.last else None
-        if traits.residual is not None and end is not None:
-            totals = [view.total for view in views]
-            refit = _refit_normed_mlp if traits.residual.normed else _refit_mlp
-            return new | refit(pair, traits.residual, end, attended, totals, settings.token_power)
+    new, attended = _refit_output(pair, traits.residual, views, settings.token_power)
+    end = mlp_end(pair, traits.residual) if pair.last else None
+    if traits.residual is not None and end is not None:
+        totals = [view.total for view in views]
+        if traits.residual.normed:
+            return new | _refit_normed_mlp(pair, traits.residual, end, totals, settings.token_power)
+        return new | _refit_mlp(pair, traits, end, attended, totals, settings.token_power)
     if pair.last:
         for batch in pair.batches:
             batch.student = pair.run(batch)
@@ -338,19 +344,21 @@ def _refit_output(
 
 def _refit_mlp(
     pair: LayerPair,
-    residual: Residual,
+    traits: AttentionTraits,
     end: MlpEnd,
     attended: list[tuple[Tensor, Tensor]],
     outputs: list[Tensor],
     token_power: float,
 ) -> dict[str, Tensor]:
     """The last matrix of the MLP, fitted to the teacher's stream after the layer, to which the student moves on."""
+    assert traits.residual is not None
+    residual, own = traits.residual, pair.student.get_submodule(pair.place.at)
     projection, down = pair.linear(pair.path("o")), pair.linear(end.path)
     inner, middles = list[Tensor](), list[Tensor]()
 
     def rest(number: int, batch: PairedBatch) -> tuple[Tensor, Tensor]:
         z, before = attended[number]
-        with knowing(pair.student.get_submodule(pair.place.at), z):
+        with knowing(own, z) if traits.gated == PLAIN else nullcontext():  # else z is not what the attention gave out
             inner.append(pair.run_until(end.path, batch))
         middles.append(before + residual.attention * projection(z))
         return inner[number], middles[number]
@@ -365,7 +373,6 @@ def _refit_normed_mlp(
     pair: LayerPair,
     residual: Residual,
     end: MlpEnd,
-    attended: list[tuple[Tensor, Tensor]],
     totals: list[Tensor],
     token_power: float,
 ) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class View:
     """What the teacher's layer showed on one batch: `inputs` [B, T, E] of queries and `key_inputs` [B, S, E] of keys and values
     (the same but in cross-attention), `before` [B, T, E] the stream that the attention adds to, `attended` [B, T, E] by o_proj,
     `total` [B, T, E] the stream with what the MLP adds, `output` [B, T, E] after the layer (the same but where that is normed),
-    `values` [B, S, K, V]."""
+    `values` [B, S, K, V]. `gates` [B, H, R, V] of each target, where the layer has any."""
 
     batch: PairedBatch
     inputs: Tensor
@@ -61,6 +61,7 @@ class View:
     values: Tensor
     scaling: float
     targets: list[Target]
+    gates: list[Tensor] | None = None
 
     @property
     def cross(self) -> bool:
@@ -97,8 +98,9 @@ def watch_teacher(
     sum_path = None if traits.residual is None else traits.residual.mlp_sum
     extra = (*taps_before(pair.place, traits.residual), *([sum_path] if sum_path else []))
     for batch, watched, rows in pair.watch((q, k, o, *extra), settings.rows):
+        gates = pair.gates(watched, traits)
         if not batch.held:
-            add(sums, observe(watched.seen, traits, rows))
+            add(sums, observe(watched.seen, traits, rows, gates))
         inputs, of_keys, attended = watched.taps[q][0], watched.taps[k][0], watched.taps[o][1]
         of_keys = inputs if of_keys.data_ptr() == inputs.data_ptr() else of_keys
         before = stream_before(batch.teacher, pair.place, watched.taps, traits.residual)
@@ -107,7 +109,8 @@ def watch_teacher(
         values = watched.seen.v.transpose(1, 2)
         scaling, output = watched.seen.scaling, watched.output
         total = watched.taps[sum_path][0] if sum_path else output
-        views.append(View(batch, inputs, of_keys, before, attended, total, output, values, scaling, targets))
+        sampled_gates = None if gates is None else [gates[:, sampled.at].transpose(1, 2) for sampled in rows]
+        views.append(View(batch, inputs, of_keys, before, attended, total, output, values, scaling, targets, sampled_gates))
     return views, sums
 
 

@@ -1,9 +1,12 @@
 """Merges the heads of one layer in closed form from its statistics, then improves the merge on the teacher's sampled rows."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
+from upfit.calibration.between import OF_DIMENSIONS
 from upfit.calibration.products import rounded
 from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import closed_form, fit_values
@@ -36,13 +39,11 @@ def merge_layer(
             downs.append(torch.empty(0, 0, dtype=v.dtype))
             continue
         own = slice(r * size, (r + 1) * size)
-        moment, metric = group_values(sums, new_o[:, own], group, v.shape[1])
-        merged = closed_form.merge_values(moment, metric, v.shape[1])
+        merged = merge_group_values(sums, new_o[:, own], group, per)
         lost = max(lost, merged.lost)
         downs.append(merged.values)
         new_v.append(merged.values @ v[group].flatten(0, 1))
-        turned = merged.outputs[group_owners(group, per)]
-        new_o[:, own] = torch.einsum("hev,hvw->ehw", new_o[:, own].transpose(0, 1), turned)
+        new_o[:, own] = torch.einsum("hev,hvw->ehw", new_o[:, own].transpose(0, 1), merged.outputs)
     values, outputs, down = torch.stack(new_v).float(), new_o.float(), torch.stack(downs).float()
     result: dict[int, Merged] = {}
     one_length = traits.normed and (attention.k_norm is None or attention.k_norm.ndim == 1)
@@ -65,6 +66,16 @@ def group_owners(group: list[int], per: int) -> Tensor:
 def _joint(group: list[int], width: int) -> Tensor:
     """Where the group's heads lie among the dimensions of all heads one after the other."""
     return torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
+
+
+def merge_group_values(sums: dict[str, Tensor], outputs: Tensor, group: list[int], per: int) -> closed_form.ValueMerge:
+    """The group's values in one, `outputs` [E, n, V] being those of its query heads; `ValueMerge.outputs` [n, V, V] too."""
+    width, owners = outputs.shape[2], group_owners(group, per)
+    if "value_dimensions" in sums:
+        moments = sums["value_dimensions"][head_order([group], per)][:, :, group][:, :, :, group]
+        return closed_form.merge_gated_values(moments, outputs.transpose(0, 1), owners)
+    merged = closed_form.merge_values(*group_values(sums, outputs, group, width), width)
+    return replace(merged, outputs=merged.outputs[owners])
 
 
 def group_values(sums: dict[str, Tensor], outputs: Tensor, group: list[int], width: int) -> tuple[Tensor, Tensor]:
@@ -147,7 +158,11 @@ def _rows_of(view: View, merged: Merged, attention: Attention, weight: Tensor) -
         attended = view.attended[:, target.at]
         targets.append((attended if attention.o_bias is None else attended - attention.o_bias).flatten(0, 1))
         tokens.append(weight[:, target.at].flatten())
-    return fit_values.Mixed(torch.cat(parts), torch.cat(targets), torch.cat(tokens))
+    gates = None
+    if view.gates is not None:  # [B, H, R, V] → [B·R, G, n, V]
+        grouped = [rows[:, merged.heads].unflatten(1, (-1, size)) for rows in view.gates]
+        gates = torch.cat([rows.permute(0, 3, 1, 2, 4).flatten(0, 1) for rows in grouped])
+    return fit_values.Mixed(torch.cat(parts), torch.cat(targets), torch.cat(tokens), gates)
 
 
 def refine(traits: AttentionTraits, attention: Attention, merged: Merged, views: list[View], token_power: float) -> None:
@@ -159,16 +174,26 @@ def refine(traits: AttentionTraits, attention: Attention, merged: Merged, views:
             if view.batch.held == held:
                 weight = view.batch.weights(view.batch.middle(view.attended, traits.residual, view.before), token_power)
                 parts.append(_rows_of(view, merged, attention, weight))
-        return fit_values.Mixed(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in ("values", "target", "weight"))
-        )
+        return fit_values.together(parts)
 
     assert attention.v is not None
     stacked = with_bias(attention.v, attention.v_bias)
     old = torch.stack([stacked[group].flatten(0, 1) for group in merged.groups])  # [G, g·V, E']
-    size = len(merged.heads) // len(merged.groups)
-    down, outputs = fit_values.refine_values(rows(held=False), rows(held=True), merged.down, merged.o.unflatten(1, (-1, size)))
+    size, fit, held = len(merged.heads) // len(merged.groups), rows(held=False), rows(held=True)
+    start = merged.down, merged.o.unflatten(1, (-1, size))
+    if traits.gated == OF_DIMENSIONS:  # one dimension after the other: the mean knows of them all
+        assert attention.o is not None
+        outputs = attention.o[:, merged.heads].unflatten(1, (-1, size))
+        start = fit_values.better_start(held, [start, (_mean_of(start[0]), outputs)])
+    down, outputs = fit_values.refine_values(fit, held, *start)
     merged.v, merged.o = down @ old, outputs.flatten(1, 2)
+
+
+def _mean_of(down: Tensor) -> Tensor:
+    """The mean of each group's values in the place of `down` [G, V, g·V]."""
+    groups, width, joint = down.shape
+    mean = torch.eye(width, device=down.device).repeat(1, joint // width) * (width / joint)
+    return mean.expand(groups, -1, -1).clone()
 
 
 def pack(layer: Layer, traits: AttentionTraits, attention: Attention, merged: Merged) -> dict[str, Tensor]:
@@ -185,5 +210,7 @@ def pack(layer: Layer, traits: AttentionTraits, attention: Attention, merged: Me
         k_bias=merged.k[:, back, width] if attention.k_bias is not None else None,
         v_bias=merged.v[..., width] if attention.v_bias is not None else None,
         k_norm=mean(norm, len(merged.groups)) if norm is not None and norm.ndim > 1 else None,
+        gate=None if attention.gate is None else attention.gate[merged.heads],
+        gate_bias=None if attention.gate_bias is None else attention.gate_bias[merged.heads],
     )
     return LAYOUTS[layer.layout].pack(new, layer.geometry)

@@ -16,7 +16,7 @@ from upfit.convert import result
 from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.grouping import head_order
-from upfit.convert.gqa.merge_layer import choose_groups, group_keys, group_owners, group_values
+from upfit.convert.gqa.merge_layer import choose_groups, group_keys, group_owners, merge_group_values
 from upfit.convert.result import LayerChoices, Sensitivity, TotalChoice
 
 if TYPE_CHECKING:
@@ -90,11 +90,9 @@ def _errors(
             lost["keys"] += group_lost
             total["keys"] += energy
         if traits.values:
-            width = layer.geometry.v_head_dim
-            moment, metric = group_values(sums, outputs[:, head_order([group], per)], group, width)
-            power = float((moment * metric).sum())
-            lost["values"] += closed_form.reduce(moment, metric, width)[2] * power
-            total["values"] += power
+            merged_values = merge_group_values(sums, outputs[:, head_order([group], per)], group, per)
+            lost["values"] += merged_values.lost * merged_values.power
+            total["values"] += merged_values.power
     attention_error = lost["keys"] / total["keys"] if traits.keys else None
     return attention_error, lost["values"] / total["values"] if traits.values else None
 

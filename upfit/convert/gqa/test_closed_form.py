@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from upfit.calibration.ridge import Moments, ridge
-from upfit.calibration.traits import AttentionTraits, Turns
+from upfit.calibration.rotation import Turns
+from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import closed_form, fit_scores, fit_values
 from upfit.convert.gqa.grouping import partition
 from upfit.convert.gqa.score_problem import Batch, Form, Point, Problem, Target, Weights
