@@ -152,8 +152,8 @@ def layer_errors(source: Path, other: Path, inputs: ModelInputs) -> dict[str, fl
 
 
 def disguised(attention: Attention, traits: AttentionTraits, generator: torch.Generator, factors: bool) -> Attention:
-    """The same function: each head in another basis, as far as what lies between lets one pass, and in another place. Of values before
-    a norm of all heads only signs are free, no `factors`."""
+    """The same function: each head in another basis, as far as what lies between lets one pass, and in another place. Of values
+    before a norm of all heads only signs are free, no `factors`."""
     assert attention.k is not None and attention.v is not None
     if attention.k.device.type == "meta":  # the shapes stay
         return attention
@@ -163,7 +163,8 @@ def disguised(attention: Attention, traits: AttentionTraits, generator: torch.Ge
         scale = scale * (0.5 + torch.rand(heads, width, generator=generator)) if factors else scale
         attention = rebase_values(attention, torch.diag_embed(scale))
     elif traits.values:
-        attention = rebase_values(attention, _maps(heads, width, generator))
+        maps = _maps(heads, width, generator)
+        attention = rebase_values(attention, torch.linalg.qr(maps).Q if traits.value_unit else maps)
     if traits.keys and (attention.k_norm is None or attention.k_norm.ndim == 1):
         attention = _keys_disguised(attention, traits, generator)
     return permute_heads(attention, torch.randperm(heads, generator=generator).tolist()) if traits.movable else attention

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from upfit.architecture.layers import Architecture
 from upfit.architecture.meta_model import build_on_meta, quiet_transformers
 from upfit.architecture.names import name_map
+from upfit.calibration.capture import calls_torch
 from upfit.calibration.observe import NAME, Call, Opaque, Stop, register
 from upfit.checkpoint.reader import Checkpoint
 from upfit.examples.model_inputs import ModelInputs
@@ -53,8 +54,9 @@ def observed_model(config: dict[str, Any], device: str = "cpu") -> "PreTrainedMo
     owners: list[Any] = [module for module in model.modules() if hasattr(module, "config")]
     calling = {id(module.config) for module in owners if _calls_interface(module)}
     for module in owners:
-        if hasattr(module.config, "_attn_implementation_internal"):  # other classes write their attention out only as eager
-            module.config._attn_implementation_internal = NAME if id(module.config) in calling else "eager"
+        if hasattr(module.config, "_attn_implementation_internal"):  # other classes write their attention out
+            other = "sdpa" if calls_torch(module) else "eager"
+            module.config._attn_implementation_internal = NAME if id(module.config) in calling else other
     return model.float().eval()
 
 
@@ -157,6 +159,13 @@ class Batch:
     inputs: ModelInputs
     hidden: Tensor | None = None
     calls: list[Call] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """T; hidden states may have other dimensions before it (Gemma 3n's four streams)."""
+        ids = self.inputs.keywords.get("decoder_input_ids", self.inputs.keywords.get("input_ids"))
+        assert ids is not None or self.hidden is not None
+        return ids.shape[1] if ids is not None else self.hidden.shape[1]  # type: ignore[union-attr]
 
 
 def _moved(inputs: ModelInputs, device: str) -> ModelInputs:

@@ -205,14 +205,16 @@ def by_window(tensor: Tensor, hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def tapped(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """A dictionary that holds, after a run inside the block, (input, output) of each of these modules, by their names here."""
+def tapped(modules: Mapping[str, nn.Module], copies: bool = False) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """A dictionary that holds, after a run inside the block, (input, output) of each of these modules, by their names here;
+    with `copies` of the output, to which a layer may add in place."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if arguments and isinstance(arguments[0], Tensor):
-                seen[name] = (arguments[0], output[0] if isinstance(output, tuple) else output)
+                result = output[0] if isinstance(output, tuple) else output
+                seen[name] = (arguments[0], result.clone() if copies else result)
 
         return hook
 

@@ -106,7 +106,7 @@ def _sides(seen: Seen, taps: dict[str, tuple[Tensor, Tensor]], shape: Geometry, 
             reasons.append(f"its {part}_norm does not follow {part}_proj at once, so keys are averaged")
             return None
     if "q_norm" not in taps and "k_norm" not in taps:
-        of_q, of_k = (_unit(sides.before[part], after[part]) for part in ("q", "k"))
+        of_q, of_k = (find_unit(sides.before[part], after[part]) for part in ("q", "k"))
         if of_q is not None and of_k is not None:
             sides.unit = (*of_q, *of_k)
             sides.before = {"q": unit_norm(sides.before["q"], *of_q), "k": unit_norm(sides.before["k"], *of_k)}
@@ -118,7 +118,7 @@ def unit_norm(heads: Tensor, scale: float, epsilon: float) -> Tensor:
     return scale * heads * (heads.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 
-def _unit(before: Tensor, after: Tensor) -> tuple[float, float] | None:
+def find_unit(before: Tensor, after: Tensor) -> tuple[float, float] | None:
     """a and ε where each head of `after` [B, T, heads, D] is as long as `unit_norm` makes that of `before`; None where none
     does, or the lengths have one ratio: then there is no norm. A rotation changes no length."""
     power, normed = before.square().mean(-1).flatten(), after.square().mean(-1).flatten()

@@ -1,6 +1,7 @@
 """Runs two models side by side through the same layers: the source, and the converted model as far as it is done."""
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +46,21 @@ class PairedBatch:
             return self.teacher if self.teacher.shape == attended.shape else attended
         return (self.teacher if before is None else before) + residual.attention * attended
 
+    def follow(self, index: int) -> None:
+        """The student's stream behind layer `index` is the teacher's, with what the layer has left for later ones."""
+        self.student = self.teacher
+        left, own = (_dictionaries(calls[index]) for calls in (self.calls, self.student_calls))
+        for ours, theirs in zip(own, left, strict=True):
+            ours.update(theirs)
+
     def weights(self, stream: Tensor, power: float) -> Tensor:
         """[B, T]: 1 / rms of each token's stream [B, T, E] to `power`; 0 at padding."""
         weights = token_weights(stream, power)
         return weights if self.counted is None else weights * self.counted
+
+
+def _dictionaries(call: Call) -> list[MutableMapping[Any, Any]]:
+    return [value for value in (*call.arguments, *call.keywords.values()) if isinstance(value, MutableMapping)]
 
 
 def open_pair(
@@ -65,12 +77,12 @@ def open_pair(
 
         def own(value: Any, memo: dict[int, Any] = memo) -> Any:
             """Dictionaries that layers write to (keys and values shared between layers) belong to one stream."""
-            return memo.setdefault(id(value), dict(value)) if isinstance(value, dict) else value
+            return memo.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value
 
         copies = [Call(tuple(map(own, c.arguments)), {k: own(v) for k, v in c.keywords.items()}) for c in batch.calls]
         assert batch.hidden is not None
         hidden = batch.hidden
-        batches.append(PairedBatch(back, batch.calls, copies, hidden, hidden, hidden.shape[1], batch.inputs.counted))
+        batches.append(PairedBatch(back, batch.calls, copies, hidden, hidden, batch.tokens, batch.inputs.counted))
         batch.hidden = None  # a gigabyte where the text is long: it is let go of once both models have moved on
     return model, batches
 
@@ -114,7 +126,9 @@ class LayerPair:
     def probe(self) -> tuple[AttentionTraits, Turns]:
         """What may be changed in the layer. Raises Opaque when nothing at all can be said."""
         longest = max(self.batches, key=lambda batch: batch.tokens)
-        return probe_attention(self.place, longest.teacher, longest.calls[self.index])
+        later, own = self.model.blocks[self.index + 1 :], type(self.block.module.get_submodule(self.place.at))
+        lent = any(not block.attentions and any(type(m) is own for m in block.module.modules()) for block in later)
+        return probe_attention(self.place, longest.teacher, longest.calls[self.index], lent)
 
     def gates(self, watched: Watched, traits: AttentionTraits) -> Tensor | None:
         """[B, T, H, V] of `between.gates_of`, for a layer that has any. The output projection must have been tapped."""

@@ -12,7 +12,7 @@ for one group: g old key/value heads, n query heads, D head width, P rotated pai
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,13 @@ def merge_values(moment: Tensor, metric: Tensor, width: int) -> ValueMerge:
     """`moment` [g·V, g·V] of the values, `metric` [g·V, g·V] of the output projection (block-diagonal Σ O_hᵀO_h)."""
     up, down, lost = reduce(moment, metric, width)
     return ValueMerge(down, up.unflatten(0, (-1, width)), lost, float((moment * metric).sum()))
+
+
+def as_rotations(merged: ValueMerge) -> ValueMerge:
+    """The same merge with new values in the basis in which the maps to the old ones, `outputs` [n, V, V], are as near rotations
+    as they can be: a norm that follows lets rotations pass."""
+    root, inverse = powers((merged.outputs.mT @ merged.outputs).mean(0))
+    return replace(merged, values=root @ merged.values, outputs=merged.outputs @ inverse)
 
 
 def merge_gated_values(moments: Tensor, outputs: Tensor, owners: Tensor) -> ValueMerge:

@@ -128,7 +128,7 @@ def _fit_layer(
         for view in views:
             view.batch.teacher = view.output
             if not settings.refit:
-                view.batch.student = view.output
+                view.batch.follow(pair.index)
         record.stream_error = stream_error(pair.batches) if settings.refit else None
     return new
 

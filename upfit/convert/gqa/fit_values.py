@@ -58,6 +58,17 @@ def refine_values(fit: Mixed, held: Mixed, down: Tensor, outputs: Tensor) -> tup
     return best
 
 
+def refine_outputs(fit: Mixed, held: Mixed, outputs: Tensor) -> tuple[float, Tensor]:
+    """The output projection [E, G, n, V] for values [N, G, n, V] that are new already, and its error on the held-back rows: as
+    it is, or drawn to that by the ridge that these like best."""
+    alone = torch.eye(outputs.shape[-1], device=outputs.device).expand(outputs.shape[1], -1, -1)
+    error = _error(held, alone, outputs)
+    if error < NEGLIGIBLE * float((held.target.square().sum(1) * held.weight).sum()):
+        return error, outputs
+    solved = [_improve_outputs(fit, alone, outputs.flatten(1), ridge).reshape(outputs.shape) for ridge in RIDGES]
+    return min(((_error(held, alone, each), each) for each in (outputs, *solved)), key=lambda tried: tried[0])
+
+
 def better_start(held: Mixed, starts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Of pairs (down, outputs) as in `refine_values` the one that the held-back rows like best."""
     return min(starts, key=lambda start: _error(held, *start))

@@ -8,6 +8,8 @@ from torch import Tensor
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
 from upfit.calibration.between import OF_DIMENSIONS
 from upfit.calibration.products import rounded
+from upfit.calibration.ridge import augmented
+from upfit.calibration.rotation import unit_norm
 from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import closed_form, fit_values
 from upfit.convert.gqa.grouping import head_order, pair_costs, partition
@@ -41,8 +43,11 @@ def merge_layer(
         own = slice(r * size, (r + 1) * size)
         merged = merge_group_values(sums, new_o[:, own], group, per)
         lost = max(lost, merged.lost)
+        old = v[group]
+        if traits.value_unit:
+            merged, old = closed_form.as_rotations(merged), _one_length(old)
         downs.append(merged.values)
-        new_v.append(merged.values @ v[group].flatten(0, 1))
+        new_v.append(merged.values @ old.flatten(0, 1))
         new_o[:, own] = torch.einsum("hev,hvw->ehw", new_o[:, own].transpose(0, 1), merged.outputs)
     values, outputs, down = torch.stack(new_v).float(), new_o.float(), torch.stack(downs).float()
     result: dict[int, Merged] = {}
@@ -56,6 +61,12 @@ def merge_layer(
 def _unlike(heads: Tensor) -> float:
     """What the mean of `heads` [g, D, E'] loses, as a share of their energy."""
     return float((heads - heads.mean(0)).square().sum() / heads.square().sum().clamp_min(closed_form.TINY))
+
+
+def _one_length(heads: Tensor) -> Tensor:
+    """`heads` [g, D, E'] as long as their mean length, which a norm takes away."""
+    lengths = heads.flatten(1).norm(dim=1).clamp_min(closed_form.TINY)
+    return heads * (lengths.mean() / lengths)[:, None, None]
 
 
 def group_owners(group: list[int], per: int) -> Tensor:
@@ -136,9 +147,8 @@ def _merge_keys(
         merged = closed_form.merge_keys(traits, *moments, owners, cut)
         errors.append(closed_form.key_error(traits, merged, moments[0], moments[2], owners))
         own = k[group][:, order]
-        if one_length and cut != closed_form.AVERAGED:  # which the norm takes away
-            lengths = own.flatten(1).norm(dim=1).clamp_min(closed_form.TINY)
-            own = own * (lengths.mean() / lengths)[:, None, None]
+        if one_length and cut != closed_form.AVERAGED:
+            own = _one_length(own)
         new_k.append(merged.keys @ own.flatten(0, 1))
         new_q.append(merged.queries @ q[head_order([group], per)][:, order])
     lost, total = (sum(part) for part in zip(*errors, strict=True))
@@ -167,26 +177,57 @@ def _rows_of(view: View, merged: Merged, attention: Attention, weight: Tensor) -
 
 def refine(traits: AttentionTraits, attention: Attention, merged: Merged, views: list[View], token_power: float) -> None:
     """Better shared values and outputs for what the teacher's attention gives out, on sampled rows."""
-
-    def rows(held: bool) -> fit_values.Mixed:
-        parts = []
-        for view in views:
-            if view.batch.held == held:
-                weight = view.batch.weights(view.batch.middle(view.attended, traits.residual, view.before), token_power)
-                parts.append(_rows_of(view, merged, attention, weight))
-        return fit_values.together(parts)
-
-    assert attention.v is not None
+    if traits.value_unit:
+        _refine_normed(traits, attention, merged, views, token_power)
+        return
+    assert attention.v is not None and attention.o is not None
     stacked = with_bias(attention.v, attention.v_bias)
     old = torch.stack([stacked[group].flatten(0, 1) for group in merged.groups])  # [G, g·V, E']
-    size, fit, held = len(merged.heads) // len(merged.groups), rows(held=False), rows(held=True)
+    size = len(merged.heads) // len(merged.groups)
+    fit, held = (_rows(traits, attention, merged, views, token_power, held) for held in (False, True))
     start = merged.down, merged.o.unflatten(1, (-1, size))
     if traits.gated == OF_DIMENSIONS:  # one dimension after the other: the mean knows of them all
-        assert attention.o is not None
         outputs = attention.o[:, merged.heads].unflatten(1, (-1, size))
         start = fit_values.better_start(held, [start, (_mean_of(start[0]), outputs)])
     down, outputs = fit_values.refine_values(fit, held, *start)
     merged.v, merged.o = down @ old, outputs.flatten(1, 2)
+
+
+def _refine_normed(
+    traits: AttentionTraits, attention: Attention, merged: Merged, views: list[View], token_power: float
+) -> None:
+    """As `refine`, where a norm follows the values: the outputs for what it makes of the closed form's, or of the mean's."""
+    assert attention.v is not None and attention.o is not None
+    stacked, size = with_bias(attention.v, attention.v_bias), len(merged.heads) // len(merged.groups)
+    averaged = torch.stack([stacked[group].mean(0) for group in merged.groups])
+    best: tuple[float, Tensor, Tensor] | None = None
+    for v, o in ((merged.v, merged.o), (averaged, attention.o[:, merged.heads])):
+        own = replace(merged, groups=[[group] for group in range(len(v))])
+        shown = [replace(view, values=_normed(v, view.key_inputs, traits)) for view in views]
+        fit, held = (_rows(traits, attention, own, shown, token_power, held) for held in (False, True))
+        error, outputs = fit_values.refine_outputs(fit, held, o.unflatten(1, (-1, size)))
+        if best is None or error < best[0]:
+            best = error, v, outputs.flatten(1, 2)
+    assert best is not None
+    merged.v, merged.o = best[1:]
+
+
+def _normed(weight: Tensor, inputs: Tensor, traits: AttentionTraits) -> Tensor:
+    """Values [B, S, G, V] of `weight` [G, V, E'] and its `inputs` [B, S, E]."""
+    projected = augmented(inputs, weight.shape[-1]) @ weight.flatten(0, 1).T
+    return unit_norm(projected.unflatten(-1, weight.shape[:2]), *traits.value_unit)
+
+
+def _rows(
+    traits: AttentionTraits, attention: Attention, merged: Merged, views: list[View], token_power: float, held: bool
+) -> fit_values.Mixed:
+    """The sampled rows of all batches that are held back, or of those that are not."""
+    parts = []
+    for view in views:
+        if view.batch.held == held:
+            weight = view.batch.weights(view.batch.middle(view.attended, traits.residual, view.before), token_power)
+            parts.append(_rows_of(view, merged, attention, weight))
+    return fit_values.together(parts)
 
 
 def _mean_of(down: Tensor) -> Tensor:
