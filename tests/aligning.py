@@ -144,7 +144,7 @@ def layer_errors(source: Path, other: Path, inputs: ModelInputs) -> dict[str, fl
                 taps = {path: at.module.get_submodule(f"{path}.{arch.entry.o}") for path in at.attentions}
                 with tapped(taps) as seen:
                     output = run_block(at.module, hidden, model.batches[0].calls[index])
-                attended.append(({path: seen[path][1] for path in at.attentions}, output))
+                attended.append(({path: seen[path][1] for path in at.attentions if path in seen}, output))
             for (path, wanted), result in zip(attended[0][0].items(), attended[1][0].values(), strict=True):
                 errors[f"{block.path}.{path}"] = float((result - wanted).square().sum() / wanted.square().sum())
             hidden = attended[0][1]
@@ -173,7 +173,7 @@ def disguised(attention: Attention, traits: AttentionTraits, generator: torch.Ge
 def _keys_disguised(attention: Attention, traits: AttentionTraits, generator: torch.Generator) -> Attention:
     assert attention.k is not None
     heads = attention.k.shape[0]
-    lengths = 0.5 + torch.rand(heads, generator=generator)
+    lengths = 0.8 + 0.4 * torch.rand(heads, generator=generator)  # a norm's ε sees a little of them
     if traits.pairs and traits.factors:
         first, second = traits.order[: traits.pairs], traits.order[traits.pairs : 2 * traits.pairs]
         turns = torch.polar(torch.ones(heads, traits.pairs), 6.3 * torch.rand(heads, traits.pairs, generator=generator))

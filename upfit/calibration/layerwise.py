@@ -61,8 +61,10 @@ def observed_model(config: dict[str, Any], device: str = "cpu") -> "PreTrainedMo
 
 
 def _calls_interface(module: nn.Module) -> bool:
-    """Whether the file of this module's class knows transformers' attention interface (as the one of its base class does)."""
+    """Whether the file of this module's class knows transformers' attention interface (as the one of its base class does). Ours
+    knows it, but what it stands in front of need not."""
     files = {kind.__module__ for kind in type(module).__mro__} - {"transformers.modeling_utils"}
+    files = {file for file in files if not file.rpartition(".")[2].startswith("modeling_upfit")}
     return any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 

@@ -112,9 +112,10 @@ def _scored(
     if len(scores) != 1 or not all(path in seen for path in paths.values()):
         raise Opaque("its attention does not go through transformers' attention interface")
     parts = {part: seen[path][0 if part == "o" else 1] for part, path in paths.items()}
-    if parts["k"].shape[-1] != shape.kv_heads * shape.head_dim:
+    shown = parts["k"].shape[-1] / shape.head_dim
+    if shown not in (shape.kv_heads, shape.heads):  # a copy for each query head, in a class of ours
         raise Opaque("its keys are not the output of k_proj")
-    counts = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads, "o": shape.heads}
+    counts = {"q": shape.heads, "k": int(shown), "v": int(shown), "o": shape.heads}
     heads = [tensor.unflatten(-1, (counts[part], -1)) for part, tensor in parts.items()]
     return Scored(scores[0], *heads), dict(seen), output
 
