@@ -231,17 +231,20 @@ class LayerwiseModel:
         """
         first: list[Tensor] = []
 
-        def stub(*arguments: Any, **keywords: Any) -> Any:
+        def stub(index: int, *arguments: Any, **keywords: Any) -> Any:
             hidden = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
             if not first:
                 first.append(hidden)
+            if index < len(batch.calls):
+                raise Opaque("its forward does not go through its layers one after the other")
+            batch.calls += [Call((), {}, passed_by=True)] * (index - len(batch.calls))
             batch.calls.append(Call(arguments[1:], keywords))
             if len(batch.calls) == len(self.blocks):
                 raise Stop
             return result(hidden)
 
-        for block in self.blocks:
-            block.module.forward = stub
+        for index, block in enumerate(self.blocks):
+            block.module.forward = functools.partial(stub, index)
         try:
             with torch.no_grad(), quiet_transformers():
                 self.model(**batch.inputs.keywords, use_cache=False)
@@ -255,7 +258,7 @@ class LayerwiseModel:
             for block in self.blocks:
                 block.module.__dict__.pop("forward", None)
         if len(batch.calls) != len(self.blocks):
-            raise Opaque("its forward does not go through its layers one after the other")
+            raise Opaque("its forward does not go through its layers to the end")
         if first[0].device.type == "meta" or not first[0].isfinite().all():
             raise Opaque("its layers get no hidden states from what it was given")
         batch.hidden = first[0]

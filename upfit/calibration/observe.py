@@ -165,15 +165,19 @@ def register() -> None:
 
 @dataclass
 class Call:
-    """What a layer is given for one batch, besides the hidden states."""
+    """What a layer is given for one batch, besides the hidden states. `passed_by`: it is not run, for what the model is given
+    has nothing that it looks at (Mllama's layers that attend to images)."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    passed_by: bool = False
 
 
 @rounded()
 def run_block(module: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """The hidden states that a layer makes of `hidden` [B, T, E]."""
+    if call.passed_by:
+        return hidden
     with torch.no_grad(), quiet_transformers():
         result = module(hidden, *call.arguments, **call.keywords)
     return result[0] if isinstance(result, tuple) else result

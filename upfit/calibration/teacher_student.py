@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from upfit.architecture.table import Entry
 from upfit.calibration.between import OF_DIMENSIONS, OF_HEADS, gates_of
 from upfit.calibration.example_sample import ExampleSample
 from upfit.calibration.layerwise import Block, LayerwiseModel
-from upfit.calibration.observe import Call, run_block, run_until, tapped
+from upfit.calibration.observe import Call, Opaque, run_block, run_until, tapped
 from upfit.calibration.residual import Residual
 from upfit.calibration.ridge import Moments, augmented, ridge_linear
 from upfit.calibration.rotation import Turns
@@ -79,7 +79,11 @@ def open_pair(
             """Dictionaries that layers write to (keys and values shared between layers) belong to one stream."""
             return memo.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value
 
-        copies = [Call(tuple(map(own, c.arguments)), {k: own(v) for k, v in c.keywords.items()}) for c in batch.calls]
+        def copied(call: Call, own: Callable[[Any], Any] = own) -> Call:
+            keywords = {name: own(value) for name, value in call.keywords.items()}
+            return replace(call, arguments=tuple(map(own, call.arguments)), keywords=keywords)
+
+        copies = list(map(copied, batch.calls))
         assert batch.hidden is not None
         hidden = batch.hidden
         batches.append(PairedBatch(back, batch.calls, copies, hidden, hidden, batch.tokens, batch.inputs.counted))
@@ -126,6 +130,8 @@ class LayerPair:
     def probe(self) -> tuple[AttentionTraits, Turns]:
         """What may be changed in the layer. Raises Opaque when nothing at all can be said."""
         longest = max(self.batches, key=lambda batch: batch.tokens)
+        if longest.calls[self.index].passed_by:
+            raise Opaque("what the model is calibrated on does not go through this layer")
         later, own = self.model.blocks[self.index + 1 :], type(self.block.module.get_submodule(self.place.at))
         lent = any(not block.attentions and any(type(m) is own for m in block.module.modules()) for block in later)
         return probe_attention(self.place, longest.teacher, longest.calls[self.index], lent)
