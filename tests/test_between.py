@@ -1,11 +1,15 @@
 """What stands between the parts of an attention, as it is watched: gates, norms without scales, keys that later layers use."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tests.aligning import inputs_of
+from tests.folders import letter_tokenizer
+from tests.test_aligned_laws import TEXT
 from tests.tiny import tiny_model
 from tests.watching import watch_type
 from upfit.architecture.attention import LAYOUTS, Geometry
@@ -15,6 +19,7 @@ from upfit.calibration.rotation import find_unit, unit_norm
 from upfit.calibration.teacher_student import open_pair
 from upfit.calibration.traits import AttentionTraits
 from upfit.checkpoint.reader import open_checkpoint
+from upfit.cli import app
 
 LENT: dict[str, Any] = {
     "num_kv_shared_layers": 2,
@@ -125,3 +130,21 @@ def test_a_layer_that_text_passes_by_is_left_alone() -> None:
     every = {pair.layer.path: traits for pair, traits, _ in watch_type("mllama")}
     assert [traits is None for traits in every.values()].count(True) == 1 and len(every) == 3
     assert all("cross_attn" in path for path, traits in every.items() if traits is None)
+
+
+def test_a_dry_run_tells_which_layers_are_averaged_and_why(tmp_path: Path) -> None:
+    """Those that could be watched, and those that could not."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    changes = {"mllama": {}, "gemma4_text": LENT}
+    wanted = {
+        "mllama": "model.language_model.layers.1.cross_attn: what the model is calibrated on does not go through this layer",
+        "gemma4_text": "model.layers.0-1.self_attn: later layers use its keys and values too, so heads are averaged",
+    }
+    for model_type, words in wanted.items():
+        source = tmp_path / model_type
+        tiny_model(model_type, **changes[model_type]).save_pretrained(source)
+        letter_tokenizer().save_pretrained(source)
+        arguments = ["convert", "gqa", str(source), str(tmp_path / "out"), "--kv-heads", "2", "--dry-run"]
+        calibration = ["--calibration", str(tmp_path / "text.txt"), "--calibration-tokens", "1k", "--calibration-length", "32"]
+        done = CliRunner().invoke(app, [*arguments, *calibration], catch_exceptions=False)
+        assert words in " ".join(done.stdout.split()), done.stdout

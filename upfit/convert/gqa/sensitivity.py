@@ -3,6 +3,7 @@
 The predictions are for the closed-form merge before any refit, so they are upper bounds. They rank layers and head counts.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -35,8 +36,9 @@ def predict(context: "FitContext", choice: Choice) -> Sensitivity:
     layers = {layer.path: layer for layer in architecture.layers}
     rows = []
     if statistics is not None:
-        stored = [(path, statistics.layer(path)) for path in layers]
-        rows = [_row(context, layers[path], known, counts) for path, known in stored]
+        for path, layer in layers.items():
+            row, traits = _row(context, layer, statistics.layer(path), counts), statistics.traits[path]
+            rows.append(replace(row, reasons=_reasons(traits)))
     else:
         sample = sample_for(
             context.folder, context.checkpoint, choice.calibration, choice.tokens, choice.length, context.output, choice.field
@@ -48,8 +50,14 @@ def predict(context: "FitContext", choice: Choice) -> Sensitivity:
                 meter.advance(1)
                 for gathered in attentions:
                     known = None if isinstance(gathered.traits, str) else (gathered.traits, gathered.sums)
-                    rows.append(_row(context, layers[gathered.path], known, counts))
+                    row = _row(context, layers[gathered.path], known, counts)
+                    rows.append(replace(row, reasons=_reasons(gathered.traits)))
     return Sensitivity(counts, rows, totals(counts, rows))
+
+
+def _reasons(traits: AttentionTraits | str) -> list[str]:
+    """What a merge leaves out: of a layer that could not be watched, everything."""
+    return [f"{traits}, so heads are averaged"] if isinstance(traits, str) else list(traits.reasons)
 
 
 def _row(
@@ -64,7 +72,7 @@ def _row(
         errors = _errors(known, attention, layer, count) if known else (None, None)
         share = layer.kv_bytes_per_token * count // layer.geometry.kv_heads
         choices.append(result.Choice(count, *errors, share))
-    return LayerChoices(layer.path, layer.geometry.kv_heads, choices)
+    return LayerChoices(layer.path, layer.geometry.kv_heads, choices, [])
 
 
 def _errors(
