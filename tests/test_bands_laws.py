@@ -23,7 +23,7 @@ from upfit.checkpoint.plan import Plan
 from upfit.convert.gqa.recipe import PARTS
 
 # Keys that turn, that are free, both, behind norms with and without scales; values before gates of dimensions or heads, a norm.
-OFTEN = ("llama", "gpt2", "phi", "qwen3", "llama4_text", "qwen3_next", "laguna", "bitnet", "t5")
+OFTEN = ("llama", "gpt2", "phi", "qwen3", "llama4_text", "qwen3_next", "laguna", "bitnet", "gemma4_text", "t5")
 ALIGNED = [name for name, bands in watched_bands().items() if bands]
 NORMED_OUTPUT = ("bitnet",)
 EXACT = 1e-6  # a share of the energy, in float32
@@ -68,7 +68,8 @@ def test_disguised_heads_are_found_again_by_what_a_layer_allows(model_type: str,
     written(plan, tmp_path / "equal", tmp_path / "disguised")
     same = layer_errors(tmp_path / "equal", tmp_path / "disguised", inputs[3])
     assert max(same.values()) < EXACT, "the disguise is no disguise"
-    merge(tmp_path / "disguised", tmp_path / "merged", inputs[:3], fewer)
+    records = merge(tmp_path / "disguised", tmp_path / "merged", inputs[:3], fewer)
+    assert max([record["merged_error"] or 0 for record in records.values()]) < EXACT, "its scores are not the layer's"
     mean(tmp_path / "disguised", tmp_path / "mean", fewer)
     merged, averaged = (layer_errors(tmp_path / "equal", tmp_path / name, inputs[3]) for name in ("merged", "mean"))
     assert max(merged.values()) < EXACT, merged

@@ -16,6 +16,7 @@ from upfit.architecture.attention import LAYOUTS, Geometry
 from upfit.architecture.layers import open_model
 from upfit.calibration.between import OF_DIMENSIONS, OF_HEADS, PLAIN, gates_of
 from upfit.calibration.rotation import find_unit, unit_norm
+from upfit.calibration.statistics import observe
 from upfit.calibration.teacher_student import open_pair
 from upfit.calibration.traits import AttentionTraits
 from upfit.checkpoint.reader import open_checkpoint
@@ -55,6 +56,20 @@ def test_gates_are_those_of_the_queries_projection() -> None:
             shape = pair.layer.geometry
             stored = watched.taps[pair.path("q")][1].unflatten(-1, (shape.heads, 2, shape.head_dim))
             assert torch.allclose(gates_of(watched, pair.place), stored[..., 1, :].sigmoid(), atol=1e-5)
+
+
+def test_sums_are_of_what_the_output_projection_sees() -> None:
+    """Of gates of heads the moment of the gated values; of gates of dimensions that of each, for each query head."""
+    for model_type, name in (("laguna", "values"), ("qwen3_next", "value_dimensions")):
+        pair, traits, _ = next(watch_type(model_type))
+        assert traits is not None
+        for _, watched, rows in pair.watch((pair.path("o"),), 8):
+            gates = pair.gates(watched, traits)
+            assert gates is not None
+            whole, plain = (observe(watched.seen, traits, rows, each)[name] for each in (gates, torch.ones_like(gates)))
+            twice = observe(watched.seen, traits, rows, 2 * gates)[name]
+            torch.testing.assert_close(twice, 4 * whole)
+            assert (whole - plain).abs().max() > 0.1 * plain.abs().max()
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -76,21 +76,34 @@ def test_turned_heads_merge_exactly_behind_a_norm() -> None:
 
 
 def test_gates_are_part_of_what_is_fitted() -> None:
-    """Alternating least squares behind a gate come closer on rows that were not fitted than where they began."""
-    values = drawn(ROWS, 1, 1, 2 * WIDTH).expand(-1, -1, HEADS, -1).float()
-    gates = drawn(ROWS, 1, HEADS, WIDTH, seed=1).sigmoid().float()
-    true = drawn(HIDDEN, HEADS * WIDTH, seed=2).float()
-    owners = torch.arange(2).repeat_interleave(HEADS // 2)
-    own = torch.stack([values[:, 0, head].unflatten(1, (2, WIDTH))[:, owner] for head, owner in enumerate(owners)], 1)
-    target = (own * gates[:, 0]).flatten(1) @ true.T
+    """Of two heads that are one but for a factor on each dimension, alternating least squares come far from their mean."""
+    base = drawn(ROWS, HEADS, WIDTH).float()
+    values = torch.cat([base, base * drawn(WIDTH, seed=3).float()], -1)[:, None]  # [N, 1, n, 2·V]
+    gates = (4 * drawn(ROWS, 1, HEADS, WIDTH, seed=1)).sigmoid().float()
+    true = drawn(HIDDEN, HEADS, WIDTH, seed=2).float()
+    own = torch.cat([values[:, 0, : HEADS // 2, :WIDTH], values[:, 0, HEADS // 2 :, WIDTH:]], 1)
+    target = torch.einsum("nhv,ehv->ne", own * gates[:, 0], true)
     rows = [
         fit_values.Mixed(values[part], target[part], torch.ones(ROWS // 2), gates[part])
         for part in (slice(0, ROWS // 2), slice(ROWS // 2, ROWS))
     ]
-    mean = torch.eye(WIDTH).repeat(1, 2)[None] / 2, true.reshape(HIDDEN, 1, HEADS, WIDTH)
+    mean = torch.eye(WIDTH).repeat(1, 2)[None] / 2, true[:, None]
+    assert fit_values._error(rows[1], torch.eye(WIDTH, 2 * WIDTH)[None], true[:, None] * _factor(values)) < 1e-3
     refined = fit_values.refine_values(rows[0], rows[1], *mean)
-    assert fit_values._error(rows[1], *refined) < 0.9 * fit_values._error(rows[1], *mean)
+    assert fit_values._error(rows[1], *refined) < 0.02 * fit_values._error(rows[1], *mean)
     assert fit_values.better_start(rows[1], [mean, refined]) == refined
+    # One step of the values alone, with the outputs right: downhill at once.
+    exact = true[:, None] * _factor(values)
+    start = torch.eye(WIDTH, 2 * WIDTH)[None] + 0.3 * drawn(1, WIDTH, 2 * WIDTH, seed=5).float()
+    better = fit_values._improve_down(rows[0], start, exact)
+    assert fit_values._error(rows[1], better, exact) < 0.05 * fit_values._error(rows[1], start, exact)
+
+
+def _factor(values: Tensor) -> Tensor:
+    """What the columns [E, 1, n, V] of the second head's queries are to be multiplied with for the first one's values."""
+    factor = (values[0, 0, 0, WIDTH:] / values[0, 0, 0, :WIDTH]).expand(HEADS, -1).clone()
+    factor[: HEADS // 2] = 1
+    return factor
 
 
 def test_outputs_alone_are_fitted_and_exact_ones_left() -> None:
