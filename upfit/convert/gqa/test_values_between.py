@@ -92,11 +92,19 @@ def test_gates_are_part_of_what_is_fitted() -> None:
     refined = fit_values.refine_values(rows[0], rows[1], *mean)
     assert fit_values._error(rows[1], *refined) < 0.02 * fit_values._error(rows[1], *mean)
     assert fit_values.better_start(rows[1], [mean, refined]) == refined
-    # One step of the values alone, with the outputs right: downhill at once.
-    exact = true[:, None] * _factor(values)
-    start = torch.eye(WIDTH, 2 * WIDTH)[None] + 0.3 * drawn(1, WIDTH, 2 * WIDTH, seed=5).float()
-    better = fit_values._improve_down(rows[0], start, exact)
-    assert fit_values._error(rows[1], better, exact) < 0.05 * fit_values._error(rows[1], start, exact)
+
+
+def test_shared_values_behind_gates_go_to_the_least_squares() -> None:
+    """With the outputs held, and a target that no values reach."""
+    values, gates = drawn(ROWS, 1, HEADS, 2 * WIDTH), (4 * drawn(ROWS, 1, HEADS, WIDTH, seed=1)).sigmoid()
+    outputs, down = drawn(HIDDEN, 1, HEADS, WIDTH, seed=2), torch.zeros(1, WIDTH, 2 * WIDTH, dtype=torch.float64)
+    rows = fit_values.Mixed(values, drawn(ROWS, HIDDEN, seed=3), torch.ones(ROWS, dtype=torch.float64), gates)
+    basis = torch.eye(down.numel(), dtype=torch.float64).reshape(-1, *down.shape)
+    columns = torch.stack([fit_values._outputs_of(rows, each, outputs).flatten() for each in basis], 1)
+    best = torch.linalg.lstsq(columns, rows.target.flatten()[:, None]).solution.reshape(down.shape)
+    for _ in range(8):
+        down = fit_values._improve_down(rows, down, outputs)
+    torch.testing.assert_close(down, best, rtol=0, atol=1e-3 * float(best.abs().max()))
 
 
 def _factor(values: Tensor) -> Tensor:
