@@ -46,6 +46,18 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
+@contextmanager
+def _as_if_on(device: str) -> Iterator[None]:
+    """Models say that they are on this device: some send what they make to where their first parameter is, which is nowhere."""
+    from transformers import PreTrainedModel
+
+    PreTrainedModel.device = property(lambda model: torch.device(device))  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        del PreTrainedModel.device  # what it inherits shows again
+
+
 def observed_model(config: dict[str, Any], device: str = "cpu") -> "PreTrainedModel":
     """The class of this config without weights, with attention that can be listened to."""
     register()
@@ -266,7 +278,7 @@ class LayerwiseModel:
         for index, block in enumerate(self.blocks):
             block.module.forward = functools.partial(stub, index)
         try:
-            with torch.no_grad(), quiet_transformers():
+            with torch.no_grad(), quiet_transformers(), _as_if_on(self.device):
                 self.model(**batch.moved_to(self.device), use_cache=False)
         except Stop:
             pass
