@@ -212,7 +212,10 @@ def test_a_model_that_hears_is_aligned_on_recordings(tmp_path: Path) -> None:
         assert (aligned - source).square().mean() < 0.05 * (mean - source).square().mean()
 
 
-@pytest.mark.parametrize("model_type", ["opt", "t5", pytest.param("bart", marks=pytest.mark.slow)])
+AGAIN = ["opt", "bloom", "t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bart", "mpt", "led"))]
+
+
+@pytest.mark.parametrize("model_type", AGAIN)
 def test_a_grouped_model_is_aligned_again(model_type: str, tmp_path: Path) -> None:
     """Of a class of ours too, which may give its family's code copies of keys and values."""
     options = saved(model_type, tmp_path)

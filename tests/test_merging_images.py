@@ -26,9 +26,9 @@ from upfit.examples.images import read_images
 from upfit.output import Output
 
 pytest.importorskip("PIL")
-OWN_POSITIONS = ("qwen2_vl", "qwen3_vl")  # whose processors want torchvision
+OWN_POSITIONS = ("qwen2_vl", "qwen3_vl", "qwen3_5")  # whose processors want torchvision
 QUIET = Output(quiet=True)
-OFTEN = ("llava", "mllama", "qwen2_vl")
+OFTEN = ("llava", "mllama", "qwen2_vl", "qwen3_5")
 
 
 def sampled(name: str) -> Any:

@@ -89,6 +89,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tokens": QWEN_TOKENS,
         "template": QWEN_IMAGE,
     },
+    "qwen3_5": {
+        "processor": ("Qwen3VLProcessor", "Qwen2VLImageProcessor"),
+        "video": "Qwen3VLVideoProcessor",
+        "images": QWEN_SIZES,
+        "tokens": QWEN_TOKENS,
+        "template": QWEN_IMAGE,
+    },
 }
 
 

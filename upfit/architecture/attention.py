@@ -6,7 +6,7 @@ A recipe sees only `Attention`; how a family stores it is a `Layout`.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from upfit.checkpoint.plan import Rule
@@ -20,7 +20,9 @@ class Attention:
     """One attention layer. A part that the rule did not ask for, or that the layer does not have, is None.
 
     q [H, D, E], k [K, D, E], v [K, V, E], o [E, H, V]; biases q [H, D], k [K, D], v [K, V], o [E]; norms q_norm [D] or
-    [H, D], k_norm [D] or [K, D] (two dimensions where every head has a scale of its own). `extras` holds anything else.
+    [H, D], k_norm [D] or [K, D] (two dimensions where every head has a scale of its own). gate [H, V, E] and gate_bias [H, V]
+    make what the attention's output is multiplied with, where the queries' projection gives it out. `extras` holds anything
+    else.
     """
 
     q: "Tensor | None" = None
@@ -33,6 +35,8 @@ class Attention:
     o_bias: "Tensor | None" = None
     q_norm: "Tensor | None" = None
     k_norm: "Tensor | None" = None
+    gate: "Tensor | None" = None
+    gate_bias: "Tensor | None" = None
     extras: "dict[str, Tensor]" = field(default_factory=dict)
 
 
@@ -113,7 +117,34 @@ class SeparateHeadNorms(Separate):
         return stored
 
 
-LAYOUTS: dict[str, Layout] = {"separate": Separate(), "separate-head-norms": SeparateHeadNorms()}
+class GatedQueries(Separate):
+    """As `Separate`, with the rows of each head's queries followed by those of its gate (Qwen3-Next)."""
+
+    def unpack(self, stored: "Mapping[str, Tensor]", geometry: Geometry) -> Attention:
+        attention = super().unpack(stored, geometry)
+        apart: dict[str, Any] = {}
+        for name, gate in (("q", "gate"), ("q_bias", "gate_bias")):
+            both = getattr(attention, name)
+            if both is not None:
+                apart |= {name: both[0::2], gate: both[1::2]}
+        return replace(attention, **apart)
+
+    def pack(self, attention: Attention, geometry: Geometry) -> "dict[str, Tensor]":
+        import torch
+
+        joined: dict[str, Any] = {}
+        for name in ("q", "q_bias"):
+            queries, gate = getattr(attention, name), getattr(attention, name.replace("q", "gate"))
+            if queries is not None:
+                joined[name] = torch.stack((queries, gate), 1).flatten(0, 1)
+        return super().pack(replace(attention, **joined), geometry)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "separate": Separate(),
+    "separate-head-norms": SeparateHeadNorms(),
+    "gated-queries": GatedQueries(),
+}
 
 
 BLOCK = re.compile(r".*?\.\d+\.")  # in a tensor's name, up to the number of the layer of the model

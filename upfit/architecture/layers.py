@@ -260,6 +260,8 @@ def _layer(
     heads = shapes[f"{path}.{entry.o}.weight"][1] // v_head_dim
     key, norm = f"{path}.{entry.k}.weight", stored.get("k_norm.weight")
     layout = "separate-head-norms" if norm and len(tensors[norm].shape) == 2 else entry.layout
+    if fused is None and shapes[f"{path}.{entry.q}.weight"][0] == 2 * heads * head_dim:
+        layout = "gated-queries"
     caches = len(names.tied.get(key, (key,)))
     itemsize = ITEM_BYTES[tensors[disk[key]].dtype]
     stem = stored["q.weight"].removesuffix(f"{entry.q}.weight")

@@ -1,9 +1,13 @@
 """Watches an attention that does not go through transformers' attention interface, by its projections and its softmax.
 
-The scores that reach the softmax are a scale times query · key, plus what the position and the mask add. The projections give
+Where a class calls torch's scaled_dot_product_attention itself (Falcon), that is given queries and keys as they are. Else the
+scores that reach the softmax are a scale times query · key, plus what the position and the mask add. The projections give
 queries and keys; the scale is the one that explains how the scores of different texts differ; the rest is what is added.
 """
 
+import functools
+import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,22 +23,38 @@ SAME = 1e-6  # share of the energy that a guess of the scale may leave unexplain
 SOFTMAX = {torch.softmax, torch.Tensor.softmax, torch.nn.functional.softmax}
 
 
+def calls_torch(module: nn.Module) -> bool:
+    """Whether the file of this module's class calls torch's scaled_dot_product_attention itself."""
+    return any("scaled_dot_product_attention(" in _source(kind.__module__) for kind in type(module).__mro__ if _is_model(kind))
+
+
+def _is_model(kind: type) -> bool:
+    return kind.__module__.rpartition(".")[2].startswith("modeling_") and kind.__module__ != "transformers.modeling_utils"
+
+
+@functools.cache
+def _source(module: str) -> str:
+    return inspect.getsource(sys.modules[module])
+
+
 class _Mode(TorchFunctionMode):
     def __init__(self, scores: list[Tensor]) -> None:
         super().__init__()
-        self.inside, self.scores = False, scores
+        self.inside, self.scores, self.calls = False, scores, list[Attended]()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.inside and function in SOFTMAX and args:
             self.scores.append(args[0].detach())
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if self.inside and function is nn.functional.scaled_dot_product_attention:
+            self.calls.append(Attended.of(result, *args, **(kwargs or {})))
+        return result
 
 
 @contextmanager
-def softmax_inputs(attention: nn.Module) -> Iterator[list[Tensor]]:
-    """What every softmax of this module is given while the block runs."""
-    scores: list[Tensor] = []
-    mode = _Mode(scores)
+def softmax_inputs(attention: nn.Module) -> Iterator[tuple[list[Tensor], "list[Attended]"]]:
+    """What every softmax of this module is given while the block runs, and every call of torch's own attention in it."""
+    mode = _Mode([])
 
     def enter(*_: Any) -> None:
         mode.inside = True
@@ -45,10 +65,42 @@ def softmax_inputs(attention: nn.Module) -> Iterator[list[Tensor]]:
     handles = [attention.register_forward_pre_hook(enter), attention.register_forward_hook(leave)]
     try:
         with mode:
-            yield scores
+            yield mode.scores, mode.calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One call of torch's scaled_dot_product_attention: q [B, H, T, D], k and v [B, K, S, D], and what it gave out."""
+
+    output: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+
+    @staticmethod
+    def of(
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> "Attended":
+        return Attended(output, query, key, value, attn_mask, is_causal, scale or query.shape[-1] ** -0.5)
+
+    def seen(self, module: nn.Module) -> Seen:
+        """The call as that of any attention."""
+        output = self.output.transpose(1, 2)
+        return Seen(module, self.query, self.key, self.value, self.mask, self.scale, None, None, output, self.causal)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Everything that a walk over the layers carries from one to the next, as named tensors that can be saved and restored."""
 
 import json
+from collections.abc import MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -58,7 +59,7 @@ def _name(*words: str | int | None) -> str:
     return json.dumps(words)
 
 
-def _dictionaries(calls: list[Call]) -> list[dict[Any, Any]]:
+def _dictionaries(calls: list[Call]) -> list[MutableMapping[Any, Any]]:
     """Every dictionary that layers are given, once."""
     values = (value for call in calls for value in (*call.arguments, *call.keywords.values()))
-    return list({id(value): value for value in values if isinstance(value, dict)}.values())
+    return list({id(value): value for value in values if isinstance(value, MutableMapping)}.values())

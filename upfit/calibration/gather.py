@@ -50,9 +50,9 @@ def _gather(pair: LayerPair) -> tuple[LayerSums, list[Tensor]]:
         return LayerSums(pair.layer.path, str(reason), {}), []
     sums: dict[str, Tensor] = {}
     outputs = []
-    for batch, watched, rows in pair.watch(rows=ROWS):
+    for batch, watched, rows in pair.watch((pair.path("o"),), ROWS):
         if not batch.held:
-            add(sums, observe(watched.seen, traits, rows))
+            add(sums, observe(watched.seen, traits, rows, pair.gates(watched, traits)))
         outputs.append(watched.output)
     stored = {name: tensor.float().cpu().contiguous() for name, tensor in sums.items()}
     return LayerSums(pair.layer.path, traits, stored), outputs

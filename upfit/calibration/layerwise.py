@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from upfit.architecture.layers import Architecture
 from upfit.architecture.meta_model import build_on_meta, quiet_transformers
 from upfit.architecture.names import name_map
+from upfit.calibration.capture import calls_torch
 from upfit.calibration.observe import NAME, Call, Opaque, Stop, register
 from upfit.checkpoint.reader import Checkpoint
 from upfit.examples.model_inputs import ModelInputs
@@ -45,6 +46,18 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
+@contextmanager
+def _as_if_on(device: str) -> Iterator[None]:
+    """Models say that they are on this device: some send what they make to where their first parameter is, which is nowhere."""
+    from transformers import PreTrainedModel
+
+    PreTrainedModel.device = property(lambda model: torch.device(device))  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        del PreTrainedModel.device  # what it inherits shows again
+
+
 def observed_model(config: dict[str, Any], device: str = "cpu") -> "PreTrainedModel":
     """The class of this config without weights, with attention that can be listened to."""
     register()
@@ -53,14 +66,17 @@ def observed_model(config: dict[str, Any], device: str = "cpu") -> "PreTrainedMo
     owners: list[Any] = [module for module in model.modules() if hasattr(module, "config")]
     calling = {id(module.config) for module in owners if _calls_interface(module)}
     for module in owners:
-        if hasattr(module.config, "_attn_implementation_internal"):  # other classes write their attention out only as eager
-            module.config._attn_implementation_internal = NAME if id(module.config) in calling else "eager"
+        if hasattr(module.config, "_attn_implementation_internal"):  # other classes write their attention out
+            other = "sdpa" if calls_torch(module) else "eager"
+            module.config._attn_implementation_internal = NAME if id(module.config) in calling else other
     return model.float().eval()
 
 
 def _calls_interface(module: nn.Module) -> bool:
-    """Whether the file of this module's class knows transformers' attention interface (as the one of its base class does)."""
+    """Whether the file of this module's class knows transformers' attention interface (as the one of its base class does). Ours
+    knows it, but what it stands in front of need not."""
     files = {kind.__module__ for kind in type(module).__mro__} - {"transformers.modeling_utils"}
+    files = {file for file in files if not file.rpartition(".")[2].startswith("modeling_upfit")}
     return any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
@@ -165,6 +181,13 @@ class Batch:
     hidden: Tensor | None = None
     calls: list[Call] = field(default_factory=list)
 
+    @property
+    def tokens(self) -> int:
+        """T; hidden states may have other dimensions before it (Gemma 3n's four streams)."""
+        ids = self.inputs.keywords.get("decoder_input_ids", self.inputs.keywords.get("input_ids"))
+        assert ids is not None or self.hidden is not None
+        return ids.shape[1] if ids is not None else self.hidden.shape[1]  # type: ignore[union-attr]
+
     def moved_to(self, device: str) -> dict[str, Tensor]:
         return {name: tensor.to(device) for name, tensor in self.inputs.keywords.items()}
 
@@ -239,20 +262,23 @@ class LayerwiseModel:
         first: list[Tensor] = []
         last: list[Tensor] = []
 
-        def stub(*arguments: Any, **keywords: Any) -> Any:
+        def stub(index: int, *arguments: Any, **keywords: Any) -> Any:
             hidden = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
             if not first:
                 first.append(hidden)
+            if index < len(batch.calls):
+                raise Opaque("its forward does not go through its layers one after the other")
+            batch.calls += [Call((), {}, passed_by=True)] * (index - len(batch.calls))
             batch.calls.append(Call(arguments[1:], keywords, _between(last.pop(), hidden) if last else None))
             last.append(hidden)
             if len(batch.calls) == len(self.blocks):
                 raise Stop
             return result(hidden)
 
-        for block in self.blocks:
-            block.module.forward = stub
+        for index, block in enumerate(self.blocks):
+            block.module.forward = functools.partial(stub, index)
         try:
-            with torch.no_grad(), quiet_transformers():
+            with torch.no_grad(), quiet_transformers(), _as_if_on(self.device):
                 self.model(**batch.moved_to(self.device), use_cache=False)
         except Stop:
             pass
@@ -264,7 +290,7 @@ class LayerwiseModel:
             for block in self.blocks:
                 block.module.__dict__.pop("forward", None)
         if len(batch.calls) != len(self.blocks):
-            raise Opaque("its forward does not go through its layers one after the other")
+            raise Opaque("its forward does not go through its layers to the end")
         if first[0].device.type == "meta" or not first[0].isfinite().all():
             raise Opaque("its layers get no hidden states from what it was given")
         batch.hidden = first[0]

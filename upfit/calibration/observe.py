@@ -175,16 +175,20 @@ def register() -> None:
 @dataclass
 class Call:
     """What a layer is given for one batch, besides the hidden states. `added` [B, T, E]: what the model adds to them before the
-    layer (to those of images, in families that see at several depths); None for nothing."""
+    layer (to those of images, in families that see at several depths); None for nothing. `passed_by`: it is not run, for what
+    the model is given has nothing that it looks at (Mllama's layers that attend to images)."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     added: Tensor | None = None
+    passed_by: bool = False
 
 
 @rounded()
 def run_block(module: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """The hidden states that a layer makes of `hidden` [B, T, E]."""
+    if call.passed_by:
+        return hidden
     with torch.no_grad(), quiet_transformers():
         result = module(hidden, *call.arguments, **call.keywords)
     return result[0] if isinstance(result, tuple) else result
@@ -216,14 +220,16 @@ def by_window(tensor: Tensor, hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def tapped(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """A dictionary that holds, after a run inside the block, (input, output) of each of these modules, by their names here."""
+def tapped(modules: Mapping[str, nn.Module], copies: bool = False) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """A dictionary that holds, after a run inside the block, (input, output) of each of these modules, by their names here;
+    with `copies` of the output, to which a layer may add in place."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if arguments and isinstance(arguments[0], Tensor):
-                seen[name] = (arguments[0], output[0] if isinstance(output, tuple) else output)
+                result = output[0] if isinstance(output, tuple) else output
+                seen[name] = (arguments[0], result.clone() if copies else result)
 
         return hook
 

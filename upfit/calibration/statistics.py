@@ -8,7 +8,9 @@ linear in the text, so pieces add up.
 - `keys` [K·D, K·D]: centred second moment of the keys under p, over all heads.
 - `key_pairs` [H, P, K, K, 2]: the same for each query head and rotated pair, keys as complex numbers (real, imaginary).
 - `queries` [H, D, D]: second moment of the queries.
-- `values` [K·V, K·V]: second moment of what each query head's attention makes of all the values, over all heads.
+- `values` [K·V, K·V]: second moment of what each query head's attention makes of all the values, over all heads; as the
+  output projection sees it, where a gate multiplies each head.
+- `value_dimensions` [H, V, K, K]: in its place where a gate multiplies each dimension, of each query head and dimension.
 - `rows` []: how many query positions were summed.
 """
 
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from upfit.calibration.between import OF_DIMENSIONS
 from upfit.calibration.observe import Seen
 from upfit.calibration.traits import AttentionTraits
 
@@ -69,8 +72,9 @@ def sample_rows(
     return chosen
 
 
-def observe(seen: Seen, traits: AttentionTraits, rows: list[Rows]) -> dict[str, Tensor]:
-    """The sums of one batch (float64), see the module. Without `traits.keys` or `traits.values` their parts are left out."""
+def observe(seen: Seen, traits: AttentionTraits, rows: list[Rows], gates: Tensor | None = None) -> dict[str, Tensor]:
+    """The sums of one batch (float64), see the module. Without `traits.keys` or `traits.values` their parts are left out.
+    `gates` [B, T, H, V]: of layers that have them."""
     sums: dict[str, Tensor] = {}
     for sampled in rows:
         weights = sampled.of_counted(seen.scores(sampled.at, sampled.keys)[1])
@@ -78,10 +82,21 @@ def observe(seen: Seen, traits: AttentionTraits, rows: list[Rows]) -> dict[str, 
         if traits.keys:
             add(sums, _key_sums(seen, traits, sampled, weights))
         if traits.values:
-            values = seen.v[:, :, : sampled.keys].transpose(1, 2).flatten(2)  # [B, keys, K·V]
-            mixed = torch.einsum("bhrl,blv->bhrv", weights, values).flatten(0, 2)
-            add(sums, {"values": (mixed.T @ mixed).double()})
+            add(sums, _value_sums(seen, traits, sampled, weights, gates))
     return sums
+
+
+def _value_sums(seen: Seen, traits: AttentionTraits, rows: Rows, weights: Tensor, gates: Tensor | None) -> dict[str, Tensor]:
+    values = seen.v[:, :, : rows.keys].transpose(1, 2).flatten(2)  # [B, keys, K·V]
+    mixed = torch.einsum("bhrl,blv->bhrv", weights, values)
+    if traits.gated:
+        assert gates is not None
+        mixed = mixed.unflatten(-1, (seen.v.shape[1], -1)) * gates[:, rows.at].transpose(1, 2)[..., None, :]
+        if traits.gated == OF_DIMENSIONS:
+            return {"value_dimensions": torch.einsum("bhrkv,bhrjv->hvkj", mixed, mixed).double()}
+        mixed = mixed.flatten(-2)
+    mixed = mixed.flatten(0, 2)
+    return {"values": (mixed.T @ mixed).double()}
 
 
 def add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:

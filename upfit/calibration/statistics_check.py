@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
+from upfit.calibration.between import OF_DIMENSIONS
 from upfit.calibration.residual import Residual
 from upfit.calibration.traits import AttentionTraits
 from upfit.checkpoint.safetensors_header import TensorInfo
@@ -45,16 +46,21 @@ def check_windows(windows: Mapping[int, Tensor], held: Mapping[int, Any]) -> Non
             raise ValueError(f"of {len(ids)} windows it says that {held[length]} are held back")
 
 
+def _values(traits: AttentionTraits) -> str:
+    return "value_dimensions" if traits.gated == OF_DIMENSIONS else "values"
+
+
 def check_layer(traits: AttentionTraits, infos: Mapping[str, TensorInfo]) -> None:
     """Raise ValueError unless the tensors of one layer are those that `traits` promise, see `statistics.py`."""
     shapes = {name: info.shape for name, info in infos.items()}
-    wanted = ["rows", *(["keys", "queries"] if traits.keys else []), *(["values"] if traits.values else [])]
+    wanted = ["rows", *(["keys", "queries"] if traits.keys else []), *([_values(traits)] if traits.values else [])]
     wanted += ["key_pairs"] if traits.keys and traits.pairs else []
     if set(shapes) != set(wanted) or any(info.dtype != "F32" for info in infos.values()):
         raise ValueError(f"it has {', '.join(sorted(shapes)) or 'nothing'} where {', '.join(sorted(wanted))} belong")
     width = len(traits.order)
     square = all(len(shapes[name]) == 2 and len(set(shapes[name])) == 1 for name in ("keys", "values") if name in shapes)
-    if shapes["rows"] != () or not square:
+    dimensions = shapes.get("value_dimensions", (0, 0, 0, 0))
+    if shapes["rows"] != () or not square or len(dimensions) != 4 or dimensions[2] != dimensions[3]:
         raise ValueError("its sums have other shapes")
     if not traits.keys:
         return

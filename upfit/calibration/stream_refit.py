@@ -4,9 +4,12 @@ The converted model's inputs differ from those on which its heads were fitted: a
 an attention and an MLP add is then fitted by ridges to what is missing to the teacher's stream (`refit_stream`).
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
+from upfit.calibration.between import PLAIN
 from upfit.calibration.observe import knowing, tapped
 from upfit.calibration.residual import Residual
 from upfit.calibration.ridge import ridge_linear
@@ -72,13 +75,11 @@ def mapped(weight: Tensor, drift: Tensor | None) -> Tensor:
 
 def refit_stream(pair: LayerPair, traits: AttentionTraits, views: list[View], token_power: float) -> dict[str, Tensor]:
     """Ridges for the output projection and for the last matrix of the MLP; moves the student on. The new tensors by name."""
-    new: dict[str, Tensor] = {}
-    if traits.values:  # else something lies between: only carried on
-        new, attended = _refit_output(pair, traits.residual, views, token_power)
-        end = mlp_end(pair, traits.residual) if pair.last else None
-        if traits.residual is not None and end is not None:
-            totals = [view.total for view in views]
-            return new | _refit_mlp(pair, traits.residual, end, attended, totals, token_power)
+    new, attended = _refit_output(pair, traits.residual, views, token_power)
+    end = mlp_end(pair, traits.residual) if pair.last else None
+    if traits.residual is not None and end is not None:
+        totals = [view.total for view in views]
+        return new | _refit_mlp(pair, traits, end, attended, totals, token_power)
     if pair.last:
         for batch in pair.batches:
             batch.student = pair.run(batch)
@@ -109,7 +110,7 @@ def _refit_output(
 
 def _refit_mlp(
     pair: LayerPair,
-    residual: Residual,
+    traits: AttentionTraits,
     end: MlpEnd,
     attended: list[tuple[Tensor, Tensor]],
     outputs: list[Tensor],
@@ -117,12 +118,13 @@ def _refit_mlp(
 ) -> dict[str, Tensor]:
     """The last matrix of the MLP, fitted to the teacher's stream after the layer (before a norm that follows the sum), to which
     the student moves on."""
-    parts: list[tuple[Tensor, Tensor]] = []
+    assert traits.residual is not None
+    residual, parts = traits.residual, list[tuple[Tensor, Tensor]]()
 
     def rest(number: int, batch: PairedBatch) -> tuple[Tensor, Tensor]:
         if residual.normed:
             return _normed_parts(pair, residual, end, batch)
-        parts.append(_parts(pair, residual, end, batch, *attended[number]))
+        parts.append(_parts(pair, traits, end, batch, *attended[number]))
         return parts[number]
 
     new = refit_mlp(pair.student, end, residual.mlp, pair.batches, outputs, rest, token_power)
@@ -136,12 +138,14 @@ def _refit_mlp(
 
 
 def _parts(
-    pair: LayerPair, residual: Residual, end: MlpEnd, batch: PairedBatch, z: Tensor, before: Tensor
+    pair: LayerPair, traits: AttentionTraits, end: MlpEnd, batch: PairedBatch, z: Tensor, before: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What the MLP's last matrix is given, and the student's stream that it adds to; the attention's own part is known."""
-    with knowing(pair.student.get_submodule(pair.place.at), z):
+    assert traits.residual is not None
+    own = pair.student.get_submodule(pair.place.at)
+    with knowing(own, z) if traits.gated == PLAIN else nullcontext():  # else z is not what the attention gave out
         inner = pair.run_until(end.path, batch)
-    return inner, before + residual.attention * pair.linear(pair.path("o"))(z)
+    return inner, before + traits.residual.attention * pair.linear(pair.path("o"))(z)
 
 
 def _normed_parts(pair: LayerPair, residual: Residual, end: MlpEnd, batch: PairedBatch) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Runs two models side by side through the same layers: the source, and the converted model as far as it is done."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,14 +12,16 @@ from upfit.architecture.attention import Layer
 from upfit.architecture.layers import Architecture
 from upfit.architecture.loading import pick_device
 from upfit.architecture.table import Entry
+from upfit.calibration.between import OF_DIMENSIONS, OF_HEADS, gates_of
 from upfit.calibration.example_sample import ExampleSample
 from upfit.calibration.layerwise import Block, LayerwiseModel
-from upfit.calibration.observe import Call, run_block, run_until, tapped
+from upfit.calibration.observe import Call, Opaque, run_block, run_until, tapped
 from upfit.calibration.residual import Residual
 from upfit.calibration.ridge import Moments, augmented, ridge_linear
+from upfit.calibration.rotation import Turns
 from upfit.calibration.sample import Sample
 from upfit.calibration.statistics import Rows, sample_rows
-from upfit.calibration.traits import AttentionTraits, Turns, probe_attention
+from upfit.calibration.traits import AttentionTraits, probe_attention
 from upfit.calibration.watch import Place, Watched, watch
 from upfit.checkpoint.reader import Checkpoint
 
@@ -44,10 +47,21 @@ class PairedBatch:
             return self.teacher if self.teacher.shape == attended.shape else attended
         return (self.teacher if before is None else before) + residual.attention * attended
 
+    def follow(self, index: int) -> None:
+        """The student's stream behind layer `index` is the teacher's, with what the layer has left for later ones."""
+        self.student = self.teacher
+        left, own = (_dictionaries(calls[index]) for calls in (self.calls, self.student_calls))
+        for ours, theirs in zip(own, left, strict=True):
+            ours.update(theirs)
+
     def weights(self, stream: Tensor, power: float) -> Tensor:
         """[B, T]: 1 / rms of each token's stream [B, T, E] to `power`; 0 at padding."""
         weights = token_weights(stream, power)
         return weights if self.counted is None else weights * self.counted
+
+
+def _dictionaries(call: Call) -> list[MutableMapping[Any, Any]]:
+    return [value for value in (*call.arguments, *call.keywords.values()) if isinstance(value, MutableMapping)]
 
 
 def open_pair(
@@ -62,16 +76,19 @@ def open_pair(
     for batch, back in zip(model.batches, held, strict=True):
         memo: dict[int, Any] = {}
 
-        def copy(value: Any, memo: dict[int, Any] = memo) -> Any:
+        def own(value: Any, memo: dict[int, Any] = memo) -> Any:
             """Dictionaries that layers write to (keys and values shared between layers) belong to one stream."""
-            return memo.setdefault(id(value), dict(value)) if isinstance(value, dict) else value
+            return memo.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value
 
-        copies = [Call(tuple(map(copy, c.arguments)), {k: copy(v) for k, v in c.keywords.items()}) for c in batch.calls]
+        def copied(call: Call, own: Callable[[Any], Any] = own) -> Call:
+            keywords = {name: own(value) for name, value in call.keywords.items()}
+            return replace(call, arguments=tuple(map(own, call.arguments)), keywords=keywords)
+
+        copies = list(map(copied, batch.calls))
         assert batch.hidden is not None
-        hidden = batch.hidden
+        hidden, positions = batch.hidden, batch.inputs.own_positions
         counted = None if batch.inputs.counted is None else batch.inputs.counted.to(hidden.device)
-        own = batch.inputs.own_positions
-        batches.append(PairedBatch(back, batch.calls, copies, hidden, hidden, hidden.shape[1], counted, own))
+        batches.append(PairedBatch(back, batch.calls, copies, hidden, hidden, batch.tokens, counted, positions))
         batch.hidden = None  # a gigabyte where the text is long: it is let go of once both models have moved on
     return model, batches
 
@@ -124,7 +141,15 @@ class LayerPair:
     def probe(self) -> tuple[AttentionTraits, Turns]:
         """What may be changed in the layer. Raises Opaque when nothing at all can be said."""
         longest = max(self.batches, key=lambda batch: batch.tokens)
-        return probe_attention(self.place, longest.teacher, longest.calls[self.index])
+        if longest.calls[self.index].passed_by:
+            raise Opaque("what the model is calibrated on does not go through this layer")
+        later, own = self.model.blocks[self.index + 1 :], type(self.block.module.get_submodule(self.place.at))
+        lent = any(not block.attentions and any(type(m) is own for m in block.module.modules()) for block in later)
+        return probe_attention(self.place, longest.teacher, longest.calls[self.index], lent)
+
+    def gates(self, watched: Watched, traits: AttentionTraits) -> Tensor | None:
+        """[B, T, H, V] of `between.gates_of`, for a layer that has any. The output projection must have been tapped."""
+        return gates_of(watched, self.place) if traits.gated in (OF_HEADS, OF_DIMENSIONS) else None
 
     def watch(self, taps: tuple[str, ...] = (), rows: int = 0) -> Iterator[tuple[PairedBatch, Watched, list[Rows]]]:
         """The teacher's layer on one batch after the other, and query positions to look at: `rows` of every SEGMENT."""

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from upfit.calibration.observe import Seen
+from upfit.calibration.rotation import Layout, Turns, turns_of
 from upfit.calibration.scores.problem import Target
 from upfit.calibration.statistics import Rows
 from upfit.calibration.teacher_student import LayerPair, PairedBatch, stream_before, taps_before
-from upfit.calibration.traits import AttentionTraits, Turns, turns_of
+from upfit.calibration.traits import AttentionTraits
 from upfit.calibration.watch import Watched, has_module
 
 
@@ -19,7 +20,8 @@ class View:
     """What the teacher's layer showed on one batch: `inputs` [B, T, E] of queries and `key_inputs` [B, S, E] of keys and values
     (the same but in cross-attention), `before` [B, T, E] the stream that the attention adds to, `attended` [B, T, E] by o_proj,
     `total` [B, T, E] the stream with what the MLP adds, `output` [B, T, E] after the layer (the same but where that is normed),
-    `values` [B, S, K, V]; `turns`: how queries and keys are turned in it, where that is not alike in all batches."""
+    `values` [B, S, K, V]; `turns`: how queries and keys are turned in it, where that is not alike in all batches.
+    `gates` [B, H, R, V] of each target, where the layer has any and they were asked for."""
 
     batch: PairedBatch
     inputs: Tensor
@@ -32,6 +34,7 @@ class View:
     scaling: float
     targets: list[Target]
     turns: Turns | None = None
+    gates: list[Tensor] | None = None
 
     @property
     def cross(self) -> bool:
@@ -41,7 +44,7 @@ class View:
 
 def watch_teacher(
     pair: LayerPair, traits: AttentionTraits, outputs: Tensor | None, rows: int, importance: float
-) -> Iterator[tuple[View, Seen, list[Rows]]]:
+) -> Iterator[tuple[View, Watched, list[Rows]]]:
     """The teacher's layer on one batch after the other: its view, what was seen, and the query positions of the targets, `rows`
     of every SEGMENT.
 
@@ -64,12 +67,13 @@ def watch_teacher(
         total = watched.taps[sum_path][0] if sum_path else output
         turns = _turns(pair, watched, traits) if own_turns else None
         view = View(batch, inputs, of_keys, before, attended, total, output, values, scaling, targets, turns)
-        yield view, watched.seen, sampled
+        yield view, watched, sampled
 
 
 def _turns(pair: LayerPair, watched: Watched, traits: AttentionTraits) -> Turns:
     parts = {part: watched.taps.get(pair.path(part)) for part in ("q", "k", "q_norm", "k_norm")}
-    return turns_of(watched.seen, {part: tap for part, tap in parts.items() if tap}, traits, pair.layer.geometry)
+    layout = Layout(traits.pairs, traits.order, traits.speeds, traits.norm_last, traits.unit)
+    return turns_of(watched.seen, {part: tap for part, tap in parts.items() if tap}, layout, pair.layer.geometry)
 
 
 def _target(seen: Seen, rows: Rows, outputs: Tensor | None, token_weight: Tensor, power: float) -> Target:

@@ -50,11 +50,13 @@ class LayerChoices(Part):
     layer: its name in the model
     kv_heads: its key/value heads
     choices: the numbers of heads that it could have
+    reasons: what an aligned merge of it leaves out, and why; what is averaged is among it
     """
 
     layer: str
     kv_heads: int
     choices: list[Choice]
+    reasons: list[str]
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,19 @@ def _show_sensitivity(sensitivity: Sensitivity, output: Output) -> None:
         rows.append(["KV cache a position read", *[human_bytes(totals[c].cross_bytes_per_position or 0) for c in counts]])
     title = "Predicted error of attention / output before any refit, by key/value heads (share of its energy)"
     output.table(["layer", *map(str, counts)], rows, title)
+    for line in reason_lines(sensitivity.layers):
+        output.line(line)
+
+
+def reason_lines(layers: list[LayerChoices]) -> list[str]:
+    """What is left out of which layers; those of one reason share a line, which has their numbers as ranges."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for layer in layers:
+        number = LAYER.search(layer.layer)
+        name = layer.layer if number is None else f"{layer.layer[: number.start()]}\0{layer.layer[number.end() :]}"
+        for reason in layer.reasons:
+            numbers.setdefault((name, reason), []).extend([] if number is None else [int(number[0])])
+    return [f"{name.replace(chr(0), _ranges(own))}: {reason}" for (name, reason), own in numbers.items()]
 
 
 def _pair(*errors: float | None) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from upfit.calibration.products import rounded
-from upfit.calibration.traits import Turns
+from upfit.calibration.rotation import Turns
 
 Norm = Callable[[Tensor], Tensor]
 

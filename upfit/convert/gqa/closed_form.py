@@ -12,12 +12,12 @@ for one group: g old key/value heads, n query heads, D head width, P rotated pai
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from upfit.calibration.reduction import TINY, reduce
+from upfit.calibration.reduction import TINY, powers, reduce
 from upfit.calibration.traits import AttentionTraits
 
 AVERAGED = -1  # in the place of a cut: keys are not turned before they are merged
@@ -35,17 +35,42 @@ class KeyMerge:
 @dataclass(frozen=True)
 class ValueMerge:
     """New value = `values` [V, g·V] · [v_1 … v_g]; O's columns of head h, which used old head j: O_h · `outputs` [g, V,
-    V][j]. `lost`: the share of the energy that is not kept."""
+    V][j]. `lost`: the share of the energy that is not kept, of `power` in all."""
 
     values: Tensor
     outputs: Tensor
     lost: float
+    power: float
 
 
 def merge_values(moment: Tensor, metric: Tensor, width: int) -> ValueMerge:
     """`moment` [g·V, g·V] of the values, `metric` [g·V, g·V] of the output projection (block-diagonal Σ O_hᵀO_h)."""
     up, down, lost = reduce(moment, metric, width)
-    return ValueMerge(down, up.unflatten(0, (-1, width)), lost)
+    return ValueMerge(down, up.unflatten(0, (-1, width)), lost, float((moment * metric).sum()))
+
+
+def as_rotations(merged: ValueMerge) -> ValueMerge:
+    """The same merge with new values in the basis in which the maps to the old ones, `outputs` [n, V, V], are as near rotations
+    as they can be: a norm that follows lets rotations pass."""
+    root, inverse = powers((merged.outputs.mT @ merged.outputs).mean(0))
+    return replace(merged, values=root @ merged.values, outputs=merged.outputs @ inverse)
+
+
+def merge_gated_values(moments: Tensor, outputs: Tensor, owners: Tensor) -> ValueMerge:
+    """Of values that a gate multiplies dimension by dimension before the output projection: each dimension keeps the one
+    combination of the group's, v' = Σ p_j v_j, that loses least, with a factor for each query head, which its columns of the
+    projection take up. `moments` [n, V, g, g] of what the heads' attention makes of the values, gated; `outputs` [n, E, V];
+    `ValueMerge.outputs` [n, V, V] is of query heads here."""
+    energy, width = outputs.square().sum(1), outputs.shape[2]  # [n, V]
+    mix, factors = _one_per_pair(moments, energy, owners, normed=False)
+    places, heads = torch.arange(width), torch.arange(len(owners))
+    values = torch.zeros(width, mix.shape[1], width, dtype=mix.dtype)
+    values[places, :, places] = mix
+    seen = torch.einsum("hvij,vj->hvi", moments, mix)
+    own = moments[heads, :, owners, owners]
+    left = own - 2 * factors * seen[heads, :, owners] + factors.square() * torch.einsum("vi,hvi->hv", mix, seen)
+    lost, power = float((energy * left).sum().clamp_min(0)), float((energy * own).sum())
+    return ValueMerge(values.flatten(1), torch.diag_embed(factors), lost / max(power, TINY), power)
 
 
 def output_metric(outputs: Tensor, owners: Tensor, count: int) -> Tensor:

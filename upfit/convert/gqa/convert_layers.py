@@ -9,6 +9,7 @@ chosen on the rows that are fitted: the cut of slow pairs, Gauss–Newton steps 
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,12 +19,13 @@ from upfit.calibration.layerwise import Block, find_blocks, observed_model
 from upfit.calibration.observe import Opaque
 from upfit.calibration.products import quick_products
 from upfit.calibration.ridge import augmented
+from upfit.calibration.rotation import Turns, unit_norm
 from upfit.calibration.scores import fit as fit_scores
 from upfit.calibration.scores.problem import Batch, Form, Norm, Target, Weights, input_moments, norm_in_order
 from upfit.calibration.stream_refit import Drifts, adopt, drifts_of, mapped, refit_stream, student_inputs
 from upfit.calibration.teacher_student import LayerPair, pass_by, put, stream_error
 from upfit.calibration.teacher_view import View
-from upfit.calibration.traits import AttentionTraits, Turns
+from upfit.calibration.traits import AttentionTraits
 from upfit.convert.fitting import LayerFits
 from upfit.convert.gqa.layer_state import LayerRecord, Merged, Settings, watch_layer
 from upfit.convert.gqa.merge_layer import merge_layer, pack, refine
@@ -102,7 +104,7 @@ def _fit_layer(
         for view in views:
             view.batch.teacher = view.output
             if not settings.refit:
-                view.batch.student = view.output
+                view.batch.follow(pair.index)
         record.stream_error = stream_error(pair.batches) if settings.refit else None
     return new
 
@@ -155,6 +157,9 @@ def _form(
 ) -> Form | None:
     """How the student's projections become scores. None when its norms cannot be applied to heads in another order."""
     norms: dict[str, Norm | None] = {"q_norm": None, "k_norm": None}
+    if traits.unit:
+        units = traits.unit[:2], traits.unit[2:]
+        norms = {part: partial(unit_norm, scale=a, epsilon=e) for part, (a, e) in zip(norms, units, strict=True)}
     for part in norms:
         try:
             module = pair.student.get_submodule(pair.path(part))

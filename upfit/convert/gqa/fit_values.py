@@ -20,11 +20,19 @@ NEGLIGIBLE = 1e-9  # a share of the energy that is rounding: what is fitted so w
 @dataclass(frozen=True)
 class Mixed:
     """Sampled rows: `values` [N, G, n, g·V], every old value of its group as each query head's attention mixes it, and what the
-    layer's attention gave out [N, E] with a weight [N]."""
+    layer's attention gave out [N, E] with a weight [N]. `gates` [N, G, n, V] multiply what is mixed, where there are any."""
 
     values: Tensor
     target: Tensor
     weight: Tensor
+    gates: Tensor | None = None
+
+
+def together(parts: list[Mixed]) -> Mixed:
+    """The rows of all `parts`."""
+    gates = [part.gates for part in parts if part.gates is not None]
+    values, target, weight = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "target", "weight"))
+    return Mixed(values, target, weight, torch.cat(gates) if gates else None)
 
 
 def refine_values(fit: Mixed, held: Mixed, down: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,11 +58,28 @@ def refine_values(fit: Mixed, held: Mixed, down: Tensor, outputs: Tensor) -> tup
     return best
 
 
+def refine_outputs(fit: Mixed, held: Mixed, outputs: Tensor) -> tuple[float, Tensor]:
+    """The output projection [E, G, n, V] for values [N, G, n, V] that are new already, and its error on the held-back rows: as
+    it is, or drawn to that by the ridge that these like best."""
+    alone = torch.eye(outputs.shape[-1], device=outputs.device).expand(outputs.shape[1], -1, -1)
+    error = _error(held, alone, outputs)
+    if error < NEGLIGIBLE * float((held.target.square().sum(1) * held.weight).sum()):
+        return error, outputs
+    solved = [_improve_outputs(fit, alone, outputs.flatten(1), ridge).reshape(outputs.shape) for ridge in RIDGES]
+    return min(((_error(held, alone, each), each) for each in (outputs, *solved)), key=lambda tried: tried[0])
+
+
+def better_start(held: Mixed, starts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of pairs (down, outputs) as in `refine_values` the one that the held-back rows like best."""
+    return min(starts, key=lambda start: _error(held, *start))
+
+
 def _mixed(rows: Mixed, down: Tensor) -> Tensor:
     """Shared values as each head mixes them [N, G·n·V]."""
     heads = rows.values.shape[2]
     mixed = [rows.values[:, group].flatten(0, 1) @ own.T for group, own in enumerate(down)]
-    return torch.stack([part.unflatten(0, (-1, heads)) for part in mixed], 1).flatten(1)
+    together = torch.stack([part.unflatten(0, (-1, heads)) for part in mixed], 1)
+    return (together if rows.gates is None else together * rows.gates).flatten(1)
 
 
 def _outputs_of(rows: Mixed, down: Tensor, outputs: Tensor) -> Tensor:
@@ -87,6 +112,7 @@ def _improve_down(rows: Mixed, down: Tensor, outputs: Tensor) -> Tensor:
     def pulled(back: Tensor) -> Tensor:
         """What `back` [N, G·n·V], weighted gaps through the output projection, pulls on `down`."""
         parts = (back * rows.weight[:, None]).unflatten(1, shape)
+        parts = parts if rows.gates is None else parts * rows.gates
         return torch.stack([parts[:, group].flatten(0, 1).T @ rows.values[:, group].flatten(0, 1) for group in range(shape[0])])
 
     residual = pulled(rows.target @ flat - _mixed(rows, down) @ gram)

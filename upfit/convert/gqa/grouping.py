@@ -67,6 +67,10 @@ def pair_costs(traits: AttentionTraits, sums: Mapping[str, Tensor], metric: Tens
         costs += _turned_costs(torch.view_as_complex(sums["key_pairs"].contiguous()), sums["queries"], traits.pairs)
     elif "keys" in sums and not traits.pairs and traits.factors:
         costs += _joint_costs(sums["keys"], sums["queries"].unflatten(0, (len(metric), -1)).sum(1))
+    if "value_dimensions" in sums:
+        share = len(sums["value_dimensions"]) // len(metric)
+        energy = metric.diagonal(dim1=1, dim2=2).repeat_interleave(share, 0) / share
+        costs += _single_costs((sums["value_dimensions"] * energy[:, :, None, None]).sum(0))
     return costs + _joint_costs(sums["values"], metric) if "values" in sums else costs
 
 
@@ -74,7 +78,11 @@ def _turned_costs(pairs: Tensor, queries: Tensor, count: int) -> Tensor:
     """Of keys on `count` rotated pairs, each to be one complex number: `pairs` complex [H, P, K, K], `queries` [H, D, D]."""
     diagonal = queries.diagonal(dim1=1, dim2=2)
     energy = diagonal[:, :count] + diagonal[:, count : 2 * count]
-    moment = (pairs * energy[:, :, None, None]).sum(0)  # [P, K, K]
+    return _single_costs((pairs * energy[:, :, None, None]).sum(0))
+
+
+def _single_costs(moment: Tensor) -> Tensor:
+    """Of numbers of which each two heads are to keep one: `moment` [P, K, K]."""
     power = moment.diagonal(dim1=1, dim2=2).real
     first, second, cross = power[:, :, None], power[:, None], moment.abs()
     smaller = (first + second) / 2 - (((first - second) / 2).square() + cross.square()).sqrt()

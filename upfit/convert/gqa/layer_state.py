@@ -69,9 +69,12 @@ def watch_layer(
 ) -> tuple[list[View], dict[str, Tensor]]:
     """The teacher's layer over every batch, and the statistics of the batches that are fitted."""
     views, sums = list[View](), dict[str, Tensor]()
-    for view, seen, rows in watch_teacher(pair, traits, attention.o, settings.rows, settings.importance):
+    for view, watched, rows in watch_teacher(pair, traits, attention.o, settings.rows, settings.importance):
+        gates = pair.gates(watched, traits)
         if not view.batch.held:
-            add(sums, observe(seen, traits, rows))
+            add(sums, observe(watched.seen, traits, rows, gates))
+        if gates is not None:
+            view.gates = [gates[:, sampled.at].transpose(1, 2) for sampled in rows]
         views.append(view)
     return views, sums
 

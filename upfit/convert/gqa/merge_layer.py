@@ -1,11 +1,16 @@
 """Merges the heads of one layer in closed form from its statistics, then improves the merge on the teacher's sampled rows."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
+from upfit.calibration.between import OF_DIMENSIONS
 from upfit.calibration.products import rounded
 from upfit.calibration.reduction import TINY
+from upfit.calibration.ridge import augmented
+from upfit.calibration.rotation import unit_norm
 from upfit.calibration.teacher_view import View
 from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import closed_form, fit_values
@@ -38,13 +43,14 @@ def merge_layer(
             downs.append(torch.empty(0, 0, dtype=v.dtype))
             continue
         own = slice(r * size, (r + 1) * size)
-        moment, metric = group_values(sums, new_o[:, own], group, v.shape[1])
-        merged = closed_form.merge_values(moment, metric, v.shape[1])
+        merged = merge_group_values(sums, new_o[:, own], group, per)
         lost = max(lost, merged.lost)
+        old = v[group]
+        if traits.value_unit:
+            merged, old = closed_form.as_rotations(merged), _one_length(old)
         downs.append(merged.values)
-        new_v.append(merged.values @ v[group].flatten(0, 1))
-        turned = merged.outputs[group_owners(group, per)]
-        new_o[:, own] = torch.einsum("hev,hvw->ehw", new_o[:, own].transpose(0, 1), turned)
+        new_v.append(merged.values @ old.flatten(0, 1))
+        new_o[:, own] = torch.einsum("hev,hvw->ehw", new_o[:, own].transpose(0, 1), merged.outputs)
     values, outputs, down = torch.stack(new_v).float(), new_o.float(), torch.stack(downs).float()
     result: dict[int, Merged] = {}
     one_length = traits.normed and (attention.k_norm is None or attention.k_norm.ndim == 1)
@@ -59,6 +65,12 @@ def _unlike(heads: Tensor) -> float:
     return float((heads - heads.mean(0)).square().sum() / heads.square().sum().clamp_min(TINY))
 
 
+def _one_length(heads: Tensor) -> Tensor:
+    """`heads` [g, D, E'] as long as their mean length, which a norm takes away."""
+    lengths = heads.flatten(1).norm(dim=1).clamp_min(TINY)
+    return heads * (lengths.mean() / lengths)[:, None, None]
+
+
 def group_owners(group: list[int], per: int) -> Tensor:
     """Which of the group's old heads each of its query heads used, as a place in the group; `per` query heads for each."""
     return torch.arange(len(group)).repeat_interleave(per)
@@ -67,6 +79,16 @@ def group_owners(group: list[int], per: int) -> Tensor:
 def _joint(group: list[int], width: int) -> Tensor:
     """Where the group's heads lie among the dimensions of all heads one after the other."""
     return torch.cat([torch.arange(j * width, (j + 1) * width) for j in group])
+
+
+def merge_group_values(sums: dict[str, Tensor], outputs: Tensor, group: list[int], per: int) -> closed_form.ValueMerge:
+    """The group's values in one, `outputs` [E, n, V] being those of its query heads; `ValueMerge.outputs` [n, V, V] too."""
+    width, owners = outputs.shape[2], group_owners(group, per)
+    if "value_dimensions" in sums:
+        moments = sums["value_dimensions"][head_order([group], per)][:, :, group][:, :, :, group]
+        return closed_form.merge_gated_values(moments, outputs.transpose(0, 1), owners)
+    merged = closed_form.merge_values(*group_values(sums, outputs, group, width), width)
+    return replace(merged, outputs=merged.outputs[owners])
 
 
 def group_values(sums: dict[str, Tensor], outputs: Tensor, group: list[int], width: int) -> tuple[Tensor, Tensor]:
@@ -127,9 +149,8 @@ def _merge_keys(
         merged = closed_form.merge_keys(traits, *moments, owners, cut)
         errors.append(closed_form.key_error(traits, merged, moments[0], moments[2], owners))
         own = k[group][:, order]
-        if one_length and cut != closed_form.AVERAGED:  # which the norm takes away
-            lengths = own.flatten(1).norm(dim=1).clamp_min(TINY)
-            own = own * (lengths.mean() / lengths)[:, None, None]
+        if one_length and cut != closed_form.AVERAGED:
+            own = _one_length(own)
         new_k.append(merged.keys @ own.flatten(0, 1))
         new_q.append(merged.queries @ q[head_order([group], per)][:, order])
     lost, total = (sum(part) for part in zip(*errors, strict=True))
@@ -149,28 +170,73 @@ def _rows_of(view: View, merged: Merged, attention: Attention, weight: Tensor) -
         attended = view.attended[:, target.at]
         targets.append((attended if attention.o_bias is None else attended - attention.o_bias).flatten(0, 1))
         tokens.append(weight[:, target.at].flatten())
-    return fit_values.Mixed(torch.cat(parts), torch.cat(targets), torch.cat(tokens))
+    gates = None
+    if view.gates is not None:  # [B, H, R, V] → [B·R, G, n, V]
+        grouped = [rows[:, merged.heads].unflatten(1, (-1, size)) for rows in view.gates]
+        gates = torch.cat([rows.permute(0, 3, 1, 2, 4).flatten(0, 1) for rows in grouped])
+    return fit_values.Mixed(torch.cat(parts), torch.cat(targets), torch.cat(tokens), gates)
 
 
 def refine(traits: AttentionTraits, attention: Attention, merged: Merged, views: list[View], token_power: float) -> None:
     """Better shared values and outputs for what the teacher's attention gives out, on sampled rows."""
-
-    def rows(held: bool) -> fit_values.Mixed:
-        parts = []
-        for view in views:
-            if view.batch.held == held:
-                weight = view.batch.weights(view.batch.middle(view.attended, traits.residual, view.before), token_power)
-                parts.append(_rows_of(view, merged, attention, weight))
-        return fit_values.Mixed(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in ("values", "target", "weight"))
-        )
-
-    assert attention.v is not None
+    if traits.value_unit:
+        _refine_normed(traits, attention, merged, views, token_power)
+        return
+    assert attention.v is not None and attention.o is not None
     stacked = with_bias(attention.v, attention.v_bias)
     old = torch.stack([stacked[group].flatten(0, 1) for group in merged.groups])  # [G, g·V, E']
     size = len(merged.heads) // len(merged.groups)
-    down, outputs = fit_values.refine_values(rows(held=False), rows(held=True), merged.down, merged.o.unflatten(1, (-1, size)))
+    fit, held = (_rows(traits, attention, merged, views, token_power, held) for held in (False, True))
+    start = merged.down, merged.o.unflatten(1, (-1, size))
+    if traits.gated == OF_DIMENSIONS:  # one dimension after the other: the mean knows of them all
+        outputs = attention.o[:, merged.heads].unflatten(1, (-1, size))
+        start = fit_values.better_start(held, [start, (_mean_of(start[0]), outputs)])
+    down, outputs = fit_values.refine_values(fit, held, *start)
     merged.v, merged.o = down @ old, outputs.flatten(1, 2)
+
+
+def _refine_normed(
+    traits: AttentionTraits, attention: Attention, merged: Merged, views: list[View], token_power: float
+) -> None:
+    """As `refine`, where a norm follows the values: the outputs for what it makes of the closed form's, or of the mean's."""
+    assert attention.v is not None and attention.o is not None
+    stacked, size = with_bias(attention.v, attention.v_bias), len(merged.heads) // len(merged.groups)
+    averaged = torch.stack([stacked[group].mean(0) for group in merged.groups])
+    best: tuple[float, Tensor, Tensor] | None = None
+    for v, o in ((merged.v, merged.o), (averaged, attention.o[:, merged.heads])):
+        own = replace(merged, groups=[[group] for group in range(len(v))])
+        shown = [replace(view, values=_normed(v, view.key_inputs, traits)) for view in views]
+        fit, held = (_rows(traits, attention, own, shown, token_power, held) for held in (False, True))
+        error, outputs = fit_values.refine_outputs(fit, held, o.unflatten(1, (-1, size)))
+        if best is None or error < best[0]:
+            best = error, v, outputs.flatten(1, 2)
+    assert best is not None
+    merged.v, merged.o = best[1:]
+
+
+def _normed(weight: Tensor, inputs: Tensor, traits: AttentionTraits) -> Tensor:
+    """Values [B, S, G, V] of `weight` [G, V, E'] and its `inputs` [B, S, E]."""
+    projected = augmented(inputs, weight.shape[-1]) @ weight.flatten(0, 1).T
+    return unit_norm(projected.unflatten(-1, weight.shape[:2]), *traits.value_unit)
+
+
+def _rows(
+    traits: AttentionTraits, attention: Attention, merged: Merged, views: list[View], token_power: float, held: bool
+) -> fit_values.Mixed:
+    """The sampled rows of all batches that are held back, or of those that are not."""
+    parts = []
+    for view in views:
+        if view.batch.held == held:
+            weight = view.batch.weights(view.batch.middle(view.attended, traits.residual, view.before), token_power)
+            parts.append(_rows_of(view, merged, attention, weight))
+    return fit_values.together(parts)
+
+
+def _mean_of(down: Tensor) -> Tensor:
+    """The mean of each group's values in the place of `down` [G, V, g·V]."""
+    groups, width, joint = down.shape
+    mean = torch.eye(width, device=down.device).repeat(1, joint // width) * (width / joint)
+    return mean.expand(groups, -1, -1).clone()
 
 
 def pack(layer: Layer, traits: AttentionTraits, attention: Attention, merged: Merged) -> dict[str, Tensor]:
@@ -187,5 +253,7 @@ def pack(layer: Layer, traits: AttentionTraits, attention: Attention, merged: Me
         k_bias=merged.k[:, back, width] if attention.k_bias is not None else None,
         v_bias=merged.v[..., width] if attention.v_bias is not None else None,
         k_norm=mean(norm, len(merged.groups)) if norm is not None and norm.ndim > 1 else None,
+        gate=None if attention.gate is None else attention.gate[merged.heads],
+        gate_bias=None if attention.gate_bias is None else attention.gate_bias[merged.heads],
     )
     return LAYOUTS[layer.layout].pack(new, layer.geometry)

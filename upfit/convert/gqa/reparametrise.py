@@ -33,7 +33,7 @@ def permute_heads(attention: Attention, order: Sequence[int]) -> Attention:
     size = attention.o.shape[1] // attention.k.shape[0]
     queries = [head * size + i for head in order for i in range(size)]
     changed: dict[str, Any] = {name: _taken(getattr(attention, name), order) for name in ("k", "v", "k_bias", "v_bias")}
-    changed |= {name: _taken(getattr(attention, name), queries) for name in ("q", "q_bias")}
+    changed |= {name: _taken(getattr(attention, name), queries) for name in ("q", "q_bias", "gate", "gate_bias")}
     return replace(attention, **changed, o=attention.o[:, queries])
 
 

@@ -4,13 +4,13 @@ The predictions are for the closed-form merge before any refit, so they are uppe
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
 from upfit.calibration.gather import gather_layer
-from upfit.calibration.reduction import reduce
 from upfit.calibration.sample_for import sample_for
 from upfit.calibration.teacher_student import open_pair
 from upfit.calibration.traits import AttentionTraits
@@ -18,7 +18,7 @@ from upfit.convert import result
 from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.convert.gqa.grouping import head_order
-from upfit.convert.gqa.merge_layer import choose_groups, group_keys, group_owners, group_values
+from upfit.convert.gqa.merge_layer import choose_groups, group_keys, group_owners, merge_group_values
 from upfit.convert.result import LayerChoices, Sensitivity, TotalChoice
 
 if TYPE_CHECKING:
@@ -37,8 +37,9 @@ def predict(context: "FitContext", choice: Choice) -> Sensitivity:
     layers = {layer.path: layer for layer in architecture.layers}
     rows = []
     if statistics is not None:
-        stored = [(path, statistics.layer(path)) for path in layers]
-        rows = [_row(context, layers[path], known, counts) for path, known in stored]
+        for path, layer in layers.items():
+            row, traits = _row(context, layer, statistics.layer(path), counts), statistics.traits[path]
+            rows.append(replace(row, reasons=_reasons(traits)))
     else:
         sample = sample_for(
             context.folder, context.checkpoint, choice.calibration, choice.tokens, choice.length, context.output, choice.field
@@ -50,8 +51,14 @@ def predict(context: "FitContext", choice: Choice) -> Sensitivity:
                 meter.advance(1)
                 for gathered in attentions:
                     known = None if isinstance(gathered.traits, str) else (gathered.traits, gathered.sums)
-                    rows.append(_row(context, layers[gathered.path], known, counts))
+                    row = _row(context, layers[gathered.path], known, counts)
+                    rows.append(replace(row, reasons=_reasons(gathered.traits)))
     return Sensitivity(counts, rows, totals(counts, rows, {layer.path for layer in architecture.layers if layer.cross}))
+
+
+def _reasons(traits: AttentionTraits | str) -> list[str]:
+    """What a merge leaves out: of a layer that could not be watched, everything."""
+    return [f"{traits}, so heads are averaged"] if isinstance(traits, str) else list(traits.reasons)
 
 
 def _row(
@@ -66,7 +73,7 @@ def _row(
         errors = _errors(known, attention, layer, count) if known else (None, None)
         share = layer.kv_bytes_per_token * count // layer.geometry.kv_heads
         choices.append(result.Choice(count, *errors, share))
-    return LayerChoices(layer.path, layer.geometry.kv_heads, choices)
+    return LayerChoices(layer.path, layer.geometry.kv_heads, choices, [])
 
 
 def _errors(
@@ -92,11 +99,9 @@ def _errors(
             lost["keys"] += group_lost
             total["keys"] += energy
         if traits.values:
-            width = layer.geometry.v_head_dim
-            moment, metric = group_values(sums, outputs[:, head_order([group], per)], group, width)
-            power = float((moment * metric).sum())
-            lost["values"] += reduce(moment, metric, width)[2] * power
-            total["values"] += power
+            merged_values = merge_group_values(sums, outputs[:, head_order([group], per)], group, per)
+            lost["values"] += merged_values.lost * merged_values.power
+            total["values"] += merged_values.power
     attention_error = lost["keys"] / total["keys"] if traits.keys else None
     return attention_error, lost["values"] / total["values"] if traits.values else None
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from upfit.calibration.reduction import powers, reduce
 from upfit.calibration.ridge import Moments, ridge
+from upfit.calibration.rotation import Turns
 from upfit.calibration.scores import fit as fit_scores
 from upfit.calibration.scores.problem import Batch, Form, Point, Problem, Target, Weights
-from upfit.calibration.traits import AttentionTraits, Turns
+from upfit.calibration.traits import AttentionTraits
 from upfit.convert.gqa import closed_form, fit_values
 from upfit.convert.gqa.grouping import partition
 

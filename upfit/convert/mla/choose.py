@@ -11,7 +11,7 @@ from upfit.calibration.observe import Opaque
 from upfit.calibration.sample_for import sample_for
 from upfit.calibration.teacher_student import LayerPair, open_pair, pass_by
 from upfit.convert.mla.sizes import Sizes
-from upfit.convert.mla.watch_layer import BALANCES, closest, watch_layer
+from upfit.convert.mla.watch_layer import BALANCES, check_projections, closest, watch_layer
 from upfit.convert.recipe import FitContext
 from upfit.output import Output
 
@@ -59,9 +59,11 @@ def choose(
 
 
 def _errors(pair: LayerPair, possible: list[Sizes]) -> dict[Sizes, float]:
-    """What each of the sizes loses in one layer; nothing for a layer of another rotation."""
+    """What each of the sizes loses in one layer; nothing for a layer of another rotation. Raises Opaque for one that cannot be
+    given a latent."""
     traits, turns = pair.probe()
-    if not traits.keys or not traits.values or any(len(sizes.counts) != traits.pairs for sizes in possible):
+    check_projections(pair, traits)
+    if any(len(sizes.counts) != traits.pairs for sizes in possible):
         return {}
     stored = {part: pair.model.weights.checkpoint.read(name).float() for part, name in pair.layer.names.items()}
     device = pair.batches[0].teacher.device

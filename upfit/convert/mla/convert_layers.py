@@ -18,16 +18,17 @@ from upfit.architecture.attention import LAYOUTS, Attention
 from upfit.calibration.layerwise import Block, find_blocks, observed_model
 from upfit.calibration.observe import Call, Opaque
 from upfit.calibration.ridge import augmented
+from upfit.calibration.rotation import Turns
 from upfit.calibration.scores.fit import Effort, Penalty, fit_scores
 from upfit.calibration.scores.problem import Batch, Form, Weights, input_moments
 from upfit.calibration.stream_refit import adopt, drifts_of, mapped, refit_stream
 from upfit.calibration.teacher_student import LayerPair, put, stream_error
-from upfit.calibration.traits import AttentionTraits, Turns
+from upfit.calibration.traits import AttentionTraits
 from upfit.convert.fitting import LayerFits
 from upfit.convert.mla.layer import Latent, even
 from upfit.convert.mla.own_config import written
 from upfit.convert.mla.sizes import Sizes, layer_settings, without_rotation
-from upfit.convert.mla.watch_layer import BALANCES, Shown, closest, watch_layer
+from upfit.convert.mla.watch_layer import BALANCES, Shown, check_projections, closest, watch_layer
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ def _attention(pair: LayerPair) -> Attention:
 
 def _check(pair: LayerPair, traits: AttentionTraits, sizes: Sizes) -> None:
     """Raise Opaque for a layer that cannot be given a latent, with the reason."""
-    if not traits.keys or not traits.values:
-        raise Opaque(f"{pair.layer.path}: {'; '.join(traits.reasons) or 'its keys or values are not its projections'}")
+    check_projections(pair, traits)
     if traits.pairs and traits.pairs != len(sizes.counts):
         raise Opaque(f"{pair.layer.path} rotates {traits.pairs} pairs of dimensions, where {len(sizes.counts)} were expected")
     if not pair.last or len(pair.block.attentions) > 1:

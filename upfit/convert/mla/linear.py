@@ -10,8 +10,9 @@ from torch import Tensor
 from upfit.architecture.attention import Attention
 from upfit.calibration.observe import Seen
 from upfit.calibration.ridge import augmented
+from upfit.calibration.rotation import Turns
 from upfit.calibration.teacher_view import View
-from upfit.calibration.traits import AttentionTraits, Turns
+from upfit.calibration.traits import AttentionTraits
 from upfit.convert.mla.sums import still
 
 

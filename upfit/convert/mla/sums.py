@@ -18,8 +18,9 @@ from torch import Tensor
 
 from upfit.calibration.observe import Seen
 from upfit.calibration.ridge import augmented
+from upfit.calibration.rotation import Turns
 from upfit.calibration.teacher_view import View
-from upfit.calibration.traits import AttentionTraits, Turns
+from upfit.calibration.traits import AttentionTraits
 
 
 def observe(view: View, seen: Seen, traits: AttentionTraits, turns: Turns, width: int) -> dict[str, Tensor]:

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from upfit.architecture.attention import Attention
+from upfit.calibration.between import PLAIN
+from upfit.calibration.observe import Opaque
 from upfit.calibration.ridge import augmented
+from upfit.calibration.rotation import Turns
 from upfit.calibration.scores.problem import Turn
 from upfit.calibration.statistics import ROWS, add
 from upfit.calibration.teacher_student import LayerPair
 from upfit.calibration.teacher_view import View, watch_teacher
-from upfit.calibration.traits import AttentionTraits, Turns
+from upfit.calibration.traits import AttentionTraits
 from upfit.convert.mla.latent import Metrics
 from upfit.convert.mla.layer import Latent, Source, closed_form, metrics_of
 from upfit.convert.mla.linear import projections, scale_sums, scaled
@@ -41,15 +44,27 @@ class Closest:
     error: float
 
 
+def check_projections(pair: LayerPair, traits: AttentionTraits) -> None:
+    """Raise Opaque, with the reason, for a layer whose heads are not what its projections and o_proj alone make of them: the
+    latent's class has nothing between the attention and o_proj, and its values are the latent's, not normed."""
+    path = pair.layer.path
+    if not traits.keys or not traits.values:
+        raise Opaque(f"{path}: {'; '.join(traits.reasons) or 'its keys or values are not its projections'}")
+    if traits.gated != PLAIN:
+        raise Opaque(f"{path}: a gate or a norm lies between its attention and o_proj, which a latent does not have")
+    if traits.value_unit:
+        raise Opaque(f"{path}: its values are normed, which those of a latent are not")
+
+
 def watch_layer(pair: LayerPair, traits: AttentionTraits, turns: Turns, attention: Attention) -> Shown:
     """The teacher's layer over every batch. `attention` is on the device of the batches."""
     q, k, v = projections(attention, list(traits.order))
     views, sums = list[View](), dict[str, Tensor]()
-    for view, seen, _ in watch_teacher(pair, traits, attention.o, ROWS, 1.0):
+    for view, watched, _ in watch_teacher(pair, traits, attention.o, ROWS, 1.0):
         if not view.batch.held:
-            add(sums, observe(view, seen, traits, turns, v.shape[-1]))
+            add(sums, observe(view, watched.seen, traits, turns, v.shape[-1]))
             if traits.normed:
-                add(sums, scale_sums(view, seen, traits, turns, q, k))
+                add(sums, scale_sums(view, watched.seen, traits, turns, q, k))
         views.append(view)
     assert attention.o is not None
     wide = [part.double().cpu() for part in (q, k, v, attention.o)]
