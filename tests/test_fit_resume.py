@@ -40,6 +40,7 @@ FITS: dict[str, tuple[str, dict[str, Any]]] = {
     "dex by entropy": ("diff", {"variant": "dex", "heads": "entropy"}),
     "gates of keys": ("cope", {"gates": "keys", "every": 2}),
     "faded rotary positions": ("cope", {"drop_rope": True}),
+    "latents": ("mla", {"latent": 12, "rope_dim": 6}),
 }
 
 

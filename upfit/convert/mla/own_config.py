@@ -1,11 +1,12 @@
 """The config of our own class, and what becomes of a layer's tensors in it."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM
 
 from upfit.architecture.decoder_check import auto_map, class_shapes
-from upfit.architecture.meta_model import auto_class_for
+from upfit.architecture.meta_model import auto_class_for, model_class_for
 from upfit.architecture.names import name_map
 from upfit.checkpoint.plan import Rule, Tensors
 from upfit.convert.mla.sizes import Sizes
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from upfit.architecture.layers import Architecture
 
 MODEL_TYPE = "upfit_mla"
+INTERFACE = "eager_attention_forward"  # what a file of transformers has whose classes call its attention interface
 PROJECTIONS = ("q", "k", "v")
 GONE = (*PROJECTIONS, "q_norm", "k_norm")
 
@@ -25,10 +27,12 @@ GONE = (*PROJECTIONS, "q_norm", "k_norm")
 def check(architecture: "Architecture") -> None:
     """Raise UpfitError for a model whose attention cannot be given a latent, with the reason."""
     entry, name = architecture.entry, architecture.entry.model_type
-    if entry.own:
-        raise UpfitError(f"{name} needs a class of ours for grouped heads, and cannot have another one beside it")
     if auto_class_for(architecture.config) is not AutoModelForCausalLM:
         raise UpfitError(f"{name} is not loaded by AutoModelForCausalLM; only decoder-only language models can have a latent")
+    if entry.own:
+        raise UpfitError(f"{name} needs a class of ours for grouped heads, and cannot have another one beside it")
+    if not hasattr(sys.modules[model_class_for(architecture.config).__module__], INTERFACE):
+        raise UpfitError(f"{name} does not call transformers' attention interface, which latent attention needs")
     shapes = {(g.heads, g.kv_heads, g.head_dim, g.v_head_dim) for g in (layer.geometry for layer in architecture.layers)}
     if len(shapes) > 1:
         raise UpfitError(f"{name} has layers of different head counts or widths, which are not supported here")

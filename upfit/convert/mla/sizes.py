@@ -63,7 +63,8 @@ def possible_sizes(shape: "Geometry", inputs: int, pairs: int, several: bool, as
             return kept
         chosen = [one for one in every if 2 * one.slots <= MOST_ROTATED * numbers and one.latent > 0]
         if not chosen:
-            raise UpfitError(f"--cache {cache} is {numbers} numbers a token and layer, too few to rotate a key; give more")
+            least = f"{numbers} numbers a token and layer, too few to rotate {sum(count > 0 for count in dealt[0])} pairs"
+            raise UpfitError(f"--cache {cache} is {least}; give more, or --latent and --rope-dim")
         return chosen
     assert latent is not None and rope_dim is not None
     dealt = [counts for counts in _dealings(pairs, most, any_share=True) if 2 * sum(counts) == rope_dim]

@@ -34,16 +34,23 @@ def observe(view: View, seen: Seen, traits: AttentionTraits, turns: Turns, width
     for target in view.targets:
         importance = target.importance[..., 0] * target.unit  # [B, H, R]
         parts = _inputs_sums(inputs[:, : target.keys], target.weights, importance, tokens[:, target.at])
-        own = queries[:, target.at].permute(2, 0, 1, 3).flatten(1, 2)  # [H, B·R, D]
+        real = _real(view, target.at)
+        own = (queries[:, target.at] * real[..., None, None]).permute(2, 0, 1, 3).flatten(1, 2)  # [H, B·R, D]
         parts["queries"] = own.transpose(1, 2) @ own
         keys = seen.k[:, :, : target.keys, order].transpose(1, 2)
         turned = torch.complex(keys[..., : traits.pairs], keys[..., traits.pairs : 2 * traits.pairs])
         parts["pairs"] = _pair_sums(turned, target.weights, importance)
-        parts["rows"] = torch.tensor(float(importance.shape[0] * importance.shape[2]))
+        parts["rows"] = real.sum()
         for name, part in parts.items():
             wide = part.to(torch.complex128 if part.is_complex() else torch.float64).cpu()
             sums[name] = sums[name] + wide if name in sums else wide
     return sums
+
+
+def _real(view: View, at: Tensor) -> Tensor:
+    """[B, R]: 1 at rows that are no padding."""
+    shape = (len(view.inputs), len(at))
+    return view.inputs.new_ones(shape) if view.batch.counted is None else view.batch.counted[:, at].to(view.inputs)
 
 
 def still(heads: Tensor, turns: Tensor) -> Tensor:
