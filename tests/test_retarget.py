@@ -204,8 +204,23 @@ def test_what_the_other_family_cannot_say_is_refused(model_type: str, settings: 
         retarget({"model_type": model_type, **settings}, {})
 
 
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox-linear", "gpt_neox-after"])
+def test_a_rotation_is_told_to_older_tools_too(name: str, tmp_path: Path) -> None:
+    """What changes its angles as well, and where nothing does, nothing."""
+    model_type, settings, _ = CASES[name]
+    config = CONFIG_MAPPING[model_type](**settings)
+    change = retarget(json.loads(json.dumps(config.to_dict())), {})
+    assert change is not None
+    parameters = config.rope_parameters
+    assert change.config["rope_theta"] == parameters["rope_theta"]
+    scaled = {key: value for key, value in LINEAR.items()} if parameters["rope_type"] == "linear" else None
+    assert change.config.get("rope_scaling") == scaled
+
+
 def test_families_that_need_no_other_are_left_alone() -> None:
-    for config in ({"model_type": "llama"}, {"model_type": "falcon", "multi_query": True}):
+    old = {"new_decoder_architecture": False}  # multi-query, where it does not say otherwise
+    kinds = [{"multi_query": True}, {}, old, {"new_decoder_architecture": True}, {**old, "multi_query": True}]
+    for config in ({"model_type": "llama"}, *({"model_type": "falcon", **kind} for kind in kinds)):
         assert retarget(config, {}) is None
     with pytest.raises(UpfitError, match="GPT2Model cannot be moved"):
         retarget({"model_type": "gpt2", "architectures": ["GPT2Model"], **GPT}, {})
