@@ -14,6 +14,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from upfit.architecture.retarget.draft import rotary_share
+from upfit.architecture.retarget.falcon import is_multi_head
 from upfit.architecture.retarget.nemotron import SMALLEST, powers
 from upfit.architecture.retarget.retarget import MAKERS, retarget
 from upfit.architecture.table import table
@@ -212,6 +213,12 @@ def test_a_rotation_is_told_to_older_tools_too(name: str) -> None:
     assert seen is not None and seen.config["rope_theta"] == seen.config["rope_parameters"]["rope_theta"]
     assert seen.config["partial_rotary_factor"] == 0.5
     assert seen.config.get("rope_scaling") == ({"rope_type": "linear", "factor": 2.0} if "linear" in name else None)
+
+
+def test_a_falcon_is_multi_head_where_it_says_so_and_has_the_older_form() -> None:
+    """What a config does not say is as the class has it."""
+    told = ({}, {"multi_query": False}, {"multi_query": True}, {"multi_query": False, "new_decoder_architecture": True})
+    assert [is_multi_head(config) for config in told] == [False, True, False, False]
 
 
 def test_families_that_need_no_other_are_left_alone() -> None:

@@ -151,9 +151,7 @@ def test_what_is_brought_lies_in_the_work_folder(source: Path, tmp_path: Path, m
     assert ghosts == {path.name for path in source.glob("*.safetensors")}
 
 
-def test_a_hub_that_tells_no_sizes_is_refused_in_a_line(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_tells_no_sizes_is_refused_in_a_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = HfApi.model_info
 
     def sizeless(*words: Any, **more: Any) -> Any:

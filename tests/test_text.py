@@ -232,14 +232,17 @@ def test_a_calibration_reads_so_much_of_a_text_for_each_token(tmp_path: Path) ->
 
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "json", "parquet", "txt"])
 def test_a_budget_of_just_the_text_reads_all_of_it(tmp_path: Path, form: str) -> None:
-    """And one of a byte less does not."""
-    texts = mixture(3000, 5, 40, 0)
-    path = tmp_path / "text.txt"
-    path.write_text("\n".join(texts)) if form == "txt" else None
-    path = path if form == "txt" else written(tmp_path, form, texts)
-    total = sum(Reader().sizes(path))
-    assert sampled(path, budget=total) == sampled(path)
-    assert sampled(path, budget=total // 2) != sampled(path)
+    """Also where a document begins in the very middle of an odd number of bytes, which two blocks would part."""
+    odd = ["x" * 87] * 81 + ["x" * 88]  # each a line of 100 bytes, the last one of 101
+    for texts in (odd, mixture(3000, 5, 40, 0)):
+        path = tmp_path / "text.txt"
+        if form == "txt":
+            path.write_text("\n".join(texts))
+        else:
+            path = written(tmp_path, form, texts)
+        total = sum(Reader().sizes(path))
+        assert sampled(path, budget=total) == sampled(path)
+        assert sampled(path, budget=total // 2) != sampled(path)
 
 
 def test_what_models_learn_from_is_not_what_they_are_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,10 @@ def test_a_stop_that_cannot_be_saved_leaves_no_mark(shop: Workshop, tmp_path: Pa
         (None, "another process says why"),
         (OSError(28, "No space left on device"), "No space left on device"),
         (OSError("the line is cut\nand a stack"), "the line is cut"),
-        (CheckpointException("two failed", {1: (OSError(28, "No space left on device"), StackSummary())}), "No space left on device"),
+        (
+            CheckpointException("two failed", {1: (OSError(28, "No space left on device"), StackSummary())}),
+            "No space left on device",
+        ),
         (CheckpointException("nobody knows", {}), "CheckpointException ranks:dict_keys([])"),
     ],
 )
