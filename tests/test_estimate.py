@@ -36,7 +36,7 @@ def run(source: Path, out: Path, recipe: str = "gqa", dry_run: bool = True, **op
 
 def test_a_rate_is_multiplications_by_the_time_that_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch counts them, two operations each; of several times the middle one, which a busy moment does not change."""
-    seconds = [2.0] * 6 + [50.0] * 4
+    seconds = [1.0] + [2.0] * 5 + [50.0] * 4
     times = [float(now) for took in seconds for now in (100, 100 + took)]
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: times.pop(0))
     with FlopCounterMode(display=False) as counter:

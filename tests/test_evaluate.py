@@ -27,7 +27,6 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from tests.records import evaluate

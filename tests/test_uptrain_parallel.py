@@ -27,8 +27,8 @@ from tests.warm_python import ENVIRONMENT, shared_python
 from upfit.checkpoint.work_folder import LOCK, MARK
 from upfit.errors import UpfitError
 from upfit.uptrain.config import Config
-from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model import parallel
+from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.losses import Objective
 from upfit.uptrain.model.model_traits import examine
 from upfit.uptrain.model.parallel import Mesh, mesh_of, prepare

@@ -3,8 +3,8 @@
 import gc
 import json
 import os
-import zlib
 import weakref
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
