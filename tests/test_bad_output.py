@@ -40,6 +40,9 @@ def test_small_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 0))
     assert "free some space" in attempt(folder, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**19, 0, 4 * 10**18))
+    with pytest.raises(UpfitError, match=r" has 4000000000\.00 GB free, the output needs 5000000000\.00 GB; "):
+        check_output(tmp_path / "out", [], 5 * 10**18, False)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,8 @@ def test_disk_that_fails(
     """One line, with the name of a file, whatever the disk says and wherever it says it."""
     import errno
 
-    from upfit.convert import conversion
+    from upfit.checkpoint.output_folder import check_output
+from upfit.convert import conversion
 
     original = conversion.write_shards
 

@@ -23,7 +23,7 @@ from upfit.calibration.observe import Seen, _added
 from upfit.calibration.result import Calibration
 from upfit.calibration.statistics import Rows, add, observe
 from upfit.calibration.teacher_student import PairedBatch
-from upfit.calibration.traits import AttentionTraits, probe_attention
+from upfit.calibration.traits import AttentionTraits, _Layout, _scales_agree, probe_attention
 from upfit.calibration.watch import Place, Watched, _without_copies, watch
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.cli import app
@@ -146,6 +146,21 @@ def test_copies_of_keys_and_values_are_seen_as_one_of_each() -> None:
     for keys in (query, ones, torch.cat([copies, ones[:, :1]], 1)):
         plain = Watched(replace(seen, k=keys), taps, query, query)
         assert _without_copies(plain, place) is plain
+
+
+@pytest.mark.parametrize("part", ["q_norm", "k_norm"])
+@pytest.mark.parametrize(("apart", "agree"), [(0.0, True), (1e-6, True), (1e-3, False), (0.5, False)])
+def test_scales_agree_where_both_dimensions_of_every_pair_have_one(part: str, apart: float, agree: bool) -> None:
+    """A turn goes through such a norm; whatever the scales of other pairs, and however small they all are."""
+    for size in (1.0, 1e-4):
+        attention, scale = torch.nn.Module(), torch.tensor([1.0, 3.0, -2.0, 1.0, 3.0, -2.0]) * size
+        scale[4] *= 1 + apart
+        for name in ("q_norm", "k_norm"):
+            attention.add_module(name, torch.nn.RMSNorm(6))
+        attention.get_submodule(part).weight = torch.nn.Parameter(scale)
+        names = {"q_norm": "q_norm", "k_norm": "k_norm"}
+        assert _scales_agree(attention, names, _Layout(3, tuple(range(6)), ())) == agree
+        assert not _scales_agree(attention, names, _Layout(2, tuple(range(6)), ())), "a dimension that is not turned"
 
 
 def test_sums_are_those_of_the_definition() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.folders import save_tiny
@@ -31,6 +32,16 @@ FAR = 2.5  # times that a count may be off: steps end when they gain nothing, an
 def run(source: Path, out: Path, recipe: str = "gqa", dry_run: bool = True, **options: Any) -> Conversion:
     chosen = get_recipe(recipe)
     return convert(chosen, str(source), out, chosen.options(**options), Settings(dry_run=dry_run, verify=False), QUIET)
+
+
+def test_a_rate_is_multiplications_by_the_time_that_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch counts them, two operations each; of several times the middle one, which a busy moment does not change."""
+    seconds = [1.0] + [2.0] * 5 + [50.0] * 4
+    times = [float(now) for took in seconds for now in (100, 100 + took)]
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: times.pop(0))
+    with FlopCounterMode(display=False) as counter:
+        rate = estimate.measured_rate(torch.float32)
+    assert rate == counter.get_total_flops() / 2 / len(seconds) / 2.0
 
 
 def test_more_work_takes_longer() -> None:

@@ -21,6 +21,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from tests.records import evaluate
 from upfit.errors import UpfitError
@@ -157,6 +158,7 @@ def test_pairing_narrows_the_interval(folders: dict[str, str]) -> None:
     means = [result[key]["loss"]["nats_per_token"]["mean"] for key in ("model", "against")]
     assert pair["mean"] == pytest.approx(means[0] - means[1], abs=1e-12)
     assert pair["mean"] != 0
+    assert result["task_differences"] is result["probe_differences"] is None, "nothing of that was asked for"
 
 
 def test_other_tokens_are_compared_in_bits_per_byte(folders: dict[str, str]) -> None:
@@ -243,6 +245,25 @@ def test_beyond_the_window_only_the_full_layers_grow() -> None:
     growth = measure_cache(Qwen2ForCausalLM(config).eval(), torch.arange(30), 256)
     layer = 2 * 2 * 8 * 4  # keys and values x heads x width x float32
     assert growth and (growth.bytes_per_token, growth.bytes_per_token_beyond) == (3 * layer, 2 * layer)
+
+
+@pytest.mark.parametrize(("window", "longest"), [(16_000, 16_048), (16_382, 16_384), (16_383, 48), (20_000, 48)])
+def test_windows_are_filled_up_to_a_length(monkeypatch: pytest.MonkeyPatch, window: int, longest: int) -> None:
+    """Of 16384 tokens: what is read beyond the window goes no further either."""
+    lengths: list[int] = []
+
+    def run(ids: torch.Tensor) -> tuple[None, DynamicCache]:
+        lengths.append(ids.shape[1])
+        layer = DynamicSlidingWindowLayer(sliding_window=window)
+        layer.keys = torch.empty(1, 1, min(ids.shape[1], window - 1), 1)
+        cache = DynamicCache()
+        cache.layers = [layer]
+        return None, cache
+
+    monkeypatch.setattr("upfit.evaluate.cache.CachedModel", lambda model: run)
+    growth = measure_cache(None, torch.arange(30), None)
+    assert growth and growth.window == window and growth.bytes_per_token == 4
+    assert max(lengths) == longest and growth.bytes_per_token_beyond == (0 if longest > 48 else None)
 
 
 def test_states_are_fixed_bytes() -> None:

@@ -18,6 +18,7 @@ from tests.test_evaluate import POSITIONS, documents, quiet, settings, tiny_llam
 from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.evaluate.load import check_model, load_tokenizer, pick_device
+from upfit.evaluate.loss import token_losses
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,17 @@ def test_another_last_token_is_another(ids: list[int]) -> None:
     with pytest.raises(UpfitError, match="a later token changes what it predicts before it"):
         check_model(BertLMHeadModel(config).eval(), torch.tensor(ids), "model")
     check_model(tiny_llama(), torch.tensor(ids), "model")
+
+
+def test_a_model_whose_cache_is_broken_still_has_a_loss() -> None:
+    def without_cache(_: Any, __: Any, keywords: dict[str, Any]) -> None:
+        assert keywords["use_cache"] is False
+
+    model, ids = tiny_llama(), torch.arange(3, 20)
+    whole = token_losses(model, ids[None])
+    model.register_forward_pre_hook(without_cache, with_kwargs=True)
+    check_model(model, ids, "model")
+    assert (token_losses(model, ids[None]) == whole).all()
 
 
 def test_a_loss_that_is_not_finite_is_refused(tmp_path: Path, folders: dict[str, str]) -> None:

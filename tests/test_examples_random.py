@@ -58,6 +58,12 @@ def test_tokens_that_are_made_are_tokens_that_the_model_knows(known: int) -> Non
         assert tokens.unique().tolist() == list(range(known))
 
 
+@pytest.mark.parametrize("config", [{}, {"num_codebooks": 3}, {"codebook_vocab_size": 9}, {"num_codebooks": None}])
+def test_tokens_of_sound_are_made_where_their_number_and_their_kinds_are_known(config: dict[str, Any]) -> None:
+    ids = torch.arange(9)[None]
+    assert in_streams(SimpleNamespace(**config), ids, torch.Generator()) is ids
+
+
 @pytest.mark.parametrize("model_type", ["whisper", "speech_to_text", "canary", "dia", "voxtral_realtime", "mllama"])
 def test_what_takes_more_than_text_is_compared(tmp_path: Path, model_type: str) -> None:
     tiny_model(model_type).save_pretrained(tmp_path / "source")

@@ -217,6 +217,15 @@ def test_two_models_are_asked_the_same(
     assert any("lm-evaluation-harness" in table.title and len(table.rows) == 8 for table in section.tables)
 
 
+def test_a_model_alone_has_no_differences(models: dict[str, Path], tasks: str, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "text.txt").write_text("a line of text with words in it\n" * 60)
+    data: dict[str, Any] = {"data": [str(tmp_path / "text.txt")], "length": 32, "windows": 2, "device": "cpu"}
+    options = Options(**data, tasks=["pick"], task_path=tasks, task_limit=2)
+    result = evaluate(str(models["llama"]), options, Output(as_json=True, quiet=True))
+    assert result["model"]["tasks"] and result["task_differences"] is result["against"] is None
+
+
 def test_a_model_differs_from_itself_by_nothing(models: dict[str, Path], tasks: str) -> None:
     pytest.importorskip("lm_eval")
     model, found, options = asked(models["llama"], tasks, ["pick", "say"])

@@ -14,7 +14,7 @@ from tests.folders import save_tiny
 from tests.tiny import auto_class, tiny_model
 from upfit import provenance
 from upfit.architecture.attention import Geometry
-from upfit.architecture.leftovers import _widths, patterns, without_prediction
+from upfit.architecture.leftovers import _many, _widths, patterns, without_prediction
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.output import Output
@@ -212,3 +212,7 @@ def test_counts_of_prediction_layers_become_none() -> None:
 
 def test_many_names_are_told_as_few() -> None:
     assert patterns([f"layers.{i}.a" for i in range(40)] + ["b.7.c"]) == {"layers.*.a": 40, "b.7.c": 1}
+    shown = [f"{letter}.weight" for letter in "abcd"]
+    for count in (1, 2, 3):
+        assert _many(shown[:count]) == ", ".join(shown[:count])
+    assert _many(shown) == "a.weight, b.weight, c.weight and others, 4 in all"

@@ -15,7 +15,9 @@ from transformers import EncoderDecoderCache, GenerationMixin
 from tests.test_laws import sample
 from tests.tiny import BUILDABLE, auto_class, tiny_inputs, tiny_model
 from upfit.architecture.forwards import cache_of
-from upfit.architecture.table import table
+from upfit.architecture.layers import bind
+from upfit.architecture.table import MODEL_TYPE, table
+from upfit.checkpoint.reader import open_checkpoint
 from upfit.convert.conversion import Settings, convert
 from upfit.convert.recipe import get_recipe
 from upfit.modeling.modeling_upfit_gqa import Copies
@@ -147,6 +149,23 @@ def test_what_heads_share_is_given_out_as_often_as_it_is_shared(fused: str) -> N
         groups = [torch.cat([q[:, :, 2 * head : 2 * head + 2], k[:, :, [head]], v[:, :, [head]]], 2) for head in range(3)]
         given, wanted = torch.cat(groups, 2), torch.stack([q, *shared], 3).flatten(2)
     assert torch.equal(copies.spread(given.flatten(2)), wanted)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "whisper", "bloom", "llama"])
+def test_only_what_gets_fewer_heads_becomes_our_class(model_type: str, tmp_path: Path) -> None:
+    """A config that changes nothing is the source's; repeated heads need no class of ours where there is a number for them."""
+    model = tiny_model(model_type)
+    model.save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        architecture = bind(checkpoint.config, checkpoint.tensors)
+    own, heads = architecture.entry.own != "", architecture.kv_heads
+    assert own == (model_type != "llama")
+    types = [architecture.with_kv_heads(count)["model_type"] for count in (1, heads, 2 * heads)]
+    assert types == [MODEL_TYPE if own else model_type, model_type, model_type]
+    same = architecture.with_kv_heads(heads)
+    assert same == architecture.config and same is not architecture.config
+    if not own:
+        assert [architecture.with_kv_heads(count)["num_key_value_heads"] for count in (1, 2 * heads)] == [1, 2 * heads]
 
 
 def test_it_loads_where_upfit_is_not(tmp_path: Path) -> None:

@@ -170,6 +170,21 @@ prepare.prepare([sys.argv[1]], Path(sys.argv[2]), sys.argv[3], "text", Output(qu
 """
 
 
+@pytest.mark.parametrize("linux", [True, False])
+def test_as_many_work_as_there_are_cores_and_text_for(monkeypatch: pytest.MonkeyPatch, linux: bool) -> None:
+    """Of what comes from elsewhere nobody knows how much text it is. Not every system says which cores are this process's."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 96 if linux else 6)
+    if not linux:
+        monkeypatch.delattr(os, "sched_getaffinity")
+    share, here = preparing.BYTES_A_WORKER, [Path("text.jsonl")]
+    assert [preparing._enough_workers(here, size) for size in (0, share - 1, share, 5 * share, 99 * share)] == [1, 1, 2, 6, 6]
+    assert preparing._enough_workers([], 0) == 6
+    if not linux:
+        monkeypatch.setattr(os, "cpu_count", lambda: None)
+        assert preparing._enough_workers([], 0) == 1
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path, tokenizer: str) -> None:
     (tmp_path / "in.jsonl").write_text(lines(2400))

@@ -14,6 +14,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from upfit.architecture.retarget.draft import rotary_share
+from upfit.architecture.retarget.falcon import is_multi_head
 from upfit.architecture.retarget.nemotron import SMALLEST, powers
 from upfit.architecture.retarget.retarget import MAKERS, retarget
 from upfit.architecture.table import table
@@ -204,8 +205,26 @@ def test_what_the_other_family_cannot_say_is_refused(model_type: str, settings: 
         retarget({"model_type": model_type, **settings}, {})
 
 
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox-linear", "gpt_neox-after"])
+def test_a_rotation_is_told_to_older_tools_too(name: str) -> None:
+    """What changes its angles as well, and where nothing does, nothing."""
+    source = tiny(*CASES[name][:2])
+    seen = retarget(config_json(source), {name: Described(tuple(tensor.shape)) for name, tensor in stored(source).items()})
+    assert seen is not None and seen.config["rope_theta"] == seen.config["rope_parameters"]["rope_theta"]
+    assert seen.config["partial_rotary_factor"] == 0.5
+    assert seen.config.get("rope_scaling") == ({"rope_type": "linear", "factor": 2.0} if "linear" in name else None)
+
+
+def test_a_falcon_is_multi_head_where_it_says_so_and_has_the_older_form() -> None:
+    """What a config does not say is as the class has it."""
+    told = ({}, {"multi_query": False}, {"multi_query": True}, {"multi_query": False, "new_decoder_architecture": True})
+    assert [is_multi_head(config) for config in told] == [False, True, False, False]
+
+
 def test_families_that_need_no_other_are_left_alone() -> None:
-    for config in ({"model_type": "llama"}, {"model_type": "falcon", "multi_query": True}):
+    old = {"new_decoder_architecture": False}  # multi-query, where it does not say otherwise
+    kinds = [{"multi_query": True}, {}, old, {"new_decoder_architecture": True}, {**old, "multi_query": True}]
+    for config in ({"model_type": "llama"}, *({"model_type": "falcon", **kind} for kind in kinds)):
         assert retarget(config, {}) is None
     with pytest.raises(UpfitError, match="GPT2Model cannot be moved"):
         retarget({"model_type": "gpt2", "architectures": ["GPT2Model"], **GPT}, {})

@@ -37,6 +37,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("ids", [[0], [0, 0, 0], [0, 7, 3], [65_535]])
+def test_the_manifest_counts_what_was_written(tmp_path: Path, ids: list[int]) -> None:
+    """Also where the largest token is the first of the vocabulary."""
+    writer = ShardWriter(tmp_path, "uint16")
+    writer.add(ids)
+    writer.finish({})
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert [manifest[name] for name in ("tokens", "documents", "largest_id")] == [len(ids), 1, max(ids)]
+
+
 def flip(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1

@@ -125,6 +125,47 @@ def test_what_cannot_be_streamed_is_refused(source: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.upfit-work").exists()
 
 
+def test_a_dry_run_leaves_nothing_and_downloads_no_weights(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_stream.HubStream, "fetch", lambda *_: pytest.fail("weights were downloaded"))
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    told = run(REPO, tmp_path / "out", stream=True, dry_run=True)
+    assert told.dry_run and set(tmp_path.iterdir()) == before
+
+
+def test_what_is_brought_lies_in_the_work_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the output, wherever the command is given; it stays there when the command is stopped."""
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub_stream.HubStream, "fetch", stopped)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(KeyboardInterrupt):
+        run(REPO, tmp_path / "out", stream=True)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    ghosts = {path.name for path in (tmp_path / "out.upfit-work" / "stream").glob("*.safetensors")}
+    assert ghosts == {path.name for path in source.glob("*.safetensors")}
+
+
+def test_a_hub_that_tells_no_sizes_is_refused_in_a_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = HfApi.model_info
+
+    def sizeless(*words: Any, **more: Any) -> Any:
+        info = real(*words, **more)
+        for file in info.siblings or []:
+            file.size = None
+        return info
+
+    monkeypatch.setattr(HfApi, "model_info", sizeless)
+    with pytest.raises(UpfitError, match="^the hub does not tell the size of model-00001-of-.*; leave --stream out$"):
+        run(REPO, tmp_path / "out", stream=True)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.upfit-work").exists()
+
+
 @pytest.mark.slow
 def test_a_download_that_fails_costs_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(str(source), tmp_path / "plain")

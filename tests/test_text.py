@@ -16,6 +16,7 @@ from upfit.errors import UpfitError
 from upfit.output import Output
 from upfit.text import content_stamp, entries, file_documents
 from upfit.text.corpus import documents
+from upfit.text.documents import PYTHON_FILES, library_documents
 from upfit.text.files import local_inputs
 from upfit.text.plain import pieces, read_blocks
 from upfit.text.reader import Reader
@@ -213,6 +214,42 @@ def test_long_documents_count_in_the_windows_of_a_calibration(tmp_path: Path) ->
     (windows,) = sample.windows.values()
     v, n = (windows.flatten().tolist().count(tokenizer.convert_tokens_to_ids(letter)) for letter in "vn")
     assert 0.35 < v / (v + n) < 0.65
+
+
+def test_a_calibration_reads_so_much_of_a_text_for_each_token(tmp_path: Path) -> None:
+    """Twice eight bytes: what is left over by the cut to windows has to be made up for, and a token is seldom longer."""
+    for form in ("jsonl", "txt"):
+        path = tmp_path / f"text.{form}"
+        texts = [words("s", 100, seed) for seed in range(900)]
+        path.write_text(rows(texts) if form == "jsonl" else "\n".join(texts))
+        read = sum(len(document.text) for document in read_documents([str(path)], 2000))
+        assert 0.8 * 32_000 < read <= 32_000, form
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "json", "parquet", "txt"])
+def test_a_budget_of_just_the_text_reads_all_of_it(tmp_path: Path, form: str) -> None:
+    """Also where a document begins in the very middle of an odd number of bytes, which two blocks would part."""
+    odd = ["x" * 87] * 81 + ["x" * 88]  # each a line of 100 bytes, the last one of 101
+    for texts in (odd, mixture(3000, 5, 40, 0)):
+        path = tmp_path / "text.txt"
+        if form == "txt":
+            path.write_text("\n".join(texts))
+        else:
+            path = written(tmp_path, form, texts)
+        total = sum(Reader().sizes(path))
+        assert sampled(path, budget=total) == sampled(path)
+        assert sampled(path, budget=total // 2) != sampled(path)
+
+
+def test_what_models_learn_from_is_not_what_they_are_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of a usual size, none of which is among those of `python_documents`."""
+    sizes = {"large.py": 200_000, "largest.py": 199_999, "small.py": 2000, "stub.py": 1999, PYTHON_FILES[0]: 9000}
+    sizes |= {"room/inner.py": 9000, "test/inner.py": 9000}
+    for name, size in sizes.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("#" * size)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    assert [document.name for document in library_documents()] == ["largest.py", "room/inner.py", "small.py"]
 
 
 # Forms

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from traceback import StackSummary
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
 from tests.folders import save_tiny, tiny_llama
 from tests.test_uptrain_resume import Interrupting, untimed
@@ -33,6 +35,7 @@ from upfit.uptrain.run import checkpointing
 from upfit.uptrain.run.checkpointing import data_step
 from upfit.uptrain.run.metrics_file import MetricsFile
 from upfit.uptrain.run.run import Progress
+from upfit.uptrain.run.saver import reason
 from upfit.uptrain.run.setup import check_places
 from upfit.uptrain.run.state import Counters, Workspace
 
@@ -127,6 +130,24 @@ def test_a_stop_that_cannot_be_saved_leaves_no_mark(shop: Workshop, tmp_path: Pa
     with pytest.raises(UpfitError, match="stopped, but the checkpoint of step 3 could not be written"):
         shop.run(tmp_path / "out", output=Telling({3: fill_and_signal}))
     assert not (tmp_path / "out.upfit-work" / "stopped").exists()
+
+
+@pytest.mark.parametrize(
+    ("cause", "line"),
+    [
+        (None, "another process says why"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("the line is cut\nand a stack"), "the line is cut"),
+        (
+            CheckpointException("two failed", {1: (OSError(28, "No space left on device"), StackSummary())}),
+            "No space left on device",
+        ),
+        (CheckpointException("nobody knows", {}), "CheckpointException ranks:dict_keys([])"),
+    ],
+)
+def test_why_a_checkpoint_was_not_written_is_a_line(cause: BaseException | None, line: str) -> None:
+    """That of the first process that failed, where torch knows it."""
+    assert reason(cause) == line
 
 
 def test_lines_wait_for_the_disk_and_none_is_lost(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@ processes can go on from. One launch makes all runs on two processes."""
 
 import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from tests.warm_python import ENVIRONMENT, shared_python
 from upfit.checkpoint.work_folder import LOCK, MARK
 from upfit.errors import UpfitError
 from upfit.uptrain.config import Config
+from upfit.uptrain.model import parallel
 from upfit.uptrain.model.distiller import Distiller
 from upfit.uptrain.model.losses import Objective
 from upfit.uptrain.model.model_traits import examine
@@ -301,6 +304,22 @@ def test_what_cannot_be_sharded_is_one_line(
     with pytest.raises(UpfitError, match=told) as caught:
         mesh_of(Config(**settings))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_process_has_weights_and_gradients_are_added_up_in_float32(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Whatever the launcher asks of accelerate: the model is tried before it is sharded."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(parallel, "Accelerator", SimpleNamespace)
+    accelerator: Any = parallel.accelerator_for(Mesh(1, 2), dtype)
+    plugin, policy = accelerator.fsdp_plugin, accelerator.fsdp_plugin.mixed_precision_policy
+    assert plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading is False
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"].lower() == "false"
+    assert policy.reduce_dtype == torch.float32 and policy.param_dtype == (None if dtype == torch.float32 else dtype)
+    assert accelerator.mixed_precision == "no" and accelerator.parallelism_config is None
 
 
 def test_a_single_number_cannot_be_sharded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,14 @@ import os
 import shutil
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,6 +26,7 @@ from upfit.errors import UpfitError
 from upfit.uptrain.config import Config, resolve
 from upfit.uptrain.data.prepare import prepare
 from upfit.uptrain.model.distiller import Distiller
+from upfit.uptrain.run.run import Run
 from upfit.uptrain.train import uptrain
 
 
@@ -105,6 +108,32 @@ def test_micro_batches_do_not_change_the_losses(shop: Workshop, tmp_path: Path) 
         lines.append([(line["loss"], line["ce"], line["grad_norm"]) for line in metrics(tmp_path / str(micro))])
     for other in lines[1:]:
         torch.testing.assert_close(torch.tensor(other), torch.tensor(lines[0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_gradients_are_sent_once_a_step_and_those_of_shards_at_once(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    """Four batches in each of two steps: whole gradients are added up here until the last, shards have no room for them."""
+    events: list[str] = []
+    alone, backward = Accelerator.no_sync, Accelerator.backward
+
+    @contextmanager
+    def noted(self: Accelerator, model: Any) -> Iterator[None]:
+        events.append("held back")
+        with alone(self, model):
+            yield
+
+    def counted(self: Accelerator, loss: torch.Tensor, **more: Any) -> None:
+        events.append("backward")
+        backward(self, loss, **more)
+
+    monkeypatch.setattr(Accelerator, "no_sync", noted)
+    monkeypatch.setattr(Accelerator, "backward", counted)
+    monkeypatch.setattr(Run, "sharded", sharded)
+    shop.run(tmp_path / "out", tokens="256", micro_batch=1)
+    step = ["backward"] * 4 if sharded else ["held back", "backward"] * 3 + ["backward"]
+    assert events == 2 * step
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import weakref
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,6 +165,33 @@ def test_a_gap_of_the_size_of_an_overlap_is_a_gap(lines: tuple[Path, dict[str, A
     folder, line = lines
     first, second, _ = line["pieces"]
     assert not kept_with(folder, line | {"pieces": [first, second, [30, 60, *second[2:]]]})
+
+
+def test_a_shard_whose_source_cannot_be_read_any_more_is_made_again(lines: tuple[Path, dict[str, Any]]) -> None:
+    """A piece that was copied is compared with the source's, which may have become shorter since."""
+    folder, line = lines
+    content = (folder / "shard").read_bytes()
+
+    first = (folder / JOURNAL).read_text().splitlines()[0]
+    copied = line | {"pieces": [[start, 30, None, "source", start] for start in (0, 30, 60)]}
+    for size in (90, 89):
+
+        def read(_: str, nbytes: int, start: int, size: int = size) -> bytes:
+            if start + nbytes > size:
+                raise UpfitError("the file ends before that")
+            return content[start : start + nbytes]
+
+        (folder / JOURNAL).write_text(f"{first}\n{json.dumps(copied)}\n")
+        assert ("shard" in FinishedShards(folder, {}, read).verified) == (size == 90)
+
+
+@pytest.mark.parametrize("step", [1, 7, 90, 100])
+def test_the_checksum_of_a_file_is_that_of_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """However many are read at once."""
+    monkeypatch.setattr(finished_shards, "STEP", step)
+    content = os.urandom(90)
+    (tmp_path / "file").write_bytes(content)
+    assert finished_shards.crc_of(tmp_path / "file") == zlib.crc32(content)
 
 
 def test_a_shard_reaches_the_disk_before_its_line_and_the_line_before_it_counts(

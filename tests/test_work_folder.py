@@ -354,3 +354,17 @@ def test_every_file_and_folder_of_a_tree_reaches_the_disk(tmp_path: Path, monkey
     monkeypatch.setattr(durable, "sync_path", synced.add)
     durable.sync_tree(tmp_path / "tree")
     assert synced == {tmp_path / "tree", tmp_path / "tree" / "inner", tmp_path / "tree" / "inner" / "file"}
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_locks_are_files_that_the_mask_allows_and_no_programs(tmp_path: Path, mask: int) -> None:
+    """Who shares the folder can open them, as all that this user makes."""
+    before = os.umask(mask)
+    try:
+        with work_folder(tmp_path / "out", "convert") as work, room.locked(work.path / "part.lock", "the part"):
+            modes = {name: (work.path / name).stat().st_mode & 0o7777 for name in (LOCK, "part.lock")}
+        write_whole(tmp_path / "whole", "x")
+    finally:
+        os.umask(before)
+    modes["whole"] = (tmp_path / "whole").stat().st_mode & 0o7777
+    assert set(modes.values()) == {0o666 & ~mask}, modes

@@ -110,6 +110,22 @@ def test_queries_that_never_go_somewhere_cost_nothing_there() -> None:
     assert costs.isfinite().all() and 0 <= costs[0, 1] < 1e-6
 
 
+@pytest.mark.parametrize("missing", ["key_pairs", "queries", "factors", "everything of keys"])
+@pytest.mark.parametrize("pairs", [PAIRS, 0])
+def test_keys_of_which_too_little_is_known_do_not_count(missing: str, pairs: int) -> None:
+    """Values are compared all the same, and so are keys that are not turned, which no pairs are needed for."""
+    keys, values = ([drawn(SAMPLES, width, seed=j) for j in range(OLD)] for width in (WIDTH, VALUE))
+    sums = statistics(keys, values, [drawn(SAMPLES, WIDTH, seed=20 + h) for h in range(2 * OLD)])
+    metric = torch.eye(VALUE, dtype=torch.float64).expand(OLD, -1, -1)
+    kind = replace(traits(), pairs=pairs, factors=missing != "factors")
+    alone = pair_costs(kind, {"values": sums["values"]}, metric)
+    lost = ("keys", "key_pairs", "queries") if missing == "everything of keys" else (missing,)
+    if not pairs and "queries" in lost and "keys" not in lost:
+        return  # queries and keys are summed together
+    costs = pair_costs(kind, {name: total for name, total in sums.items() if name not in lost}, metric)
+    assert torch.equal(costs, alone) == (pairs > 0 or missing != "key_pairs")
+
+
 @pytest.mark.parametrize("alike", ["keys", "values"])
 def test_heads_that_are_alike_share_a_new_one(alike: str) -> None:
     """Heads 0 and 2 in one group and 1 and 3 in the other, by what their keys or their values have in common."""
