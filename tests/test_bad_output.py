@@ -8,6 +8,8 @@ import pytest
 
 from tests.folders import save_tiny
 from tests.test_bad_input import attempt
+from upfit.checkpoint.output_folder import check_output
+from upfit.errors import UpfitError
 
 
 @pytest.fixture
@@ -55,8 +57,7 @@ def test_disk_that_fails(
     """One line, with the name of a file, whatever the disk says and wherever it says it."""
     import errno
 
-    from upfit.checkpoint.output_folder import check_output
-from upfit.convert import conversion
+        from upfit.convert import conversion
 
     original = conversion.write_shards
 
