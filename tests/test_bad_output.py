@@ -57,7 +57,7 @@ def test_disk_that_fails(
     """One line, with the name of a file, whatever the disk says and wherever it says it."""
     import errno
 
-        from upfit.convert import conversion
+    from upfit.convert import conversion
 
     original = conversion.write_shards
 
