@@ -23,7 +23,7 @@ from upfit.calibration.observe import Seen, _added
 from upfit.calibration.result import Calibration
 from upfit.calibration.statistics import Rows, add, observe
 from upfit.calibration.teacher_student import PairedBatch
-from upfit.calibration.traits import AttentionTraits, _Layout, _scales_agree, probe_attention
+from upfit.calibration.traits import AttentionTraits, Layout, _scales_agree, probe_attention
 from upfit.calibration.watch import Place, Watched, _without_copies, watch
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.cli import app
@@ -159,8 +159,8 @@ def test_scales_agree_where_both_dimensions_of_every_pair_have_one(part: str, ap
             attention.add_module(name, torch.nn.RMSNorm(6))
         attention.get_submodule(part).weight = torch.nn.Parameter(scale)
         names = {"q_norm": "q_norm", "k_norm": "k_norm"}
-        assert _scales_agree(attention, names, _Layout(3, tuple(range(6)), ())) == agree
-        assert not _scales_agree(attention, names, _Layout(2, tuple(range(6)), ())), "a dimension that is not turned"
+        assert _scales_agree(attention, names, Layout(3, tuple(range(6)), ())) == agree
+        assert not _scales_agree(attention, names, Layout(2, tuple(range(6)), ())), "a dimension that is not turned"
 
 
 def test_sums_are_those_of_the_definition() -> None:
