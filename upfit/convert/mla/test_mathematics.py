@@ -90,6 +90,18 @@ def test_one_slot_cannot_be_bettered(seed: int, monkeypatch: pytest.MonkeyPatch)
         assert (lost_of_pairs(moments, energy, replace(slots, mix=mix, factors=factors.T)) > best).all()
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_factors_cannot_be_bettered(count: int) -> None:
+    """Those by which a query head takes up the shared keys of a pair."""
+    moments = pair_moments(drawn(80, KV_HEADS, PAIRS, kind=torch.complex128))
+    energy = drawn(HEADS, PAIRS).abs()
+    slots = share_pairs(moments, energy, OWNERS, [count] * PAIRS)
+    best = lost_of_pairs(moments, energy, slots)
+    for step in range(20):
+        factors = slots.factors + 1e-3 * drawn(*slots.factors.shape, seed=step, kind=torch.complex128)
+        assert (lost_of_pairs(moments, energy, replace(slots, factors=factors)) > best).all()
+
+
 def test_pairs_without_a_slot_have_none() -> None:
     moments, energy = pair_moments(drawn(80, KV_HEADS, PAIRS, kind=torch.complex128)), drawn(HEADS, PAIRS).abs()
     slots = share_pairs(moments, energy, OWNERS, [2, 1, 0, 0])
@@ -320,7 +332,9 @@ def test_latents_are_of_even_size_and_the_layer_is_the_same() -> None:
     uneven = replace(latent, up_k=latent.up_k / sizes, up_v=latent.up_v / sizes)
     uneven = replace(uneven, key=torch.cat([latent.key[:4], latent.key[4:] * sizes[:, None]]))
     silent = replace(uneven, key=torch.cat([uneven.key, 0 * uneven.key[:1]]))
-    silent = replace(silent, **{name: torch.nn.functional.pad(getattr(silent, name), (0, 1)) for name in ("up_k", "up_v")})
+    silent = replace(
+        silent, **{name: torch.nn.functional.pad(getattr(silent, name), (0, 1), value=3) for name in ("up_k", "up_v")}
+    )
     for one in (uneven, silent):
         done = even(one, sums)
         squares = (x @ done.key[4:].T).square().mean(0)
@@ -329,5 +343,6 @@ def test_latents_are_of_even_size_and_the_layer_is_the_same() -> None:
         for name in ("up_k", "up_v"):
             before, after = getattr(one, name) @ one.key[4:], getattr(done, name) @ done.key[4:]
             torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12 * float(before.abs().max()))
+        assert torch.equal(done.up_k[..., 8:], one.up_k[..., 8:])  # of a number that is always 0
         factors = (done.key[4:] / one.key[4:])[:8, 0].log2()
         assert torch.equal(factors, factors.round())
