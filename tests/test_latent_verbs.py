@@ -12,7 +12,10 @@ from tests.folders import letter_tokenizer
 from tests.uptraining import Workshop, make_workshop
 from upfit import api, provenance
 from upfit.cli import app
+from upfit.convert.result import cache_words
 from upfit.errors import UpfitError
+from upfit.publish.options import Options
+from upfit.publish.push import pack
 
 LATENT, ROTATED, LAYERS, BFLOAT16 = 12, 4, 2, 2
 
@@ -45,6 +48,12 @@ def run(*words: object) -> str:
     return done.output
 
 
+def card(folder: Path) -> str:
+    text = pack(folder, "user/repo", Options()).files["README.md"]
+    assert isinstance(text, bytes)
+    return text.decode()
+
+
 def test_it_is_measured_as_what_it_caches(workshop: Workshop, stock: Path) -> None:
     """By the command line, whose early checks see the config alone."""
     data = workshop.teacher.parent / "text.jsonl"
@@ -56,6 +65,21 @@ def test_it_is_measured_as_what_it_caches(workshop: Workshop, stock: Path) -> No
     run("report", stock, workshop.teacher.parent / "page.html")
     assert f'"{stock.name}"' in run("compare", workshop.teacher, stock, "--json")
     run("plan", stock, "--tokens", "1M")
+
+
+def test_it_has_no_heads_of_keys_and_values(workshop: Workshop, stock: Path) -> None:
+    """Neither a width of such a head: what heads share is told in their place."""
+    shared = f"one latent of {LATENT + ROTATED} numbers"
+    lines = run("show", stock).splitlines()
+    assert f"key/value heads   {shared}" in lines and not any(line.startswith("head width") for line in lines)
+    assert shared in run("compare", stock, "--json") and shared in card(stock)
+    assert api.describe(stock).latent == [LATENT + ROTATED] and api.describe(workshop.student).latent is None
+    assert shared not in run("compare", workshop.student, "--json") and shared not in card(workshop.student)
+    assert cache_words([8, 1], [64, 32], None, [16]) == "8 key/value heads → one latent of 16 numbers, " + cache_words(
+        [1, 1], [64, 32]
+    )
+    assert cache_words([1, 1], [64, 32], None, [8, 16]).startswith("1 key/value head → one latent of 8, 16 numbers, ")
+    assert "one latent" not in str(api.describe(workshop.student))
 
 
 def test_it_is_not_trained(workshop: Workshop, stock: Path, tmp_path: Path) -> None:
