@@ -22,6 +22,7 @@ LINES = {  # words of a command line -> what its line says
     "show t.txt": "t.txt is a file; give the model's folder or a hub id",
     "show bare": "config.json",
     "show odd": "cannot be converted",
+    "merge latent out": "cannot be converted: it uses multi-head latent attention",
     "merge ./nope out": NO_MODEL,
     "merge MODEL full": TAKEN,
     "merge MODEL out --dtype int3": "--dtype 'int3' is not known",
@@ -44,6 +45,7 @@ LINES = {  # words of a command line -> what its line says
     "plan MODEL --tokens 1M --gpu g9": "--gpu g9 is not known",
     "plan MODEL": "--tokens",
     "uptrain ./nope d out --tokens 1M": NO_MODEL,
+    "uptrain latent bare out --tokens 1M": "train the model of our own class, then fold it",
     "uptrain MODEL ./nope out --tokens 1M": "nope has no manifest.json",
     "uptrain MODEL bare out --tokens 1M": "bare TOKENS --tokenizer MODEL",
     "uptrain MODEL bare full --tokens 1M": TAKEN,
@@ -65,6 +67,7 @@ LINES = {  # words of a command line -> what its line says
 CONVERT = {
     "./nope out": NO_MODEL,
     "MODEL full": TAKEN,
+    "latent out": "cannot be converted: it uses multi-head latent attention",
     "MODEL t.txt": "is a file; choose another name",
     "MODEL out --dtype int3": "--dtype 'int3' is not known",
     "MODEL out --max-shard-size big": "--max-shard-size got 'big'",
@@ -91,14 +94,15 @@ FREE = {"list", "env"}  # they take nothing that could be wrong
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text, an output that is taken, a folder without a model, and one of a type that is refused."""
+    """A folder with text, an output that is taken, a folder without a model, and two of types that are refused."""
     folder = tmp_path_factory.mktemp("early")
-    for name in ("full", "bare", "odd"):
+    for name in ("full", "bare", "odd", "latent"):
         (folder / name).mkdir()
     (folder / "t.txt").write_text("Some words.\n")
     for name in ("s.safetensors", "page.html"):
         (folder / "full" / name).write_text("taken")
     (folder / "odd" / "config.json").write_text('{"model_type": "mamba"}')
+    (folder / "latent" / "config.json").write_text('{"model_type": "deepseek_v3", "kv_lora_rank": 8}')
     return folder
 
 
@@ -140,4 +144,4 @@ def test_an_attention_that_was_forgotten_is_an_error_of_usage(place: Path) -> No
     status, told, heavy = run(["convert", "here", "out", "--kv-heads", "2"], place)
     words = " ".join(told.replace("│", " ").split())
     assert status == 2 and not heavy
-    assert "got here for an attention; choose one of cope, diff, gqa, mqa, then give SRC and OUT" in words
+    assert "got here for an attention; choose one of cope, diff, gqa, mla, mqa, then give SRC and OUT" in words

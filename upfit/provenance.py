@@ -30,7 +30,6 @@ LOSSLESS = "lossless"  # nothing to learn from what the model was
 FITTED = "fitted"  # near to what it was: to be changed with care
 BLIND = "blind"  # far from what it was: its attention was changed without looking at what it does
 UNSETTLED = "unsettled"  # lossless, and bound to lose while it is trained
-UNTRAINABLE = "untrainable"  # among them too: why the model is not to be trained as it is, and what to do instead
 STATES = (LOSSLESS, FITTED, BLIND, UNSETTLED)
 MERGES = ("convert gqa", "convert mqa")  # the verbs that merge heads
 METHOD_NAME = re.compile(r"[a-z_]{1,32}")
@@ -187,13 +186,6 @@ def method_ran(entry: dict[str, Any]) -> str | None:
     if name == "auto":
         name = "mean" if NOT_ALIGNED in measured else "aligned" if "calibration" in measured else None
     return name if isinstance(name, str) and METHOD_NAME.fullmatch(name) else None
-
-
-def why_untrainable(folder: Path) -> str | None:
-    """Why the model in this folder is not to be trained as it is, where the step that made it says so."""
-    steps = [step for step in read(folder) if step["verb"] != "evaluate"]
-    reason = steps[-1].get("measurements", {}).get(UNTRAINABLE) if steps else None
-    return reason if isinstance(reason, str) else None
 
 
 def state_left(entry: dict[str, Any]) -> str | None:

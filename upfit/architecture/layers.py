@@ -62,6 +62,12 @@ class Architecture:
         return [n for n in more if heads % n == 0 and (n == heads or not self.entry.kv_heads_flag)]
 
     @property
+    def latent_numbers(self) -> list[int]:
+        """Numbers a token adds to a layer's cache where that is one latent for all heads, for each kind of layer, ascending;
+        empty where heads have keys and values of their own."""
+        return sorted({layer.geometry.head_dim for layer in self.layers}) if self.latent else []
+
+    @property
     def initializer_range(self) -> float:
         """Standard deviation with which the family draws new weights, 0.02 where the config does not say."""
         text = self.config.get("text_config")

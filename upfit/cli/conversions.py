@@ -143,7 +143,7 @@ def calibrate(
     """Watch a model read text, and keep statistics of every attention layer for conversions that use data."""
     early.check_statistics_output(out, overwrite)
     early.check_calibration(texts, calibration_tokens, field)
-    early.check_source(model)
+    early.check_model(model)
     output = Output(as_json, quiet)
     answer = api.calibrate(
         model,

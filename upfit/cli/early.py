@@ -6,7 +6,7 @@ Every check is one that the command's own room makes again: of what is right her
 from pathlib import Path
 from typing import Any
 
-from upfit.architecture.table import check_known
+from upfit.architecture.table import check_known, check_trained, is_stock_latent
 from upfit.checkpoint.output_folder import check_output, check_place, local_folder, resolved
 from upfit.checkpoint.reader import read_config
 from upfit.checkpoint.source import local_source
@@ -24,23 +24,29 @@ from upfit.text.files import FIELD, check_field, local_inputs, named_files
 from upfit.uptrain.config import Config
 from upfit.uptrain.config import check as check_config
 
-LATENT_WIDTH = "kv_lora_rank"  # the key in DeepSeek's configs
 STATISTICS = ".safetensors"  # what the name of a statistics file ends with
 
 
 def check_model(name: str | Path | None) -> None:
-    """Raise UpfitError for a model that is not here, is not one, or is of a type that is refused. Hub ids are not looked up.
-    What caches a latent is looked at, though nothing else is made of it."""
+    """Raise UpfitError for a model that is not here, is not one, or is of a type that is refused. Hub ids are not looked up."""
     source = None if name is None else local_source(str(name))
-    if source is not None and LATENT_WIDTH not in (config := read_config(source.path)):
+    if source is not None:
+        check_known(read_config(source.path))
+
+
+def check_measured(name: str | Path | None) -> None:
+    """As `check_model`; what caches a latent is shown and measured, though nothing is made of it."""
+    source = None if name is None else local_source(str(name))
+    if source is not None and not is_stock_latent(config := read_config(source.path)):
         check_known(config)
 
 
-def check_source(name: str) -> None:
-    """The same for a model that is to be changed or calibrated."""
+def check_trainable(name: str) -> None:
+    """As `check_model`, with the reason why a model of a type that is refused is not trained."""
     source = local_source(name)
     if source is not None:
-        check_known(read_config(source.path))
+        check_trained(read_config(source.path))
+    check_model(name)
 
 
 def check_tokenizer(name: str) -> None:
@@ -51,7 +57,7 @@ def check_conversion(
     source: str, out: Path, flags: dict[str, Any], dtype: str | None, shard: str | None, overwrite: bool
 ) -> None:
     """The arguments of `convert` and `merge`."""
-    check_source(source)
+    check_model(source)
     check_dtype(dtype)
     if shard is not None:
         parse_size(shard, "--max-shard-size")
@@ -108,7 +114,7 @@ def check_plan(model: str, options: PlanOptions) -> None:
     check_options(options)
     find_gpu(options.gpu)
     check_budget(options.tokens, options.share, options.original_tokens)
-    check_model(model)
+    check_measured(model)
 
 
 def check_budget(tokens: str | None, share: str | None, original: str | None) -> None:
@@ -127,7 +133,7 @@ def check_training(model: str, data: str, out: Path, config: Config, resume: boo
 
     check_config(config)
     check_budget(config.tokens, config.share, config.original_tokens)
-    check_model(model)
+    check_trainable(model)
     if resume:
         return
     check_output(out, local_folder(model), 0, overwrite)
@@ -138,8 +144,8 @@ def check_training(model: str, data: str, out: Path, config: Config, resume: boo
 def check_evaluation(model: str, options: EvaluateOptions) -> None:
     check_measures(options)
     check_data(options)
-    check_model(model)
-    check_model(options.against)
+    check_measured(model)
+    check_measured(options.against)
 
 
 def check_new_folder(out: Path, overwrite: bool) -> None:

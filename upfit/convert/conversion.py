@@ -351,6 +351,7 @@ def _summary(job: Job, sensitivity: Sensitivity | dict[str, Any] | None) -> Conv
         tensors=[_change(item, item.rule, job.checkpoint) for item in job.planned if item.rule is not None],
         sensitivity=sensitivity,
         reads=encoder_reads(job.checkpoint.config),
+        latent=[] if job.architecture.latent else changed.latent_numbers,
     )
 
 

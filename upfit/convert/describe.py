@@ -54,6 +54,7 @@ def describe(model: str, revision: str | None = None) -> Description:
             kv_bytes_per_token=architecture.kv_bytes_per_token,
             reads=encoder_reads(checkpoint.config),
             cross_bytes_per_position=architecture.cross_bytes_per_position or None,
+            latent=architecture.latent_numbers or None,
             sliding_windows=sliding_windows(checkpoint.config),
             history=provenance.read(source.path),
             can_become=[f"{name} {offer}".strip() for name, offer in dict.fromkeys(offers) if offer],

@@ -160,6 +160,8 @@ class Conversion(Result):
     sensitivity: of a dry run on text: predicted errors; of an attention that predicts something else, its own dictionary
     verify: what was checked; None for a dry run
     reads: what its encoder reads: text or sound; None without an encoder (not in the record)
+    latent: numbers a token and layer of the latent that heads get in place of keys and values of their own, for each kind of
+        layer; empty where they get none (not in the record)
     """
 
     recipe: str
@@ -177,6 +179,7 @@ class Conversion(Result):
     sensitivity: Sensitivity | dict[str, Any] | None = absent()
     verify: Verification | Unchecked | None = absent()
     reads: str | None = beside()
+    latent: list[int] | None = beside()
 
     def show(self, output: Output) -> None:
         verb = "Would write" if self.dry_run else "Wrote"
@@ -184,7 +187,7 @@ class Conversion(Result):
         more = f" (+{human_count(added)})" if added > 0 else ""
         output.line(
             f"{verb} {self.out}: {human_bytes(self.bytes[1])}, {human_count(self.parameters[1])} parameters{more}, "
-            f"{cache_words(self.kv_heads, self.kv_bytes_per_token, self.cross_bytes_per_position)}"
+            f"{cache_words(self.kv_heads, self.kv_bytes_per_token, self.cross_bytes_per_position, self.latent)}"
         )
         if self.estimate is not None:
             output.line(self.estimate.words())
@@ -229,8 +232,8 @@ class Description(Result):
     dtypes: types of the weights
     layers: number of attention layers
     heads: query heads, one number for each kind of layer
-    kv_heads: key/value heads, the same
-    head_dim: width of a head, the same
+    kv_heads: key/value heads, the same; 1 where all heads share a latent
+    head_dim: width of a head, the same; of a latent, all numbers that a token adds to a layer's cache
     kv_bytes_per_token: key/value cache of all layers, bytes a token, in the type of the weights; of an encoder-decoder, a token
         that is written
     sliding_windows: tokens of a sliding window, and how many layers keep no more than that; empty without any
@@ -238,6 +241,8 @@ class Description(Result):
     can_become: attentions that it can be given
     reads: what its encoder reads: text or sound; None without an encoder
     cross_bytes_per_position: the cache of its cross-attention, bytes a position that was read; None without an encoder
+    latent: numbers a token adds to a layer's cache where that is one latent, for each kind of layer; None where heads have keys
+        and values of their own
     """
 
     model: Origin
@@ -257,6 +262,7 @@ class Description(Result):
     can_become: list[str]
     reads: str | None = absent()
     cross_bytes_per_position: int | None = absent()
+    latent: list[int] | None = absent()
 
     def show(self, output: Output) -> None:
         rows = [
@@ -277,8 +283,8 @@ def as_rows(facts: dict[str, Any]) -> list[list[str]]:
         ["parameters", f"{human_count(facts['parameters'])} in {human_bytes(facts['bytes'])}, {', '.join(facts['dtypes'])}"],
         ["attention layers", str(facts["layers"])],
         ["query heads", ", ".join(map(str, facts["heads"]))],
-        ["key/value heads", ", ".join(map(str, facts["kv_heads"]))],
-        ["head width", ", ".join(map(str, facts["head_dim"]))],
+        ["key/value heads", shared_by_heads(facts)],
+        *([] if facts.get("latent") else [["head width", ", ".join(map(str, facts["head_dim"]))]]),
         ["KV cache", _cache_bytes(facts)],
         *[
             ["sliding window", f"{int(window):,} tokens in {layers} of {facts['layers']} layers"]
@@ -287,14 +293,28 @@ def as_rows(facts: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def shared_by_heads(facts: dict[str, Any]) -> str:
+    """Of the dictionary of a Description: how many key/value heads there are, or the latent that stands for them."""
+    latent = facts.get("latent")
+    return latent_words(latent) if latent else ", ".join(map(str, facts["kv_heads"]))
+
+
+def latent_words(numbers: list[int]) -> str:
+    """A latent of so many numbers a token and layer, in each kind of layer."""
+    return f"one latent of {', '.join(map(str, numbers))} numbers"
+
+
 def _cache_bytes(facts: dict[str, Any]) -> str:
     own, cross = facts["kv_bytes_per_token"], facts.get("cross_bytes_per_position")
     return f"{own:,} bytes a token" + (f" written, {cross:,} bytes a position read" if cross is not None else "")
 
 
-def cache_words(heads: list[int], nbytes: list[int], cross: list[int] | None = None) -> str:
-    """What became of key/value heads and of the bytes that a token's keys and values take; `cross`: and of what was read."""
+def cache_words(heads: list[int], nbytes: list[int], cross: list[int] | None = None, latent: list[int] | None = None) -> str:
+    """What became of key/value heads (`latent`: numbers of what they became) and of the bytes that a token takes; `cross`: and
+    of what was read."""
     changed = f"{heads[0]} → {heads[1]} key/value heads, " if heads[0] != heads[1] else ""
+    if latent:
+        changed = f"{heads[0]} key/value head{'s' if heads[0] > 1 else ''} → {latent_words(latent)}, "
     return changed + cache_change(nbytes[0], nbytes[1], cross)
 
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from upfit import __version__
 from upfit.convert.recipe import find_recipes
+from upfit.convert.result import shared_by_heads
 from upfit.modeling.registry import code_files
 from upfit.output import cache_change, cache_size, human_count
 from upfit.provenance import config_lines, method_ran
@@ -238,7 +239,7 @@ def is_inherited(readme: str, steps: list[dict[str, Any]]) -> bool:
 
 
 def _shape(facts: dict[str, Any]) -> list[str]:
-    heads = [", ".join(map(str, facts[name])) for name in ("heads", "kv_heads")]
+    heads = [", ".join(map(str, facts["heads"])), shared_by_heads(facts)]
     cache = cache_size(facts["kv_bytes_per_token"], facts.get("cross_bytes_per_position"))
     return [human_count(facts["parameters"]), *heads, cache]
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from upfit.checkpoint.source import find_source
+from upfit.convert.result import shared_by_heads
 from upfit.evaluate.tables import half_width
 from upfit.output import human_bytes, human_count
 from upfit.report.outcome import DIGITS, points
@@ -47,7 +48,7 @@ def _row(model: str, story: Story, newest: dict[str, Any] | None) -> dict[str, s
     cells = [
         called(find_source(model).record()),
         human_count(story.facts["parameters"]),
-        ", ".join(map(str, story.facts["kv_heads"])),
+        shared_by_heads(story.facts),
         human_bytes(story.facts["kv_bytes_per_token"]),
         human_count(trained) if trained else "",
         half_width(newest["model"]["loss"]["nats_per_token"], DIGITS) if newest else "",

@@ -12,17 +12,13 @@ from upfit.convert.mla.own_config import dropped, own_config
 from upfit.convert.mla.pad import padded
 from upfit.convert.mla.sizes import Sizes
 from upfit.convert.mla.stock_plan import stock_plan
-from upfit.provenance import FITTED, STATE, UNTRAINABLE
+from upfit.provenance import FITTED, STATE
 
 if TYPE_CHECKING:
     from upfit.architecture.layers import Architecture
     from upfit.convert.recipe import FitContext
 
 
-SCALED_DOWN = (
-    "its latents are scaled far below the norm that the class puts behind them, where one step of training would ruin it; "
-    "convert to --target upfit_mla, train that, and make it this class by upfit merge"
-)
 STOCK_NOTE = "the result is a stock DeepseekV3ForCausalLM, which transformers, vLLM and SGLang know"
 
 
@@ -66,7 +62,6 @@ def fit(context: "FitContext", choice: Choice) -> Plan:
     plan = Plan(config, fits.rules(label(architecture, sizes, choice.refit), dropped), report=report)
     reason = why_not(config) if choice.stock else choice.why_own
     if choice.stock and reason is None:
-        plan = replace(plan, report=report | {UNTRAINABLE: SCALED_DOWN})
         wide = plan if choice.pad is None else padded(plan, choice.pad)
         return replace(stock_plan(wide, architecture), notes=(STOCK_NOTE,))
     return replace(plan, notes=(own_note(reason),))

@@ -7,7 +7,6 @@ from upfit.checkpoint.plan import Plan
 from upfit.convert.recipe import MERGE, Fit, FitContext, NoOptions, Recipe, possible
 from upfit.errors import UpfitError
 from upfit.options import option
-from upfit.provenance import UNTRAINABLE
 from upfit.text.files import FIELD, FIELD_HELP
 
 if TYPE_CHECKING:
@@ -98,10 +97,9 @@ def _check_options(options: Options) -> None:
 
 def plan_merge(architecture: "Architecture", options: object) -> Plan:
     """A checkpoint of our class as one of the stock class, the same function. Raises UpfitError where that cannot hold it."""
-    from upfit.convert.mla.fit import SCALED_DOWN
     from upfit.convert.mla.stock_plan import stock_plan
 
-    return replace(stock_plan(Plan(architecture.config, ()), architecture), close=True, report={UNTRAINABLE: SCALED_DOWN})
+    return replace(stock_plan(Plan(architecture.config, ()), architecture), close=True)
 
 
 def _offers(architecture: "Architecture") -> str:

@@ -12,8 +12,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from transformers import PreTrainedModel
 
-from upfit import provenance
 from upfit.architecture.meta_model import read_as_class, vocabulary
+from upfit.architecture.table import check_trained
 from upfit.checkpoint.output_folder import check_output
 from upfit.checkpoint.reader import open_checkpoint, read_config
 from upfit.checkpoint.side_files import check_side_files
@@ -85,14 +85,12 @@ def check_places(out: Path, source: Source, data: Data, teacher: Source | None, 
 def check_first(out: Path, source: Source, stages: list[Stage], opened: list[Data], overwrite: bool) -> None:
     """Raise UpfitError for what would keep a later stage from beginning, or the result from being written. What concerns the
     first stage it finds by itself, at once."""
+    config = read_config(source.path)
+    check_trained(config)
     check_output(out, [source.path, *opened[0].folders], 0, overwrite)
     check_copies(source.path)
-    reason = provenance.why_untrainable(source.path)
-    if reason is not None:
-        raise UpfitError(f"{source.name} is not to be trained as it is: {reason}")
     if len(stages) == 1:
         return
-    config = read_config(source.path)
     known, longest = vocabulary(config), getattr(read_as_class(config).get_text_config(), "max_position_embeddings", None)
     for stage, data in zip(stages[1:], opened[1:], strict=True):
         teacher = find_teacher(stage, source, data, Output(quiet=True))
