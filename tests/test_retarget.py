@@ -217,13 +217,13 @@ def test_a_rotation_is_told_to_older_tools_too(name: str) -> None:
 
 def test_a_falcon_is_multi_head_where_it_says_so_and_has_the_older_form() -> None:
     """What a config does not say is as the class has it."""
-    told: list[dict[str, Any]] = [
+    configs: list[dict[str, Any]] = [
         {},
         {"multi_query": False},
         {"multi_query": True},
         {"multi_query": False, "new_decoder_architecture": True},
     ]
-    assert [is_multi_head(config) for config in told] == [False, True, False, False]
+    assert [is_multi_head(config) for config in configs] == [False, True, False, False]
 
 
 def test_families_that_need_no_other_are_left_alone() -> None:
