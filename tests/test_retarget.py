@@ -217,14 +217,20 @@ def test_a_rotation_is_told_to_older_tools_too(name: str) -> None:
 
 def test_a_falcon_is_multi_head_where_it_says_so_and_has_the_older_form() -> None:
     """What a config does not say is as the class has it."""
-    told = ({}, {"multi_query": False}, {"multi_query": True}, {"multi_query": False, "new_decoder_architecture": True})
-    assert [is_multi_head(config) for config in told] == [False, True, False, False]
+    configs: list[dict[str, Any]] = [
+        {},
+        {"multi_query": False},
+        {"multi_query": True},
+        {"multi_query": False, "new_decoder_architecture": True},
+    ]
+    assert [is_multi_head(config) for config in configs] == [False, True, False, False]
 
 
 def test_families_that_need_no_other_are_left_alone() -> None:
     old = {"new_decoder_architecture": False}  # multi-query, where it does not say otherwise
     kinds = [{"multi_query": True}, {}, old, {"new_decoder_architecture": True}, {**old, "multi_query": True}]
-    for config in ({"model_type": "llama"}, *({"model_type": "falcon", **kind} for kind in kinds)):
+    configs: list[dict[str, Any]] = [{"model_type": "llama"}, *({"model_type": "falcon", **kind} for kind in kinds)]
+    for config in configs:
         assert retarget(config, {}) is None
     with pytest.raises(UpfitError, match="GPT2Model cannot be moved"):
         retarget({"model_type": "gpt2", "architectures": ["GPT2Model"], **GPT}, {})

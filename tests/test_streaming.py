@@ -131,8 +131,8 @@ def test_a_dry_run_leaves_nothing_and_downloads_no_weights(
     monkeypatch.setattr(hub_stream.HubStream, "fetch", lambda *_: pytest.fail("weights were downloaded"))
     monkeypatch.chdir(tmp_path)
     before = set(tmp_path.iterdir())
-    told = run(REPO, tmp_path / "out", stream=True, dry_run=True)
-    assert told.dry_run and set(tmp_path.iterdir()) == before
+    answer = run(REPO, tmp_path / "out", stream=True, dry_run=True)
+    assert answer.dry_run and set(tmp_path.iterdir()) == before
 
 
 def test_what_is_brought_lies_in_the_work_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

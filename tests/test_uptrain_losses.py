@@ -141,9 +141,11 @@ def test_an_identical_teacher_has_no_divergence() -> None:
 
 
 def test_what_nobody_asked_for_is_the_divergence_alone_and_as_it_is() -> None:
-    hidden, weight, labels, *told = problem(torch.float64)
-    whole = reference(hidden, weight, labels, Head(1.0, None), (told[0], told[1], Head()), Objective(0.0, 1.0, 1.0))
-    torch.testing.assert_close(chunked_loss(hidden, weight, labels, Head(), (told[0], told[1], Head()), Objective()), whole)
+    hidden, weight, labels, *teacher = problem(torch.float64)
+    whole = reference(hidden, weight, labels, Head(1.0, None), (teacher[0], teacher[1], Head()), Objective(0.0, 1.0, 1.0))
+    torch.testing.assert_close(
+        chunked_loss(hidden, weight, labels, Head(), (teacher[0], teacher[1], Head()), Objective()), whole
+    )
 
 
 def test_packed_documents_equal_separate_ones() -> None:

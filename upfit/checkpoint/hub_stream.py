@@ -69,11 +69,11 @@ def _begin(folder: Path, hub_id: str, revision: str | None) -> HubStream:
         )
         headers = {}
         for name in _weight_files(folder, sizes):
-            if sizes[name] is None:
+            if (size := sizes[name]) is None:
                 raise UpfitError(f"the hub does not tell the size of {name} of {hub_id}; leave --stream out")
             beginning = _header(hub_id, name, commit)
             headers[name] = len(beginning)
-            _ghost(folder / name, sizes[name], beginning)
+            _ghost(folder / name, size, beginning)
     return HubStream(Source(folder, hub_id, commit, permanent=False), headers, lambda path: None)
 
 
