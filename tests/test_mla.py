@@ -31,8 +31,22 @@ from upfit.output import Output
 
 TEXT = "def f(x): return x + 1  # one more\nthe quick brown fox jumps over the lazy dog; 12 boxes of wine.\n" * 60
 QUIET = Output(quiet=True)
-OFTEN = ("llama", "gpt_oss", "smollm3")  # the others now and then
-EXACT = (*OFTEN, "cohere", "gemma2", "glm", "gpt_neox", "granite", "mistral", "mixtral", "opt", "phi3", "qwen2", "stablelm")
+OFTEN = ("llama", "gpt_oss", "gpt_neox")  # the others now and then
+EXACT = (
+    *OFTEN,
+    "cohere",
+    "gemma2",
+    "glm",
+    "granite",
+    "mistral",
+    "mixtral",
+    "nemotron",
+    "opt",
+    "phi3",
+    "qwen2",
+    "smollm3",
+    "stablelm",
+)
 EXACT = (*EXACT, "starcoder2")
 NORMED = ("qwen3", "olmo2")
 
@@ -110,7 +124,8 @@ def generates_alike(model: Any, ids: Tensor, pad: int = 5) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in NORMED)])
 def test_refit_brings_the_logits_nearer(tmp_path: Path, model_type: str) -> None:
-    """At half the cache; and where norms of heads are left out even at the whole one. On the text that it was fitted on."""
+    """At half the cache; and where norms of heads are left out even at the whole one. On the text that it was fitted on. Of the
+    squared error 0.44 is left (0.82 without what is fitted of the stream), of what comes of norms 0.08 and 0.04."""
     saved(tmp_path, model_type)
     for refit in (False, True):
         asked = {"cache": "100%", "target": "upfit_mla"} if model_type in NORMED else {"cache": "50%"}
@@ -118,7 +133,7 @@ def test_refit_brings_the_logits_nearer(tmp_path: Path, model_type: str) -> None
         assert {", refitted" in change.rule for change in done.tensors if "kv_a" in change.tensor} <= {refit, False}
     source = logits(loaded(tmp_path / "source"), text_ids())
     without, refitted = ((logits(loaded(tmp_path / name), text_ids()) - source).square().mean() for name in ("False", "True"))
-    assert 0 < refitted < 0.9 * without < float("inf")
+    assert 0 < refitted < (0.2 if model_type in NORMED else 0.6) * without < float("inf")
 
 
 LLAMA = {"num_key_value_heads": 2}

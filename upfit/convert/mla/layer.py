@@ -92,9 +92,12 @@ def _reduced(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The latent [width, E'], and what makes `plain` keys [K, N, width] and values [K, V, width] of it."""
     keys, values, count = source.k[:, plain].flatten(0, 1), source.v.flatten(0, 1), len(source.k)
-    if width >= len(keys) + len(values):
-        down = torch.cat([keys, values, keys.new_zeros(width - len(keys) - len(values), keys.shape[1])])
-        up = torch.eye(len(keys) + len(values), width, dtype=keys.dtype)
+    both = torch.cat([keys, values])
+    if width >= min(both.shape):  # all of them, or the inputs that they are made of: the layer's text does not matter
+        rows, inputs = both.shape
+        down, up = (both, torch.eye(rows).to(both)) if width >= rows else (torch.eye(inputs).to(both), both)
+        up = torch.nn.functional.pad(up, (0, width - len(down)))
+        down = torch.nn.functional.pad(down, (0, 0, 0, width - len(down)))
         return down, up[: len(keys)].unflatten(0, (count, -1)), up[len(keys) :].unflatten(0, (count, -1))
     of_keys, of_values = (sums[name].trace().clamp_min(1e-30) / sums["rows"] / len(source.q) for name in ("keys", "values"))
     units = source.scaling * (balance * of_keys).sqrt(), of_values.sqrt()  # both errors are the output's, both moments alike

@@ -45,6 +45,7 @@ class Options:
 
 def plan(architecture: "Architecture", options: Options) -> Fit:
     """A latent in every layer. Raises UpfitError for widths that are none, and for a model that cannot have one."""
+    from upfit.architecture.names import name_map
     from upfit.convert.mla.deepseek import why_not
     from upfit.convert.mla.fit import STOCK_NOTE, Choice, fit, label, own_note
     from upfit.convert.mla.own_config import check, has_bias, outline, own_config
@@ -70,6 +71,7 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
             return own
         return stock_plan(own if pad is None else padded(own, pad), architecture)
 
+    name_map(drawn(stock=False).config)  # which our class may refuse
     if options.target != OWN:
         reason = why_not(drawn(stock=False).config)
         if reason is not None and options.target == STOCK:

@@ -280,6 +280,19 @@ def test_at_full_width_a_layer_is_what_it_was(rotated: int, spare: int, absorbed
 
 
 @ABSORBED
+@pytest.mark.parametrize("spare", [0, 3])
+def test_as_wide_as_its_inputs_a_latent_loses_nothing(spare: int, absorbed: bool) -> None:
+    """Nor on inputs that are nothing like the text that was summed up."""
+    source, x = random_source(), drawn(12, E, seed=30) / 4
+    sums = random_sums(source, drawn(TOKENS, 5, seed=31) @ drawn(5, E, seed=32))
+    latent = closed_form(source, sums, metrics_of(sums), [KV_HEADS, KV_HEADS, 0, 0], E + spare, 0.25)
+    assert len(latent.key) == 4 * KV_HEADS + E + spare and E + spare < KV_HEADS * (WIDTH - 4 + V)
+    still = SPEEDS * (torch.arange(PAIRS) < 2)
+    for ours, expected in zip(run_latent(latent, source.scaling, x, absorbed), run_source(source, x, still), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
+
+
+@ABSORBED
 def test_a_latent_as_wide_as_what_it_holds_loses_nothing(absorbed: bool) -> None:
     """Heads that share a key but for factors on its pairs, and keys and values of fewer directions than they are wide."""
     source, rank = random_source(), 4
