@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 from typer.testing import CliRunner
 
 from tests.folders import letter_tokenizer
 from tests.test_fit_resume import Loads, content
 from tests.test_fit_work import stop_at
-from tests.tiny import BUILDABLE, tiny_model
+from tests.tiny import tiny_model
 from upfit import api
 from upfit.cli import app
 from upfit.convert.conversion import Settings, convert, merge
@@ -31,23 +32,8 @@ from upfit.output import Output
 
 TEXT = "def f(x): return x + 1  # one more\nthe quick brown fox jumps over the lazy dog; 12 boxes of wine.\n" * 60
 QUIET = Output(quiet=True)
-OFTEN = ("llama", "gpt_oss", "gpt_neox")  # the others now and then
-EXACT = (
-    *OFTEN,
-    "cohere",
-    "gemma2",
-    "glm",
-    "granite",
-    "mistral",
-    "mixtral",
-    "nemotron",
-    "opt",
-    "phi3",
-    "qwen2",
-    "smollm3",
-    "stablelm",
-)
-EXACT = (*EXACT, "starcoder2")
+OFTEN = ("llama", "gpt_oss", "gpt_neox")
+NOW_AND_THEN = "cohere gemma2 glm granite mistral mixtral nemotron opt phi3 qwen2 smollm3 stablelm starcoder2".split()
 NORMED = ("qwen3", "olmo2")
 
 
@@ -71,8 +57,8 @@ def loaded(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     register()
-    model: Any
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    both: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = both
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
 
@@ -91,10 +77,10 @@ def same(ours: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("model_type", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in EXACT])
+@pytest.mark.parametrize("model_type", [*OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in NOW_AND_THEN)])
 def test_the_whole_cache_is_the_source(tmp_path: Path, model_type: str) -> None:
     """Its logits, though every layer was fitted; it generates with a cache what it does without, and beside a longer row."""
-    if model_type not in BUILDABLE:
+    if model_type not in CONFIG_MAPPING:
         pytest.skip(f"the installed transformers has no {model_type}")
     done = fit(saved(tmp_path, model_type), "out", cache="100%", target="upfit_mla")
     assert done.kv_bytes_per_token[0] >= done.kv_bytes_per_token[1]  # no latent is wider than the inputs that it is made of
@@ -128,7 +114,7 @@ def test_refit_brings_the_logits_nearer(tmp_path: Path, model_type: str) -> None
     squared error 0.44 is left (0.82 without what is fitted of the stream), of what comes of norms 0.08 and 0.04."""
     saved(tmp_path, model_type)
     for refit in (False, True):
-        asked = {"cache": "100%", "target": "upfit_mla"} if model_type in NORMED else {"cache": "50%"}
+        asked: dict[str, Any] = {"cache": "100%", "target": "upfit_mla"} if model_type in NORMED else {"cache": "50%"}
         done = fit(tmp_path, str(refit), refit=refit, calibration_tokens="2k", **asked)
         assert {", refitted" in change.rule for change in done.tensors if "kv_a" in change.tensor} <= {refit, False}
     source = logits(loaded(tmp_path / "source"), text_ids())
@@ -136,8 +122,8 @@ def test_refit_brings_the_logits_nearer(tmp_path: Path, model_type: str) -> None
     assert 0 < refitted < (0.2 if model_type in NORMED else 0.6) * without < float("inf")
 
 
-LLAMA = {"num_key_value_heads": 2}
-ONE_KEY_A_PAIR = {"latent": 10, "rope_dim": 6}  # of two heads, no pair can have three
+LLAMA: dict[str, Any] = {"num_key_value_heads": 2}
+ONE_KEY_A_PAIR: dict[str, Any] = {"latent": 10, "rope_dim": 6}  # of two heads, no pair can have three
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +260,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("model_type", "asked", "line"), REFUSED)
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, model_type: str, asked: dict[str, Any], line: str) -> None:
-    if model_type not in BUILDABLE:
+    if model_type not in CONFIG_MAPPING:
         pytest.skip(f"the installed transformers has no {model_type}")
     saved(tmp_path, model_type)
     with pytest.raises(UpfitError) as refused:

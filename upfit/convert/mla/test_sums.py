@@ -144,8 +144,8 @@ def test_rows_are_scaled_to_what_norms_made_of_them() -> None:
     q, k = drawn(HEADS, WIDTH, E), drawn(KV_HEADS, WIDTH, E, seed=1)
     by_q, by_k = drawn(HEADS, WIDTH, 1, seed=2), drawn(KV_HEADS, WIDTH, 1, seed=3)
     linear = [torch.einsum("bte,hde->bthd", view.inputs, weight) for weight in (by_q * q, by_k * k)]
-    parts = (turned(heads, factors).transpose(1, 2) for heads, factors in zip(linear, (turns().q, turns().k), strict=True))
-    exact = replace(seen, **dict(zip(("q", "k"), parts, strict=True)))
+    q_seen, k_seen = (turned(heads, turns().q).transpose(1, 2) for heads in linear)
+    exact = replace(seen, q=q_seen, k=k_seen)
     sums = scale_sums(view, exact, TRAITS, turns(), q, k)
     torch.testing.assert_close(scaled(q, sums["scale_q"]), by_q * q)
     torch.testing.assert_close(scaled(k, sums["scale_k"]), by_k * k)
@@ -162,8 +162,8 @@ def test_rows_are_scaled_to_what_norms_made_of_them() -> None:
 @pytest.mark.parametrize("biased", ["", "q", "v", "qkv"])
 def test_biases_are_what_a_one_is_multiplied_with(biased: str) -> None:
     shapes = {"q": (HEADS, WIDTH), "k": (KV_HEADS, WIDTH), "v": (KV_HEADS, V)}
-    weights: dict[str, Tensor] = {name: drawn(*shape, E, seed=n) for n, (name, shape) in enumerate(shapes.items())}
-    biases: dict[str, Tensor] = {f"{name}_bias": drawn(*shapes[name], seed=9) for name in biased}
+    weights: dict[str, Any] = {name: drawn(*shape, E, seed=n) for n, (name, shape) in enumerate(shapes.items())}
+    biases: dict[str, Any] = {f"{name}_bias": drawn(*shapes[name], seed=9) for name in biased}
     parts, x = projections(Attention(**weights, **biases), list(ORDER)), drawn(7, E, seed=4)
     inputs = torch.cat([x, torch.ones(7, 1).double()], 1) if biased else x
     for (name, shape), ours in zip(shapes.items(), parts, strict=True):
