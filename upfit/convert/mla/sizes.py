@@ -58,9 +58,9 @@ def possible_sizes(shape: "Geometry", inputs: int, pairs: int, several: bool, as
         numbers = _numbers(cache, whole)
         dealt = _dealings(pairs, most)
         every = [_sizes(counts, _widest(counts, shape, inputs, numbers - 2 * sum(counts)), shape) for counts in dealt]
-        kept = [one for one in every if _whole(one, shape)]
-        if numbers == whole and kept:
-            return kept
+        lossless = [one for one in every if _whole(one, shape)]
+        if numbers == whole and lossless:
+            return lossless
         chosen = [one for one in every if 2 * one.slots <= MOST_ROTATED * numbers and one.latent > 0]
         if not chosen:
             least = f"{numbers} numbers a token and layer, too few to rotate {sum(count > 0 for count in dealt[0])} pairs"
