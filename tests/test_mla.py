@@ -33,7 +33,21 @@ from upfit.output import Output
 TEXT = "def f(x): return x + 1  # one more\nthe quick brown fox jumps over the lazy dog; 12 boxes of wine.\n" * 60
 QUIET = Output(quiet=True)
 OFTEN = ("llama", "gpt_oss", "gpt_neox")
-NOW_AND_THEN = "cohere gemma2 glm granite mistral mixtral nemotron opt phi3 qwen2 smollm3 stablelm starcoder2".split()
+NOW_AND_THEN = [
+    "cohere",
+    "gemma2",
+    "glm",
+    "granite",
+    "mistral",
+    "mixtral",
+    "nemotron",
+    "opt",
+    "phi3",
+    "qwen2",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+]
 NORMED = ("qwen3", "olmo2")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from upfit.convert.recipe import FitContext
 
 
-STOCK_NOTE = "the result is a stock DeepseekV3ForCausalLM, which transformers, vLLM and SGLang know"
+STOCK_NOTE = "the result is a stock DeepseekV3ForCausalLM, a class of transformers' own"
 
 
 @dataclass(frozen=True)

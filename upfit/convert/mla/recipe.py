@@ -95,6 +95,8 @@ def _check_options(options: Options) -> None:
         raise UpfitError("--cache decides --latent and --rope-dim; give one or the others")
     if options.cache is None and None in widths:
         raise UpfitError("give --cache, such as --cache 50%, or both --latent and --rope-dim")
+    if any(name.endswith(".safetensors") for name in options.calibration or []):
+        raise UpfitError("--calibration takes text here; a statistics file of upfit calibrate has not the sums of a latent")
 
 
 def plan_merge(architecture: "Architecture", options: object) -> Plan:

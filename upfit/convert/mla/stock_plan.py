@@ -28,25 +28,22 @@ def stock_plan(plan: Plan, architecture: "Architecture") -> Plan:
 
     Raises UpfitError where that cannot hold the model.
     """
-    rule_of = {name: rule for rule in plan.rules for name in rule.writes}
+    writers = {name: rule for rule in plan.rules for name in rule.writes}
     gone = {name for rule in plan.rules for name in rule.drops}
     described = {name: info for name, info in architecture.tensors.items() if name not in gone}
     shapes = name_map(plan.config).shapes
     for layer in architecture.layers:
         dtype = architecture.tensors[layer.names["o.weight"]].dtype
-        for name in (name for name in rule_of if name.startswith(layer.stem)):
+        for name in (name for name in writers if name.startswith(layer.stem)):
             described[name] = Shape(shapes[f"{layer.path}.{name.removeprefix(layer.stem)}"], dtype)
     draft = Draft(plan.config, described)
     config = to_deepseek(draft)
-    rules = [_through(rule, rule_of) for rule in draft.rules]
+    rules = [_through(rule, writers) for rule in draft.rules]
     written = {name for rule in rules for name in rule.writes}
     for new, old in draft.renames.items():
-        if old in rule_of or new != old:
-            rules.append(
-                _through(
-                    Rule((old,), (new,), _renaming(old, new), rule_of[old].label if old in rule_of else "renamed"), rule_of
-                )
-            )
+        if old in writers or new != old:
+            label = writers[old].label if old in writers else "renamed"
+            rules.append(_through(Rule((old,), (new,), _renaming(old, new), label), writers))
         written.add(new)
     left = tuple(name for name in architecture.tensors if name not in written)
     first, *rest = rules
@@ -60,10 +57,10 @@ def _renaming(old: str, new: str) -> Any:
     return apply
 
 
-def _through(rule: Rule, rule_of: Mapping[str, Rule]) -> Rule:
-    """`rule`, of which some reads are written by the rules in `rule_of`, as one that reads what those read."""
-    sources = list({id(rule_of[name]): rule_of[name] for name in rule.reads if name in rule_of}.values())
-    plain = [name for name in rule.reads if name not in rule_of]
+def _through(rule: Rule, writers: Mapping[str, Rule]) -> Rule:
+    """`rule`, of which some reads are written by `writers`, as one that reads what those read."""
+    sources = list({id(writers[name]): writers[name] for name in rule.reads if name in writers}.values())
+    plain = [name for name in rule.reads if name not in writers]
     reads = dict.fromkeys([*(name for source in sources for name in source.reads), *plain])
 
     def apply(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":

@@ -331,7 +331,8 @@ def test_a_narrow_latent_loses_the_least_of_the_output(balance: float, monkeypat
     latent = closed_form(source, sums, metrics_of(sums), [1, 1, 0, 0], 8, balance)
     parts = {"key": latent.key, "up_k": latent.up_k, "up_v": latent.up_v}
     free = {name: part.clone().requires_grad_() for name, part in parts.items()}
-    lost = predicted(source, sums, replace(latent, **free), balance, rotated=2)
+    moved = replace(latent, key=free["key"], up_k=free["up_k"], up_v=free["up_v"])
+    lost = predicted(source, sums, moved, balance, rotated=2)
     slopes = torch.autograd.grad(lost, list(free.values()))
     for part, slope in zip(parts.values(), slopes, strict=True):
         assert float(slope.norm() * part.norm()) < 1e-3 * float(lost.detach())
@@ -345,9 +346,8 @@ def test_latents_are_of_even_size_and_the_layer_is_the_same() -> None:
     uneven = replace(latent, up_k=latent.up_k / sizes, up_v=latent.up_v / sizes)
     uneven = replace(uneven, key=torch.cat([latent.key[:4], latent.key[4:] * sizes[:, None]]))
     silent = replace(uneven, key=torch.cat([uneven.key, 0 * uneven.key[:1]]))
-    silent = replace(
-        silent, **{name: torch.nn.functional.pad(getattr(silent, name), (0, 1), value=3) for name in ("up_k", "up_v")}
-    )
+    up_k, up_v = (torch.nn.functional.pad(up, (0, 1), value=3) for up in (silent.up_k, silent.up_v))
+    silent = replace(silent, up_k=up_k, up_v=up_v)
     for one in (uneven, silent):
         done = even(one, sums)
         squares = (x @ done.key[4:].T).square().mean(0)
