@@ -148,5 +148,5 @@ def test_a_model_that_hears_is_estimated_as_it_will_be_converted(tmp_path: Path,
     averaged = run(source, tmp_path / "out", kv_heads=1)
     assert averaged.estimate is not None and averaged.tensors[0].rule.endswith("mean")
     assert averaged.estimate.seconds[1] <= heard.estimate.seconds[1]
-    with pytest.raises(UpfitError, match="it hears, and there is no --calibration"):
+    with pytest.raises(UpfitError, match="hears, and there is no --calibration"):
         run(source, tmp_path / "out", kv_heads=1, method="aligned")
