@@ -16,6 +16,7 @@ from upfit.checkpoint.execute import Planned
 from upfit.checkpoint.plan import Plan
 from upfit.checkpoint.reader import safetensors_dtype
 from upfit.checkpoint.side_files import check_side_files
+from upfit.errors import UpfitError
 
 
 def check_against_class(
@@ -70,6 +71,8 @@ def in_dtype(plan: Plan, name: str | None) -> tuple[Plan, str | None]:
 
     if name is None:
         return plan, None
+    if name in plan.refused_dtypes:
+        raise UpfitError(f"--dtype {name}: {plan.refused_dtypes[name]}")
     changed = replace(plan, config={"dtype": name} | edit_dtype(plan.config, name))
     return changed, safetensors_dtype(getattr(torch, name))
 

@@ -4,7 +4,7 @@ No file, no model class and no torch in here; `execute.py` runs a plan.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Plan:
     """What a conversion will do.
 
     `config` is the whole new `config.json`. `exact` promises logits equal to the source's bit for bit, `close` equal to
-    rounding; verify then demands it. `notes` are shown to the user. `report` goes into recipe.json.
+    rounding; verify then demands it. `notes` are shown to the user. `report` goes into recipe.json. `refused_dtypes`: types
+    that the weights cannot have, and why.
     """
 
     config: dict[str, Any]
@@ -44,3 +45,4 @@ class Plan:
     close: bool = False
     notes: tuple[str, ...] = ()
     report: dict[str, Any] | None = None
+    refused_dtypes: Mapping[str, str] = field(default_factory=dict)

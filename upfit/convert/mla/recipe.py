@@ -28,7 +28,7 @@ class Options:
     rope_dim: int | None = option(None, help="numbers of rotated keys that all heads share, with --latent")
     target: Target = option(
         "auto",
-        help="class of the result: deepseek_v3, which engines serve, or our own, which can have several rotated keys a pair; "
+        help="class of the result: deepseek_v3, one of transformers' own, or ours, which can have several rotated keys a pair; "
         "auto: deepseek_v3 where it can hold the model",
     )
     pad: str | None = option(

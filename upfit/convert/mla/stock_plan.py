@@ -8,6 +8,7 @@ from upfit.architecture.names import name_map
 from upfit.architecture.retarget.draft import Draft
 from upfit.checkpoint.plan import Plan, Rule
 from upfit.convert.mla.deepseek import to_deepseek
+from upfit.convert.mla.deepseek_tensors import FLOAT16
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,7 @@ def stock_plan(plan: Plan, architecture: "Architecture") -> Plan:
         written.add(new)
     left = tuple(name for name in architecture.tensors if name not in written)
     first, *rest = rules
-    return replace(plan, config=config, rules=(replace(first, drops=left), *rest))
+    return replace(plan, config=config, refused_dtypes={"float16": FLOAT16}, rules=(replace(first, drops=left), *rest))
 
 
 def _renaming(old: str, new: str) -> Any:

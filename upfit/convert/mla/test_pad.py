@@ -34,6 +34,20 @@ def test_zeros_change_nothing_but_the_cache(tmp_path: Path) -> None:
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4 * float(logits[0].abs().max()))
 
 
+def test_a_type_that_cannot_hold_the_scale_is_refused_before_the_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from upfit.convert.mla import fit
+
+    def fitted(*_: object) -> None:
+        raise AssertionError("it must not come to the fit")
+
+    monkeypatch.setattr(fit, "fit", fitted)
+    source, recipe = save_tiny(tmp_path / "source", tiny_llama()), get_recipe("mla")
+    with pytest.raises(UpfitError, match=r"--dtype float16: the scaled latent is too small for float16"):
+        options = recipe.options(latent=12, rope_dim=4)
+        convert(recipe, str(source), tmp_path / "out", options, Settings(dtype="float16"), Output(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("text", ["512", "512+", "512+63", "512+66", "a+b"])
 def test_widths_that_cannot_be(text: str) -> None:
     with pytest.raises(UpfitError, match=r"--pad"):
