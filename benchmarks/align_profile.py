@@ -47,7 +47,7 @@ READERS = (  # the modules that import them by name
     "upfit.convert.gqa.merge_layer",
     "upfit.calibration.stream_refit",
     "upfit.convert.gqa.convert_layers",
-    "upfit.convert.gqa.fit_values",
+    "upfit.calibration.fit_values",
 )
 
 

@@ -17,7 +17,8 @@ from upfit.calibration.sample import Sample, text_sample
 from upfit.calibration.scores import fit as fit_scores
 from upfit.convert import fitting
 from upfit.convert.conversion import Settings, convert
-from upfit.convert.gqa import fit_values, merge_layer
+from upfit.calibration import fit_values
+from upfit.convert.gqa import merge_layer
 from upfit.convert.recipe import get_recipe
 from upfit.output import Output
 

@@ -13,7 +13,7 @@ from upfit.calibration.scores.fit import Effort
 from upfit.calibration.statistics import ROWS, SEGMENT
 from upfit.checkpoint.reader import most_positions
 from upfit.convert.gqa.choice import Choice, statistics_for
-from upfit.convert.gqa.fit_values import ITERATIONS, ROUNDS
+from upfit.calibration.fit_values import ITERATIONS, ROUNDS
 from upfit.examples.images import all_images
 from upfit.examples.kinds import kind_of, sees
 from upfit.options import parse_count

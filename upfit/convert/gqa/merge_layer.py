@@ -13,7 +13,8 @@ from upfit.calibration.ridge import augmented
 from upfit.calibration.rotation import unit_norm
 from upfit.calibration.teacher_view import View
 from upfit.calibration.traits import AttentionTraits
-from upfit.convert.gqa import closed_form, fit_values
+from upfit.calibration import fit_values
+from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.grouping import head_order, pair_costs, partition
 from upfit.convert.gqa.layer_state import LayerRecord, Merged, with_bias
 from upfit.convert.gqa.pooling import mean

@@ -14,7 +14,8 @@ from upfit.calibration.rotation import Turns
 from upfit.calibration.scores import fit as fit_scores
 from upfit.calibration.scores.problem import Batch, Form, Point, Problem, Target, Weights
 from upfit.calibration.traits import AttentionTraits
-from upfit.convert.gqa import closed_form, fit_values
+from upfit.calibration import fit_values
+from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.grouping import partition
 
 HEADS, OLD, PAIRS, FREE, HIDDEN = 6, 3, 4, 2, 20
@@ -282,7 +283,7 @@ def test_refined_values_lower_the_held_back_error() -> None:
     ]
     down, outputs = drawn(2, 4, 8, seed=3).float(), drawn(HIDDEN, 2, 3, 4, seed=4).float()
     refined = fit_values.refine_values(rows[0], rows[1], down, outputs)
-    assert fit_values._error(rows[1], *refined) < 0.7 * fit_values._error(rows[1], down, outputs)
+    assert fit_values.error_of(rows[1], *refined) < 0.7 * fit_values.error_of(rows[1], down, outputs)
     content = fit_values.Mixed(rows[1].values, 1.01 * fit_values._outputs_of(rows[1], down, outputs), rows[1].weight)
     unchanged = fit_values.refine_values(rows[0], content, down, outputs)
     assert torch.equal(unchanged[0], down) and torch.equal(unchanged[1], outputs), "held-back rows that want what was there"

@@ -17,7 +17,8 @@ from upfit.calibration.scores.problem import Target
 from upfit.calibration.statistics import Rows
 from upfit.calibration.teacher_student import PairedBatch
 from upfit.calibration.teacher_view import View, _spread, _target
-from upfit.convert.gqa import closed_form, fit_values
+from upfit.calibration import fit_values
+from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.grouping import pair_costs
 from upfit.convert.gqa.layer_state import LayerRecord, Merged
 from upfit.convert.gqa.merge_layer import CUTS, _cuts, choose_groups, merge_layer, refine

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from upfit.convert.gqa import closed_form, fit_values
+from upfit.calibration import fit_values
+from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.grouping import pair_costs
 from upfit.convert.gqa.test_closed_form import drawn, traits
 
@@ -88,9 +89,9 @@ def test_gates_are_part_of_what_is_fitted() -> None:
         for part in (slice(0, ROWS // 2), slice(ROWS // 2, ROWS))
     ]
     mean = torch.eye(WIDTH).repeat(1, 2)[None] / 2, true[:, None]
-    assert fit_values._error(rows[1], torch.eye(WIDTH, 2 * WIDTH)[None], true[:, None] * _factor(values)) < 1e-3
+    assert fit_values.error_of(rows[1], torch.eye(WIDTH, 2 * WIDTH)[None], true[:, None] * _factor(values)) < 1e-3
     refined = fit_values.refine_values(rows[0], rows[1], *mean)
-    assert fit_values._error(rows[1], *refined) < 0.02 * fit_values._error(rows[1], *mean)
+    assert fit_values.error_of(rows[1], *refined) < 0.02 * fit_values.error_of(rows[1], *mean)
     assert fit_values.better_start(rows[1], [mean, refined]) == refined
 
 
@@ -126,4 +127,4 @@ def test_outputs_alone_are_fitted_and_exact_ones_left() -> None:
     start = outputs + 0.3 * drawn(HIDDEN, 1, HEADS, WIDTH, seed=2).float()
     alone = torch.eye(WIDTH)[None]
     error, better = fit_values.refine_outputs(fit, held, start)
-    assert error < 0.5 * fit_values._error(held, alone, start) and better.shape == start.shape
+    assert error < 0.5 * fit_values.error_of(held, alone, start) and better.shape == start.shape

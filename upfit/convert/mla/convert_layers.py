@@ -27,6 +27,7 @@ from upfit.calibration.traits import AttentionTraits
 from upfit.convert.fitting import LayerFits
 from upfit.convert.mla.layer import Latent, even
 from upfit.convert.mla.own_config import written
+from upfit.convert.mla.refine import refine
 from upfit.convert.mla.sizes import Sizes, layer_settings, without_rotation
 from upfit.convert.mla.watch_layer import BALANCES, Shown, check_projections, closest, watch_layer
 
@@ -49,6 +50,7 @@ class LayerRecord:
     settings: dict[str, Any]  # of the layer, in the config of our class
     scaling: float
     balance: float
+    cut: int | None  # the pair from which keys are mixed as if they did not turn, where that was better
     output_error: float  # of what the attention gives out, after the closed form
     fitted_before: float | None = None  # of the scores, before and after the fit
     fitted_after: float | None = None
@@ -124,8 +126,8 @@ def _convert(
 ) -> tuple[LayerRecord, dict[str, Tensor]]:
     """The layer's record and new tensors; both streams move on."""
     chosen, views = closest(shown, settings.sizes, BALANCES), shown.views
-    record = LayerRecord(pair.layer.path, own, shown.source.scaling, chosen.balance, chosen.error)
-    latent = _fit(pair, chosen.latent, shown, settings, record) if settings.refit else chosen.latent
+    record = LayerRecord(pair.layer.path, own, shown.source.scaling, chosen.balance, chosen.cut, chosen.error)
+    latent = _fit(pair, traits, chosen.latent, shown, settings, record) if settings.refit else chosen.latent
     new = _put(pair, latent)
     for view in views:
         view.targets.clear()
@@ -139,9 +141,12 @@ def _convert(
     return record, new
 
 
-def _fit(pair: LayerPair, latent: Latent, shown: Shown, settings: Settings, record: LayerRecord) -> Latent:
+def _fit(
+    pair: LayerPair, traits: AttentionTraits, latent: Latent, shown: Shown, settings: Settings, record: LayerRecord
+) -> Latent:
     """The layer on what the student sees, queries and keys fitted to the teacher's scores."""
     path, views, turns = f"{pair.place.at}.q_proj", shown.views, shown.turns
+    latent = refine(latent, shown, traits, settings.sizes, record.balance, settings.token_power)
     inputs = [pair.run_until(path, view.batch) for view in views]
     drift, _ = drifts_of([(x, x) for x in inputs], views)
     latent = replace(latent, q=mapped(latent.q, drift), key=mapped(latent.key, drift))

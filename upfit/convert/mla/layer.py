@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from upfit.calibration.reduction import powers
+from upfit.calibration.reduction import TINY, powers, reduce
 from upfit.convert.mla.latent import Metrics, joint, together
 from upfit.convert.mla.slots import Slots, share_pairs
 
@@ -62,21 +62,31 @@ class Latent:
 
 
 def closed_form(
-    source: Source, sums: dict[str, Tensor], metrics: Metrics, counts: Sequence[int], width: int, balance: float
+    source: Source,
+    sums: dict[str, Tensor],
+    metrics: Metrics,
+    counts: Sequence[int],
+    width: int,
+    balance: float,
+    cut: int | None = None,
 ) -> Latent:
     """The layer with `counts` [P] shared keys for each pair (fastest first) and a latent of `width`; `sums` as in `sums.py`,
     `metrics` by `metrics_of`.
 
     Pairs without a shared key lose their rotation and are plain dimensions. `balance` multiplies the weight of the keys' errors
     against the values': 1 where score errors of all keys agree, less where they partly average out. Where nothing has to be
-    left out, nothing is: the layer computes the same.
+    left out, nothing is: the layer computes the same. With a `cut`, where every pair has one shared key, pairs from it on turn
+    so slowly that all keys on them are mixed as if they did not, and then turned; with values alone in the latent that is
+    multi-query attention as heads are merged.
     """
     first = torch.arange(source.pairs)
     energy = sums["queries"].diagonal(dim1=1, dim2=2)
     energy = energy[:, first] + energy[:, source.pairs + first]
     slots = share_pairs(sums["pairs"], energy, source.owners, counts)
     rotated_q, rotated_k = _rotated(source, slots)
-    plain = _plain(source, counts)
+    if cut is not None:
+        _mix_slow(source, sums, cut, rotated_q, rotated_k)
+    plain = plain_places(source, counts)
     down, up_k, up_v = _reduced(source, sums, metrics, plain, width, balance)
     q = torch.cat([rotated_q, source.q[:, plain]], 1)
     return even(Latent(q, torch.cat([rotated_k, down]), up_k, up_v, source.o, slots.pairs), sums)
@@ -101,7 +111,7 @@ def _reduced(
         return down, up[: len(keys)].unflatten(0, (count, -1)), up[len(keys) :].unflatten(0, (count, -1))
     of_keys, of_values = (sums[name].trace().clamp_min(1e-30) / sums["rows"] / len(source.q) for name in ("keys", "values"))
     units = source.scaling * (balance * of_keys).sqrt(), of_values.sqrt()  # both errors are the output's, both moments alike
-    (root_k, back_k), (root_v, back_v) = _metric_of_keys(source, sums, plain), _metric_of_values(source)
+    (root_k, back_k), (root_v, back_v) = key_metric(source, sums, plain), _metric_of_values(source)
     reduced = joint(units[0] * (root_k @ keys), units[1] * (root_v @ values), metrics, width)
     up_k, up_v = back_k @ reduced.keys / units[0], back_v @ reduced.values / units[1]
     return reduced.down, up_k.unflatten(0, (count, -1)), up_v.unflatten(0, (count, -1))
@@ -118,13 +128,26 @@ def _rotated(source: Source, slots: Slots) -> tuple[Tensor, Tensor]:
     return torch.cat([queries.real, queries.imag], 1), torch.cat([keys.real, keys.imag])
 
 
-def _plain(source: Source, counts: Sequence[int]) -> list[int]:
+def _mix_slow(source: Source, sums: dict[str, Tensor], cut: int, rotated_q: Tensor, rotated_k: Tensor) -> None:
+    """Write into `rotated_q` [H, 2P, E'] and `rotated_k` [2P, E'] what pairs from `cut` on get where keys on all of them are
+    reduced together, the strongest directions on the slowest."""
+    slow = [place for pair in reversed(range(cut, source.pairs)) for place in (pair, source.pairs + pair)]
+    keys = source.k[:, slow].flatten(0, 1)
+    moment, (root, _) = keys @ sums["keys"] @ keys.T, key_metric(source, sums, slow)
+    up, down, _ = reduce(moment, root @ root, len(slow))
+    scale = (down @ moment @ down.T).diagonal().mean() / moment.diagonal().mean().clamp_min(TINY)
+    scale = scale.clamp_min(TINY).sqrt()  # the new keys are as large as the old
+    rotated_k[slow] = down @ keys / scale
+    rotated_q[:, slow] = torch.einsum("hsr,hse->hre", up.unflatten(0, (len(source.k), -1))[source.owners], source.q[:, slow]) * scale
+
+
+def plain_places(source: Source, counts: Sequence[int]) -> list[int]:
     """The dimensions that have no shared rotated key."""
     slow = [pair for pair, count in enumerate(counts) if not count]
     return [*slow, *(source.pairs + pair for pair in slow), *range(2 * source.pairs, source.q.shape[1])]
 
 
-def _metric_of_keys(source: Source, sums: dict[str, Tensor], plain: list[int]) -> tuple[Tensor, Tensor]:
+def key_metric(source: Source, sums: dict[str, Tensor], plain: list[int]) -> tuple[Tensor, Tensor]:
     """Root and inverse root [K·N, K·N] of what errors of unrotated keys do to the scores: block-diagonal, the moment of the
     queries of each head, weighed by what its scores do to the output."""
     share = sums["share"] / sums["share"].mean().clamp_min(1e-30)

@@ -1,6 +1,7 @@
 """What a layer of the teacher shows for its latent, and which closed form of it is closest on what is held back."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from upfit.calibration.between import PLAIN
 from upfit.calibration.observe import Opaque
 from upfit.calibration.ridge import augmented
 from upfit.calibration.rotation import Turns
-from upfit.calibration.scores.problem import Turn
+from upfit.calibration.scores.problem import Target, Turn
 from upfit.calibration.statistics import ROWS, add
 from upfit.calibration.teacher_student import LayerPair
 from upfit.calibration.teacher_view import View, watch_teacher
@@ -22,6 +23,7 @@ from upfit.convert.mla.sizes import Sizes
 from upfit.convert.mla.sums import observe
 
 BALANCES = (0.25, 0.06, 1.0)  # of the keys' errors against the values', tried on what is held back
+CUTS = (0.5, 0.75)  # shares of the pairs from which they count as slow, where all of them have one shared key
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Shown:
 
 @dataclass(frozen=True)
 class Closest:
-    """A closed form, its balance, and the share of the attention's output that it loses on what is held back."""
+    """A closed form, its balance and cut, and the share of the attention's output that it loses on what is held back."""
 
     latent: Latent
     balance: float
+    cut: int | None
     error: float
 
 
@@ -75,18 +78,33 @@ def watch_layer(pair: LayerPair, traits: AttentionTraits, turns: Turns, attentio
 
 
 def closest(shown: Shown, sizes: Sizes, balances: tuple[float, ...]) -> Closest:
-    """The best of the `balances` on what is held back."""
-    held, tried = [view for view in shown.views if view.batch.held], list[Closest]()
-    for balance in balances:
-        latent = closed_form(shown.source, shown.sums, shown.metrics, sizes.counts, sizes.latent, balance)
+    """The best of the `balances` on what is held back; of the cuts the one with the best scores, for what a fit of scores
+    leaves depends more on these than on what the layer gives out before it."""
+    held = [view for view in shown.views if view.batch.held]
+
+    def tried(balance: float, cut: int | None) -> tuple[Closest, float]:
+        latent = closed_form(shown.source, shown.sums, shown.metrics, sizes.counts, sizes.latent, balance, cut)
         latent = latent.to(held[0].inputs.device)
-        tried.append(Closest(latent, balance, output_error(latent, shown.source.scaling, shown.turns, held)))
-    return min(tried, key=lambda one: one.error)
+        error, of_scores = errors(latent, shown.source.scaling, shown.turns, held)
+        return Closest(latent, balance, cut, error), of_scores
+
+    first = min((tried(balances[0], cut) for cut in _cuts(shown.source, sizes)), key=lambda one: one[1])[0]
+    if not sizes.unrotated:  # no key is in the latent, so nothing is to be balanced
+        return first
+    return min((first, *(tried(balance, first.cut)[0] for balance in balances[1:])), key=lambda one: one.error)
 
 
-def output_error(latent: Latent, scaling: float, turns: Turns, views: list[View]) -> float:
-    """The squared error of what the attention gives out on the sampled rows of `views`, as a share of its energy."""
-    lost = energy = 0.0
+def _cuts(source: Source, sizes: Sizes) -> list[int | None]:
+    """What is tried: none, and where every pair has one key for several heads, some of them."""
+    if not sizes.counts or len(source.k) == 1 or any(count != 1 for count in sizes.counts):
+        return [None]
+    return [None, *sorted({round(share * source.pairs) for share in CUTS} - {source.pairs})]
+
+
+def errors(latent: Latent, scaling: float, turns: Turns, views: list[View]) -> tuple[float, float]:
+    """The squared error of what the attention gives out on the sampled rows of `views`, as a share of its energy, and that of
+    the scores: Σ importance · variance under the teacher's weights."""
+    lost, energy, of_scores, of_targets = 0.0, 0.0, 0.0, 0.0
     slots, width = list(latent.slots), latent.key.shape[-1]
     for view in views:
         inputs = augmented(view.inputs, width)
@@ -96,16 +114,23 @@ def output_error(latent: Latent, scaling: float, turns: Turns, views: list[View]
             queries = torch.einsum("bre,hde->brhd", inputs[:, target.at], latent.q)
             queries = latent.absorbed(Turn.of(turns.q[target.at][:, slots], queries.shape[-1])(queries))
             scores = torch.einsum("brhk,blk->bhrl", queries, keys[:, : target.keys]) * scaling
+            of_scores, of_targets = of_scores + _spread(scores - target.scores, target), of_targets + _spread(target.scores, target)
             whole = target.weights.sum(-1, keepdim=True)  # less than 1 where sinks take a part
             weights = scores.masked_fill(target.weights == 0, float("-inf")).softmax(-1).nan_to_num() * whole
             mixed = torch.einsum("bhrl,blk->bhrk", weights, keys[:, : target.keys, latent.rotated :])
-            wanted = _attended(target.weights, view.values[:, : target.keys], latent.o)
+            wanted = attended(target.weights, view.values[:, : target.keys], latent.o)
             gap = torch.einsum("bhrk,hvk,ehv->bre", mixed, latent.of_heads(latent.up_v), latent.o) - wanted
             lost, energy = lost + float(gap.square().sum()), energy + float(wanted.square().sum())
-    return lost / max(energy, 1e-30)
+    return lost / max(energy, 1e-30), of_scores / max(of_targets, 1e-30)
 
 
-def _attended(weights: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
+def _spread(scores: Tensor, target: Target) -> float:
+    """Σ importance · variance of `scores` [B, H, R, L] under the target's weights."""
+    mean = (target.weights * scores).sum(-1, keepdim=True)
+    return float((target.weights * (scores - mean).square() * target.importance).sum())
+
+
+def attended(weights: Tensor, values: Tensor, outputs: Tensor) -> Tensor:
     """[B, R, E]: what the output projection makes of `values` [B, L, K, V] under `weights` [B, H, R, L]."""
     of_heads = values.repeat_interleave(weights.shape[1] // values.shape[2], 2)
     return torch.einsum("bhrl,blhv,ehv->bre", weights, of_heads, outputs)

@@ -39,14 +39,14 @@ def refine_values(fit: Mixed, held: Mixed, down: Tensor, outputs: Tensor) -> tup
     """Alternating least squares of the shared values `down` [G, V, g·V] and the output projection `outputs` [E, G, n, V] for
     the layer's own output; a round counts only if the held-back rows gain. Returns both, improved."""
     prior = outputs.flatten(1)
-    best, error = (down, outputs), _error(held, down, outputs)
+    best, error = (down, outputs), error_of(held, down, outputs)
     if error < NEGLIGIBLE * float((held.target.square().sum(1) * held.weight).sum()):
         return best
 
     def improved(down: Tensor, ridge: float) -> tuple[float, Tensor, Tensor]:
-        new_outputs = _improve_outputs(fit, down, prior, ridge).reshape(outputs.shape)
+        new_outputs = improve_outputs(fit, down, prior, ridge).reshape(outputs.shape)
         new_down = _improve_down(fit, down, new_outputs)
-        return _error(held, new_down, new_outputs), new_down, new_outputs
+        return error_of(held, new_down, new_outputs), new_down, new_outputs
 
     ridge, trial = min(((ridge, improved(down, ridge)) for ridge in RIDGES), key=lambda tried: tried[1][0])
     for left in reversed(range(ROUNDS)):
@@ -62,16 +62,16 @@ def refine_outputs(fit: Mixed, held: Mixed, outputs: Tensor) -> tuple[float, Ten
     """The output projection [E, G, n, V] for values [N, G, n, V] that are new already, and its error on the held-back rows: as
     it is, or drawn to that by the ridge that these like best."""
     alone = torch.eye(outputs.shape[-1], device=outputs.device).expand(outputs.shape[1], -1, -1)
-    error = _error(held, alone, outputs)
+    error = error_of(held, alone, outputs)
     if error < NEGLIGIBLE * float((held.target.square().sum(1) * held.weight).sum()):
         return error, outputs
-    solved = [_improve_outputs(fit, alone, outputs.flatten(1), ridge).reshape(outputs.shape) for ridge in RIDGES]
-    return min(((_error(held, alone, each), each) for each in (outputs, *solved)), key=lambda tried: tried[0])
+    solved = [improve_outputs(fit, alone, outputs.flatten(1), ridge).reshape(outputs.shape) for ridge in RIDGES]
+    return min(((error_of(held, alone, each), each) for each in (outputs, *solved)), key=lambda tried: tried[0])
 
 
 def better_start(held: Mixed, starts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Of pairs (down, outputs) as in `refine_values` the one that the held-back rows like best."""
-    return min(starts, key=lambda start: _error(held, *start))
+    return min(starts, key=lambda start: error_of(held, *start))
 
 
 def _mixed(rows: Mixed, down: Tensor) -> Tensor:
@@ -86,12 +86,12 @@ def _outputs_of(rows: Mixed, down: Tensor, outputs: Tensor) -> Tensor:
     return _mixed(rows, down) @ outputs.flatten(1).T
 
 
-def _error(rows: Mixed, down: Tensor, outputs: Tensor) -> float:
+def error_of(rows: Mixed, down: Tensor, outputs: Tensor) -> float:
     gap = _outputs_of(rows, down, outputs) - rows.target
     return float((gap.square().sum(1) * rows.weight).sum())
 
 
-def _improve_outputs(rows: Mixed, down: Tensor, prior: Tensor, ridge: float) -> Tensor:
+def improve_outputs(rows: Mixed, down: Tensor, prior: Tensor, ridge: float) -> Tensor:
     """The output projection [E, G·n·V] for these shared values, drawn to `prior`."""
     moments = Moments()
     moments.add(_mixed(rows, down), rows.target, rows.weight)
