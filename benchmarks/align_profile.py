@@ -1,4 +1,4 @@
-"""Where an aligned conversion spends its CPU seconds, by step and by layer.
+"""Where a fitted conversion spends its CPU seconds, by step and by layer.
 
     python -m benchmarks.align_profile MODEL SCRATCH --kv-heads 1 --calibration TEXT --calibration-tokens 16k --layers 4
 
@@ -28,7 +28,10 @@ STEPS = {  # the step: the functions that it is
     "traits": ["upfit.calibration.traits.probe_attention"],
     "teacher's rows": ["upfit.calibration.teacher_view._target"],
     "statistics": ["upfit.calibration.statistics.observe"],
-    "closed forms": ["upfit.convert.gqa.merge_layer.merge_layer"],
+    "closed forms": ["upfit.convert.gqa.merge_layer.merge_layer", "upfit.convert.mla.layer.closed_form"],
+    "sums of inputs": ["upfit.convert.mla.sums.observe"],
+    "their basis": ["upfit.convert.mla.layer.metrics_of"],
+    "errors held back": ["upfit.convert.mla.watch_layer.output_error"],
     "values": ["upfit.convert.gqa.merge_layer.refine"],
     "drift": ["upfit.calibration.stream_refit.drifts_of"],
     "cuts": ["upfit.calibration.scores.fit.held_error"],
@@ -48,6 +51,9 @@ READERS = (  # the modules that import them by name
     "upfit.calibration.stream_refit",
     "upfit.convert.gqa.convert_layers",
     "upfit.calibration.fit_values",
+    "upfit.convert.mla.refine",
+    "upfit.convert.mla.watch_layer",
+    "upfit.convert.mla.convert_layers",
 )
 
 
@@ -77,6 +83,11 @@ class Clock:
                 self.inside[-1] += took
 
         return run
+
+    def mean(self, layers: list[dict[str, float]]) -> dict[str, float]:
+        """Seconds of each step in one of the `layers`, and of the whole."""
+        steps = sorted({step for layer in layers for step in layer})
+        return {step: sum(layer.get(step, 0.0) for layer in layers) / max(1, len(layers)) for step in steps}
 
     def next_layer(self) -> None:
         now = time.process_time()
@@ -132,9 +143,7 @@ def main() -> None:
     options |= {"calibration": args.calibration} if args.calibration else {}
     with contextlib.suppress(Enough):
         convert(get_recipe("gqa"), args.model, args.scratch, Options(**options), Settings(verify=False), Output(quiet=True))
-    steps = sorted({step for layer in clock.layers for step in layer})
-    later = clock.layers[1:]  # the first one's time has the start in it
-    mean = {step: sum(layer.get(step, 0.0) for layer in later) / max(1, len(later)) for step in steps}
+    mean = clock.mean(clock.layers[1:])  # the first one's time has the start in it
     for step, seconds in sorted(mean.items(), key=lambda item: -item[1]):
         print(f"{step:16} {seconds:8.3f} s a layer {seconds / mean['whole']:6.1%}", flush=True)
     if args.results:

@@ -42,6 +42,9 @@ SEVENTY_B = {
     "num_key_value_heads": 8,
     "vocab_size": 32000,
 }
+LLAMA_3 = {"num_key_value_heads": 8, "rope_theta": 5e5, "max_position_embeddings": 8192}
+LLAMA_3_8B = {**LLAMA_3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_3_70B = {**LLAMA_3, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 SMALL = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 32000}
 SHARD_BYTES = 10 * 10**9
 
@@ -60,8 +63,9 @@ def shapes(config: dict) -> dict[str, list[int]]:
     return found | {"model.norm.weight": [hidden], "lm_head.weight": [vocab, hidden]}
 
 
-def make(folder: Path, sizes: dict, sparse: bool = False) -> None:
-    """A folder as transformers would save it, one tensor in memory at a time; `sparse`: headers only, before a hole."""
+def make(folder: Path, sizes: dict, sparse: bool = False, dtype: str = "float16") -> None:
+    """A folder as transformers would save it, one tensor in memory at a time; `sparse`: headers only, before a hole. `dtype`:
+    float16 or bfloat16."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -70,7 +74,7 @@ def make(folder: Path, sizes: dict, sparse: bool = False) -> None:
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
-        "torch_dtype": "float16",
+        "torch_dtype": dtype,
         **sizes,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -84,13 +88,15 @@ def make(folder: Path, sizes: dict, sparse: bool = False) -> None:
     for index, group in enumerate(groups):
         file_name = f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
         with open(folder / file_name, "wb") as file:
-            file.write(encode_header([(name, "F16", tuple(shape), nbytes) for name, shape, nbytes in group], {"format": "pt"}))
+            kind = {"float16": "F16", "bfloat16": "BF16"}[dtype]
+            file.write(encode_header([(name, kind, tuple(shape), nbytes) for name, shape, nbytes in group], {"format": "pt"}))
             for name, shape, nbytes in group:
                 weight_map[name] = file_name
                 if sparse:
                     file.truncate(file.seek(nbytes, os.SEEK_CUR))
                     continue
-                file.write((torch.randn(shape, generator=generator) * 0.02).half().numpy().tobytes())
+                drawn = (torch.randn(shape, generator=generator) * 0.02).to(getattr(torch, dtype))
+                file.write(drawn.view(torch.int16).numpy().tobytes())
     if len(groups) > 1:
         index_file = {"metadata": {"total_size": sum(e[2] for g in groups for e in g)}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2))

@@ -133,6 +133,16 @@ def test_other_work_is_begun_anew_and_other_files_are_left(tmp_path: Path, monke
     assert content(tmp_path / "whole").items() <= content(tmp_path / "fit").items()
 
 
+def test_what_was_decided_before_the_first_layer_is_not_decided_again(tmp_path: Path) -> None:
+    """It outlives a stop at any time after it, and belongs to its own fit."""
+    decided = {"at": 3, "errors": [0.1 + 0.2, 1e-300]}
+    FitWork(tmp_path, IDENTITY).settle(decided)
+    again = FitWork(tmp_path, IDENTITY)
+    assert (again.progress.decided, again.progress.next, again.finished) == (decided, 0, False)
+    assert walk(tmp_path) == [*range(LAYERS)] and FitWork(tmp_path, IDENTITY).progress.decided == decided
+    assert FitWork(tmp_path, {"model": "another"}).progress.decided is None
+
+
 def test_without_room_the_earlier_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A state is kept only where it leaves room for the layers to come, without which there would be no result at all."""
     work, full = FitWork(tmp_path, IDENTITY), torch.ones(1000)

@@ -24,6 +24,7 @@ from tests.tiny import tiny_model
 from upfit import api
 from upfit.cli import app
 from upfit.convert.conversion import Settings, convert, merge
+from upfit.convert.mla import fit as fit_room
 from upfit.convert.recipe import get_recipe
 from upfit.convert.result import Conversion
 from upfit.errors import UpfitError
@@ -211,18 +212,33 @@ def test_generation_of_half_a_cache(llama: Path) -> None:
         generates_alike(loaded(llama / name), text_ids()[:2, :12])
 
 
-def test_stopped_is_resumed(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first layer of two: the bytes of an unbroken run, and no layer is fitted again."""
+@pytest.mark.parametrize(("rename", "loaded_again"), [(0, [0, 1]), (4, [1])])
+def test_stopped_is_resumed(llama: Path, monkeypatch: pytest.MonkeyPatch, rename: int, loaded_again: list[int]) -> None:
+    """After the sizes were chosen, and after the first layer of two: the bytes of an unbroken run; no layer is fitted again,
+    and nothing is chosen again."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 3, before=False, error=KeyboardInterrupt)
-        fit(llama, "again", verify=True, cache="50%")
-    assert not (llama / "again").exists()
+        stop_at(patch, rename, before=False, error=KeyboardInterrupt)
+        fit(llama, f"again-{rename}", cache="50%")
+    assert not (llama / f"again-{rename}").exists()
     loads = Loads(monkeypatch)
-    assert loads.of(lambda: fit(llama, "again", verify=True, cache="50%")) == [0, 1, 1]  # to choose, then to fit
-    ours, whole = content(llama / "again"), content(llama / "half")
+    monkeypatch.setattr(fit_room, "choose", None)
+    assert loads.of(lambda: fit(llama, f"again-{rename}", cache="50%")) == loaded_again
+    ours, whole = content(llama / f"again-{rename}"), content(llama / "half")
     for measured in (ours["measurements"][-1], whole["measurements"][-1]):
-        measured.pop("verify")
+        measured.pop("verify", None)
     assert ours == whole
+
+
+def test_a_dry_run_with_text_has_the_sizes_of_the_result(llama: Path) -> None:
+    """And without text the class, and what it takes."""
+    recipe, result = get_recipe("mla"), config_of(llama / "half")
+    text = {"calibration": [str(llama / "text.txt")], "calibration_length": 32}
+    dry = Settings(dry_run=True)
+    with_text = convert(recipe, str(llama / "source"), llama / "dry", recipe.options(cache="50%", **text), dry, QUIET)
+    shapes = {change.tensor: change.after for change in with_text.tensors}
+    kv = "model.layers.1.self_attn.kv_b_proj.weight"
+    assert load_file(llama / "half" / "model.safetensors")[kv].shape == torch.Size(shapes[kv])
+    assert shapes[kv][1] == result["kv_lora_rank"] and with_text.estimate is not None
 
 
 def command(folder: Path, *words: str) -> Any:

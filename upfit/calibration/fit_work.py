@@ -44,13 +44,15 @@ class Entry:
 
 @dataclass
 class Progress:
-    """`next` of `total` layers of the model is to be done next; `state` is the file before it, with its hash."""
+    """`next` of `total` layers of the model is to be done next; `state` is the file before it, with its hash; `decided` is what
+    was settled before the first layer."""
 
     next: int = 0
     total: int = 0
     state: str | None = None
     sha256: str | None = None
     layers: list[Entry] = field(default_factory=list)
+    decided: dict[str, Any] | None = None
 
 
 class FitWork:
@@ -84,7 +86,7 @@ class FitWork:
     def _clear(self) -> None:
         """Remove what was being written, and what belongs to another fit."""
         needed = {self.progress.state, *(entry.file for entry in self.progress.layers)}
-        needed |= {FILE} if self.progress.next else set()
+        needed |= {FILE} if self.progress != Progress() else set()
         for path in self.folder.iterdir():
             if OURS.fullmatch(path.name) and path.name not in needed:
                 path.unlink()
@@ -95,6 +97,15 @@ class FitWork:
         with safe_open(self.folder / self.progress.state, framework="pt") as file:
             strides = json.loads(file.metadata()["strides"])
             return {name: _laid_out(file.get_tensor(name), strides[name]) for name in file.keys()}  # noqa: SIM118
+
+    def settle(self, decided: dict[str, Any]) -> None:
+        """Before the first layer: what the next run need not decide again."""
+        self.progress.decided = decided
+        self._write_progress()
+
+    def _write_progress(self) -> None:
+        content = {"format": FORMAT, "identity": self.identity, "progress": asdict(self.progress)}
+        self._write(FILE, lambda path: path.write_text(json.dumps(content), "utf-8"))
 
     def add(self, layer: str, record: dict[str, Any], extra: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """A layer was fitted: write its tensors. The next run knows of it after `keep`."""
@@ -119,8 +130,7 @@ class FitWork:
                 return
         before, self.progress.state, self.progress.sha256 = self.progress.state, name, sha256
         self.progress.next, self.progress.total = index, total
-        content = {"format": FORMAT, "identity": self.identity, "progress": asdict(self.progress)}
-        self._write(FILE, lambda path: path.write_text(json.dumps(content), "utf-8"))
+        self._write_progress()
         if before is not None:
             (self.folder / before).unlink(missing_ok=True)
 

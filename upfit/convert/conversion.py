@@ -103,6 +103,7 @@ def convert(recipe: Recipe, source: str, out: Path, options: Any, settings: Sett
         estimate = None
         if settings.dry_run:
             job, estimate = _estimated(job, context, began)
+            job = _drawn(job, context)
         if job.fit is not None and not settings.dry_run:
             with disk_errors(out):
                 job = _fitted(job, job.fit, context)
@@ -170,6 +171,16 @@ def _fitted(job: Job, fit: Fit, context: FitContext) -> Job:
     except Opaque as reason:
         return _unfitted(job, fit, reason)
     return _planned(dataclasses.replace(job, checkpoint=checkpoint), plan, alone=False)
+
+
+def _drawn(job: Job, context: FitContext) -> Job:
+    """The job of a dry run with the outline that text decides, where one is to be looked at."""
+    if job.fit is None or job.fit.drawn is None:
+        return job
+    try:
+        return _planned(job, job.fit.drawn(context), alone=False)
+    except Opaque as reason:
+        return _unfitted(job, job.fit, reason)
 
 
 def _unfitted(job: Job, fit: Fit, reason: Opaque) -> Job:

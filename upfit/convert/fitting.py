@@ -113,6 +113,14 @@ class LayerFits:
                 if layers:
                     meter.advance(len(layers), self._note)
 
+    def decided(self, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the fit settles once, before its first layer: what an earlier run of it decided, or `decide` now; JSON can hold
+        it."""
+        if self._work.progress.decided is None:
+            self._work.settle(decide())
+        assert self._work.progress.decided is not None
+        return self._work.progress.decided
+
     def _open(self) -> tuple[LayerwiseModel, list[PairedBatch], Carried]:
         """Both models, before the first layer that is still to be done."""
         model, batches = open_pair(self.context.checkpoint, self.context.architecture, self.calibration.sample)

@@ -48,6 +48,9 @@ class Fit:
     `preview(context)` predicts, for a dry run, what each number of key/value heads would cost, or whatever else an attention
     can tell (a dictionary of its own, which goes into the answer as it is); None where nothing can be predicted.
 
+    `drawn(context)` is, for a dry run, the outline with what is decided by looking at some text; None where nothing is, or
+    where there is no text to look at.
+
     `work(context)` counts what `run` takes, without running anything; None where nobody has counted it.
     """
 
@@ -57,6 +60,7 @@ class Fit:
     preview: "Callable[[FitContext], Sensitivity | dict[str, Any]] | None" = None
     otherwise: str = ""
     work: "Callable[[FitContext], Work] | None" = None
+    drawn: "Callable[[FitContext], Plan] | None" = None
 
 
 @dataclass(frozen=True)

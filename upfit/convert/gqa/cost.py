@@ -5,18 +5,16 @@ from typing import TYPE_CHECKING
 
 from upfit.calibration import estimate
 from upfit.calibration.estimate import Block, Windows, Work
+from upfit.calibration.estimate_text import drawn_windows, sampled
 from upfit.calibration.example_sample import ExampleSample
 from upfit.calibration.observe import Opaque
-from upfit.calibration.sample import BATCH_TOKENS, FLAG, LENGTH, SHORT, TOKENS, Sample
+from upfit.calibration.sample import BATCH_TOKENS, FLAG, Sample
 from upfit.calibration.sample_for import sample_for
 from upfit.calibration.scores.fit import Effort
-from upfit.calibration.statistics import ROWS, SEGMENT
-from upfit.checkpoint.reader import most_positions
 from upfit.convert.gqa.choice import Choice, statistics_for
 from upfit.calibration.fit_values import ITERATIONS, ROUNDS
 from upfit.examples.images import all_images
 from upfit.examples.kinds import kind_of, sees
-from upfit.options import parse_count
 from upfit.output import Output
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ def work(context: "FitContext", choice: Choice) -> Work:
     if of_images or (statistics is None and sees(config) and all_images(choice.calibration, FLAG)):
         raise Opaque("nobody has counted what images take")
     sample = statistics.sample if statistics is not None else _examples(context, choice)
-    windows = windows_of(choice, context) if sample is None else windows_in(sample)
+    windows = drawn_windows(choice.tokens, choice.length, config) if sample is None else windows_in(sample)
     every, tensors = context.architecture.layers, context.checkpoint.tensors
     total = Work(0 if choice.calibration or sample is not None else estimate.LIBRARY)
     for layer in (layer for layer in every if layer.geometry.kv_heads > choice.kv_heads):
@@ -66,14 +64,6 @@ def _examples(context: "FitContext", choice: Choice) -> "Sample | ExampleSample 
     return sample_for(context.folder, context.checkpoint, *asked, Output(quiet=True), choice.field)
 
 
-def windows_of(choice: Choice, context: "FitContext") -> list[Windows]:
-    """Windows of text, as they are drawn."""
-    tokens = parse_count(choice.tokens or str(TOKENS), "--calibration-tokens")
-    longest = choice.length or min(LENGTH, most_positions(context.checkpoint.config) or LENGTH)
-    lengths = {longest, min(longest, SHORT)}
-    return [Windows(tokens / len(lengths) / size, size) for size in lengths]
-
-
 def windows_in(sample: "Sample | ExampleSample") -> list[Windows]:
     """Windows of text, or batches of examples, padded as they are run."""
     if isinstance(sample, Sample):
@@ -87,7 +77,7 @@ def aligned(block: Block, kv_heads: int, windows: Sequence[Windows], refit: bool
     tokens, joint = sum(each.tokens for each in windows), shape.heads * shape.v_head_dim
     positions = sum(each.positions for each in windows)
     keys = positions if block.cross else tokens
-    rows, pairs = (sum(part) for part in zip(*(_sampled(each, block.cross) for each in windows), strict=True))
+    rows, pairs = (sum(part) for part in zip(*(sampled(each, block.cross) for each in windows), strict=True))
     passes = FORWARDS if refit else 1.3
     total = sum(passes * estimate.forward(block, each) for each in windows)
     total += min(tokens, BATCH_TOKENS) * block.weights + _statistics(block, rows, pairs) + _closed_form(block, kv_heads)
@@ -100,17 +90,6 @@ def aligned(block: Block, kv_heads: int, windows: Sequence[Windows], refit: bool
     scores = 4 * 4 * pairs * shape.heads
     ridges = 8 * (5 * block.mlp**2 + 4 * hidden * block.mlp) + 4 * tokens * (block.mlp + 2 * hidden)
     return Work(total + estimate.A_LAYER, streams + max(scores, ridges) + 2 * 4 * block.weights)
-
-
-def _sampled(windows: Windows, cross: bool) -> tuple[float, float]:
-    """(rows, scores of one head) sampled in windows, as `statistics.sample_rows` does."""
-    length = windows.length
-    each, rows, scores = ROWS if length <= SEGMENT else ROWS // 2, 0, 0
-    for start in range(0, length, SEGMENT):
-        end = min(start + SEGMENT, length)
-        rows += min(each, end - start)
-        scores += min(each, end - start) * (windows.read if cross else end)
-    return windows.count * rows, windows.count * scores
 
 
 def _statistics(block: Block, rows: float, pairs: float) -> float:

@@ -38,7 +38,7 @@ def choose(
     model, batches = open_pair(context.checkpoint, context.architecture, sample)
     places = {layer.path: layer for layer in context.architecture.layers}
     holding = [index for index, block in enumerate(model.blocks) if block.attentions]
-    looked = {holding[(2 * number + 1) * len(holding) // (2 * LAYERS)] for number in range(LAYERS)}
+    looked = {holding[number] for number in looked_at(len(holding))}
     errors: dict[Sizes, list[float]] = {sizes: [] for sizes in possible}
     with context.output.progress("choosing rotated keys", max(looked) + 1) as meter:
         for index in range(max(looked) + 1):
@@ -56,6 +56,11 @@ def choose(
     if not tried:
         raise Opaque("none of its layers rotates as many pairs as its class says")
     return tried[0].sizes, tried
+
+
+def looked_at(layers: int) -> list[int]:
+    """Numbers of the layers that are looked at, of so many, ascending."""
+    return sorted({(2 * number + 1) * layers // (2 * LAYERS) for number in range(LAYERS)})
 
 
 def _errors(pair: LayerPair, possible: list[Sizes]) -> dict[Sizes, float]:

@@ -44,11 +44,12 @@ def fit(context: "FitContext", choice: Choice) -> Plan:
     Raises UpfitError for calibration text that cannot be used, Opaque for a model that cannot be watched on it.
     """
     calibration = read_calibration(context, choice.calibration, choice.tokens, choice.length, choice.field)
-    architecture = context.architecture
-    sizes, tried = choose(context, choice.calibration, choice.length, choice.field, list(choice.possible))
-    settings = Settings(sizes, choice.refit)
-    identity = {"recipe": "mla", "config": architecture.config} | asdict(settings)
+    architecture, possible = context.architecture, [asdict(sizes) for sizes in choice.possible]
+    identity = {"recipe": "mla", "config": architecture.config, "possible": possible}
+    identity |= asdict(Settings(choice.possible[0], choice.refit)) | {"sizes": None}
     fits = LayerFits(context, calibration, "fitting latents", identity, list(architecture.layers))
+    sizes, tried = _chosen(fits, choice)
+    settings = Settings(sizes, choice.refit)
     convert_layers(fits, lambda layers, scaling: own_config(architecture, layers, scaling), settings)
     records = fits.records
     config = own_config(architecture, [record["settings"] for record in records], records[0]["scaling"])
@@ -56,7 +57,7 @@ def fit(context: "FitContext", choice: Choice) -> Plan:
         STATE: FITTED,
         "calibration": calibration.record(),
         "sizes": asdict(sizes),
-        "tried": [{"rotated_pairs": pairs(one.sizes), "slots": one.sizes.slots, "error": one.error} for one in tried],
+        "tried": tried,
         "layers": records,
     }
     plan = Plan(config, fits.rules(label(architecture, sizes, choice.refit), dropped), report=report)
@@ -65,6 +66,25 @@ def fit(context: "FitContext", choice: Choice) -> Plan:
         wide = plan if choice.pad is None else padded(plan, choice.pad)
         return replace(stock_plan(wide, architecture), notes=(STOCK_NOTE,))
     return replace(plan, notes=(own_note(reason),))
+
+
+def choose_sizes(context: "FitContext", choice: Choice) -> tuple[Sizes, list[dict[str, Any]]]:
+    """The best of the possible sizes, and what was tried, best first, for recipe.json. Raises Opaque as `choose` does."""
+    sizes, tried = choose(context, choice.calibration, choice.length, choice.field, list(choice.possible))
+    return sizes, [{"rotated_pairs": pairs(one.sizes), "slots": one.sizes.slots, "error": one.error} for one in tried]
+
+
+def _chosen(fits: LayerFits, choice: Choice) -> tuple[Sizes, list[dict[str, Any]]]:
+    """The same, chosen once for a fit, however often it is stopped."""
+    if len(choice.possible) == 1:
+        return choice.possible[0], []
+
+    def decide() -> dict[str, Any]:
+        sizes, tried = choose_sizes(fits.context, choice)
+        return {"at": choice.possible.index(sizes), "tried": tried}
+
+    decided = fits.decided(decide)
+    return choice.possible[decided["at"]], decided["tried"]
 
 
 def own_note(reason: str | None) -> str:

@@ -11,11 +11,11 @@ from upfit.text.files import FIELD, FIELD_HELP
 
 if TYPE_CHECKING:
     from upfit.architecture.layers import Architecture
+    from upfit.calibration.estimate import Work
 
 PAPER = "DeepSeek-AI 2024, DeepSeek-V2, arXiv 2405.04434; from finished models: TransMLA, Meng et al. 2025, arXiv 2502.07864"
 
 
-STOCK, OWN = "deepseek_v3", "upfit_mla"
 Target = Literal["auto", "deepseek_v3", "upfit_mla"]
 
 
@@ -45,48 +45,35 @@ class Options:
 
 def plan(architecture: "Architecture", options: Options) -> Fit:
     """A latent in every layer. Raises UpfitError for widths that are none, and for a model that cannot have one."""
-    from upfit.architecture.names import name_map
-    from upfit.convert.mla.deepseek import why_not
-    from upfit.convert.mla.fit import STOCK_NOTE, Choice, fit, label, own_note
-    from upfit.convert.mla.own_config import check, has_bias, outline, own_config
-    from upfit.convert.mla.pad import padded, read_pad
-    from upfit.convert.mla.sizes import Asked, layer_settings, possible_sizes, rotated_pairs
-    from upfit.convert.mla.stock_plan import stock_plan
+    from upfit.convert.mla.fit import Choice, choose_sizes, fit
+    from upfit.convert.mla.outline import Outline, choose_target, middle
+    from upfit.convert.mla.own_config import check
+    from upfit.convert.mla.pad import read_pad
+    from upfit.convert.mla.sizes import Asked, rotated_pairs
 
     _check_options(options)
     check(architecture)
-    first, pairs, bias = architecture.layers[0], rotated_pairs(architecture), has_bias(architecture)
-    inputs = architecture.tensors[first.names["q.weight"]].shape[1] + bias
-    asked = Asked(options.cache, options.latent, options.rope_dim)
+    pairs = rotated_pairs(architecture)
     pad = None if options.pad is None else read_pad(options.pad, pairs)
-    reason, sizes = None, possible_sizes(first.geometry, inputs, pairs, options.target == OWN, asked)
-
-    def drawn(stock: bool) -> Plan:
-        """The plan as far as it is known before the fit."""
-        middle = sizes[len(sizes) // 2]
-        settings = layer_settings(middle, list(range(pairs)))
-        rules = tuple(outline(layer, middle, bias, label(architecture, middle, options.refit)) for layer in architecture.layers)
-        own = Plan(own_config(architecture, [settings] * len(rules), 1.0), rules)
-        if not stock:
-            return own
-        return stock_plan(own if pad is None else padded(own, pad), architecture)
-
-    name_map(drawn(stock=False).config)  # which our class may refuse
-    if options.target != OWN:
-        reason = why_not(drawn(stock=False).config)
-        if reason is not None and options.target == STOCK:
-            raise UpfitError(f"--target {STOCK}: {reason}; leave it out for a class of ours")
-        if reason is not None:
-            sizes = possible_sizes(first.geometry, inputs, pairs, True, asked)
-    stock = options.target != OWN and reason is None
-    if pad is not None and not stock:
-        raise UpfitError(f"--pad is for {STOCK}, and the result is of our class{f': {reason}' if reason else ''}; leave it out")
+    outline, asked = Outline(architecture, pairs, pad, options.refit), Asked(options.cache, options.latent, options.rope_dim)
+    target = choose_target(outline, asked, options.target)
+    how = (options.calibration, options.calibration_tokens, options.calibration_length, options.field)
+    choice = Choice(target.possible, target.stock, target.reason, pad, options.refit, *how)
 
     def run(context: FitContext) -> Plan:
-        how = (options.calibration, options.calibration_tokens, options.calibration_length, options.field)
-        return fit(context, Choice(tuple(sizes), stock, reason, pad, options.refit, *how))
+        return fit(context, choice)
 
-    return Fit(replace(drawn(stock), notes=(STOCK_NOTE if stock else own_note(reason),)), run)
+    def drawn(context: FitContext) -> Plan:
+        return outline.plan(choose_sizes(context, choice)[0], target.stock, target.reason)
+
+    def work(context: FitContext) -> "Work":
+        from upfit.convert.mla import cost
+
+        return cost.work(context, choice)
+
+    known = outline.plan(middle(target.possible), target.stock, target.reason)
+    undecided = options.calibration is not None and len(target.possible) > 1
+    return Fit(known, run, drawn=drawn if undecided else None, work=work)
 
 
 def _check_options(options: Options) -> None:
