@@ -13,6 +13,7 @@ from upfit.calibration.estimate_text import drawn_windows, sampled
 from upfit.calibration.sample import BATCH_TOKENS, HELD_SHARE
 from upfit.calibration.scores.fit import Effort
 from upfit.calibration.statistics import SEGMENT
+from upfit.convert.mla import refine
 from upfit.convert.mla.choose import LAYERS, TOKENS, looked_at
 from upfit.convert.mla.latent import ROUNDS
 from upfit.convert.mla.sizes import Sizes
@@ -64,7 +65,8 @@ def fitted(block: Block, sizes: Sizes, windows: Sequence[Windows], refit: bool =
     total += len(BALANCES) * _closed_form(block, sizes, windows)
     ridges = scores = 0.0
     if refit:
-        total += _scores(block, sizes, windows) + estimate.ridge(shape.heads * shape.v_head_dim, hidden, tokens)
+        total += _scores(block, sizes, windows) + _refined(block, sizes, windows)
+        total += estimate.ridge(shape.heads * shape.v_head_dim, hidden, tokens)
         total += estimate.ridge(block.mlp, hidden, tokens) if block.mlp else 0.0
         total += 4 * tokens * hidden**2 + estimate.A_DOUBLE * 3 * hidden**3  # drift and moments of the inputs
         ridges = 8 * (5 * block.mlp**2 + 4 * hidden * block.mlp) + 4 * tokens * (block.mlp + 2 * hidden)
@@ -112,6 +114,18 @@ def _closed_form(block: Block, sizes: Sizes, windows: Sequence[Windows]) -> floa
     held += rows * shape.heads * (hidden * (width + sizes.unrotated) + r * (sizes.unrotated + shape.v_head_dim))
     held += 2 * rows * shape.heads * shape.v_head_dim * hidden
     return estimate.A_DOUBLE * form + held / HELD_SHARE
+
+
+def _refined(block: Block, sizes: Sizes, windows: Sequence[Windows]) -> float:
+    """Latent and outputs in turn, by both ridges; a second round as a rule gains nothing."""
+    shape, hidden, r, (rows, pairs, _) = block.geometry, block.hidden, sizes.latent, _rows(windows)
+    span = min(shape.kv_heads * (sizes.unrotated + shape.v_head_dim), hidden)
+    outputs, read = shape.heads * shape.v_head_dim, shape.heads * r
+    mixed = sum(each.tokens for each in windows) * hidden * span
+    mixed += pairs * (shape.heads * (span + shape.v_head_dim)) + rows * outputs * hidden
+    step = 2 * rows * read * span + rows * read**2  # one product with the curvature
+    once = 2 * rows * outputs * (span + hidden) + rows * outputs**2 + rows * read * hidden + estimate.A_DOUBLE * outputs**3 / 2
+    return mixed + 2 * (once + (refine.ITERATIONS + 1) * step)
 
 
 def _scores(block: Block, sizes: Sizes, windows: Sequence[Windows]) -> float:

@@ -83,7 +83,7 @@ def refine_mixture(
 
     def improved(down: Tensor, ridge: float) -> tuple[float, Tensor, Tensor]:
         groups = Mixed(fit.values(down, up).unflatten(1, (1, len(up), -1)), fit.target, fit.weight)
-        alone = torch.eye(up.shape[1], device=up.device)[None]
+        alone = torch.eye(up.shape[1], dtype=up.dtype, device=up.device)[None]
         new_outputs = improve_outputs(groups, alone, prior, ridge).reshape(outputs.shape)
         new = _improve_down(fit, down, start, torch.einsum("ehv,hvr->ehr", new_outputs, up), keys)
         return held.error(new, up, new_outputs) + count * keys.cost(new - start), new, new_outputs
