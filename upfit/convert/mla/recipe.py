@@ -47,7 +47,7 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
     """A latent in every layer. Raises UpfitError for widths that are none, and for a model that cannot have one."""
     from upfit.architecture.names import name_map
     from upfit.convert.mla.deepseek import why_not
-    from upfit.convert.mla.fit import STOCK_NOTE, Choice, fit, label, own_note
+    from upfit.convert.mla.fit import Choice, fit, label, own_note, stock_note
     from upfit.convert.mla.own_config import check, has_bias, outline, own_config
     from upfit.convert.mla.pad import padded, read_pad
     from upfit.convert.mla.sizes import Asked, layer_settings, possible_sizes, rotated_pairs
@@ -58,7 +58,7 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
     first, pairs, bias = architecture.layers[0], rotated_pairs(architecture), has_bias(architecture)
     inputs = architecture.tensors[first.names["q.weight"]].shape[1] + bias
     asked = Asked(options.cache, options.latent, options.rope_dim)
-    pad = None if options.pad is None else read_pad(options.pad, pairs)
+    pad = None if options.pad is None else read_pad(options.pad)
     reason, sizes = None, possible_sizes(first.geometry, inputs, pairs, options.target == OWN, asked)
 
     def drawn(stock: bool) -> Plan:
@@ -86,7 +86,8 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
         how = (options.calibration, options.calibration_tokens, options.calibration_length, options.field)
         return fit(context, Choice(tuple(sizes), stock, reason, pad, options.refit, *how))
 
-    return Fit(replace(drawn(stock), notes=(STOCK_NOTE if stock else own_note(reason),)), run)
+    outlined = drawn(stock)
+    return Fit(replace(outlined, notes=(stock_note(outlined.config) if stock else own_note(reason),)), run)
 
 
 def _check_options(options: Options) -> None:
