@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MODEL_TYPE, CLASS = "deepseek_v3", "DeepseekV3ForCausalLM"
+ZERO = None  # in place of a column: a rotated key of zeros, whatever its angle (`pad.py`); our own class cannot load it
 SAME = 1e-6  # relative difference of two frequencies that are one, computed in float32
 FIXED = ("default", "llama3", "linear", "yarn")  # rope types whose angles do not depend on the length of the text
-NO_EXPERTS = dict.fromkeys(
-    ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group"), 1
-)  # no layer has any; the class wants numbers
+# No layer has experts; the class wants numbers, and llama.cpp more experts than groups of them.
+NO_EXPERTS = {"n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
 
 
 def why_not(config: dict[str, Any]) -> str | None:
@@ -75,20 +75,21 @@ def _why_not_rotation(config: dict[str, Any], parsed: Any) -> str | None:
     if kind not in FIXED:
         return f"the stock class cannot turn keys as this model's rope type {kind} does"
     angles, _ = rotation(config, parsed)
-    chosen = [angles[column] for column in config["mla"]["layers"][0]["columns"]]
+    columns = config["mla"]["layers"][0]["columns"]
+    chosen = [angles[column] for column in columns if column is not ZERO]
     if len(set(chosen)) < len(chosen):
         return "the stock class has one rotated key on a pair, and this model several"
     if chosen != sorted(set(angles), reverse=True)[: len(chosen)]:
         return f"the stock class rotates the fastest pairs alone, and this model chose others for its {len(chosen)} keys"
     base = rope_theta(config, parsed)
-    powers = (base ** (-index / len(chosen)) for index in range(len(chosen)))
+    powers = (base ** (-index / len(columns)) for index in range(len(chosen)))
     if not all(math.isclose(angle, power, rel_tol=SAME) for angle, power in zip(chosen, powers, strict=True)):
         return f"the stock class turns by 1, b, b² ... a position, and this model's {len(chosen)} keys by other angles ({kind})"
     return None
 
 
 def rope_theta(config: dict[str, Any], parsed: Any) -> float:
-    """θ' = θ^(F/P): the base of which F pairs turn as the F fastest of the family's P do."""
+    """θ' = θ^(F/P): the base of which F pairs turn as the F fastest of the family's P do. Keys of zeros count among the F."""
     pairs, columns = len(config["mla"]["layers"][0]["columns"]), len(rotation(config, parsed)[0])
     theta: float = parsed.rope_parameters["rope_theta"]
     return theta if 2 * pairs == columns else theta ** (2 * pairs / columns)

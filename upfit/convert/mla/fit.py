@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from upfit.convert.recipe import FitContext
 
 
-STOCK_NOTE = "the result is a stock DeepseekV3ForCausalLM, a class of transformers' own"
+VLLM_CACHES = (320, 512, 576)  # numbers a token and layer; on a CPU 512 + 64 alone (vLLM 0.32, see docs/serving.md)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def fit(context: "FitContext", choice: Choice) -> Plan:
     reason = why_not(config) if choice.stock else choice.why_own
     if choice.stock and reason is None:
         wide = plan if choice.pad is None else padded(plan, choice.pad)
-        return replace(stock_plan(wide, architecture), notes=(STOCK_NOTE,))
+        stock = stock_plan(wide, architecture)
+        return replace(stock, notes=(stock_note(stock.config),))
     return replace(plan, notes=(own_note(reason),))
 
 
@@ -85,6 +86,21 @@ def _chosen(fits: LayerFits, choice: Choice) -> tuple[Sizes, list[dict[str, Any]
 
     decided = fits.decided(decide)
     return choice.possible[decided["at"]], decided["tried"]
+
+
+def stock_note(config: dict[str, Any]) -> str:
+    """What is said of a result of the stock class with this `config.json`: what it is, and what vLLM wants of its widths."""
+    latent, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    stock = "the result is a stock DeepseekV3ForCausalLM, a class of transformers' own"
+    if (latent, rotated) == (512, 64):
+        return stock
+    way = (
+        "--pad 512+64" if latent <= 512 and rotated <= 64 else "a latent up to 512 and rotated keys up to 64, then --pad 512+64"
+    )
+    if latent + rotated in VLLM_CACHES:
+        return f"{stock}; vLLM on a CPU wants {way}"
+    caches = "320, 512 or 576 numbers a token and layer"
+    return f"{stock}; vLLM has latent caches of {caches}, and this is {latent + rotated}: for vLLM give {way}"
 
 
 def own_note(reason: str | None) -> str:

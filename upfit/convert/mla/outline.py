@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from upfit.architecture.names import name_map
 from upfit.checkpoint.plan import Plan
 from upfit.convert.mla.deepseek import why_not
-from upfit.convert.mla.fit import STOCK_NOTE, label, own_note
+from upfit.convert.mla.fit import label, own_note, stock_note
 from upfit.convert.mla.own_config import has_bias, outline, own_config
 from upfit.convert.mla.pad import padded
 from upfit.convert.mla.sizes import Asked, Sizes, layer_settings, possible_sizes
@@ -41,7 +41,8 @@ class Outline:
         own = self.own(sizes)
         if not stock:
             return replace(own, notes=(own_note(reason),))
-        return replace(stock_plan(own if self.pad is None else padded(own, self.pad), self.architecture), notes=(STOCK_NOTE,))
+        plan = stock_plan(own if self.pad is None else padded(own, self.pad), self.architecture)
+        return replace(plan, notes=(stock_note(plan.config),))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from upfit.checkpoint.plan import Plan, Rule, Tensors
+from upfit.convert.mla.deepseek import ZERO
 from upfit.convert.mla.own_config import MODEL_TYPE as OWN
 from upfit.errors import UpfitError
 
@@ -14,17 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def read_pad(text: str, pairs: int) -> tuple[int, int]:
-    """(width of the latent, of rotated keys) of `512+64`. Raises UpfitError for others than a model with so many rotated pairs
-    can have."""
+def read_pad(text: str) -> tuple[int, int]:
+    """(width of the latent, of rotated keys) of `512+64`. Raises UpfitError for what is none."""
     match = re.fullmatch(r"(\d+)\+(\d+)", text.strip())
     if match is None:
         raise UpfitError(f"--pad got {text!r}; give the widths of latent and rotated keys, such as 512+64")
     latent, rotated = int(match[1]), int(match[2])
-    if rotated % 2 or rotated > 2 * pairs:
-        raise UpfitError(
-            f"--pad {text}: choose an even width up to {2 * pairs} for rotated keys; the model rotates {pairs} pairs"
-        )
+    if rotated % 2:
+        raise UpfitError(f"--pad {text}: rotated keys are pairs of numbers; give an even width for them, such as {rotated + 1}")
     return latent, rotated
 
 
@@ -39,7 +37,7 @@ def padded(plan: Plan, widths: tuple[int, int]) -> Plan:
     if latent < first["latent"] or rotated < 2 * len(first["columns"]):
         now = f"{first['latent']}+{2 * len(first['columns'])}"
         raise UpfitError(f"--pad {latent}+{rotated} is less than what the layers have, {now}; give more, or leave it out")
-    columns = [*first["columns"], *range(len(first["columns"]), rotated // 2)]
+    columns = first["columns"] + [ZERO] * (rotated // 2 - len(first["columns"]))
     settings = first | {"latent": latent, "columns": columns}
     config = plan.config | {"mla": mla | {"layers": [settings] * len(mla["layers"])}}
     return replace(plan, config=config, rules=tuple(_padded_rule(rule, mla, first, settings) for rule in plan.rules))

@@ -54,7 +54,7 @@ def plan(architecture: "Architecture", options: Options) -> Fit:
     _check_options(options)
     check(architecture)
     pairs = rotated_pairs(architecture)
-    pad = None if options.pad is None else read_pad(options.pad, pairs)
+    pad = None if options.pad is None else read_pad(options.pad)
     outline, asked = Outline(architecture, pairs, pad, options.refit), Asked(options.cache, options.latent, options.rope_dim)
     target = choose_target(outline, asked, options.target)
     how = (options.calibration, options.calibration_tokens, options.calibration_length, options.field)

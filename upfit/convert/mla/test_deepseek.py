@@ -219,6 +219,9 @@ def test_what_engines_read_stands_in_the_config() -> None:
     assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("yarn", 1.0, 1e4)
     assert {"rope_theta": 1e4, **settings["rope_scaling"]} == rope
     assert not {"mla", "auto_map", "base_model_type", "embedding_multiplier"} & settings.keys()
+    # llama.cpp asserts as much of any model that names experts, before it sees that no layer has them.
+    assert 1 <= settings["num_experts_per_tok"] <= settings["n_routed_experts"]
+    assert 1 <= settings["topk_group"] <= settings["n_group"] < settings["n_routed_experts"]
 
 
 LINEAR = DEFAULT | {"rope_type": "linear", "factor": 2.0}
