@@ -45,7 +45,6 @@ LINES = {  # words of a command line -> what its line says
     "plan MODEL --tokens 1M --gpu g9": "--gpu g9 is not known",
     "plan MODEL": "--tokens",
     "uptrain ./nope d out --tokens 1M": NO_MODEL,
-    "uptrain latent bare out --tokens 1M": "train the model of our own class, then fold it",
     "uptrain MODEL ./nope out --tokens 1M": "nope has no manifest.json",
     "uptrain MODEL bare out --tokens 1M": "bare TOKENS --tokenizer MODEL",
     "uptrain MODEL bare full --tokens 1M": TAKEN,

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from tests.folders import save_tiny, tiny_llama
+from tests.test_latent_trained import with_latent
 from tests.test_uptrain_answers import SETTINGS, make_home
 from tests.test_uptrain_attention import differential
 from tests.test_uptrain_resume import Interrupting
@@ -105,12 +106,13 @@ def job(shop: Workshop, out: Path, stop: int = 0, resume: Path | None = None, **
 
 @pytest.fixture(scope="module")
 def shops(place: Path) -> dict[str, Workshop]:
-    """Untied and tied heads."""
+    """Untied and tied heads, and a latent below its norm's epsilon."""
     (place / "shop").mkdir()
     untied = make_workshop(place / "shop")
     student = save_tiny(place / "student", tiny_llama(tie_word_embeddings=True, num_key_value_heads=2))
     teacher = save_tiny(place / "teacher", tiny_llama(tie_word_embeddings=True))
-    return {"untied": untied, "tied": Workshop(teacher, student, untied.data)}
+    latent = with_latent(untied, place / "latent")
+    return {"untied": untied, "tied": Workshop(teacher, student, untied.data), "latent": latent}
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,7 @@ def runs(python: str, place: Path, shops: dict[str, Workshop]) -> Path:
     untied.run(place / "one", **SIX)
     untied.run(place / "one-micro", **SIX, micro_batch=2)
     tied.run(place / "one-tied", **SIX, **taught)
+    shops["latent"].run(place / "one-latent", **SIX)
     untied.run(place / "stopped-one", output=Interrupting(3), **SIX)
     untied.run(place / "one-layerwise", **SIX, stages="layerwise")
     untied.run(place / "one-attention", **SIX, trainable="attention")
@@ -141,6 +144,7 @@ def runs(python: str, place: Path, shops: dict[str, Workshop]) -> Path:
         job(tied, place / "fsdp-tied", **fsdp, **taught, micro_batch=1, async_save=False),
         job(untied, place / "fsdp-all", **fsdp, shard_teacher=True, gradient_checkpointing=True, micro_batch=[1, 2]),
         job(tied, place / "fsdp-all-tied", **fsdp, **taught, shard_teacher=True),
+        job(shops["latent"], place / "fsdp-latent", **fsdp, gradient_checkpointing=True),
     ]
     begun = job(untied, place / "stopped-fsdp", 3, **fsdp)
     resumed = [
@@ -168,7 +172,7 @@ def test_processes_micro_batches_and_shards_do_not_change_the_losses(runs: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp-layerwise", "ddp-attention", "fsdp-attention", "ddp-answers"])
+@pytest.mark.parametrize("name", ["ddp-layerwise", "ddp-attention", "fsdp-attention", "ddp-answers", "fsdp-latent"])
 def test_nor_does_what_is_learned(runs: Path, name: str) -> None:
     alike(runs / name, runs / f"one-{name.partition('-')[2]}")
 

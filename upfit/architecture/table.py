@@ -133,15 +133,6 @@ def is_stock_latent(config: dict[str, Any]) -> bool:
     return LATENT_WIDTH in config
 
 
-def check_trained(config: dict[str, Any]) -> None:
-    """Raise UpfitError, with the reason, for a config whose model is not to be trained."""
-    if is_stock_latent(config):
-        raise UpfitError(
-            f"{config['model_type']} is not trained: one step would move a latent that is scaled below its norm's epsilon "
-            "out of that scale; train the model of our own class, then fold it with upfit merge"
-        )
-
-
 def has_two_ways(config: dict[str, Any]) -> bool:
     """Whether a checkpoint can become another family's and, where that has no place for it, our own class."""
     known = table()

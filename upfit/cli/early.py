@@ -6,7 +6,7 @@ Every check is one that the command's own room makes again: of what is right her
 from pathlib import Path
 from typing import Any
 
-from upfit.architecture.table import check_known, check_trained, is_stock_latent
+from upfit.architecture.table import check_known, is_stock_latent
 from upfit.checkpoint.output_folder import check_output, check_place, local_folder, resolved
 from upfit.checkpoint.reader import read_config
 from upfit.checkpoint.source import local_source
@@ -34,19 +34,11 @@ def check_model(name: str | Path | None) -> None:
         check_known(read_config(source.path))
 
 
-def check_measured(name: str | Path | None) -> None:
-    """As `check_model`; what caches a latent is shown and measured, though nothing is made of it."""
+def check_used(name: str | Path | None) -> None:
+    """As `check_model`; what caches a latent is shown, measured and trained, though nothing is made of it."""
     source = None if name is None else local_source(str(name))
     if source is not None and not is_stock_latent(config := read_config(source.path)):
         check_known(config)
-
-
-def check_trainable(name: str) -> None:
-    """As `check_model`, with the reason why a model of a type that is refused is not trained."""
-    source = local_source(name)
-    if source is not None:
-        check_trained(read_config(source.path))
-    check_model(name)
 
 
 def check_tokenizer(name: str) -> None:
@@ -114,7 +106,7 @@ def check_plan(model: str, options: PlanOptions) -> None:
     check_options(options)
     find_gpu(options.gpu)
     check_budget(options.tokens, options.share, options.original_tokens)
-    check_measured(model)
+    check_used(model)
 
 
 def check_budget(tokens: str | None, share: str | None, original: str | None) -> None:
@@ -133,7 +125,7 @@ def check_training(model: str, data: str, out: Path, config: Config, resume: boo
 
     check_config(config)
     check_budget(config.tokens, config.share, config.original_tokens)
-    check_trainable(model)
+    check_used(model)
     if resume:
         return
     check_output(out, local_folder(model), 0, overwrite)
@@ -144,8 +136,8 @@ def check_training(model: str, data: str, out: Path, config: Config, resume: boo
 def check_evaluation(model: str, options: EvaluateOptions) -> None:
     check_measures(options)
     check_data(options)
-    check_measured(model)
-    check_measured(options.against)
+    check_used(model)
+    check_used(options.against)
 
 
 def check_new_folder(out: Path, overwrite: bool) -> None:

@@ -40,7 +40,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Architecture, heads, parameters, KV bytes per token, history, and what the model can become."""
-    early.check_measured(model)
+    early.check_used(model)
     show_result(api.describe(model, revision=revision), Output(as_json))
 
 

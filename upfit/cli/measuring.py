@@ -41,7 +41,7 @@ def report(
 ) -> None:
     """The story of a folder as one HTML file: what was done, measured and predicted, in tables and plots."""
     early.check_page(out, overwrite)
-    early.check_measured(model)
+    early.check_used(model)
     show_result(api.report(model, out, results=results or (), png=png, overwrite=overwrite), Output(as_json))
 
 
@@ -52,7 +52,7 @@ def compare(
 ) -> None:
     """Several models in one table: size, cache, and the losses that `evaluate --record` kept in them."""
     for model in models:
-        early.check_measured(model)
+        early.check_used(model)
     show_result(api.compare(models), Output(as_json))
 
 

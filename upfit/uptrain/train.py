@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from upfit import provenance
+from upfit.architecture.latent_fold import unfold
 from upfit.checkpoint.output_folder import resolved
 from upfit.checkpoint.source import Source, find_source
 from upfit.checkpoint.work_folder import RESULT, WorkFolder, work_folder
@@ -250,6 +251,7 @@ def write(
     entry["fingerprints"] = {name: run.identity[f"{name}'s fingerprint"] for name in ("model", "teacher")}
     run.metrics_file.flush()
     before = stage_folder.before or job.source.path
+    weights = unfold(run.learner.student, weights)
     folder = work.folder(RESULT if stage_folder.last else f"{stage_folder.name}.partial", clear=True)
     export(run.learner.student, weights, run.layout, job.source.path, folder, None if stage_folder.last else torch.float32)
     with open(folder / METRICS, "wb") as metrics:

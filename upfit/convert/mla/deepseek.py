@@ -16,21 +16,10 @@ vLLM's CPU kernels turn right as well (plain RoPE they do not, in 0.32).
 import math
 from typing import TYPE_CHECKING, Any
 
+from upfit.architecture.latent_scale import EPS, FLOAT16, LATENT_ERROR, NORM, latent_scale, mean_square_bound
 from upfit.architecture.retarget.draft import Draft, Named, common_keys
 from upfit.convert.mla.deepseek_families import FAMILIES, read_family, rotation, stock_family, why_not_family
-from upfit.convert.mla.deepseek_tensors import (
-    EPS,
-    FLOAT16,
-    LATENT,
-    LATENT_ERROR,
-    NORM,
-    OUTPUT,
-    LatentShape,
-    latent_scale,
-    mean_square_bound,
-    rounded_power,
-    to_stock,
-)
+from upfit.convert.mla.deepseek_tensors import LATENT, OUTPUT, LatentShape, rounded_power, to_stock
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:

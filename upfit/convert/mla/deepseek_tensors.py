@@ -1,13 +1,6 @@
 """One layer's latent attention as the tensors of the stock DeepSeek-V3 class, and back.
 
-The class divides the latent c by its root mean square before the heads read it (DeepSeek-V3, arXiv 2412.19437, section 4.2).
-A latent that is a linear map of the input must not be divided, so its rows are scaled by a power of two s so small that the
-norm's own epsilon outweighs them:
-
-    s c / sqrt(s² mean(c²) + ε) = s c / sqrt(ε) · (1 − s² mean(c²) / (2 ε) + ...)        ε = 1e-6
-
-and the norm's weight sqrt(ε) / s gives c back. A power of two costs no bit of a weight, and taking it off gives the same bits
-again. In bfloat16 the norm's weight itself is rounded, by 5.5e-4: one common factor of the latent.
+The latent's rows are scaled by a power of two s so small that the class's norm of it is a constant (`latent_scale.py`).
 
 Shapes: H query heads, K key/value heads of the source, N unrotated and 2F rotated dimensions of a head, r latent width, V width
 of a value head, E hidden width. Linear weights are [out, in]. Rotated rows are the first and then the second dimensions of all
@@ -19,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from upfit.architecture.latent_scale import EPS, FLOAT16, NORM, scale_of
 from upfit.errors import UpfitError
 
 if TYPE_CHECKING:
@@ -26,11 +20,7 @@ if TYPE_CHECKING:
 
 Named = dict[str, "Tensor"]
 
-EPS = 1e-6  # of kv_a_layernorm, whatever config.json says
-LATENT_ERROR = 1e-7  # relative, of the latent: about what float32 rounds
-ROUNDED = 2.0**-8  # relative; as far as bfloat16 may have moved the norm's weight
 QUERIES, LATENT, HEADS, OUTPUT = "q_proj.weight", "kv_a_proj_with_mqa.weight", "kv_b_proj.weight", "o_proj.weight"
-NORM = "kv_a_layernorm.weight"
 
 
 @dataclass(frozen=True)
@@ -68,23 +58,6 @@ def rounded_power(factor: float) -> float:
     return power if math.isclose(factor, power, rel_tol=1e-12) else factor
 
 
-def latent_scale(mean_square: float, error: float = LATENT_ERROR) -> float:
-    """The largest power of two s with s² · mean_square / (2 ε) <= error.
-
-    That is the relative error which the norm makes in a latent whose mean square over its r numbers is `mean_square`.
-    """
-    return 2.0 ** math.floor(math.log2(2 * EPS * error / mean_square) / 2) if mean_square > 0 else 1.0
-
-
-def mean_square_bound(latent: "Tensor", norm: "Tensor") -> float:
-    """What the mean square of the latent D (g ∘ x) cannot exceed, whatever the text: E / r · |D diag(g)|², Frobenius.
-
-    latent [r, E] is D and norm [E] the scale g of the RMSNorm before it, behind which the squares of x sum to at most E.
-    """
-    rows, width = latent.shape
-    return float((latent.double() * norm.double()).square().sum()) * width / rows
-
-
 def to_stock(tensors: Mapping[str, "Tensor"], shape: LatentShape, scale: float) -> Named:
     """The five tensors of a stock attention.
 
@@ -112,9 +85,6 @@ def to_stock(tensors: Mapping[str, "Tensor"], shape: LatentShape, scale: float) 
     }
 
 
-FLOAT16 = "the scaled latent is too small for float16, which would make it zero; use bfloat16 or float32"
-
-
 def from_stock(tensors: Mapping[str, "Tensor"], shape: LatentShape) -> Named:
     """The inverse of `to_stock`: an ordinary latent, which can be trained. The scale is read from the norm's weight.
 
@@ -137,19 +107,6 @@ def from_stock(tensors: Mapping[str, "Tensor"], shape: LatentShape) -> Named:
         HEADS: groups[:, 0].flatten(0, 1),
         OUTPUT: tensors[OUTPUT] / shape.branch,
     }
-
-
-def scale_of(norm: "Tensor") -> float:
-    """The power of two s of which the weight [r] of a kv_a_layernorm is sqrt(ε) / s. Raises UpfitError where it is none."""
-    if norm.is_meta:
-        return 1.0
-    low, high = float(norm.min()), float(norm.max())
-    scale = 2.0 ** round(math.log2(math.sqrt(EPS) / high)) if low == high and high > 0 else 0.0
-    if not math.isclose(high * scale, math.sqrt(EPS), rel_tol=ROUNDED):
-        raise UpfitError(
-            "kv_a_layernorm is no constant of a scaled latent, so this latent is not linear; it was trained as it is"
-        )
-    return scale
 
 
 def in_turn(pairs: int) -> Any:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from upfit.architecture.latent_scale import FLOAT16
 from upfit.architecture.names import name_map
 from upfit.architecture.retarget.draft import Draft
 from upfit.checkpoint.plan import Plan, Rule
 from upfit.convert.mla.deepseek import to_deepseek
-from upfit.convert.mla.deepseek_tensors import FLOAT16
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,13 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from upfit.architecture.latent_scale import EPS, latent_scale, mean_square_bound, scale_of
 from upfit.convert.mla.deepseek_tensors import (
-    EPS,
     LatentShape,
     from_stock,
-    latent_scale,
-    mean_square_bound,
-    scale_of,
     to_stock,
 )
 from upfit.errors import UpfitError

@@ -1,9 +1,10 @@
 """Layerwise distillation: every converted attention learns to return what the teacher's returns, on the teacher's own inputs.
 
 The teacher runs once. Wherever one of its attention modules has run, the student's module at the same place runs on the same
-arguments. No gradient passes from layer to layer, and no logits are computed. Only the student's attention is used; its other
-weights are frozen, and share the teacher's memory where they are equal. Puzzle (arXiv 2411.19146) and MOHAWK (arXiv 2408.10189)
-also distil single blocks before the whole model.
+arguments, but for angles: a student of another class, which may turn by other ones, is given its own. No gradient passes from
+layer to layer, and no logits are computed. Only the student's attention is used; its other weights are frozen, and share the
+teacher's memory where they are equal. Puzzle (arXiv 2411.19146) and MOHAWK (arXiv 2408.10189) also distil single blocks before
+the whole model.
 
 Legend: B rows, T tokens a row, H hidden size.
 """
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from upfit.architecture.latent_fold import branch_factor
 from upfit.architecture.layers import bind
 from upfit.checkpoint.reader import open_checkpoint
 from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
 from upfit.uptrain.data.rows import IGNORE
 from upfit.uptrain.model.model_traits import ModelTraits, hidden_states
+
+ROTATION, ANGLES = "rotary_emb", "position_embeddings"  # transformers' names for what makes cosines and sines, and for these
 
 
 def attention_paths(source: Source) -> list[str]:
@@ -57,6 +61,12 @@ def converted_paths(student: PreTrainedModel, tutor: PreTrainedModel, paths: lis
     if not changed:
         raise UpfitError("the model's attention is that of its teacher already; leave the stage layerwise out")
     return changed
+
+
+def own_rotation(student: PreTrainedModel, teacher: PreTrainedModel) -> nn.Module | None:
+    """What makes cosines and sines of positions in a student that has another class for it than the teacher."""
+    ours, theirs = (dict(model.base_model.named_children()).get(ROTATION) for model in (student, teacher))
+    return None if type(ours) is type(theirs) else ours
 
 
 def same(module: nn.Module, other: nn.Module) -> bool:
@@ -97,6 +107,8 @@ class Layerwise(nn.Module):
         self.student, self.traits, self.paths, self.autocast = student, traits, paths, autocast
         self._teacher = (teacher,)  # in a tuple, so that it is no submodule
         self._modules_of_student = {path: student.get_submodule(path) for path in paths}
+        self._rotation = (own_rotation(student, teacher),)
+        self._factor = branch_factor(student.config, teacher.config)
         self.units = torch.ones(len(paths), device=student.device)
         freeze_all_but(student, teacher, paths)
 
@@ -116,28 +128,30 @@ class Layerwise(nn.Module):
     @torch.no_grad()
     def take_units(self, ids: Tensor, positions: Tensor) -> None:
         """Measure the teacher's outputs on some rows."""
-        with self._listening() as outputs:
+        with self._listening(positions) as outputs:
             self._run_teacher(ids, positions)
         self.units = torch.stack([theirs.float().square().sum(-1).mean() for theirs, _ in outputs])
 
     def _distances(self, ids: Tensor, positions: Tensor) -> Iterator[Tensor]:
         """The squared distance of the two outputs of each layer, [B, T]."""
-        with self._listening() as outputs:
+        with self._listening(positions) as outputs:
             self._run_teacher(ids, positions)
         for theirs, ours in outputs:
-            yield (ours.float() - theirs.float()).square().sum(-1)
+            yield (ours.float() / self._factor - theirs.float()).square().sum(-1)
 
     def _run_teacher(self, ids: Tensor, positions: Tensor) -> None:
         with torch.no_grad(), torch.autocast(ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             hidden_states(self._teacher[0], ids, positions, self.traits)
 
     @contextmanager
-    def _listening(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    def _listening(self, positions: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """A list that gets the outputs [B, T, H] of the teacher's and the student's module, layer by layer."""
-        grads, outputs = torch.is_grad_enabled(), []
+        grads, outputs, (rotation,) = torch.is_grad_enabled(), [], self._rotation
 
         def beside(path: str) -> Any:
             def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+                if rotation is not None:
+                    named = named | {ANGLES: rotation(named[ANGLES][0], positions)}
                 with torch.set_grad_enabled(grads):
                     outputs.append((_first(output), _first(self._modules_of_student[path](*arguments, **named))))
 

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from upfit.architecture.latent_fold import fold
 from upfit.architecture.loading import multiplies_bfloat16_fast
 from upfit.checkpoint.source import Source
 from upfit.errors import UpfitError
@@ -35,8 +36,10 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 def load_models(
     source: Source, teacher: Source | None, dtype: torch.dtype, device: torch.device, config: Config, output: Output
 ) -> tuple[PreTrainedModel, ModelTraits, tuple[PreTrainedModel, ModelTraits] | None]:
-    """The student in float32 and the teacher, frozen, in the type it is stored in (float32 where that is computed in)."""
+    """The student in float32, its latent of ordinary size (`latent_fold.py`), and the teacher, frozen, in the type it is stored
+    in (float32 where that is computed in)."""
     student = model_traits.load(source.path, torch.float32, device)
+    fold(student)
     traits = model_traits.examine(student)
     pair = None
     if teacher is not None:

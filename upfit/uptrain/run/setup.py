@@ -12,8 +12,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from transformers import PreTrainedModel
 
+from upfit.architecture.latent_fold import check_foldable
 from upfit.architecture.meta_model import read_as_class, vocabulary
-from upfit.architecture.table import check_trained
 from upfit.checkpoint.output_folder import check_output
 from upfit.checkpoint.reader import open_checkpoint, read_config
 from upfit.checkpoint.side_files import check_side_files
@@ -86,7 +86,7 @@ def check_first(out: Path, source: Source, stages: list[Stage], opened: list[Dat
     """Raise UpfitError for what would keep a later stage from beginning, or the result from being written. What concerns the
     first stage it finds by itself, at once."""
     config = read_config(source.path)
-    check_trained(config)
+    check_foldable(source.path)
     check_output(out, [source.path, *opened[0].folders], 0, overwrite)
     check_copies(source.path)
     if len(stages) == 1:
