@@ -4,9 +4,10 @@
 
 A row for each number of cached numbers a token and layer, way and refit. Ways of `baselines.py`: `care` (keys and values cut by
 themselves, to equal ranks), `care by layer` (ranks dealt to layers), `joint` (one SVD for both, balanced), `transmla`; of ours:
-`latent` (our class). The first three cache keys before their rotation, so every step of decoding makes all keys of the context
-again and rotates them; no stock class does it. Their refit maps inputs by the drift and fits O and the MLP's last matrix; that
-of the others is `upfit convert mla`'s. Ridges, balances, folds and sizes are chosen on calibration text that is held back.
+`latent` (our class). The first three cache keys before their rotation: each step of decoding makes all keys of the context again,
+K·D times the rank multiplications a cached token and layer, and rotates them, which no stock class does. Their refit maps inputs
+by the drift and fits O and the MLP's last matrix; that of the others is `upfit convert mla`'s. Ridges, balances, folds and sizes
+are chosen on calibration text that is held back.
 Losses over the source in nats a token, paired, with intervals over the documents of Upfit's own evaluation text. For families
 that store queries, keys and values apart, without biases or norms of them.
 """
@@ -15,7 +16,7 @@ import argparse
 import copy
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -135,7 +136,7 @@ class LowRank:
 
     def choose(self, numbers: int, way: str) -> tuple[dict[str, Any], Cut]:
         """The best on what is held back."""
-        tried = []
+        tried = list[tuple[dict[str, Any], Cut]]()
         for ridge, balance in product(RIDGES, BALANCES if way == "joint" else (1.0,)):
             cached, cut = self.cut(numbers, way, ridge, balance)
             loss = self.held_loss(self.with_tensors(self.named(cut)))
@@ -149,13 +150,13 @@ class LowRank:
         if way == "joint":
             rank = min(numbers, len(wide[0][2]))
             return rank, [joint_svd(k, v, moment, rank, balance, ridge) for k, v, moment in wide]
-        rank, cuts, cached = min(numbers // 2, most), [], 0
+        rank, cuts, cached = min(numbers // 2, most), list[list[Tensor]](), 0
         for part in (0, 1):
             whole = [weighted_svd(layer[part], layer[2], most, ridge) for layer in wide]
             ranks = dealt_ranks([one.sizes for one in whole], rank, most) if "by layer" in way else [rank] * len(wide)
             cuts.append([one.up[:, :own] @ one.down[:own] for one, own in zip(whole, ranks, strict=True)])
             cached += sum(ranks)
-        return cached / len(wide), list(zip(*cuts, strict=True))
+        return cached / len(wide), list(zip(cuts[0], cuts[1], strict=True))
 
     def named(self, cut: Cut) -> dict[str, Tensor]:
         names = [(layer.names["k.weight"], layer.names["v.weight"]) for layer in self.architecture.layers]
@@ -201,7 +202,7 @@ def _refit(pair: LayerPair, new: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     inputs = [pair.run_until(pair.path("q"), view.batch) for view in views]
     drift, _ = drifts_of([(x, x) for x in inputs], views)
     queries = pair.linear(pair.path("q")).weight
-    tensors = {}
+    tensors = dict[str, Tensor]()
     for part, weight in zip("qkv", (queries, *new), strict=True):
         tensors[pair.layer.names[f"{part}.weight"]] = mapped(weight.float(), drift)
         put(pair.student, pair.path(part), mapped(weight.float(), drift))
@@ -220,10 +221,10 @@ def converted(folder: Path, numbers: int, way: str, refit: bool, args: argparse.
     text = {"calibration": [args.calibration], "calibration_tokens": args.calibration_tokens}
     options = recipe.options(cache=str(numbers), target="upfit_mla", refit=refit, **text)
     known = sizes_of(args.scratch / f"{numbers}-{way}-closed") if refit else None
-    theirs = transmla_instead() if way == "transmla" else nullcontext([])
+    theirs: AbstractContextManager[list[tuple[int, float]]] = transmla_instead() if way == "transmla" else nullcontext([])
     with only_sizes(numbers, known, way), theirs as chosen:
         convert(recipe, str(folder), out, options, Settings(verify=False), QUIET)
-    row = {"numbers": cached_numbers(out), **cached_sizes(out)}
+    row: dict[str, Any] = {"numbers": cached_numbers(out), **cached_sizes(out)}
     if way == "transmla":
         layers = len(measurements(out)["layers"])
         row["folds"], row["balances"] = zip(*chosen[-layers:], strict=True)
@@ -275,7 +276,7 @@ def transmla_instead() -> Iterator[list[tuple[int, float]]]:
 
 def transmla_sizes(shape: Any, inputs: int, pairs: int, numbers: int) -> list[Sizes]:
     """Ways to spend the cache: every pair keeps one rotated key, or every second, fourth ... (its `collapse`)."""
-    ways = []
+    ways = list[Sizes]()
     for collapse in (step for step in range(1, pairs + 1) if pairs % step == 0 and step & (step - 1) == 0):
         counts = tuple(int(pair % collapse == 0) for pair in range(pairs))
         rotated = 2 * sum(counts)
@@ -288,7 +289,7 @@ def transmla_sizes(shape: Any, inputs: int, pairs: int, numbers: int) -> list[Si
 def closest_transmla(shown: Shown, sizes: Sizes, balances: tuple[float, ...]) -> tuple[Closest, int]:
     """The fold and balance that lose least of the attention's output on what is held back; TransMLA takes one fold for the
     whole model and one balance that the user gives."""
-    views, tried = [view for view in shown.views if view.batch.held], []
+    views, tried = [view for view in shown.views if view.batch.held], list[tuple[Closest, int]]()
     slots, pairs = [pair for pair, count in enumerate(sizes.counts) if count], len(sizes.counts)
     folds = [fold for fold in range(1, pairs + 1) if pairs % fold == 0 and fold * len(slots) % pairs == 0]
     for fold, balance in product(folds, balances):
