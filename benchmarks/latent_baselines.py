@@ -2,14 +2,14 @@
 
     python -m benchmarks.latent_baselines MODEL SCRATCH --numbers 256 128 --calibration TEXT --results RESULTS.json
 
-A row for each number of cached numbers a token and layer, way and refit. Ways of `baselines.py`: `care` (keys and values cut by
-themselves, to equal ranks), `care by layer` (ranks dealt to layers), `joint` (one SVD for both, balanced), `transmla`; of ours:
-`latent` (our class). The first three cache keys before their rotation: each step of decoding makes all keys of the context again,
-K·D times the rank multiplications a cached token and layer, and rotates them, which no stock class does. Their refit maps inputs
-by the drift and fits O and the MLP's last matrix; that of the others is `upfit convert mla`'s. Ridges, balances, folds and sizes
-are chosen on calibration text that is held back.
-Losses over the source in nats a token, paired, with intervals over the documents of Upfit's own evaluation text. For families
-that store queries, keys and values apart, without biases or norms of them.
+A row for each number of cached numbers a token and layer, way and refit. Ways of `baselines.py`: `care` (keys and values cut
+by themselves, to equal ranks), `care by layer` (ranks dealt to layers), `joint` (one SVD for both, balanced), `transmla`; of
+ours: `latent` (our class). The first three cache keys before their rotation: each step of decoding makes all keys of the
+context again, K·D times the rank multiplications a cached token and layer, and rotates them, which no stock class does. Their
+refit maps inputs by the drift and fits O and the MLP's last matrix; that of the others is `upfit convert mla`'s. Ridges,
+balances, folds and sizes are chosen on calibration text that is held back. Losses over the source in nats a token, paired, with
+intervals over the documents of Upfit's own evaluation text. For families that store queries, keys and values apart, without
+biases or norms of them. Where a run was stopped, its results file has the rows that were done.
 """
 
 import argparse
