@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-Questions, Answers = dict[str, Any], dict[str, Any]
+Questions = dict[str, Any]
+Answers = dict[str, Any]
 
 
 def transformers_answers(model: str, questions: Questions) -> Answers:

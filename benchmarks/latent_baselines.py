@@ -45,7 +45,7 @@ from upfit.convert.conversion import Settings, convert
 from upfit.convert.mla import choose, convert_layers
 from upfit.convert.mla import sizes as mla_sizes
 from upfit.convert.mla.sizes import MOST_ROTATED, Sizes
-from upfit.convert.mla.watch_layer import Closest, Shown, output_error
+from upfit.convert.mla.watch_layer import Closest, Shown, errors
 from upfit.convert.recipe import get_recipe
 from upfit.environment import environment
 from upfit.evaluate.loss import Losses, window_losses
@@ -294,8 +294,8 @@ def closest_transmla(shown: Shown, sizes: Sizes, balances: tuple[float, ...]) ->
     folds = [fold for fold in range(1, pairs + 1) if pairs % fold == 0 and fold * len(slots) % pairs == 0]
     for fold, balance in product(folds, balances):
         latent = transmla(shown.source, shown.sums, slots, sizes.latent, fold, balance).to(views[0].inputs.device)
-        error = output_error(latent, shown.source.scaling, shown.turns, views)
-        tried.append((Closest(latent, balance, error), fold))
+        error, _ = errors(latent, shown.source.scaling, shown.turns, views)
+        tried.append((Closest(latent, balance, None, error), fold))
     return min(tried, key=lambda one: one[0].error)
 
 

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 from tests.folders import save_tiny
-from upfit.calibration import ridge
+from upfit.calibration import fit_values, ridge
 from upfit.calibration.residual import FEW
 from upfit.calibration.sample import Sample, text_sample
 from upfit.calibration.scores import fit as fit_scores
 from upfit.convert import fitting
 from upfit.convert.conversion import Settings, convert
-from upfit.calibration import fit_values
 from upfit.convert.gqa import merge_layer
 from upfit.convert.recipe import get_recipe
 from upfit.output import Output

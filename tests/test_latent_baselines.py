@@ -27,7 +27,8 @@ def moment(seed: int = 0) -> Tensor:
 
 def source(kv_heads: int = KV_HEADS) -> Source:
     shapes = ((HEADS, WIDTH, E), (kv_heads, WIDTH, E), (kv_heads, V, E), (E, HEADS, V))
-    return Source(*(drawn(*shape, seed=number) for number, shape in enumerate(shapes)), PAIRS, 0.3)
+    q, k, v, o = (drawn(*shape, seed=number) for number, shape in enumerate(shapes))
+    return Source(q, k, v, o, PAIRS, 0.3)
 
 
 def lost(gap: Tensor, of: Tensor) -> float:

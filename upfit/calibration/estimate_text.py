@@ -1,6 +1,5 @@
 """What a fit will see of its text, counted before any is read: windows as they are drawn, rows as they are sampled."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from upfit.calibration.estimate import Windows
@@ -10,7 +9,7 @@ from upfit.checkpoint.reader import most_positions
 from upfit.options import parse_count
 
 
-def drawn_windows(tokens: str | None, length: int | None, config: Mapping[str, Any]) -> list[Windows]:
+def drawn_windows(tokens: str | None, length: int | None, config: dict[str, Any]) -> list[Windows]:
     """Windows of text, as they are drawn: half of the `tokens` at each of two lengths. Raises UpfitError for no count."""
     count = parse_count(tokens or str(TOKENS), "--calibration-tokens")
     longest = length or min(LENGTH, most_positions(config) or LENGTH)

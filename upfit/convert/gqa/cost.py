@@ -7,12 +7,12 @@ from upfit.calibration import estimate
 from upfit.calibration.estimate import Block, Windows, Work
 from upfit.calibration.estimate_text import drawn_windows, sampled
 from upfit.calibration.example_sample import ExampleSample
+from upfit.calibration.fit_values import ITERATIONS, ROUNDS
 from upfit.calibration.observe import Opaque
 from upfit.calibration.sample import BATCH_TOKENS, FLAG, Sample
 from upfit.calibration.sample_for import sample_for
 from upfit.calibration.scores.fit import Effort
 from upfit.convert.gqa.choice import Choice, statistics_for
-from upfit.calibration.fit_values import ITERATIONS, ROUNDS
 from upfit.examples.images import all_images
 from upfit.examples.kinds import kind_of, sees
 from upfit.output import Output

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from upfit.architecture.attention import LAYOUTS, Attention, Layer
+from upfit.calibration import fit_values
 from upfit.calibration.between import OF_DIMENSIONS
 from upfit.calibration.products import rounded
 from upfit.calibration.reduction import TINY
@@ -13,7 +14,6 @@ from upfit.calibration.ridge import augmented
 from upfit.calibration.rotation import unit_norm
 from upfit.calibration.teacher_view import View
 from upfit.calibration.traits import AttentionTraits
-from upfit.calibration import fit_values
 from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.grouping import head_order, pair_costs, partition
 from upfit.convert.gqa.layer_state import LayerRecord, Merged, with_bias

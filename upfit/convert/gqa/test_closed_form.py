@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from upfit.calibration import fit_values
 from upfit.calibration.reduction import powers, reduce
 from upfit.calibration.ridge import Moments, ridge
 from upfit.calibration.rotation import Turns
 from upfit.calibration.scores import fit as fit_scores
 from upfit.calibration.scores.problem import Batch, Form, Point, Problem, Target, Weights
 from upfit.calibration.traits import AttentionTraits
-from upfit.calibration import fit_values
 from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.grouping import partition
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from upfit.architecture.attention import Attention
+from upfit.calibration import fit_values
 from upfit.calibration.observe import Seen
 from upfit.calibration.reduction import powers
 from upfit.calibration.scores.problem import Target
 from upfit.calibration.statistics import Rows
 from upfit.calibration.teacher_student import PairedBatch
 from upfit.calibration.teacher_view import View, _spread, _target
-from upfit.calibration import fit_values
 from upfit.convert.gqa import closed_form
 from upfit.convert.gqa.grouping import pair_costs
 from upfit.convert.gqa.layer_state import LayerRecord, Merged

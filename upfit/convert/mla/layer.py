@@ -138,7 +138,9 @@ def _mix_slow(source: Source, sums: dict[str, Tensor], cut: int, rotated_q: Tens
     scale = (down @ moment @ down.T).diagonal().mean() / moment.diagonal().mean().clamp_min(TINY)
     scale = scale.clamp_min(TINY).sqrt()  # the new keys are as large as the old
     rotated_k[slow] = down @ keys / scale
-    rotated_q[:, slow] = torch.einsum("hsr,hse->hre", up.unflatten(0, (len(source.k), -1))[source.owners], source.q[:, slow]) * scale
+    rotated_q[:, slow] = (
+        torch.einsum("hsr,hse->hre", up.unflatten(0, (len(source.k), -1))[source.owners], source.q[:, slow]) * scale
+    )
 
 
 def plain_places(source: Source, counts: Sequence[int]) -> list[int]:

@@ -1,7 +1,7 @@
 """Better latents and outputs for what the teacher's attention gives out, on sampled rows: least squares in turn.
 
-The closed form takes errors of values for independent between heads. Here the latent and the output projection are fitted to the
-layer's own output, with the matrices that read the latent as they are. What a change of the latent does to keys is a cost
+The closed form takes errors of values for independent between heads. Here the latent and the output projection are fitted to
+the layer's own output, with the matrices that read the latent as they are. What a change of the latent does to keys is a cost
 besides. The latent stays a mixture of the source's keys and values, which fewer rows can tell than one of all inputs.
 
 Shapes: N rows, H query heads, S mixtures, K key/value heads, V value width, E' inputs, E outputs, r latent width.
@@ -71,9 +71,7 @@ def refine(latent: Latent, shown: Shown, traits: AttentionTraits, sizes: Sizes, 
     return replace(latent, key=key, o=outputs)
 
 
-def refine_mixture(
-    fit: Rows, held: Rows, start: Tensor, up: Tensor, outputs: Tensor, keys: KeyCost
-) -> tuple[Tensor, Tensor]:
+def refine_mixture(fit: Rows, held: Rows, start: Tensor, up: Tensor, outputs: Tensor, keys: KeyCost) -> tuple[Tensor, Tensor]:
     """`start` [r, S] and `outputs` [E, H, V] in turn, each by least squares; a round counts only if the held rows gain. The
     outputs are drawn to what they were by the ridge that these like best. Both as they were where nothing is gained."""
     prior, best, count = outputs.flatten(1), (start, outputs), len(held.target)
@@ -88,19 +86,19 @@ def refine_mixture(
         new = _improve_down(fit, down, start, torch.einsum("ehv,hvr->ehr", new_outputs, up), keys)
         return held.error(new, up, new_outputs) + count * keys.cost(new - start), new, new_outputs
 
-    ridges = RIDGES
+    ridges = list(RIDGES)
     for _ in range(ROUNDS):
         tried = [(improved(best[0], ridge), ridge) for ridge in ridges]
         (trial, *new), ridge = min(tried, key=lambda one: one[0][0])
         if trial >= error:
             break
-        error, best, ridges = trial, (new[0], new[1]), (ridge,)
+        error, best, ridges = trial, (new[0], new[1]), [ridge]
     return best
 
 
 def _improve_down(rows: Rows, down: Tensor, start: Tensor, read: Tensor, keys: KeyCost) -> Tensor:
-    """Some conjugate gradients on `down` [r, S] with its readers `read` [E, H, r] held, each row scaled by its own weight in the
-    output."""
+    """Some conjugate gradients on `down` [r, S] with its readers `read` [E, H, r] held, each row scaled by its own weight in
+    the output."""
     count, heads, flat = len(rows.target), read.shape[1], read.flatten(1)
     own = read.square().sum((0, 1))
     scale, gram = 1 / (own + 1e-2 * own.mean() + 1e-30)[:, None], flat.T @ flat

@@ -26,7 +26,7 @@ FAR = 1.5  # times that a count may be off: steps end when they gain nothing
 
 
 def run(folder: Path, dry_run: bool, **options: Any) -> Conversion:
-    (folder / "text.txt").write_text("\n".join(document.text for document in python_documents()[:4]))
+    (folder / "text.txt").write_text("\n".join(document.text for document in python_documents()[:12]))
     recipe, text = get_recipe("mla"), {"calibration": [str(folder / "text.txt")]}
     settings = Settings(dry_run=dry_run, verify=False)
     return convert(

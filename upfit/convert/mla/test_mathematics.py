@@ -244,9 +244,7 @@ def run_source(source: Source, x: Tensor, speeds: Tensor = SPEEDS) -> tuple[Tens
     return torch.stack(scores), output
 
 
-def run_latent(
-    latent: Latent, scaling: float, x: Tensor, absorbed: bool, speeds: Tensor = SPEEDS
-) -> tuple[Tensor, Tensor]:
+def run_latent(latent: Latent, scaling: float, x: Tensor, absorbed: bool, speeds: Tensor = SPEEDS) -> tuple[Tensor, Tensor]:
     """The same of latent attention, on keys and values of every head, or on the latent itself."""
     cached = turned((x @ latent.key.T)[:, None], latent.slots, speeds)[:, 0]
     queries = turned(torch.einsum("hde,te->thd", latent.q, x), latent.slots, speeds)

@@ -1,7 +1,6 @@
 """What a layer of the teacher shows for its latent, and which closed form of it is closest on what is held back."""
 
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -114,7 +113,10 @@ def errors(latent: Latent, scaling: float, turns: Turns, views: list[View]) -> t
             queries = torch.einsum("bre,hde->brhd", inputs[:, target.at], latent.q)
             queries = latent.absorbed(Turn.of(turns.q[target.at][:, slots], queries.shape[-1])(queries))
             scores = torch.einsum("brhk,blk->bhrl", queries, keys[:, : target.keys]) * scaling
-            of_scores, of_targets = of_scores + _spread(scores - target.scores, target), of_targets + _spread(target.scores, target)
+            of_scores, of_targets = (
+                of_scores + _spread(scores - target.scores, target),
+                of_targets + _spread(target.scores, target),
+            )
             whole = target.weights.sum(-1, keepdim=True)  # less than 1 where sinks take a part
             weights = scores.masked_fill(target.weights == 0, float("-inf")).softmax(-1).nan_to_num() * whole
             mixed = torch.einsum("bhrl,blk->bhrk", weights, keys[:, : target.keys, latent.rotated :])
