@@ -349,6 +349,7 @@ def test_of_slow_keys_the_strongest_directions_are_kept() -> None:
 
     best = lost(down)
     assert best < lost(plain.key[SLOW])
+    assert lost(mixed.key[SLOW[:2]]) > lost(mixed.key[SLOW[2:]])  # the strongest stand on the slowest pair
     for seed in range(10):
         assert lost(down + 0.05 * down.norm() * drawn(*down.shape, seed=seed) / down.numel() ** 0.5) > best
     size = [(each @ sums["keys"] * each).sum() for each in (down, source.k[:, SLOW].flatten(0, 1))]
