@@ -3,6 +3,7 @@
 Shapes: N sampled rows, H query heads, n of them in a group, g old heads in a group, V value width, E hidden width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -116,16 +117,22 @@ def _improve_down(rows: Mixed, down: Tensor, outputs: Tensor) -> Tensor:
         return torch.stack([parts[:, group].flatten(0, 1).T @ rows.values[:, group].flatten(0, 1) for group in range(shape[0])])
 
     residual = pulled(rows.target @ flat - _mixed(rows, down) @ gram)
-    direction = residual * scale
+    return descend(down, residual, lambda change: pulled(_mixed(rows, change) @ gram), scale, ITERATIONS)
+
+
+def descend(start: Tensor, residual: Tensor, curvature: Callable[[Tensor], Tensor], scale: Tensor, iterations: int) -> Tensor:
+    """Conjugate gradients from `start` for least squares: `residual` is minus half the slope there, `curvature` half the second
+    derivative times a change, and `scale` about the inverse of its diagonal. All of one shape, but what broadcasts to it."""
+    best, direction = start, residual * scale
     power = (residual * direction).sum()
-    for _ in range(ITERATIONS):
-        image = pulled(_mixed(rows, direction) @ gram)
+    for _ in range(iterations):
+        image = curvature(direction)
         bend = (direction * image).sum()
         if not float(bend) > 0:
             break
         length = power / bend
-        down, residual = down + length * direction, residual - length * image
+        best, residual = best + length * direction, residual - length * image
         turned = residual * scale
         new_power = (residual * turned).sum()
         direction, power = turned + new_power / power * direction, new_power
-    return down
+    return best

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from upfit.calibration.fit_values import NEGLIGIBLE, RIDGES, Mixed, improve_outputs
+from upfit.calibration.fit_values import NEGLIGIBLE, RIDGES, Mixed, descend, improve_outputs
 from upfit.calibration.ridge import augmented
+from upfit.calibration.scores.fit import Penalty
 from upfit.calibration.teacher_view import View
 from upfit.calibration.traits import AttentionTraits
 from upfit.convert.mla.layer import Latent, key_metric, plain_places
@@ -43,20 +44,6 @@ class Rows:
         return torch.einsum("nhs,hvs->nhv", self.mixed, up @ down).flatten(1)
 
 
-@dataclass(frozen=True)
-class KeyCost:
-    """What a change Δ [r, S] of the latent costs the keys, a row: tr(metric · Δ · moment · Δᵀ)."""
-
-    metric: Tensor
-    moment: Tensor
-
-    def pull(self, change: Tensor) -> Tensor:
-        return self.metric @ change @ self.moment
-
-    def cost(self, change: Tensor) -> float:
-        return float((self.pull(change) * change).sum())
-
-
 def refine(latent: Latent, shown: Shown, traits: AttentionTraits, sizes: Sizes, balance: float, token_power: float) -> Latent:
     """`latent` with a better mixture and outputs; as it is where what is held back gains nothing."""
     span = _span(shown, sizes)
@@ -65,13 +52,15 @@ def refine(latent: Latent, shown: Shown, traits: AttentionTraits, sizes: Sizes, 
     fit, held = (_rows(shown.views, traits, latent.o, span.to(latent.key), token_power, back) for back in (False, True))
     up, cost = latent.of_heads(latent.up_v), _key_cost(latent, shown, sizes, span, balance)
     down, outputs = refine_mixture(fit, held, start, up, latent.o, cost)
-    if down is start:
+    own = _rows(shown.views, traits, latent.o, latent.key[latent.rotated :], token_power, True)  # some of it is in no mixture
+    as_it_is = own.error(torch.eye(own.mixed.shape[-1]).to(down), up, latent.o)
+    if down is start or held.error(down, up, outputs) >= as_it_is:
         return latent
     key = torch.cat([latent.key[: latent.rotated], down @ span.to(down)])
     return replace(latent, key=key, o=outputs)
 
 
-def refine_mixture(fit: Rows, held: Rows, start: Tensor, up: Tensor, outputs: Tensor, keys: KeyCost) -> tuple[Tensor, Tensor]:
+def refine_mixture(fit: Rows, held: Rows, start: Tensor, up: Tensor, outputs: Tensor, keys: Penalty) -> tuple[Tensor, Tensor]:
     """`start` [r, S] and `outputs` [E, H, V] in turn, each by least squares; a round counts only if the held rows gain. The
     outputs are drawn to what they were by the ridge that these like best. Both as they were where nothing is gained."""
     prior, best, count = outputs.flatten(1), (start, outputs), len(held.target)
@@ -96,7 +85,7 @@ def refine_mixture(fit: Rows, held: Rows, start: Tensor, up: Tensor, outputs: Te
     return best
 
 
-def _improve_down(rows: Rows, down: Tensor, start: Tensor, read: Tensor, keys: KeyCost) -> Tensor:
+def _improve_down(rows: Rows, down: Tensor, start: Tensor, read: Tensor, keys: Penalty) -> Tensor:
     """Some conjugate gradients on `down` [r, S] with its readers `read` [E, H, r] held, each row scaled by its own weight in
     the output."""
     count, heads, flat = len(rows.target), read.shape[1], read.flatten(1)
@@ -111,19 +100,11 @@ def _improve_down(rows: Rows, down: Tensor, start: Tensor, read: Tensor, keys: K
         return weighted.flatten(0, 1).T @ rows.mixed.flatten(0, 1)
 
     residual = pulled(rows.target @ flat - mixed(down) @ gram) - count * keys.pull(down - start)
-    direction = residual * scale
-    power = (residual * direction).sum()
-    for _ in range(ITERATIONS):
-        image = pulled(mixed(direction) @ gram) + count * keys.pull(direction)
-        bend = (direction * image).sum()
-        if not float(bend) > 0:
-            break
-        length = power / bend
-        down, residual = down + length * direction, residual - length * image
-        turned = residual * scale
-        new_power = (residual * turned).sum()
-        direction, power = turned + new_power / power * direction, new_power
-    return down
+
+    def curvature(change: Tensor) -> Tensor:
+        return pulled(mixed(change) @ gram) + count * keys.pull(change)
+
+    return descend(down, residual, curvature, scale, ITERATIONS)
 
 
 def _span(shown: Shown, sizes: Sizes) -> Tensor:
@@ -135,13 +116,13 @@ def _span(shown: Shown, sizes: Sizes) -> Tensor:
     return (turn[:, strong] / powers[strong].sqrt()).T @ rows
 
 
-def _key_cost(latent: Latent, shown: Shown, sizes: Sizes, span: Tensor, balance: float) -> KeyCost:
-    """As the closed form weighs errors of the keys' scores against those of values."""
+def _key_cost(latent: Latent, shown: Shown, sizes: Sizes, span: Tensor, balance: float) -> Penalty:
+    """What a change [r, S] of the latent costs the keys, a row, as the closed form weighs them against values."""
     source, sums = shown.source, shown.sums
     root, _ = key_metric(source, sums, plain_places(source, sizes.counts))
     read = root @ latent.up_k.double().cpu().flatten(0, 1)
     size = balance * source.scaling**2 / float(sums["rows"]) / len(source.q)
-    return KeyCost((size * read.T @ read).to(latent.key), (span @ sums["keys"] @ span.T).to(latent.key))
+    return Penalty((size * read.T @ read).to(latent.key), (span @ sums["keys"] @ span.T).to(latent.key))
 
 
 def _rows(views: list[View], traits: AttentionTraits, outputs: Tensor, span: Tensor, token_power: float, held: bool) -> Rows:

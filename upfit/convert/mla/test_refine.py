@@ -1,21 +1,33 @@
 """Latents and outputs in turn: each step is least squares, and nothing is taken that what is held back does not like."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from upfit.calibration.scores.fit import Penalty
 from upfit.convert.mla import refine as room
 from upfit.convert.mla.layer import closed_form, metrics_of
-from upfit.convert.mla.refine import KeyCost, Rows, refine_mixture
+from upfit.convert.mla.refine import Rows, refine_mixture
 from upfit.convert.mla.sizes import Sizes
 from upfit.convert.mla.test_mathematics import TOKENS, drawn, predicted, random_source, random_sums
 from upfit.convert.mla.test_mathematics import E as SOURCE_E
+from upfit.convert.mla.test_sums import TRAITS, turns, watched
+from upfit.convert.mla.test_watch_layer import a_latent
 from upfit.convert.mla.watch_layer import Shown
 
 N, HEADS, V, S, R, E = 400, 4, 3, 7, 4, 6
-FREE = KeyCost(torch.zeros(R, R).double(), torch.zeros(S, S).double())
+rows_of_views = room._rows
+
+
+def held_rows(*arguments: Any) -> Rows:
+    """Of what is held back, whatever is asked for."""
+    return rows_of_views(*[*arguments[:-1], True])
+
+
+FREE = Penalty(torch.zeros(R, R).double(), torch.zeros(S, S).double())
 
 
 def rows_of(down: Tensor, up: Tensor, outputs: Tensor, seed: int, noise: float = 0.0) -> Rows:
@@ -28,9 +40,9 @@ def a_layer() -> tuple[Tensor, Tensor, Tensor]:
     return drawn(R, S, seed=1), drawn(HEADS, V, R, seed=2), drawn(E, HEADS, V, seed=3)
 
 
-def key_cost() -> KeyCost:
+def key_cost() -> Penalty:
     metric, moment = drawn(R, R, seed=4), drawn(S, S, seed=5)
-    return KeyCost(metric @ metric.T, moment @ moment.T)
+    return Penalty(metric @ metric.T, moment @ moment.T)
 
 
 def test_the_error_is_that_of_plain_loops() -> None:
@@ -44,7 +56,7 @@ def test_the_error_is_that_of_plain_loops() -> None:
 
 
 @pytest.mark.parametrize("cost", [FREE, key_cost()], ids=["free", "keys"])
-def test_the_latent_is_solved_for(cost: KeyCost, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_latent_is_solved_for(cost: Penalty, monkeypatch: pytest.MonkeyPatch) -> None:
     """With as many iterations as unknowns, from anywhere: where the slope of error and cost together is nothing."""
     monkeypatch.setattr(room, "ITERATIONS", 3 * R * S)
     down, up, outputs = a_layer()
@@ -73,7 +85,7 @@ def test_what_keys_lose_is_counted() -> None:
     down, up, outputs = a_layer()
     fit, held = (rows_of(down, up, outputs, seed) for seed in (10, 20))
     start = down + 0.2 * drawn(R, S, seed=6)
-    dear = KeyCost(1e6 * torch.eye(R).double(), torch.eye(S).double())
+    dear = Penalty(1e6 * torch.eye(R).double(), torch.eye(S).double())
     free, held_by_keys = (refine_mixture(fit, held, start, up, outputs, cost)[0] - start for cost in (FREE, dear))
     assert float(held_by_keys.norm()) < 1e-3 * float(free.norm())
 
@@ -116,3 +128,29 @@ def test_what_is_held_back_decides() -> None:
     for fit, judge in ((other, held), (other, exact)):
         refined = refine_mixture(fit, judge, down, up, outputs, FREE)
         assert refined[0] is down and refined[1] is outputs
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_a_mixture_is_no_worse_than_the_latent_that_it_replaces(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may have a part that is no mixture of old keys and values, and that only the latent itself knows."""
+    view, latent = watched()[0], a_latent()
+    view.batch.held = True
+    inputs = torch.einsum("bte,btf->ef", view.inputs, view.inputs)
+    shown = Shown([view], random_source(), {"inputs": inputs, "tokens": torch.tensor(1.0)}, None, turns())  # type: ignore[arg-type]
+    monkeypatch.setattr(room, "_span", lambda *_: torch.linalg.inv(torch.linalg.cholesky(inputs)))  # of all inputs
+    monkeypatch.setattr(room, "_key_cost", lambda *_: FREE)
+    better = view.batch.teacher.new_zeros(())
+
+    def refined(fit: Rows, held: Rows, start: Tensor, up: Tensor, outputs: Tensor, keys: Penalty) -> tuple[Tensor, Tensor]:
+        nonlocal better
+        better = torch.linalg.lstsq(held.values(start, up), held.target).solution.T.unflatten(1, outputs.shape[1:])
+        return start.clone(), (better if factor == 1.0 else outputs + factor * (outputs - better))
+
+    monkeypatch.setattr(room, "refine_mixture", refined)
+    monkeypatch.setattr(room, "_rows", held_rows)
+    after = room.refine(latent, shown, TRAITS, Sizes((), R, 2), 1.0, 0.0)
+    if factor != 1.0:
+        assert after is latent
+        return
+    assert torch.equal(after.o, better) and torch.equal(after.key[:4], latent.key[:4])
+    torch.testing.assert_close(after.key, latent.key, rtol=1e-8, atol=1e-8)
